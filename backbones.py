@@ -1,0 +1,161 @@
+"""
+Convolutional classifiers of torchvision and timm, cut down to what the encoder needs: the
+part that makes the feature map, its weights, its normalisation, and what to fine-tune.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from datasets import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Children that belong to the head, or (Inception, GoogLeNet) to the auxiliary ones for training.
+_HEADS = re.compile("fc|classifier|heads?|pre_logits|global_pool|avgpool|dropout|flatten")
+_AUXILIARY = re.compile("aux[12]|AuxLogits")
+
+
+class Backbone(NamedTuple):
+    body: nn.Sequential  # the classifier's children without its head
+    channels: int  # of the feature map: E
+    fine_tuned: list  # modules beyond stride 4: blocks 2-4 of a ResNet
+    mean: tuple  # what its images, 0..1, were normalised with
+    std: tuple
+
+
+def load_backbone(name, weights):
+    """
+    name: a convolutional classifier of torchvision, else of timm
+    weights: "imagenet" (downloaded once), "none" (random) or the path of a state dict
+
+    Raises UserError for an unknown name, a failed download or weights that do not fit.
+    """
+    import torchvision
+
+    if name in torchvision.models.list_models(module=torchvision.models):
+        model, mean, std = _from_torchvision(name, weights)
+    else:
+        model, mean, std = _from_timm(name, weights)
+    if weights not in ("imagenet", "none"):
+        _load_file(model, name, weights)
+
+    body = []
+    for child, module in model.named_children():
+        if _HEADS.fullmatch(child):
+            break
+        if not _AUXILIARY.fullmatch(child):
+            body.append(module)
+    body = nn.Sequential(*body)
+    if isinstance(last := body[-1], nn.Sequential) and isinstance(last[-1], nn.MaxPool2d):
+        last[-1] = nn.Identity()  # VGG: section 4.3 takes the map before the last max pooling
+    probed = _probe(body)
+    if probed is None and hasattr(model, "forward_features"):
+        # A timm model that is no chain of its children: HRNet, DLA and the like.
+        model.reset_classifier(0, "")
+        body = nn.Sequential(model)
+        probed = _probe(body)
+    if probed is None:
+        raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
+                        f"try resnet101, vgg19 or tf_efficientnet_lite0")
+    return Backbone(body, *probed, mean, std)
+
+
+def _from_torchvision(name, weights):
+    import torchvision
+
+    pretrained = None
+    if weights == "imagenet":
+        # V1 is what the tutorial used; V2 classifies better, but its features transfer worse.
+        available = torchvision.models.get_model_weights(name)
+        pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
+    try:
+        model = torchvision.models.get_model(name, weights=pretrained)
+    except OSError as error:  # urllib's errors are OSErrors
+        raise UserError(f"could not download {pretrained.url} ({error}); fetch that file and pass "
+                        f"--encoder_weights FILE, or --encoder_weights none") from None
+    if getattr(model, "transform_input", False):  # Inception brings images to -1..1 by itself
+        return model, (0.5,) * 3, (0.5,) * 3
+    return model, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _from_timm(name, weights):
+    import timm
+
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name}*")[:8]
+        raise UserError(f"unknown encoder {name}; see torchvision.models.list_models() and "
+                        f"timm.list_models()" + (f"; similar: {', '.join(similar)}" * bool(similar)))
+    config = timm.get_pretrained_cfg(name)
+    try:
+        model = timm.create_model(name, pretrained=weights == "imagenet")
+    except Exception as error:
+        if weights != "imagenet":
+            raise
+        # huggingface_hub raises many kinds; all of them mean that there are no weights.
+        url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"could not download {url} ({reason}); fetch that file and pass "
+                        f"--encoder_weights FILE, or --encoder_weights none") from None
+    return model, config.mean, config.std
+
+
+def _load_file(model, name, path):
+    """Load a state dict with the classifier's own keys; it may lack the head's."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file  # what timm's hub serves; timm requires it
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        report = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} holds no weights of {name}: {reason}") from None
+    lacking = [key for key in report.missing_keys
+               if not _HEADS.fullmatch(key.partition(".")[0])
+               and not key.endswith("num_batches_tracked")]
+    if lacking or report.unexpected_keys:
+        key, what = ((lacking[0], "lacks") if lacking else (report.unexpected_keys[0], "also has"))
+        raise UserError(f"{path} does not fit {name}: it {what} {key}")
+
+
+@torch.no_grad()
+def _probe(body):
+    """
+    Run one small image. Returns the channels of the feature map and the modules whose output
+    lies beyond stride 4; None if what comes out is no feature map.
+    """
+    side, beyond, hooks = 128, [], []
+
+    def note(module, _, out):
+        if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[3] < side // 4:
+            beyond.append(module)
+
+    def watch(module):
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) or hasattr(module, "default_cfg"):
+            for child in module.children():
+                watch(child)
+        else:
+            hooks.append(module.register_forward_hook(note))
+
+    watch(body)
+    try:
+        out = body.eval()(torch.zeros(1, 3, side, side))
+        channels = out.shape[1]
+        if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
+            return None
+    except Exception:
+        return None  # parts that do not fit one behind the other fail in all sorts of ways
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = sum(p.numel() for p in body.parameters())
+    if sum(p.numel() for module in beyond for p in module.parameters()) < weights / 2:
+        return None  # a transformer that turns tokens into a map at its very end
+    return channels, beyond

@@ -1,0 +1,224 @@
+"""
+Caption images, and draw where the model looked for each word.
+
+    python caption.py --img photo.jpg                     # the caption, and photo_attention.png
+    python caption.py --img photo.jpg --beam_size 5 --n_best 3
+    python caption.py --img photos --no_attention > captions.tsv
+    python caption.py --img "photos/*.jpg" more.png --json --out overlays
+
+On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
+file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
+"""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import find_checkpoint, load_captioner
+from datasets import UserError, read_image, read_rgb
+from search import beam_search
+from utils import run
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+OVERLAY = "_attention.png"
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Caption images, and draw where the model looked for each word.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB", help="what to caption")
+    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder")
+    add("--checkpoint_folder", default=".", help="where to look for it")
+    add("--word_map", help="for checkpoints that carry none")
+    add("--beam_size", type=int, default=5, help="1 is greedy decoding")
+    add("--n_best", type=int, default=1, help="captions per image")
+    add("--max_len", type=int, default=50, help="longest caption, in words")
+    add("--batch_size", type=int, default=32, help="images at a time")
+    add("--json", action="store_true", help="print a JSON object per image")
+    add("--out", help="file for the overlay of a single image, folder for those of several; "
+        f"if not given, photo{OVERLAY} beside photo.jpg")
+    add("--no_attention", action="store_true", help="draw no overlays")
+    add("--smooth", action=argparse.BooleanOptionalAction, default=True,
+        help="blend the cells of the attention grid")
+    add("--show", action="store_true", help="show overlays in a window too")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """UserError for options that make no sense."""
+    for name in ("beam_size", "n_best", "max_len", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    if args.n_best > args.beam_size:
+        raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
+                        f"it is {args.beam_size}")
+    if args.no_attention and (args.show or args.out):
+        raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {args.device} cannot be used here: {reason}") from None
+
+
+def find_images(patterns):
+    """
+    The paths that files, folders and globs stand for, in this order, each once. In a folder or
+    glob these are the files with an image's suffix, sorted, without subfolders.
+
+    Our own overlays are left out, also where the shell has expanded the glob.
+    Raises UserError for a folder or glob without images; a file need not exist.
+    """
+    paths = []
+    for pattern in patterns:
+        folder = os.path.isdir(pattern)
+        if folder or glob.has_magic(pattern) and not os.path.exists(pattern):
+            wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
+            found = sorted(path for path in glob.glob(wildcard) if path.lower().endswith(SUFFIXES)
+                           and not path.endswith(OVERLAY) and os.path.isfile(path))
+            if not found:
+                raise UserError(f"no images in {pattern}" if folder else f"no images match {pattern}")
+            paths += found
+        else:
+            paths.append(pattern)
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not path.endswith(OVERLAY)] or paths
+
+
+def overlay_paths(paths, out, alone):
+    """
+    A path for the overlay of each image, no two alike and none that of an image.
+
+    out: as in the options; alone: whether it names the file of a single overlay
+    Raises UserError if that would overwrite the image, or if a folder is needed but out is a file.
+    """
+    if out and alone and os.path.basename(out) and not os.path.isdir(out):
+        if os.path.realpath(out) == os.path.realpath(paths[0]):
+            raise UserError(f"--out {out} is the image itself; pass another file")
+        return [out]
+    if out and os.path.isfile(out):
+        raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
+    taken, overlays = set(paths), []
+    for path in paths:
+        stem, count = os.path.splitext(path)[0], 1
+        if out:
+            stem = os.path.join(out, os.path.basename(stem))
+        overlay = stem + OVERLAY
+        while overlay in taken:  # photo.jpg and photo.png, or photo.jpg of two folders
+            count += 1
+            overlay = f"{stem}_{count}{OVERLAY}"
+        taken.add(overlay)
+        overlays.append(overlay)
+    return overlays
+
+
+def try_read(path):
+    """uint8 (3, 256, 256), or the UserError that says why there is none."""
+    try:
+        return torch.from_numpy(read_image(path))
+    except UserError as error:
+        return error
+    except Exception as error:  # whatever a broken file sets off, the others get their turn
+        return UserError(f"{path} is not a readable image: {error!r}")
+
+
+def caption_images(paths, encoder, decoder, word_map, args):
+    """
+    Yield a Caption for each path in order, or the UserError that reading it gave. While the
+    model works on a batch, threads read the next one.
+    """
+    batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
+    with ThreadPoolExecutor() as pool:
+        following = pool.map(try_read, batches[0])
+        for after in [*batches[1:], []]:
+            images, following = list(following), pool.map(try_read, after)
+            good = [image for image in images if isinstance(image, torch.Tensor)]
+            captions = iter(())
+            if good:
+                with torch.inference_mode():
+                    features = encoder(torch.stack(good).to(args.device))
+                captions = iter(beam_search(decoder, features, word_map, args.beam_size,
+                                            args.max_len, args.n_best))
+            for image in images:
+                yield next(captions) if isinstance(image, torch.Tensor) else image
+
+
+def describe(path, caption, words, args, alone):
+    """
+    What is printed of an image: a line per caption, or a JSON object.
+
+    words: id -> word; alone: whether the caption needs no path before it
+    """
+    n_best = [{"caption": " ".join(words[i] for i in c.words), "score": c.score}
+              for c in [caption, *caption.runners_up]]
+    if args.json:
+        fields = {"image": path, **n_best[0], "words": [words[i] for i in caption.words],
+                  "finished": caption.finished}
+        return json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))
+    prefix = "" if alone else f"{path}\t"
+    if args.n_best == 1:
+        return prefix + n_best[0]["caption"]
+    return "\n".join(f"{prefix}{c['score']:.3f}\t{c['caption']}" for c in n_best)
+
+
+def draw(path, words, alphas, overlay, args):
+    """Save an image's overlay, and show it if asked to; UserError if that can't be done."""
+    import visualize  # only here: whoever wants captions alone does not wait for matplotlib
+
+    figure = visualize.attention_grid(read_rgb(path), words, alphas, args.smooth)
+    try:
+        os.makedirs(os.path.dirname(overlay) or ".", exist_ok=True)
+        visualize.save(figure, overlay)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{overlay} cannot be written: {error}") from None
+    if args.show:
+        try:
+            visualize.show(figure)
+        except RuntimeError as error:
+            raise UserError(f"--show: {error}; open {overlay} instead") from None
+
+
+def main():
+    args = get_args()
+    check(args)
+    paths = find_images(args.img)
+    alone = paths == args.img[:1]  # one file was asked for, not a folder that happens to hold one
+    overlays = overlay_paths(paths, args.out, alone)
+    model = args.model or find_checkpoint(args.checkpoint_folder)
+    encoder, decoder, word_map, _ = load_captioner(model, args.device, args.word_map)
+    words = {i: word for word, i in word_map.items()}
+
+    bad = 0
+    results = caption_images(paths, encoder, decoder, word_map, args)
+    bar = tqdm(results, total=len(paths), unit="image", disable=alone or None)
+    for path, overlay, result in zip(paths, overlays, bar):
+        if isinstance(result, UserError):
+            if alone:
+                raise result
+            tqdm.write(f"{os.path.basename(sys.argv[0])}: {result}", file=sys.stderr)
+            bad += 1
+            continue
+        tqdm.write(describe(path, result, words, args, alone), file=sys.stdout)
+        sys.stdout.flush()
+        if not args.no_attention:
+            draw(path, [words[i] for i in result.words], result.alphas, overlay, args)
+    if not args.no_attention and bad < len(paths):
+        where = args.out or f"*{OVERLAY} beside the images"
+        print(f"attention: {overlays[0] if alone else where}", file=sys.stderr)
+    if bad:
+        raise UserError(f"{bad} of {len(paths)} images could not be captioned")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
+    run(main)

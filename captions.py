@@ -1,0 +1,206 @@
+"""
+Captions of your own -> Karpathy's form, which create_input_files() reads.
+
+The format is recognised by what is in the file, not by the file's name:
+
+  COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+  JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
+  Flickr8k    a.jpg#0<TAB>A dog.
+  table       of tabs, |, commas or semicolons: a header names the columns; without one there are
+              two, file name and caption. Flickr30k's results.csv and Kaggle's captions.txt are such
+
+A column or key "split" (train, restval, val, test) is kept; without it, whole images are drawn.
+"""
+
+import csv
+import json
+import random
+import re
+import unicodedata
+
+from utils import UserError, read_text
+
+IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
+CAPTION_KEYS = ("caption", "text", "sentence", "comment")
+
+# A reader below yields these tuples: file name, caption, split or None, COCO's image id or None.
+
+
+def split_words(caption):
+    """
+    Lower-case words of a caption; punctuation and symbols separate words as spaces do.
+
+    Gives Karpathy's tokens for all 40,000 captions of Flickr8k. By Unicode category, so that it
+    holds for other quotation marks and scripts too; a composed and a decomposed é are one word.
+    """
+    text = unicodedata.normalize("NFC", caption.lower())
+    return "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
+
+
+def _first(entry, keys):
+    """The value of the first key that the entry has, else None."""
+    return next((entry[key] for key in keys if key in entry), None)
+
+
+def _from_coco(path, content):
+    try:
+        images = {image["id"]: image for image in content["images"]}
+        for annotation in content["annotations"]:
+            image = images.get(annotation["image_id"])
+            if image is None:
+                raise UserError(f"{path}: no image has the id {annotation['image_id']!r}")
+            yield image["file_name"], annotation["caption"], image.get("split"), image["id"]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not in COCO's form: images need id and file_name, "
+            "annotations image_id and caption"
+        ) from None
+
+
+def _from_objects(path, entries):
+    for number, entry in enumerate(entries, 1):
+        image = caption = None
+        if isinstance(entry, dict):
+            image, caption = _first(entry, IMAGE_KEYS), _first(entry, ("captions", *CAPTION_KEYS))
+        captions = [caption] if isinstance(caption, str) else caption
+        if not isinstance(image, str) or not isinstance(captions, list):
+            raise UserError(
+                f"{path}, entry {number} lacks an image ({', '.join(IMAGE_KEYS)}) "
+                f"or a caption (captions, {', '.join(CAPTION_KEYS)})"
+            )
+        for caption in captions:
+            yield image, caption, entry.get("split"), None
+
+
+def _from_json_lines(path, lines):
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: broken JSON: {error.msg}") from None
+
+
+def _from_tokens(path, lines):
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            match = re.fullmatch(r"(.+)#\d+\t(.*)", line)
+            if not match:
+                raise UserError(f"{path}, line {number} is not name.jpg#0<TAB>caption: {line!r}")
+            yield *match.groups(), None, None
+
+
+def _rows(path, reader):
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _from_table(path, lines):
+    separator = re.search(r"[\t|,;]", lines[0])  # the first: a caption, full of commas, comes later
+    delimiter = separator.group() if separator else "\t"
+    # Only CSV proper has a use for quotation marks; elsewhere they are just part of a caption.
+    quoting = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
+    rows = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
+    header = [cell.strip().strip('"').lower() for cell in next(rows)]
+    columns = {cell: i for i, cell in enumerate(header)}
+    image_at, caption_at = _first(columns, IMAGE_KEYS), _first(columns, CAPTION_KEYS)
+    if image_at is None or caption_at is None:
+        two_columns = len(header) == 2 or len(header) > 2 and delimiter == ","
+        if not two_columns or not re.search(r"\.\w{2,5}$", header[0]):
+            raise _unrecognised(path)
+        columns, image_at, caption_at = {"image": 0, "caption": 1}, 0, 1
+        rows = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
+    split_at = columns.get("split")
+    without = []
+    for row in _rows(path, rows):
+        if any("\n" in cell for cell in row):
+            raise UserError(
+                f"{path}, line {rows.line_num}: a quotation mark opened before is not closed on "
+                "its line; close it, or put each caption on one line"
+            )
+        if caption_at == len(columns) - 1:  # then what is too much is the caption's own commas
+            row[caption_at:] = [delimiter.join(row[caption_at:])] if row[caption_at:] else []
+        if len(row) > len(columns):
+            raise UserError(f"{path}, line {rows.line_num}: {len(row)} columns, not {len(columns)}")
+        if len(row) == len(columns):
+            split = None if split_at is None else row[split_at].strip().strip('"')
+            yield row[image_at].strip().strip('"'), row[caption_at], split, None
+        elif row:
+            without.append(rows.line_num)
+    if without:  # Flickr30k's results.csv has one such line
+        print(f"{path}: {len(without)} lines without a caption ignored, first line {without[0]}")
+
+
+def _unrecognised(path):
+    return UserError(
+        f"{path}: format not recognised; looked for COCO's images and annotations, JSON lines or "
+        f"a table with an image ({', '.join(IMAGE_KEYS)}) and a caption "
+        f"({', '.join(CAPTION_KEYS)}), name.jpg#0<TAB>caption, or two columns name.jpg,caption"
+    )
+
+
+def _read(path):
+    """The tuples of a file in any of the formats."""
+    text = read_text(path)
+    lines = [line.rstrip("\r") for line in text.strip("\n").split("\n")]
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    if text.lstrip()[0] in "{[":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            if not lines[0].rstrip().endswith("}"):  # not a whole object: one JSON over many lines
+                raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
+            return _from_objects(path, _from_json_lines(path, lines))
+        if isinstance(content, list):
+            return _from_objects(path, content)
+        if "annotations" in content:
+            return _from_coco(path, content)
+        if isinstance(content.get("images"), list):
+            raise UserError(f"{path} has images without annotations; is it for --karpathy_json?")
+        return _from_objects(path, [content])
+    if re.match(r".+#\d+\t", lines[0]):
+        return _from_tokens(path, lines)
+    return _from_table(path, lines)
+
+
+def _draw_splits(names, seed, val_fraction, test_fraction):
+    """Name -> split, the same for the same names in any order."""
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise UserError("val_fraction and test_fraction must be at least 0 and below 1 together")
+    names = sorted(names)
+    random.Random(seed).shuffle(names)
+    val = round(len(names) * val_fraction)
+    test = val + round(len(names) * test_fraction)
+    return {n: "val" if i < val else "test" if i < test else "train" for i, n in enumerate(names)}
+
+
+def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
+    """
+    Karpathy's form of a caption file: {"source": path, "images": [{"filename", "split", "imgid",
+    "sentences": [{"tokens", "raw"}]}]}, "cocoid" if it is COCO's; in order of first captions.
+
+    seed and the fractions, of the images, count only if the file names no splits.
+    Raises UserError for a file that is broken, not recognised or names some splits only.
+    """
+    images = {}
+    for filename, caption, split, cocoid in _read(path):
+        if not isinstance(caption, str) or not isinstance(filename, str) or not filename:
+            raise UserError(f"{path}: caption {caption!r} of image {filename!r}: both must be text")
+        new = {"filename": filename, "split": split or None, "imgid": len(images), "sentences": []}
+        image = images.setdefault(filename, new)
+        if cocoid is not None:
+            image["cocoid"] = cocoid
+        if image["split"] != new["split"]:
+            raise UserError(f"{path}: {filename} is in {image['split']} and in {split}")
+        image["sentences"].append({"tokens": split_words(caption), "raw": caption.strip()})
+    missing = [image["filename"] for image in images.values() if image["split"] is None]
+    if len(missing) == len(images):
+        splits = _draw_splits(images, seed, val_fraction, test_fraction)
+        for filename, image in images.items():
+            image["split"] = splits[filename]
+    elif missing:
+        raise UserError(f"{path}: {missing[0]} has no split, though others have one")
+    return {"source": path, "images": list(images.values())}

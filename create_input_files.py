@@ -1,0 +1,71 @@
+"""
+Captioned photographs -> the files that train.py and eval.py read. Run it once per data set.
+
+    python create_input_files.py                                    # the demo data set
+    python create_input_files.py --dataset coco --karpathy_json dataset_coco.json --image_folder .
+    python create_input_files.py --dataset mine --captions captions.csv --image_folder photos
+"""
+
+import argparse
+import os
+
+from utils import UserError, create_input_files, run
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Turn captioned photographs into the files for training; without options, "
+        "those of a small demo data set that is drawn first.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", default="demo", help="coco, flickr8k, flickr30k, demo or a name of yours")
+    add("--karpathy_json", help="captions and splits in Karpathy's form")
+    add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
+    add("--image_folder", help="where the images are")
+    add("--captions_per_image", type=int, default=5, help="captions sampled per image")
+    add("--min_word_freq", type=int, default=5, help="words not more frequent become <unk>")
+    add("--max_len", type=int, default=50, help="longest caption to train on, in words")
+    add("--output_folder", default="data", help="where the files go")
+    add("--workers", type=int, help="processes that decode images; all CPUs if not given")
+    add("--seed", type=int, default=123, help="of sampled captions, and of splits if we make them")
+    add("--val_fraction", type=float, default=0.1, help="of the images, if captions have no split")
+    add("--test_fraction", type=float, default=0.1, help="of the images, if captions have no split")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = get_args()
+    if args.karpathy_json and args.captions:
+        raise UserError("--karpathy_json and --captions exclude each other")
+    image_folder = args.image_folder
+    if args.captions:
+        from captions import read_captions
+
+        captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
+    elif args.karpathy_json:
+        captions = args.karpathy_json
+    elif args.dataset == "demo" and not image_folder:
+        from demo import make_demo
+
+        image_folder = os.path.join(args.output_folder, "demo")
+        captions = make_demo(image_folder)
+    else:
+        raise UserError("where are the captions? give --karpathy_json FILE or --captions FILE")
+    if not image_folder:
+        raise UserError("where are the images? give --image_folder FOLDER")
+    create_input_files(
+        args.dataset,
+        captions,
+        image_folder,
+        args.captions_per_image,
+        args.min_word_freq,
+        args.output_folder,
+        args.max_len,
+        args.workers,
+        args.seed,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""
+From files to batches: reading an image, `CaptionDataset` over the files that
+create_input_files.py writes, and the order in which it is gone through.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the file, the value and the next step."""
+
+
+def read_rgb(path):
+    """
+    Read any picture as upright RGB: uint8 (height, width, 3).
+
+    EXIF rotation is applied, transparency laid over white, 16 bits and floats are
+    brought to 8, and of an animation the first frame is taken.
+    Raises UserError if the file is missing or not a readable picture.
+    """
+    try:
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            if file.properties(index=0).dtype in (np.uint8, np.bool_):
+                # Through RGBA, since converting straight to RGB shows whatever colour
+                # stands under a transparent pixel.
+                rgba = file.read(index=0, mode="RGBA", rotate=True)
+            else:  # 16-bit or float grey, which PIL would clip to 0..255 instead of scaling
+                rgba = _to_8_bits(file.read(index=0, rotate=True))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not an image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a readable image: {reason}") from None
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if alpha.min() < 255:
+        rgb = np.round(255 + (rgb / 1.0 - 255) * (alpha / 255)).astype(np.uint8)
+    return rgb
+
+
+def _to_8_bits(image):
+    """(height, width) or (height, width, channels) of more than 8 bits -> RGBA uint8"""
+    white = image.max(initial=1) if image.dtype.kind == "f" else 65535
+    image = np.clip(np.round(image / white * 255), 0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(image).convert("RGBA"))
+
+
+def read_image(path, size=256):
+    """
+    Read a picture for the encoder: uint8 (3, size, size), squashed to a square as in the
+    tutorial. PIL's bilinear filter widens as it shrinks, so nothing is aliased.
+    Raises UserError as `read_rgb` does.
+    """
+    image = Image.fromarray(read_rgb(path)).resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def find_data_name(data_folder):
+    """The only data set in the folder; UserError that lists them if there are several."""
+    names = sorted(p.stem.removeprefix("WORDMAP_") for p in Path(data_folder).glob("WORDMAP_*.json"))
+    if not names:
+        raise UserError(f"no data set in {data_folder}; run python create_input_files.py first")
+    if len(names) > 1:
+        raise UserError(f"several data sets in {data_folder}; pass --data_name, one of: "
+                        + ", ".join(names))
+    return names[0]
+
+
+class CaptionDataset(Dataset):
+    """
+    One split of a data set. An item is an image with its R captions or, with
+    by_image=False, one caption with its image (R = 1):
+
+      image     uint8 (3, 256, 256), or float16 (P, E) where `use_features` was called
+      captions  int64 (R, L) word ids: <start> words <end> <pad>...
+      lengths   int64 (R,) true lengths, <start> and <end> counted
+
+    Indexing with an array of n items gives the batch at once, each with a leading n.
+    Pixels stay on disk; the HDF5 file is opened at the first read, once per process,
+    so a dataset can be handed to forked and spawned workers alike.
+    """
+
+    def __init__(self, data_folder, data_name, split, by_image=True):
+        self.by_image = by_image
+        self.path = self._file(data_folder, split, "IMAGES", data_name, "hdf5")
+        self.word_map = self._json(Path(data_folder) / f"WORDMAP_{data_name}.json")
+        captions = self._json(self._file(data_folder, split, "CAPTIONS", data_name, "json"))
+        lengths = self._json(self._file(data_folder, split, "CAPLENS", data_name, "json"))
+        # One tensor instead of millions of Python ints: workers share its pages.
+        self.captions = torch.from_numpy(np.array(captions, dtype=np.int32, ndmin=2))
+        self.lengths = torch.from_numpy(np.array(lengths, dtype=np.int32))
+        self._key, self._handle, self._pid = "images", None, None
+        with h5py.File(self.path, "r") as file:
+            self.captions_per_image = int(file.attrs["captions_per_image"])
+            self.images = len(file["images"])
+        if not len(self.lengths) == self.images * self.captions_per_image:
+            raise UserError(
+                f"{self.path} has {self.images} images of {self.captions_per_image} captions, but "
+                f"its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
+        references = self._file(data_folder, split, "REFERENCES", data_name, "json")
+        self.entries = self._json(references) if references.exists() else None
+
+    @staticmethod
+    def _file(folder, split, kind, name, suffix):
+        return Path(folder) / f"{split}_{kind}_{name}.{suffix}"
+
+    @staticmethod
+    def _json(path):
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} not found; run python create_input_files.py first") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+
+    def __len__(self):
+        return self.images if self.by_image else len(self.lengths)
+
+    def __getitem__(self, index):
+        if np.ndim(index):
+            return tuple(torch.stack(rows) for rows in zip(*map(self.__getitem__, index)))
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self.by_image:
+            image, rows = index, slice(index * self.captions_per_image,
+                                       (index + 1) * self.captions_per_image)
+        else:
+            image, rows = index // self.captions_per_image, slice(index, index + 1)
+        return (torch.from_numpy(self._data()[image]), self.captions[rows].long(),
+                self.lengths[rows].long())
+
+    def use_features(self, path):
+        """Hand over cached annotation vectors (P, E) from this HDF5 file instead of pixels."""
+        self.path, self._key, self._handle = path, "features", None
+
+    def _data(self):
+        if self._handle is None or self._pid != os.getpid():
+            self._handle, self._pid = h5py.File(self.path, "r")[self._key], os.getpid()
+        return self._handle
+
+    def __getstate__(self):
+        return {**self.__dict__, "_handle": None}
+
+    def entry(self, image):
+        """
+        What is known of an image: filename, image_id, references (all its captions as words)
+        and, for the demo, objects. Data sets made by the tutorial's code have no such
+        file: there the references are read back from the word ids, <unk> included.
+        """
+        if self.entries is not None:
+            return self.entries[image]
+        rows = slice(image * self.captions_per_image, (image + 1) * self.captions_per_image)
+        words = {i: word for word, i in self.word_map.items()}
+        return {"filename": None, "image_id": image, "references": [
+            [words[int(i)] for i in caption[1:length - 1]]
+            for caption, length in zip(self.captions[rows], self.lengths[rows])]}
+
+
+class Batches(Sampler):
+    """
+    The order of an epoch, as index arrays for `CaptionDataset`: `DataLoader(dataset,
+    sampler=Batches(...), batch_size=None)`.
+
+    It follows from seed and epoch alone, so a resumed run goes on in the same order. Batches
+    differ by one item at most: there is no small last one whose gradient is noisier. Each
+    process takes its share of every batch, so K processes train on the batches of one.
+    """
+
+    def __init__(self, items, batch_size, shuffle=True, seed=0, rank=0, world=1):
+        self.items, self.shuffle, self.seed = items, shuffle, seed
+        self.rank, self.world, self.epoch = rank, world, 0
+        self.batches = max(1, min(-(-items // batch_size), items // world))
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        order = np.arange(self.items)
+        if self.shuffle:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        for batch in np.array_split(order, self.batches):
+            share = np.array_split(batch, self.world)[self.rank]
+            if len(share):
+                yield share
+
+
+def cache_features(dataset, encoder, device, batch_size=32):
+    """
+    Encode each image of the dataset once and keep the annotation vectors in an HDF5 file
+    beside its images: "features" (I, G, E) float16. Returns the file's path.
+
+    The name carries a hash of the image file's state and of the encoder's weights, so a
+    cache never serves other images or another encoder; a whole one is used again.
+    Raises UserError if the disk is too small or a feature too large for float16.
+    """
+    stat, weights = os.stat(dataset.path), hashlib.sha256()
+    weights.update(repr((encoder.args, stat.st_size, stat.st_mtime_ns)).encode())
+    for name, tensor in encoder.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+    stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
+    path = dataset.path.with_name(
+        f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
+    if path.exists():
+        return path
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    images = copy.copy(dataset)
+    images.by_image = True
+    batches = Batches(len(images), batch_size, shuffle=False)
+    bar = tqdm(total=len(images), desc=f"encoding {path.name}", unit="image", disable=None)
+    try:
+        with h5py.File(temporary, "w") as file, torch.inference_mode():
+            features = None
+            for rows in batches:
+                encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
+                if features is None:
+                    shape = (len(images), *encoded.shape[1:])
+                    need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
+                    if need > free:
+                        raise UserError(
+                            f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; make "
+                            f"room or pass --no-cache_features")
+                    features = file.create_dataset("features", shape, dtype="float16")
+                if not np.isfinite(encoded).all():
+                    raise UserError(f"features of {encoder.args['name']} are too large for "
+                                    f"float16; pass --no-cache_features")
+                features[rows[0]:rows[-1] + 1] = encoded
+                bar.update(len(rows))
+        os.replace(temporary, path)
+    finally:
+        bar.close()
+        temporary.unlink(missing_ok=True)
+    return path

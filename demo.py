@@ -1,0 +1,196 @@
+"""
+Draw small captioned scenes: a data set in minutes, with the truth about where things are.
+
+python demo.py FOLDER                       # 1000 training, 100 validation, 200 test scenes
+python demo.py FOLDER --train 3000 --seed 1
+
+A scene is one shape at a place, or two shapes in a relation. Each gets five captions that are all
+true, and the box of each object, so that attention can be scored and not only looked at.
+"""
+
+import argparse
+import json
+import os
+from itertools import product
+from math import cos, pi, radians, sin
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+SIDE = 256  # pixels, width and height of a picture
+MARGIN, GAP = 6, 10  # pixels, least distance to the edge and between two objects
+SIZES = {"small": (55, 70), "large": (95, 115)}  # pixels, longer side of the object's box
+COLOURS = {
+    "red": (214, 40, 40), "yellow": (238, 212, 30), "green": (38, 150, 62),
+    "blue": (35, 86, 205), "purple": (136, 52, 168), "black": (35, 35, 38),
+}  # fmt: skip
+PLACES = {  # (column, row) of a 3×3 grid
+    (0, 0): "in the upper left corner", (2, 0): "in the upper right corner",
+    (0, 2): "in the lower left corner", (2, 2): "in the lower right corner",
+    (0, 1): "on the left side", (1, 1): "in the middle", (2, 1): "on the right side",
+    (1, 0): "at the top", (1, 2): "at the bottom",
+}  # fmt: skip
+RELATIONS = {"above": "below", "to the left of": "to the right of"}  # and the same, said backwards
+
+
+def circle_points(radii):
+    """The points at these radii, evenly spread around the origin, the first one at the top."""
+    angles = [2 * pi * i / len(radii) for i in range(len(radii))]
+    return [(r * sin(t), -r * cos(t)) for r, t in zip(radii, angles, strict=True)]
+
+
+SHAPES = {  # polygons of any scale, y downwards
+    "circle": circle_points([1] * 72),
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "triangle": circle_points([1] * 3),
+    "star": circle_points([1, 0.42] * 5),
+    "cross": [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
+              (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)],
+    "heart": [(16 * sin(t) ** 3, 5 * cos(2 * t) + 2 * cos(3 * t) + cos(4 * t) - 13 * cos(t))
+              for t in [2 * pi * i / 72 for i in range(72)]],
+}  # fmt: skip
+
+THINGS = list(product(SIZES, COLOURS, SHAPES))
+ONE = [([thing], place) for thing, place in product(THINGS, PLACES)]
+TWO = [([a, b], relation) for a, b, relation in product(THINGS, THINGS, RELATIONS)
+       if a[1] != b[1] and a[2] != b[2]]  # fmt: skip
+
+
+def choose_scenes(n, rng):
+    """
+    n different scenes in random order, one in four of a single object.
+
+    A scene is (things, where): things are (size, colour, shape), and where is a key of PLACES for
+    one thing, of RELATIONS for two; the upper or left one of two comes first.
+    Raises ValueError if there are not so many.
+    """
+    if n > len(ONE) + len(TWO):
+        raise ValueError(f"{n} scenes asked for; only {len(ONE) + len(TWO)} different ones exist")
+    ones = max(min(n // 4, len(ONE)), n - len(TWO))
+    scenes = rng.sample(ONE, ones) + rng.sample(TWO, n - ones)
+    rng.shuffle(scenes)
+    return scenes
+
+
+def describe(scene):
+    """The five captions of a scene; all true, all different, in lower case, without full stop."""
+    things, where = scene
+    full = ["a " + " ".join(thing) for thing in things]
+    short = [f"a {colour} {shape}" for _, colour, shape in things]
+    if len(things) == 1:
+        [a], [short_a], place = full, short, PLACES[where]
+        return [f"{a} {place}", f"there is {a} {place}", f"{short_a} is {place}",
+                f"{place} is {a}", f"the picture shows {a} {place}"]  # fmt: skip
+    (a, b), (short_a, short_b), back = full, short, RELATIONS[where]
+    return [f"{a} {where} {b}", f"there is {a} {where} {b}", f"{short_a} is {where} {short_b}",
+            f"{b} is {back} {a}", f"the picture shows {b} {back} {a}"]  # fmt: skip
+
+
+def box(points):
+    """[x0, y0, x1, y1] of the points."""
+    xs, ys = zip(*points, strict=True)
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def outline(shape, size, centre, tilt):
+    """Corners (x, y) in pixels; tilt in radians, the longer side of the box is size pixels."""
+    points = [(x * cos(tilt) - y * sin(tilt), x * sin(tilt) + y * cos(tilt))
+              for x, y in SHAPES[shape]]  # fmt: skip
+    x0, y0, x1, y1 = box(points)
+    scale = size / max(x1 - x0, y1 - y0)
+    return [(centre[0] + scale * (x - (x0 + x1) / 2), centre[1] + scale * (y - (y0 + y1) / 2))
+            for x, y in points]  # fmt: skip
+
+
+def choose_centres(sizes, where, rng):
+    """Centres (x, y) in pixels for objects of these sizes, so that where is clearly true."""
+    lows = [MARGIN + size / 2 for size in sizes]
+    highs = [SIDE - low for low in lows]
+    if len(sizes) == 1:
+        ranges = (lows[0], lows[0] + 12), (SIDE / 2 - 10, SIDE / 2 + 10), (highs[0] - 12, highs[0])
+        return [[rng.uniform(*ranges[cell]) for cell in where]]
+    least = sum(sizes) / 2 + GAP
+    slack = highs[1] - lows[0] - least
+    start, end = sorted(rng.uniform(0, slack) for _ in range(2))
+    along = [lows[0] + start, lows[0] + least + end]
+    while True:  # the other axis: the distance along must be more than twice that across
+        across = [rng.uniform(low, high) for low, high in zip(lows, highs, strict=True)]
+        if abs(across[0] - across[1]) < (along[1] - along[0]) / 2:
+            pairs = (across, along) if where == "above" else (along, across)
+            return list(zip(*pairs, strict=True))
+
+
+def lay_out(scene, rng):
+    """A background (a light, uneven picture) and the objects on it: [(outline, RGB colour)]."""
+    tone = [rng.randint(218, 245) for _ in range(3)]
+    patches = Image.new("RGB", (3, 3))
+    patches.putdata([tuple(c + rng.randint(-10, 10) for c in tone) for _ in range(9)])
+    background = patches.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+    things, where = scene
+    sizes = [rng.uniform(*SIZES[size]) for size, _, _ in things]
+    objects = []
+    centres = choose_centres(sizes, where, rng)
+    for (_, colour, shape), size, centre in zip(things, sizes, centres, strict=True):
+        tilt = radians(rng.uniform(-8, 8))
+        rgb = tuple(min(max(c + rng.randint(-14, 14), 0), 255) for c in COLOURS[colour])
+        objects.append((outline(shape, size, centre, tilt), rgb))
+    return background, objects
+
+
+def draw(background, objects, fine=4):
+    """The picture of these objects, antialiased by drawing fine times larger."""
+    picture = background.copy()
+    for points, rgb in objects:
+        mask = Image.new("L", (SIDE * fine, SIDE * fine))
+        corners = [(x * fine - 0.5, y * fine - 0.5) for x, y in points]  # to pixels' centres
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+        picture.paste(rgb, mask=mask.reduce(fine))
+    return picture
+
+
+def make_demo(folder, train=1000, val=100, test=200, seed=0):
+    """
+    Draw train + val + test different scenes as 256×256 PNG files, captioned in Karpathy's format.
+
+    Every image has, besides "filename", "imgid", "split", "sentids" and five "sentences",
+    "objects": [{"box": [x0, y0, x1, y1], "words": [...]}], the tight box in fractions of the width
+    and height, and the nouns that name this object and no other one of the scene.
+
+    Returns the path of folder/dataset_demo.json. It is written last: if it is there, so is all
+    else. The same arguments give the same files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, unfinished = folder / "dataset_demo.json", folder / "dataset_demo.json.tmp"
+    path.unlink(missing_ok=True)
+    splits = ["train"] * train + ["val"] * val + ["test"] * test
+    scenes = choose_scenes(len(splits), Random(str(seed)))
+    images = []
+    for i, scene in enumerate(tqdm(scenes, "Drawing", delay=2, disable=None)):
+        background, objects = lay_out(scene, Random(f"{seed} {i}"))
+        filename = f"demo_{i:05d}.png"
+        draw(background, objects).save(folder / filename)
+        captions = describe(scene)
+        sentids = list(range(i * len(captions), (i + 1) * len(captions)))
+        images.append({
+            "filename": filename, "imgid": i, "split": splits[i], "sentids": sentids,
+            "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
+                          for text, k in zip(captions, sentids, strict=True)],
+            "objects": [{"box": [round(v / SIDE, 5) for v in box(points)], "words": [shape]}
+                        for (_, _, shape), (points, _) in zip(scene[0], objects, strict=True)],
+        })  # fmt: skip
+    unfinished.write_text(json.dumps({"dataset": "demo", "images": images}))
+    os.replace(unfinished, path)
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw a captioned demo data set.")
+    parser.add_argument("folder")
+    for split, n in [("train", 1000), ("val", 100), ("test", 200)]:
+        parser.add_argument(f"--{split}", type=int, default=n, help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    print(make_demo(**vars(parser.parse_args())))

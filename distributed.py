@@ -1,0 +1,73 @@
+"""One process or several: `torchrun --nproc_per_node=K train.py` starts K of them."""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from datasets import UserError
+
+
+class Processes(NamedTuple):
+    device: torch.device
+    rank: int  # of this process; rank 0 prints and writes
+    world: int  # how many there are
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def print(self, *args):
+        if self.first:
+            print(*args, flush=True)
+
+    def gather(self, items):
+        """The items of all processes in one list, rank by rank, in every process."""
+        if self.world == 1:
+            return list(items)
+        shares = [None] * self.world
+        dist.all_gather_object(shares, list(items))
+        return [item for share in shares for item in share]
+
+    def sum(self, *numbers):
+        """Each number summed over all processes, float64 precision."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device=None):
+    """
+    Join the processes that torchrun started, or be the only one. device: "cuda", "cuda:1",
+    "cpu", ...; the GPU if there is one by default. Under torchrun each process takes its own.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}, but torch sees no GPU; pass --device cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Processes(device, 0, 1)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{world} processes, but {torch.cuda.device_count()} GPUs; lower "
+                            f"--nproc_per_node or pass --device cpu")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # Rank 0 may take long over the feature cache while the others wait.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=4))
+    return Processes(device, rank, world)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,100 @@
+"""
+The textbook version: what the paper and the tutorial describe, written as plainly as it
+goes and slow on purpose of nothing but plainness. It shares the parameters of our modules
+and none of their code, so that the two can be held against each other.
+
+Attention is projected at every step from all 14 x 14 pixels, the context is
+(features * alpha).sum, scores go step by step into a padded (N, T, V) tensor, and the
+search knows one image and a list of beams.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def encode(features, size=14):
+    """(N, G, E) on the backbone's square grid -> (N, size^2, E), the tutorial's encoding"""
+    n, g, e = features.shape
+    side = int(g ** 0.5)
+    grid = features.reshape(n, side, side, e).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(grid, size).permute(0, 2, 3, 1).reshape(n, size * size, e)
+
+
+def attend(attention, encoded, h):
+    """encoded (N, P, E), h (N, H) -> context (N, E), alpha (N, P)"""
+    att1 = attention.encoder_att(encoded)  # (N, P, A)
+    att2 = attention.decoder_att(h)  # (N, A)
+    att = attention.full_att(torch.relu(att1 + att2.unsqueeze(1))).squeeze(2)  # (N, P)
+    alpha = torch.softmax(att, dim=1)
+    return (encoded * alpha.unsqueeze(2)).sum(dim=1), alpha
+
+
+def init_hidden_state(decoder, encoded):
+    mean = encoded.mean(dim=1)
+    return decoder.init_h(mean), decoder.init_c(mean)
+
+
+def decode_step(decoder, encoded, words, h, c):
+    """One word for each row: scores (N, V), h, c, alpha (N, P)"""
+    context, alpha = attend(decoder.attention, encoded, h)
+    context = torch.sigmoid(decoder.f_beta(h)) * context
+    h, c = decoder.decode_step(torch.cat([decoder.embedding(words), context], dim=1), (h, c))
+    return decoder.fc(decoder.dropout(h)), h, c, alpha
+
+
+def decode(decoder, encoded, captions, lengths):
+    """
+    Teacher forcing over captions sorted by falling length, the batch shrinking as they end.
+
+    encoded (N, P, E), captions (N, L), lengths (N,)
+    Returns predictions (N, T, V), sorted captions, decode lengths, alphas (N, T, P), the order.
+    """
+    lengths, order = lengths.sort(dim=0, descending=True)
+    encoded, captions = encoded[order], captions[order]
+    h, c = init_hidden_state(decoder, encoded)
+    decode_lengths = (lengths - 1).tolist()
+    steps = max(decode_lengths)
+    predictions = encoded.new_zeros(len(encoded), steps, decoder.fc.out_features)
+    alphas = encoded.new_zeros(len(encoded), steps, encoded.shape[1])
+    for t in range(steps):
+        n = sum(length > t for length in decode_lengths)
+        scores, h, c, alpha = decode_step(decoder, encoded[:n], captions[:n, t], h[:n], c[:n])
+        predictions[:n, t] = scores
+        alphas[:n, t] = alpha
+    return predictions, captions, decode_lengths, alphas, order
+
+
+def loss(predictions, captions, decode_lengths, alphas, alpha_c=1.0):
+    """Cross-entropy over the words plus the doubly stochastic term, equation 14."""
+    scores = torch.cat([p[:n] for p, n in zip(predictions, decode_lengths)])
+    targets = torch.cat([c[1:n + 1] for c, n in zip(captions, decode_lengths)])
+    return F.cross_entropy(scores, targets) + alpha_c * ((1.0 - alphas.sum(dim=1)) ** 2).mean()
+
+
+@torch.no_grad()
+def search(decoder, encoded, word_map, beam_size, max_len=50):
+    """
+    Beam search for one image, a list of beams at a time; encoded (1, P, E).
+
+    Returns every beam that counts, best first: (words with <start> and <end>, alphas, score).
+    """
+    start, end = word_map["<start>"], word_map["<end>"]
+    h, c = init_hidden_state(decoder, encoded)
+    beams = [([start], [], 0.0, h, c)]
+    complete, k = [], beam_size
+    for _ in range(max_len):
+        candidates = []
+        for words, alphas, score, h, c in beams:
+            scores, h, c, alpha = decode_step(decoder, encoded, torch.tensor([words[-1]]), h, c)
+            log_probs = torch.log_softmax(scores, dim=1)[0]
+            for word in range(len(log_probs)):
+                candidates.append((words + [word], alphas + [alpha[0]],
+                                   score + log_probs[word].item(), h, c))
+        candidates.sort(key=lambda beam: -beam[2])
+        best = candidates[:k]
+        complete += [beam for beam in best if beam[0][-1] == end]
+        beams = [beam for beam in best if beam[0][-1] != end]
+        k = len(beams)
+        if k == 0:
+            break
+    return [beam[:3] for beam in sorted(complete or beams, key=lambda beam: -beam[2])]

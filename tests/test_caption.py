@@ -1,0 +1,265 @@
+"""caption.py: what it prints, what it draws and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import caption
+import checkpoints
+import utils
+import visualize
+from models import DecoderWithAttention, Encoder
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]
+WORD_MAP = {w: i for i, w in enumerate(["<pad>", *WORDS, "<unk>", "<start>", "<end>"])}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The path of a small random model that ends its captions after some words."""
+    torch.manual_seed(2)
+    encoder = Encoder(name="mobilenet_v3_small", weights="none")
+    decoder = DecoderWithAttention(16, 16, 16, len(WORD_MAP), encoder_dim=encoder.encoder_dim)
+    with torch.no_grad():
+        decoder.embedding.weight.normal_(0, 2)  # such that the captions are not all alike
+        decoder.fc.weight.normal_(0, 2)
+        for name in ("<pad>", "<unk>", "<start>"):
+            decoder.fc.bias[WORD_MAP[name]] = -30
+    path = tmp_path_factory.mktemp("model") / "BEST_checkpoint_x.pth.tar"
+    checkpoints.save(path, encoder, decoder, WORD_MAP)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of five photographs of several shapes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i, shape in enumerate([(40, 60), (60, 40), (50, 50), (30, 90), (64, 64)]):
+        pixels = generator.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels // (i + 1)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(model, monkeypatch, capsys):
+    """Call the script; returns its exit code, stdout and stderr."""
+    def call(*arguments):
+        argv = ["caption.py", f"--model={model}", "--max_len=9", "--device=cpu", "--img"]
+        monkeypatch.setattr(sys, "argv", argv + [str(argument) for argument in arguments])
+        code = 0
+        try:
+            utils.run(caption.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return call
+
+
+def overlays(folder):
+    return sorted(path.name for path in folder.glob("*_attention.png"))
+
+
+def test_one_file_gives_its_caption_and_an_overlay_beside_it(run, photos):
+    code, out, err = run(photos / "0.png")
+    assert code == 0
+    assert out.count("\n") == 1 and "\t" not in out and set(out.split()) <= set(WORDS)
+    assert overlays(photos) == ["0_attention.png"] and "0_attention.png" in err
+    assert not list(photos.glob(".*"))  # no temporary file is left
+
+
+def test_one_line_per_image_in_order(run, photos):
+    code, out, err = run(photos, "--batch_size=2")
+    paths = [line.split("\t")[0] for line in out.splitlines()]
+    assert code == 0 and paths == [str(photos / f"{i}.png") for i in range(5)]
+    assert overlays(photos) == [f"{i}_attention.png" for i in range(5)]
+
+
+def test_our_overlays_are_not_captioned(run, photos):
+    _, first, _ = run(photos)
+    assert run(photos, "--no_attention")[1] == first
+    assert run(photos / "*.png", "--no_attention")[1] == first
+    assert run(*sorted(photos.glob("*.png")), "--no_attention")[1] == first  # as the shell does
+
+
+def test_batched_equals_single(run, photos):
+    batched = [json.loads(line) for line in run(photos, "--json", "--no_attention")[1].splitlines()]
+    assert len({line["caption"] for line in batched}) > 1  # or there is nothing to mix up
+    for line in batched:
+        single = json.loads(run(line["image"], "--json", "--no_attention")[1])
+        assert single.pop("score") == pytest.approx(line.pop("score"), abs=1e-4)
+        assert single == line
+
+
+def test_json_lines_hold_all_that_is_known(run, photos):
+    code, out, _ = run(photos / "0.png", "--json", "--n_best=3", "--no_attention")
+    line = json.loads(out)
+    assert set(line) == {"image", "caption", "words", "score", "finished", "n_best"}
+    assert line["caption"] == " ".join(line["words"]) == line["n_best"][0]["caption"]
+    assert "n_best" not in json.loads(run(photos / "0.png", "--json", "--no_attention")[1])
+
+
+def test_n_best_are_printed_with_their_scores_the_best_first(run, photos):
+    _, out, _ = run(photos / "0.png", "--n_best=4", "--no_attention")
+    scores, captions = zip(*(line.split("\t") for line in out.splitlines()))
+    scores = [float(score) for score in scores]
+    assert scores == sorted(scores, reverse=True) and len(set(captions)) == len(captions) > 1
+    assert captions[0] == run(photos / "0.png", "--no_attention")[1].rstrip("\n")
+
+
+def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photos):
+    (photos / "1.png").write_bytes(b"no image at all")
+    code, out, err = run(photos, "--batch_size=2")
+    assert code == 2
+    assert [line.split("\t")[0][-5] for line in out.splitlines()] == ["0", "2", "3", "4"]
+    assert "1.png is not a readable image" in err and "1 of 5 images" in err
+    assert overlays(photos) == [f"{i}_attention.png" for i in (0, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nothing.jpg"], "nothing.jpg not found"),
+    (["empty"], "no images in empty"),
+    (["nothing*.jpg"], "no images match nothing*.jpg"),
+    (["0.png", "--n_best=6"], "--n_best 6 needs --beam_size 6"),
+    (["0.png", "--beam_size=0"], "--beam_size is 0"),
+    (["0.png", "--device=abacus"], "--device abacus cannot be used here"),
+    (["0.png", "--model=missing.pth.tar"], "missing.pth.tar not found"),
+    (["0.png", "--out=0.png"], "--out 0.png is the image itself"),
+    (["0.png", "1.png", "--out=2.png"], "--out 2.png is a file"),
+    (["0.png", "--out=x.abc"], "x.abc cannot be written"),
+    (["0.png", "--show", "--no_attention"], "--no_attention leaves nothing to save or show"),
+])
+def test_mistakes_of_the_user_take_one_line(run, photos, monkeypatch, arguments, said):
+    monkeypatch.chdir(photos)
+    (photos / "empty").mkdir()
+    code, _, err = run(*arguments)
+    assert code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_the_only_checkpoint_is_found(model, photos, monkeypatch, capsys):
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(photos / "0.png")])
+    caption.main()
+    assert capsys.readouterr().out
+
+
+def test_no_two_overlays_share_a_file_and_none_is_an_image():
+    paths = ["a/x.jpg", "b/x.jpg", "b/x.png"]
+    assert caption.overlay_paths(paths, None, False) == [
+        "a/x_attention.png", "b/x_attention.png", "b/x_2_attention.png"]
+    assert caption.overlay_paths(paths, "out", False) == [
+        "out/x_attention.png", "out/x_2_attention.png", "out/x_3_attention.png"]
+    both = ["x.jpg", "x_attention.png"]
+    assert not set(both) & set(caption.overlay_paths(both, None, False))
+
+
+def test_out_is_a_file_for_one_image_and_a_folder_for_several(run, photos):
+    run(photos / "0.png", "--out", photos / "new" / "one.png")
+    assert (photos / "new" / "one.png").exists()
+    run(photos / "0.png", photos / "1.png", "--out", photos / "several")
+    assert overlays(photos / "several") == ["0_attention.png", "1_attention.png"]
+    assert overlays(photos) == []
+
+
+def test_overlay_has_a_panel_per_word():
+    image = np.zeros((30, 40, 3), dtype=np.uint8)
+    for count in (0, 1, 4, 5, 50):
+        words = [f"word{i}" for i in range(count)]
+        figure = visualize.attention_grid(image, words, np.full((count, 196), 1 / 196))
+        titles = [axes.get_title() for axes in figure.axes]
+        assert titles == ["<start>", *words]
+
+
+def test_words_do_not_overlap():
+    """Also not long ones over slim photographs, nor those that look like formulas."""
+    words = ["a", "counterintuitively-long-word", "$x_", "\\frac", "on"] * 4
+    alphas = np.full((len(words), 4), 0.25)
+    for shape in [(40, 40, 3), (90, 30, 3), (30, 90, 3), (600, 30, 3), (2, 3, 3)]:
+        figure = visualize.attention_grid(np.zeros(shape, dtype=np.uint8), words, alphas)
+        figure.canvas.draw()
+        boxes = [axes.title.get_window_extent() for axes in figure.axes]
+        boxes += [axes.get_window_extent() for axes in figure.axes]
+        inside = figure.bbox
+        for i, box in enumerate(boxes):
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1
+            assert inside.y0 <= box.y0 and box.y1 <= inside.y1
+            assert not any(box.overlaps(other) for other in boxes[i + 1:])
+
+
+def brightness(axes, rows, columns):
+    """Mean brightness of the panel's parts on a grid of rows x columns, as rendered."""
+    figure = axes.figure
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
+    box = axes.get_window_extent()
+    top, bottom = round(pixels.shape[0] - box.y1) + 1, round(pixels.shape[0] - box.y0) - 1
+    panel = pixels[top:bottom, round(box.x0) + 1:round(box.x1) - 1]
+    return np.array([[part.mean() for part in np.array_split(row, columns, axis=1)]
+                     for row in np.array_split(panel, rows)])
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("shape", [(60, 60), (60, 120), (120, 60)])
+def test_attention_is_brightest_where_alpha_is(shape, smooth):
+    image = np.full((*shape, 3), 255, dtype=np.uint8)
+    half = [slice(0, shape[0]), slice(0, shape[1] // 2)]
+    image[tuple(half)] = 0  # black on the left: what is looked at there must outshine the white
+    for cell in [(1, 2), (10, 1), (12, 12), (0, 9)]:
+        alpha = np.zeros((14, 14))
+        alpha[cell] = 1
+        figure = visualize.attention_grid(image, ["dog"], alpha.reshape(1, 196), smooth)
+        light = brightness(figure.axes[1], 14, 14)
+        assert np.unravel_index(light.argmax(), light.shape) == cell
+
+
+def test_photographs_keep_their_shape():
+    for shape in [(60, 60), (60, 180), (50, 30)]:
+        figure = visualize.attention_grid(np.zeros((*shape, 3), np.uint8), ["a"], np.ones((1, 4)))
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            assert box.width / box.height == pytest.approx(shape[1] / shape[0])
+
+
+def test_even_attention_lights_the_whole_photograph():
+    image = np.full((60, 60, 3), 200, dtype=np.uint8)
+    figure = visualize.attention_grid(image, ["a"], np.full((1, 196), 1 / 196))
+    light = brightness(figure.axes[1], 5, 5)
+    assert light.min() > 180 and np.ptp(light) < 2
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("old")
+    figure = visualize.attention_grid(np.zeros((4, 4, 3), np.uint8), [], np.zeros((0, 4)))
+    figure.savefig = lambda file, **_: Path(file).write_text("half") and 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        visualize.save(figure, path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.png"]
+
+
+HEADLESS = {name: value for name, value in os.environ.items()
+            if name not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+
+
+def test_works_without_a_display(model, photos):
+    command = [sys.executable, "caption.py", f"--img={photos / '0.png'}", f"--model={model}",
+               "--word_map=unused.json", "--beam_size=5", "--device=cpu", "--show"]
+    result = subprocess.run(command, cwd=ROOT, env=HEADLESS, capture_output=True, text=True)
+    assert result.stdout.strip() and overlays(photos) == ["0_attention.png"]
+    assert result.returncode == 2  # for --show alone
+    assert result.stderr.count("\n") == 1 and "no display" in result.stderr
+
+
+def test_training_imports_no_plotting():
+    code = ("import sys, caption, checkpoints, datasets, models, search, utils; "
+            "sys.exit('matplotlib' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

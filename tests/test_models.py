@@ -1,0 +1,167 @@
+"""The decoder and the loss against the textbook version, in float64."""
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+from models import (
+    AttentionEnergy,
+    DecoderWithAttention,
+    Encoder,
+    doubly_stochastic_loss,
+    pooling_matrix,
+)
+
+
+def make_decoder(vocab_size=23, dropout=0.0, seed=0, scale=3.0):
+    """A small random decoder in float64, its weights large enough for sharp attention."""
+    torch.manual_seed(seed)
+    decoder = DecoderWithAttention(7, 5, 6, vocab_size, encoder_dim=9, dropout=dropout).double()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(scale)
+    return decoder
+
+
+def make_captions(n, r, vocab_size=23, longest=9, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (n, r), generator=g)
+    captions = torch.randint(1, vocab_size, (n, r, longest + 3), generator=g)
+    captions[torch.arange(longest + 3) >= lengths.unsqueeze(2)] = 0
+    return captions, lengths
+
+
+def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):
+    r = captions.shape[1]
+    encoded = reference.encode(features).repeat_interleave(r, 0)
+    return reference.loss(*reference.decode(
+        decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4], alpha_c)
+
+
+@pytest.mark.parametrize("n, r, cells", [(1, 1, 64), (4, 1, 64), (4, 5, 64), (3, 2, 196),
+                                         (2, 3, 1), (5, 5, 49)])
+def test_loss_and_all_gradients_equal_the_textbook_version(n, r, cells):
+    decoder, (captions, lengths) = make_decoder(seed=n), make_captions(n, r, seed=n)
+    features = torch.randn(n, cells, 9, dtype=torch.float64, requires_grad=True)
+    wanted = [features, *decoder.parameters()]
+
+    ours = doubly_stochastic_loss(*decoder(features, captions, lengths), alpha_c=0.7)
+    gradients = torch.autograd.grad(ours, wanted)
+    textbook = textbook_loss(decoder, features, captions, lengths, alpha_c=0.7)
+    expected = torch.autograd.grad(textbook, wanted, allow_unused=True)
+
+    torch.testing.assert_close(ours, textbook, rtol=1e-12, atol=1e-12)
+    assert sum(g.abs().sum() > 1e-6 for g in expected) >= len(wanted) - 1  # softmax eats one bias
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_scores_and_alphas_of_every_word_equal_the_textbook_version():
+    decoder, (captions, lengths) = make_decoder(), make_captions(4, 3)
+    features = torch.randn(4, 64, 9, dtype=torch.float64)
+    scores, targets, alphas = decoder(features, captions, lengths)
+
+    predictions, _, decode_lengths, expected_alphas, order = reference.decode(
+        decoder, reference.encode(features).repeat_interleave(3, 0), captions.flatten(0, 1),
+        lengths.flatten())
+    back = order.argsort()
+    expected = torch.cat([predictions[i, :decode_lengths[i]] for i in back])
+    torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(alphas.flatten(0, 1), expected_alphas[back], rtol=1e-10, atol=1e-10)
+    words = [captions[i, j, 1:lengths[i, j]] for i in range(4) for j in range(3)]
+    assert targets.tolist() == torch.cat(words).tolist()
+
+
+def test_alphas_sum_to_one_up_to_the_end_and_are_zero_after_it():
+    decoder, (captions, lengths) = make_decoder(), make_captions(5, 2)
+    _, _, alphas = decoder(torch.randn(5, 64, 9).double(), captions, lengths)
+    sums, steps = alphas.sum(3), torch.arange(alphas.shape[2])
+    expected = (steps < lengths.unsqueeze(2) - 1).double()
+    torch.testing.assert_close(sums, expected)
+
+
+def test_attention_energy_has_the_gradients_that_finite_differences_find():
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+              for shape in ((3, 6, 4), (3, 2, 4), (4,))]
+    assert torch.autograd.gradcheck(AttentionEnergy.apply, inputs)
+
+
+@pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
+def test_pooling_matrix_is_adaptive_average_pooling(cells):
+    side = int(cells ** 0.5)
+    grid = torch.randn(2, 3, side, side, dtype=torch.float64)
+    pool = pooling_matrix(cells, 14, grid.device, grid.dtype)
+    torch.testing.assert_close(nn.AdaptiveAvgPool2d(14)(grid).flatten(2),
+                               grid.flatten(2) @ pool.t())
+    torch.testing.assert_close(pool.sum(1), torch.ones(196, dtype=torch.float64))
+
+
+def test_encodings_pooled_beforehand_give_the_same_captions_as_the_backbones_own_grid():
+    decoder, (captions, lengths) = make_decoder(), make_captions(3, 2)
+    features = torch.randn(3, 64, 9, dtype=torch.float64)
+    pooled = reference.encode(features).view(3, 14, 14, 9)  # the tutorial's shape
+    torch.testing.assert_close(decoder(features, captions, lengths),
+                               decoder(pooled, captions, lengths))
+
+
+def test_shares_of_a_batch_add_up_to_the_loss_of_the_whole_batch():
+    decoder, (captions, lengths) = make_decoder(), make_captions(6, 3)
+    features = torch.randn(6, 64, 9, dtype=torch.float64)
+    whole = doubly_stochastic_loss(*decoder(features, captions, lengths))
+    words = int((lengths - 1).sum())
+    shares = [doubly_stochastic_loss(*decoder(features[s], captions[s], lengths[s]),
+                                     words=words, captions=18)
+              for s in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    torch.testing.assert_close(sum(shares), whole)
+
+
+def test_parameter_names_and_sizes_are_those_of_the_tutorial():
+    decoder = DecoderWithAttention(512, 512, 512, 9490)
+    assert {name: tuple(p.shape) for name, p in decoder.state_dict().items()} == {
+        "attention.encoder_att.weight": (512, 2048), "attention.encoder_att.bias": (512,),
+        "attention.decoder_att.weight": (512, 512), "attention.decoder_att.bias": (512,),
+        "attention.full_att.weight": (1, 512), "attention.full_att.bias": (1,),
+        "embedding.weight": (9490, 512),
+        "decode_step.weight_ih": (2048, 2560), "decode_step.weight_hh": (2048, 512),
+        "decode_step.bias_ih": (2048,), "decode_step.bias_hh": (2048,),
+        "init_h.weight": (512, 2048), "init_h.bias": (512,),
+        "init_c.weight": (512, 2048), "init_c.bias": (512,),
+        "f_beta.weight": (2048, 512), "f_beta.bias": (2048,),
+        "fc.weight": (9490, 512), "fc.bias": (9490,)}
+
+
+def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_2_to_4():
+    from torchvision.models import resnet101
+
+    encoder = Encoder(weights="none")
+    model = resnet101()
+    names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    model.load_state_dict({  # the tutorial's key resnet.5.x is layer2.x, and so on
+        names[int(key.split(".")[1])] + "." + key.split(".", 2)[2]: value
+        for key, value in encoder.state_dict().items()}, strict=False)
+    images = torch.randn(1, 3, 256, 256)
+    x = images
+    for name in names:
+        x = getattr(model.eval(), name)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), x.flatten(2).transpose(1, 2),
+                                   rtol=1e-3, atol=1e-3)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    encoder.fine_tune()
+    trained = {name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trained == {"5", "6", "7"}
+
+
+def test_vgg19_gives_the_papers_14_by_14_by_512_map():
+    encoder = Encoder(name="vgg19", weights="none").train()
+    assert encoder(torch.zeros(1, 3, 224, 224)).shape == (1, 196, 512)
+    assert not encoder.training  # a backbone keeps its ImageNet statistics
+
+
+def test_uint8_images_are_normalised_as_imagenet_was():
+    encoder = Encoder(name="mobilenet_v3_small", weights="none")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normal = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(encoder(images), encoder(normal))

@@ -1,0 +1,96 @@
+"""The batched search against a list of beams, one image at a time."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from test_models import make_decoder
+
+from search import beam_search
+
+VOCAB = 11
+WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB - 1}
+
+
+def make_case(seed, end_bias):
+    """A random decoder and 8 images; end_bias says how soon captions end."""
+    decoder = make_decoder(VOCAB, seed=seed).eval()
+    with torch.no_grad():
+        decoder.fc.bias[WORD_MAP["<end>"]] += end_bias
+    torch.manual_seed(seed)
+    return decoder, torch.randn(8, 4, 9, dtype=torch.float64)
+
+
+def expect_equal(ours, textbook):
+    words, alphas, score = textbook
+    finished = words[-1] == WORD_MAP["<end>"]
+    assert ours.words == words[1:len(words) - finished]
+    assert ours.finished == finished
+    assert ours.score == pytest.approx(score, abs=1e-9)
+    expected = torch.stack(alphas)[:len(ours.words)]
+    assert ours.alphas.shape == expected.shape
+    np.testing.assert_allclose(ours.alphas, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 4, 5])
+def test_batched_search_equals_one_image_at_a_time(beam_size):
+    finished, lengths = [], set()
+    for seed in range(12):
+        decoder, features = make_case(seed, end_bias=(-4, 0, 1, 3)[seed % 4])
+        captions = beam_search(decoder, features, WORD_MAP, beam_size, max_len=12)
+        for caption, image in zip(captions, reference.encode(features).split(1)):
+            expect_equal(caption, reference.search(decoder, image, WORD_MAP, beam_size, 12)[0])
+            finished.append(caption.finished)
+            lengths.add(len(caption.words))
+    assert len(finished) == 96 and len(lengths) > 5  # a real mixture ...
+    assert 0.02 < np.mean(finished) < 0.98  # ... of finished and unfinished captions
+
+
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+def test_n_best_are_the_finished_beams_in_order_of_score(beam_size):
+    for seed in range(6):
+        decoder, features = make_case(seed, end_bias=1.5)
+        captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, n_best=beam_size)
+        for caption, image in zip(captions, reference.encode(features).split(1)):
+            expected = reference.search(decoder, image, WORD_MAP, beam_size, 12)
+            found = [caption, *caption.runners_up]
+            assert len(found) == len(expected)
+            for ours, textbook in zip(found, expected):
+                expect_equal(ours, textbook)
+
+
+def test_a_search_that_never_finishes_returns_its_best_beam_with_its_attention():
+    decoder, features = make_case(0, end_bias=-1e4)
+    for caption in beam_search(decoder, features, WORD_MAP, 3, max_len=7):
+        assert not caption.finished
+        assert len(caption.words) == 7
+        np.testing.assert_allclose(caption.alphas.sum(1), 1, atol=1e-6)
+
+
+def test_a_caption_can_be_empty():
+    decoder, features = make_case(0, end_bias=1e4)
+    for caption in beam_search(decoder, features, WORD_MAP, 3):
+        assert caption.words == [] and caption.finished and caption.alphas.shape == (0, 196)
+
+
+def test_a_beam_wider_than_the_vocabulary_is_no_error():
+    decoder, features = make_case(1, end_bias=0)
+    assert len(beam_search(decoder, features, WORD_MAP, beam_size=20, max_len=4)) == 8
+
+
+def test_wrong_beam_sizes_are_errors():
+    decoder, features = make_case(0, 0)
+    for beam_size, n_best in ((0, 1), (-1, 1), (3, 4), (3, 0)):
+        with pytest.raises(ValueError, match="it must be"):
+            beam_search(decoder, features, WORD_MAP, beam_size, n_best=n_best)
+
+
+def test_scores_that_are_not_numbers_are_an_error():
+    decoder, features = make_case(0, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        beam_search(decoder, features * float("nan"), WORD_MAP, 2)
+
+
+def test_no_images_give_no_captions():
+    decoder, features = make_case(0, 0)
+    assert beam_search(decoder, features[:0], WORD_MAP, 3) == []

@@ -1,0 +1,347 @@
+"""
+Train the captioning model.
+
+    python train.py                                            # phase 1: the decoder alone
+    python train.py --checkpoint BEST_checkpoint_X.pth.tar --fine_tune_encoder   # phase 2
+    python train.py --resume                                   # go on where the run stood
+    torchrun --nproc_per_node=4 train.py                       # the same run on four GPUs
+"""
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_value_
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoints
+import distributed
+from datasets import Batches, CaptionDataset, UserError, cache_features, find_data_name
+from metrics import bleu, top_k_correct
+from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
+from search import beam_search
+from utils import load_embeddings, run, set_seed
+
+
+def get_args(argv=None, **defaults):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    # Data
+    add("--data_folder", default="data", help="what create_input_files.py wrote")
+    add("--data_name", help="which data set, if the folder has several")
+    add("--batch_size", type=int, default=80, help="captions per step, over all processes")
+    add("--single_captions", action="store_true",
+        help="shuffle captions one by one, not images with all their captions")
+    add("--workers", type=int, default=1, help="processes that load batches; 0: none")
+    add("--cache_features", action=flag, default=True,
+        help="with a frozen encoder, encode each image once and keep the result beside the data")
+    # Model; with --checkpoint and --resume these come from the file
+    add("--encoder", default="resnet101", help="any convolutional classifier of torchvision or timm")
+    add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file")
+    add("--emb_dim", type=int, help="word embeddings; 512, or the size of --embeddings")
+    add("--attention_dim", type=int, default=512)
+    add("--decoder_dim", type=int, default=512)
+    add("--dropout", type=float, default=0.5)
+    add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
+    add("--fine_tune_embeddings", action=flag, default=True)
+    # Training
+    add("--epochs", type=int, default=120, help="stop here if not stopped earlier")
+    add("--decoder_lr", type=float, default=4e-4)
+    add("--encoder_lr", type=float, default=1e-4, help="with --fine_tune_encoder")
+    add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
+    add("--grad_clip", type=float, default=5.0, help="each gradient's bound, plus and minus")
+    add("--alpha_c", type=float, default=1.0, help="weight of doubly stochastic attention")
+    add("--lr_decay", type=float, default=0.8, help="factor after each --decay_after epochs "
+        "without better validation BLEU-4")
+    add("--decay_after", type=int, default=8)
+    add("--stop_after", type=int, default=20, help="epochs without better BLEU-4 that end the run")
+    add("--val_beam_size", type=int, default=1, help="beam of the free-running validation")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    # Files
+    add("--checkpoint", help="start a new phase from this model")
+    add("--resume", nargs="?", const=True, metavar="FILE",
+        help="go on with a run, its options and all; without FILE, the latest")
+    add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
+    add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "epochs", "val_beam_size", "decay_after", "stop_after"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    processes = distributed.start(args.device)
+    try:
+        train(argv, args, processes)
+    finally:
+        distributed.stop()
+
+
+def train(argv, args, processes):
+    name = args.data_name or find_data_name(args.data_folder)
+    checkpoint = None
+    if args.resume:
+        path = args.resume
+        if path is True:
+            path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
+        checkpoint = checkpoints.load(path)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
+        args = get_args(argv, **{**checkpoint["options"], "resume": path})
+        name = args.data_name or find_data_name(args.data_folder)
+    elif args.checkpoint:
+        path = args.checkpoint
+        checkpoint = checkpoints.load(path)
+        args = get_args(argv, **_model_options(checkpoint))
+
+    train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
+    val_data = CaptionDataset(args.data_folder, name, "VAL")
+    if len(val_data) == 0 or len(train_data) < processes.world:
+        raise UserError(f"{name} has {len(train_data)} training and {len(val_data)} validation "
+                        f"images; too few for {processes.world} process(es)")
+    set_seed(args.seed)
+    if checkpoint:
+        encoder, decoder = _from_checkpoint(checkpoint, path, args, train_data.word_map)
+    else:
+        encoder, decoder = _new_model(args, train_data.word_map)
+    encoder.to(processes.device).fine_tune(args.fine_tune_encoder)
+    decoder.to(processes.device).fine_tune_embeddings(args.fine_tune_embeddings)
+
+    if args.cache_features and not args.fine_tune_encoder:
+        for data in (train_data, val_data):
+            if processes.first:  # the others wait and find it
+                cache_features(data, encoder, processes.device)
+            processes.wait()
+            data.use_features(cache_features(data, encoder, processes.device))
+    items = args.batch_size if args.single_captions else max(
+        1, args.batch_size // train_data.captions_per_image)
+    batches = Batches(len(train_data), items, True, args.seed, processes.rank, processes.world)
+    val_batches = Batches(len(val_data), 64, False, 0, processes.rank, processes.world)
+    train_loader = _loader(train_data, batches, args, processes)
+    val_loader = _loader(val_data, val_batches, args, processes)
+
+    groups = [{"params": [p for p in decoder.parameters() if p.requires_grad],
+               "lr": args.decoder_lr}]
+    if args.fine_tune_encoder:
+        groups.append({"params": [p for p in encoder.parameters() if p.requires_grad],
+                       "lr": args.encoder_lr})
+    optimizer = torch.optim.Adam(groups)
+    # What is saved with the weights: epochs done, the best BLEU-4, epochs since it.
+    progress = {"epoch": 0, "best_bleu4": None, "stale": 0}
+    if args.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        progress = checkpoint["progress"]
+    log = _open_log(args, name, progress["epoch"], processes)
+    if args.checkpoint and not args.resume:
+        scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
+        processes.print(f"start   {_show(scores)}")
+        progress["best_bleu4"] = scores["bleu4"]  # the mark to beat
+
+    # Wrapped for gradients only: validation and checkpoints use the bare modules.
+    parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
+    parallel_decoder = _parallel(decoder, processes)
+    while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
+        if progress["stale"] and progress["stale"] % args.decay_after == 0:
+            for group in optimizer.param_groups:
+                group["lr"] *= args.lr_decay
+            processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
+        epoch = progress["epoch"] = progress["epoch"] + 1
+        batches.epoch = epoch
+        # Dropout follows from seed, epoch and process, so a resumed run draws the same.
+        torch.manual_seed(args.seed + 1_000_003 * epoch + processes.rank)
+        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+        row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer, args,
+                               processes, epoch)
+        row |= validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
+        processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
+                        f"{row['train_seconds']:.0f} s   {_show(row)}")
+        better = progress["best_bleu4"] is None or row["bleu4"] > progress["best_bleu4"]
+        progress["stale"] = 0 if better else progress["stale"] + 1
+        if better:
+            progress["best_bleu4"] = row["bleu4"]
+        if processes.first:
+            log(row)
+            options = {k: v for k, v in vars(args).items() if k not in ("resume", "checkpoint")}
+            state = {"options": options, "optimizer": optimizer.state_dict(), "progress": progress,
+                     "bleu4": row["bleu4"]}
+            for prefix in ["", "BEST_"] if better else [""]:
+                checkpoints.save(Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar",
+                                 encoder, decoder, train_data.word_map, **state)
+    processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
+                    f"{progress['epoch']} epochs")
+
+
+def train_one_epoch(encoder, decoder, loader, optimizer, args, processes, epoch):
+    """Returns the epoch's mean loss per word, top-5 accuracy (%), seconds and captions/s."""
+    decoder.train()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss_sum, correct, words_seen, captions_seen, start = 0.0, 0, 0, 0, time.perf_counter()
+    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch",
+               disable=None if processes.first else True)
+    for images, captions, lengths in bar:
+        # The loss is a mean over the words of the joint batch, whoever holds them.
+        words, rows = processes.sum(int((lengths - 1).sum()), lengths.numel())
+        features, captions, lengths = _encode(
+            encoder, images, captions, lengths, processes.device, args.fine_tune_encoder)
+        scores, targets, alphas = decoder(features, captions, lengths)
+        # Processes average their gradients, hence each divides by its fair share.
+        loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
+                                      words / processes.world, rows / processes.world)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_grad_value_(parameters, args.grad_clip)
+        optimizer.step()
+
+        loss_sum += loss.detach() * words / processes.world
+        correct += top_k_correct(scores.detach(), targets)
+        words_seen, captions_seen = words_seen + words, captions_seen + rows
+        if not bar.disable and bar.n % 20 == 0:  # reading the loss waits for the GPU
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    loss_sum, correct = processes.sum(float(loss_sum), int(correct))
+    seconds = time.perf_counter() - start
+    return {"train_loss": loss_sum / words_seen, "train_top5": 100 * correct / words_seen,
+            "train_seconds": seconds, "captions_per_second": captions_seen / seconds}
+
+
+@torch.inference_mode()
+def validate(encoder, decoder, loader, batches, data, args, processes):
+    """
+    Caption every image once without teacher forcing: BLEU-1..4, which decide. Beside them,
+    with teacher forcing: loss, top-5 accuracy, and BLEU-4 as the tutorial reports it, of each
+    caption's most likely words given the true ones before them.
+    """
+    decoder.eval()
+    words_of = {i: word for word, i in data.word_map.items()}
+    free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
+    bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.first else True)
+    for rows, (images, captions, lengths) in zip(batches, bar):
+        features, captions, lengths = _encode(
+            encoder, images, captions, lengths, processes.device, False)
+        scores, targets, alphas = decoder(features, captions, lengths)
+        loss_sum += len(targets) * doubly_stochastic_loss(scores, targets, alphas, args.alpha_c)
+        correct += top_k_correct(scores, targets)
+        words += len(targets)
+        ends = (lengths - 1).flatten().tolist()
+        references = [list(map(str, t.tolist())) for t in targets.split(ends)]
+        hypotheses = [list(map(str, t.tolist())) for t in scores.argmax(1).split(ends)]
+        r = captions.shape[1]
+        forced += [(references[i - i % r:i - i % r + r], hypothesis)
+                   for i, hypothesis in enumerate(hypotheses)]
+        found = beam_search(decoder, features, data.word_map, args.val_beam_size)
+        free += [(data.entry(int(i))["references"], [words_of[word] for word in caption.words])
+                 for i, caption in zip(rows, found)]
+    loss_sum, correct, words = processes.sum(float(loss_sum), int(correct), words)
+    free, forced = processes.gather(free), processes.gather(forced)
+    scores = bleu(*zip(*free))
+    return {"val_loss": loss_sum / words, "val_top5": 100 * correct / words,
+            "teacher_forced_bleu4": bleu(*zip(*forced))[3],
+            **{f"bleu{n}": score for n, score in enumerate(scores, 1)}}
+
+
+def _encode(encoder, images, captions, lengths, device, fine_tune):
+    """A batch on the device; images become features unless they are cached features."""
+    images, captions, lengths = (
+        x.to(device, non_blocking=True) for x in (images, captions, lengths))
+    if images.dtype != torch.uint8:
+        return images.float(), captions, lengths
+    with nullcontext() if fine_tune else torch.no_grad():
+        return encoder(images), captions, lengths
+
+
+def _new_model(args, word_map):
+    encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
+    embeddings, emb_dim = None, args.emb_dim or 512
+    if args.embeddings:
+        embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
+        if args.emb_dim not in (None, emb_dim):
+            raise UserError(f"{args.embeddings} has {emb_dim} numbers a word, --emb_dim is "
+                            f"{args.emb_dim}; leave --emb_dim out")
+    decoder = DecoderWithAttention(args.attention_dim, emb_dim, args.decoder_dim, len(word_map),
+                                   encoder.encoder_dim, args.dropout)
+    if embeddings is not None:
+        decoder.load_pretrained_embeddings(embeddings)
+    return encoder, decoder
+
+
+def _model_options(checkpoint):
+    sizes = checkpoint["decoder_args"]
+    return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
+            "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
+            "dropout": sizes["dropout"]}
+
+
+def _from_checkpoint(checkpoint, path, args, word_map):
+    """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
+    if checkpoint["word_map"] != word_map:
+        raise UserError(f"{path} was trained with another word map ({len(checkpoint['word_map'])} "
+                        f"words) than that of the data ({len(word_map)} words)")
+    for option, value in _model_options(checkpoint).items():
+        if option != "dropout" and getattr(args, option) not in (None, value):
+            raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
+                            f"leave --{option} out")
+    if args.embeddings and not args.resume:
+        raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
+    checkpoint["decoder_args"]["dropout"] = args.dropout
+    return checkpoints.build(checkpoint, path)
+
+
+def _loader(data, batches, args, processes):
+    return DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
+                      persistent_workers=args.workers > 0,
+                      pin_memory=processes.device.type == "cuda",
+                      generator=torch.Generator())  # leaves the global one, dropout's, alone
+
+
+def _parallel(module, processes):
+    if processes.world == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def _show(row):
+    return (f"teacher-forced: loss {row['val_loss']:.3f}, top-5 {row['val_top5']:.2f} %, "
+            f"BLEU-4 {row['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 {row['bleu4']:.2f}")
+
+
+def _open_log(args, name, done, processes):
+    """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
+    folder = Path(args.checkpoint_folder)
+    path, writer = folder / f"log_{name}.jsonl", None
+    if not processes.first:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
+    kept = path.read_text().splitlines() if path.exists() and (args.resume or args.checkpoint) else []
+    if args.resume:
+        while kept and json.loads(kept[-1])["epoch"] > done:
+            kept.pop()
+    path.write_text("".join(line + "\n" for line in kept))
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package; run pip install tensorboard") from None
+        writer = SummaryWriter(folder / f"tensorboard_{name}", purge_step=done + 1)
+
+    def log(row):
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if writer:
+            for key, value in row.items():
+                writer.add_scalar(key, value, row["epoch"])
+            writer.flush()
+    return log
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,126 @@
+"""
+Where the model looked, word by word, as a figure. Matplotlib is imported here and nowhere else,
+without pyplot and its windows, so figures are drawn on machines that have no display.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLUMNS = 5
+DPI = 120  # pixels per inch
+SIDE = 2.2  # inches, of a square photograph; others get the same area
+NARROWEST = 1.3  # inches a column, so that words stand beside each other over slim photographs
+GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
+FONT = 12  # points; a letter is about 0.65 of that wide
+
+
+def attention_grid(image, words, alphas, smooth=True):
+    """
+    One panel per word, five in a row: the photograph is lit up in its colours where the model
+    looked for the word and a dark grey elsewhere. The first panel is the photograph itself.
+
+    image: uint8 (H, W, 3), of any shape; alphas belong to its squashed square
+    words: T strings; alphas: (T, P) attention on a square grid, P = side * side, row by row
+    smooth: blend neighbouring cells; otherwise the cells are seen as blocks
+
+    Each panel has its own scale, from no attention to its most attended place: attention that is
+    spread evenly lights up the whole photograph.
+    Returns a matplotlib Figure with T + 1 axes. Raises ValueError unless there is one alpha per
+    word and P is a square.
+    """
+    alphas = np.asarray(alphas, dtype=float)
+    side = math.isqrt(alphas.shape[1])
+    if len(alphas) != len(words) or side * side != alphas.shape[1]:
+        raise ValueError(f"{len(words)} words, but attention of shape {alphas.shape}")
+    width, height = _panel(image)
+    photograph = Image.fromarray(image).resize((round(width * DPI) or 1, round(height * DPI) or 1))
+    grey = np.asarray(photograph.convert("L"))[..., None] / 255
+    photograph = np.asarray(photograph) / 255
+    rows, columns = (_blend(side, pixels, smooth) for pixels in photograph.shape[:2])
+
+    panels = [photograph]
+    for alpha in alphas.reshape(-1, side, side):
+        light = (rows @ alpha @ columns.T)[..., None]
+        light /= light.max() or 1
+        # What is lit has at least a brightness of 0.35, the rest at most 0.3, so that a black dog
+        # that was looked at outshines the snow that was not.
+        panels.append(light * (0.35 + 0.65 * photograph) + (1 - light) * 0.3 * grey)
+    return _grid(panels, ["<start>", *words], width, height)
+
+
+def _panel(image):
+    """Width and height in inches at which a photograph (H, W, 3) is shown."""
+    ratio = image.shape[1] / image.shape[0]
+    width = SIDE * min(math.sqrt(ratio), 2, 2 * ratio)
+    return width, width / ratio
+
+
+def _blend(cells, pixels, smooth):
+    """(pixels, cells): the share of each cell in each pixel along one edge; rows sum to 1"""
+    positions = (np.arange(pixels) + 0.5) * cells / pixels  # in cells
+    if not smooth:
+        return np.eye(cells)[positions.astype(int)]
+    # A standard deviation of half a cell is about what the tutorial's pyramid_expand does.
+    distances = (positions[:, None] - np.arange(cells) - 0.5) / 0.5
+    weights = np.exp(-(distances**2) / 2)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _grid(panels, titles, width, height):
+    """A Figure of the panels, each width x height inches, under their titles."""
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    cell_width, cell_height = max(width, NARROWEST) + GAP, TITLE + height + GAP
+    total_width, total_height = columns * cell_width + GAP, rows * cell_height + GAP
+    figure = Figure(figsize=(total_width, total_height), dpi=DPI)
+    for i, (panel, title) in enumerate(zip(panels, titles)):
+        row, column = divmod(i, columns)
+        left = (GAP + column * cell_width + (cell_width - GAP - width) / 2) / total_width
+        bottom = 1 - (GAP + row * cell_height + TITLE + height) / total_height
+        axes = figure.add_axes((left, bottom, width / total_width, height / total_height))
+        axes.imshow(panel, aspect="auto")  # the axes have the photograph's shape already
+        axes.set_axis_off()
+        longest = (cell_width - GAP) * 72 / (0.65 * FONT)  # letters
+        axes.set_title(
+            title,
+            fontsize=FONT * min(1, longest / len(title)),
+            parse_math=False,  # a dollar sign is a word like any other
+            pad=6,
+            bbox={"boxstyle": "round,pad=0.25", "facecolor": "0.92", "edgecolor": "none"},
+        )
+    return figure
+
+
+def save(figure, path):
+    """
+    Write a figure in the format of the path's suffix; the file is there whole or not at all.
+
+    Raises ValueError for a suffix that matplotlib does not know, OSError if it can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, format=path.suffix[1:] or "png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def show(figure):
+    """Show a figure in a window until it is closed; RuntimeError where there is no display."""
+    import matplotlib.pyplot as plt
+
+    if plt.get_backend().lower() == "agg":  # what pyplot falls back to
+        raise RuntimeError("there is no display to show it on")
+    figure.canvas.draw()
+    window = plt.figure(figsize=figure.get_size_inches())
+    axes = window.add_axes((0, 0, 1, 1))
+    axes.imshow(np.asarray(figure.canvas.buffer_rgba()))
+    axes.set_axis_off()
+    plt.show()
+    plt.close(window)
