@@ -87,7 +87,7 @@ def find_images(patterns):
             found = sorted(path for path in glob.glob(wildcard) if path.lower().endswith(SUFFIXES)
                            and not path.endswith(OVERLAY) and os.path.isfile(path))
             if not found:
-                raise UserError(f"no images in {pattern}" if folder else f"no images match {pattern}")
+                raise UserError(f"no images {'in' if folder else 'match'} {pattern}")
             paths += found
         else:
             paths.append(pattern)
@@ -221,4 +221,8 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
-    run(main)
+    try:
+        run(main)
+    except BrokenPipeError:  # `| head` has seen enough; Python's last flush shall not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

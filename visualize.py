@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -33,23 +34,23 @@ def attention_grid(image, words, alphas, smooth=True):
     Returns a matplotlib Figure with T + 1 axes. Raises ValueError unless there is one alpha per
     word and P is a square.
     """
-    alphas = np.asarray(alphas, dtype=float)
+    alphas = np.asarray(alphas, dtype=np.float32)
     side = math.isqrt(alphas.shape[1])
     if len(alphas) != len(words) or side * side != alphas.shape[1]:
         raise ValueError(f"{len(words)} words, but attention of shape {alphas.shape}")
     width, height = _panel(image)
     photograph = Image.fromarray(image).resize((round(width * DPI) or 1, round(height * DPI) or 1))
-    grey = np.asarray(photograph.convert("L"))[..., None] / 255
-    photograph = np.asarray(photograph) / 255
+    grey = np.asarray(photograph.convert("L"))[..., None] / np.float32(255)
+    photograph = np.asarray(photograph) / np.float32(255)
     rows, columns = (_blend(side, pixels, smooth) for pixels in photograph.shape[:2])
 
     panels = [photograph]
     for alpha in alphas.reshape(-1, side, side):
         light = (rows @ alpha @ columns.T)[..., None]
         light /= light.max() or 1
-        # What is lit has at least a brightness of 0.35, the rest at most 0.3, so that a black dog
+        # What is lit has at least a brightness of 0.45, the rest at most 0.25, so that a black dog
         # that was looked at outshines the snow that was not.
-        panels.append(light * (0.35 + 0.65 * photograph) + (1 - light) * 0.3 * grey)
+        panels.append(light * (0.45 + 0.55 * photograph) + (1 - light) * 0.25 * grey)
     return _grid(panels, ["<start>", *words], width, height)
 
 
@@ -62,11 +63,11 @@ def _panel(image):
 
 def _blend(cells, pixels, smooth):
     """(pixels, cells): the share of each cell in each pixel along one edge; rows sum to 1"""
-    positions = (np.arange(pixels) + 0.5) * cells / pixels  # in cells
+    positions = (np.arange(pixels, dtype=np.float32) + 0.5) * cells / pixels  # in cells
     if not smooth:
-        return np.eye(cells)[positions.astype(int)]
+        return np.eye(cells, dtype=np.float32)[positions.astype(int)]
     # A standard deviation of half a cell is about what the tutorial's pyramid_expand does.
-    distances = (positions[:, None] - np.arange(cells) - 0.5) / 0.5
+    distances = (positions[:, None] - np.arange(cells, dtype=np.float32) - 0.5) / 0.5
     weights = np.exp(-(distances**2) / 2)
     return weights / weights.sum(1, keepdims=True)
 
@@ -78,6 +79,7 @@ def _grid(panels, titles, width, height):
     cell_width, cell_height = max(width, NARROWEST) + GAP, TITLE + height + GAP
     total_width, total_height = columns * cell_width + GAP, rows * cell_height + GAP
     figure = Figure(figsize=(total_width, total_height), dpi=DPI)
+    FigureCanvasAgg(figure)  # becomes figure.canvas
     for i, (panel, title) in enumerate(zip(panels, titles)):
         row, column = divmod(i, columns)
         left = (GAP + column * cell_width + (cell_width - GAP - width) / 2) / total_width
@@ -91,6 +93,7 @@ def _grid(panels, titles, width, height):
             fontsize=FONT * min(1, longest / len(title)),
             parse_math=False,  # a dollar sign is a word like any other
             pad=6,
+            y=1,  # given, matplotlib doesn't go through all the ticks to find it
             bbox={"boxstyle": "round,pad=0.25", "facecolor": "0.92", "edgecolor": "none"},
         )
     return figure
@@ -104,8 +107,11 @@ def save(figure, path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    kind = path.suffix[1:].lower() or "png"
+    # PNG's level 3 takes a third of the time of the usual 6 for a tenth more bytes.
+    options = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}
     try:
-        figure.savefig(temporary, format=path.suffix[1:] or "png")
+        figure.savefig(temporary, format=kind, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,15 @@ WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]
 WORD_MAP = {w: i for i, w in enumerate(["<pad>", *WORDS, "<unk>", "<start>", "<end>"])}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models wait for their threads more than they compute, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The path of a small random model that ends its captions after some words."""
@@ -29,13 +39,18 @@ def model(tmp_path_factory):
     encoder = Encoder(name="mobilenet_v3_small", weights="none")
     decoder = DecoderWithAttention(16, 16, 16, len(WORD_MAP), encoder_dim=encoder.encoder_dim)
     with torch.no_grad():
-        decoder.embedding.weight.normal_(0, 2)  # such that the captions are not all alike
+        # An untrained encoder's vectors are about 1e-8; here captions shall differ between images.
+        decoder.init_h.weight.mul_(1e9)
+        decoder.embedding.weight.normal_(0, 2)
         decoder.fc.weight.normal_(0, 2)
-        for name in ("<pad>", "<unk>", "<start>"):
-            decoder.fc.bias[WORD_MAP[name]] = -30
+        for name, bias in {"<pad>": -99, "<unk>": -99, "<start>": -99, "<end>": -5}.items():
+            decoder.fc.bias[WORD_MAP[name]] = bias
     path = tmp_path_factory.mktemp("model") / "BEST_checkpoint_x.pth.tar"
     checkpoints.save(path, encoder, decoder, WORD_MAP)
     return path
+
+
+load_once = cache(checkpoints.load_captioner)
 
 
 @pytest.fixture
@@ -45,16 +60,17 @@ def photos(tmp_path):
     folder.mkdir()
     generator = np.random.default_rng(0)
     for i, shape in enumerate([(40, 60), (60, 40), (50, 50), (30, 90), (64, 64)]):
-        pixels = generator.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        Image.fromarray(pixels // (i + 1)).save(folder / f"{i}.png")
+        colour = tuple(generator.integers(0, 256, 3).tolist())
+        Image.new("RGB", shape, colour).save(folder / f"{i}.png")
     return folder
 
 
 @pytest.fixture
 def run(model, monkeypatch, capsys):
     """Call the script; returns its exit code, stdout and stderr."""
+    monkeypatch.setattr(caption, "load_captioner", load_once)
     def call(*arguments):
-        argv = ["caption.py", f"--model={model}", "--max_len=9", "--device=cpu", "--img"]
+        argv = ["caption.py", f"--model={model}", "--max_len=6", "--device=cpu", "--img"]
         monkeypatch.setattr(sys, "argv", argv + [str(argument) for argument in arguments])
         code = 0
         try:
@@ -181,7 +197,7 @@ def test_overlay_has_a_panel_per_word():
 
 def test_words_do_not_overlap():
     """Also not long ones over slim photographs, nor those that look like formulas."""
-    words = ["a", "counterintuitively-long-word", "$x_", "\\frac", "on"] * 4
+    words = ["a", "counterintuitively-long-word", "$x_", "\\frac", "on"] * 2
     alphas = np.full((len(words), 4), 0.25)
     for shape in [(40, 40, 3), (90, 30, 3), (30, 90, 3), (600, 30, 3), (2, 3, 3)]:
         figure = visualize.attention_grid(np.zeros(shape, dtype=np.uint8), words, alphas)
@@ -247,7 +263,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
 
 HEADLESS = {name: value for name, value in os.environ.items()
-            if name not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+            if name not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")} | {"OMP_NUM_THREADS": "1"}
 
 
 def test_works_without_a_display(model, photos):
@@ -257,6 +273,18 @@ def test_works_without_a_display(model, photos):
     assert result.stdout.strip() and overlays(photos) == ["0_attention.png"]
     assert result.returncode == 2  # for --show alone
     assert result.stderr.count("\n") == 1 and "no display" in result.stderr
+
+
+def test_closed_pipe_ends_without_a_traceback(model, photos):
+    """As in `caption.py ... | head -1`."""
+    command = [sys.executable, "caption.py", f"--img={photos}", f"--model={model}",
+               "--device=cpu", "--no_attention"]
+    process = subprocess.Popen(command, cwd=ROOT, env=HEADLESS, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
 
 
 def test_training_imports_no_plotting():
