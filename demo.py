@@ -16,12 +16,13 @@ from math import cos, pi, radians, sin
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 6, 10  # pixels, least distance to the edge and between two objects
-SIZES = {"small": (55, 70), "large": (95, 115)}  # pixels, longer side of the object's box
+SIZES = {"small": (60, 74), "large": (98, 114)}  # pixels, longer side of the object's box
 COLOURS = {
     "red": (214, 40, 40), "yellow": (238, 212, 30), "green": (38, 150, 62),
     "blue": (35, 86, 205), "purple": (136, 52, 168), "black": (35, 35, 38),
@@ -123,11 +124,14 @@ def choose_centres(sizes, where, rng):
 
 
 def lay_out(scene, rng):
-    """A background (a light, uneven picture) and the objects on it: [(outline, RGB colour)]."""
-    tone = [rng.randint(218, 245) for _ in range(3)]
-    patches = Image.new("RGB", (3, 3))
-    patches.putdata([tuple(c + rng.randint(-10, 10) for c in tone) for _ in range(9)])
-    background = patches.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """A background (light, with a texture) and the objects on it: [(outline, RGB colour)]."""
+    # On a plain background each cell of a deep feature map tells what the objects are, and a
+    # model need not look at them. A texture of several scales keeps what is seen where it is.
+    background = np.full((SIDE, SIDE, 3), [rng.randint(193, 220) for _ in range(3)], np.float32)
+    for cells in (3, 8, 32, 128):
+        noise = Image.frombytes("RGB", (cells, cells), rng.randbytes(cells * cells * 3))
+        background += np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) * 0.2 - 26
+    background = Image.fromarray(background.clip(0, 255).astype(np.uint8))
 
     things, where = scene
     sizes = [rng.uniform(*SIZES[size]) for size, _, _ in things]

@@ -239,7 +239,7 @@ class DecoderWithAttention(nn.Module):
         context = self.f_beta(h).sigmoid() * context  # beta * z_hat, section 4.2.1
         inputs = torch.cat([self.embedding(words), context], 2)
         state = self.decode_step(inputs.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))
-        return tuple(x.view_as(h) for x in state), alpha
+        return tuple(x.view(h.shape) for x in state), alpha
 
     def scores(self, h):
         """(..., H) hidden states -> (..., V) scores of the next word, before the softmax"""
@@ -256,32 +256,35 @@ class DecoderWithAttention(nn.Module):
         Returns, for the W words to predict (all but <start>), image by image, caption by
         caption: scores (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end.
         """
-        longest, order = lengths.max(1).values.sort(descending=True)
-        longest = (longest - 1).tolist()  # one host sync for the batch, none per word
-        captions, lengths = captions[order], lengths[order]
+        # Longest first, the images and the captions of each: the batch shrinks as they end.
+        sorted_lengths, by_length = lengths.sort(1, descending=True)
+        order = sorted_lengths[:, 0].argsort(descending=True)
+        unsort = order.argsort().unsqueeze(1), by_length.argsort(1)
+        inputs = captions.gather(1, by_length.unsqueeze(2).expand_as(captions))[order]
+        goes_on = (sorted_lengths[order] - 1).cpu()  # one host sync for the batch, none per word
         image = self.annotate(features)[order]
         state = tuple(x.expand(-1, captions.shape[1], -1) for x in self.init_hidden_state(image))
         hidden, alphas = [], []
-        for t in range(longest[0]):
-            n = sum(length > t for length in longest)  # images with a caption that goes on
-            if n < len(state[0]):
-                state, image = tuple(x[:n] for x in state), image[:n]
-            state, alpha = self.step(captions[:n, :, t], state, image)
-            hidden.append(_pad(state[0], len(captions)))
-            alphas.append(_pad(alpha, len(captions)))
+        for t in range(int(goes_on.max())):
+            n, r = int((goes_on[:, 0] > t).sum()), int((goes_on > t).any(0).sum())
+            if state[0].shape[:2] != (n, r):
+                state, image = tuple(x[:n, :r] for x in state), image[:n]
+            state, alpha = self.step(inputs[:n, :r, t], state, image)
+            hidden.append(_pad(state[0], captions.shape))
+            alphas.append(_pad(alpha, captions.shape))
 
-        steps = torch.arange(1, longest[0] + 1, device=lengths.device)
-        back = order.argsort()
-        predicted = (steps < lengths.unsqueeze(2))[back]  # (N, R, T)
-        targets = captions[back][:, :, 1:longest[0] + 1][predicted]
-        hidden = torch.stack(hidden, 2)[back]  # (N, R, T, H)
-        alphas = torch.stack(alphas, 2)[back] * predicted.unsqueeze(3)
+        hidden, alphas = torch.stack(hidden, 2)[unsort], torch.stack(alphas, 2)[unsort]
+        steps = torch.arange(hidden.shape[2], device=lengths.device)
+        predicted = steps < lengths.unsqueeze(2) - 1  # (N, R, T)
+        targets = captions[:, :, 1:hidden.shape[2] + 1][predicted]
+        alphas = alphas * predicted.unsqueeze(3)
         return self.scores(hidden[predicted]), targets, alphas
 
 
-def _pad(x, n):
-    """Zeros for the images that have no word at this step: (m, ...) -> (n, ...)"""
-    return x if len(x) == n else torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
+def _pad(x, shape):
+    """Zeros for the captions that have ended: (n, r, ...) -> (N, R, ...)"""
+    n, r = shape[0] - x.shape[0], shape[1] - x.shape[1]
+    return F.pad(x, (0, 0, 0, r, 0, n)) if n or r else x
 
 
 def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None):

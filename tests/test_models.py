@@ -52,7 +52,8 @@ def test_loss_and_all_gradients_equal_the_textbook_version(n, r, cells):
     expected = torch.autograd.grad(textbook, wanted, allow_unused=True)
 
     torch.testing.assert_close(ours, textbook, rtol=1e-12, atol=1e-12)
-    assert sum(g.abs().sum() > 1e-6 for g in expected) >= len(wanted) - 1  # softmax eats one bias
+    if cells > 1:  # one cell leaves attention nothing to choose; the softmax eats one bias anyway
+        assert sum(g.abs().sum() > 1e-6 for g in expected) >= len(wanted) - 1
     for ours, theirs in zip(gradients, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -134,19 +135,18 @@ def test_parameter_names_and_sizes_are_those_of_the_tutorial():
 def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_2_to_4():
     from torchvision.models import resnet101
 
-    encoder = Encoder(weights="none")
-    model = resnet101()
+    encoder = Encoder(weights="none").double()
+    model = resnet101().double()
     names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
     model.load_state_dict({  # the tutorial's key resnet.5.x is layer2.x, and so on
         names[int(key.split(".")[1])] + "." + key.split(".", 2)[2]: value
         for key, value in encoder.state_dict().items()}, strict=False)
-    images = torch.randn(1, 3, 256, 256)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     x = images
     for name in names:
         x = getattr(model.eval(), name)(x)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(images), x.flatten(2).transpose(1, 2),
-                                   rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(encoder(images), x.flatten(2).transpose(1, 2))
     assert not any(p.requires_grad for p in encoder.parameters())
     encoder.fine_tune()
     trained = {name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}

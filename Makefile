@@ -1,0 +1,33 @@
+# make demo   draw a small data set, train on it, evaluate, caption: everything in demo_run/
+# make test   lint and tests
+
+PYTHON ?= python3
+DEMO_EPOCHS ?= 15
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/demo: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -r requirements.txt
+	touch $@
+
+.venv/test: .venv/demo requirements-dev.txt
+	.venv/bin/pip install -r requirements-dev.txt
+	touch $@
+
+demo: .venv/demo
+	.venv/bin/python create_input_files.py --output_folder demo_run
+	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
+	    --encoder tf_efficientnet_lite0 --encoder_weights pretrained/tf_efficientnet_lite0.pth \
+	    --epochs $(DEMO_EPOCHS) --workers 0
+	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0
+	.venv/bin/python caption.py --checkpoint_folder demo_run --out demo_run/overlays \
+	    --img demo_run/demo/demo_0000[0-4].png
+	@echo "attention overlays are in demo_run/overlays"
+
+test: .venv/test
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q
+
+.PHONY: help demo test
