@@ -116,7 +116,7 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
     for image in images:
         channels = Image.open(folder / image["filename"]).split()
         darkest = ImageChops.darker(ImageChops.darker(*channels[:2]), channels[2])
-        dark = darkest.point(lambda value: 255 * (value < 110))
+        dark = darkest.point(lambda value: 255 * (value < 95))
         for thing in image["objects"]:
             box = [256 * v for v in thing["box"]]
             assert 0 < box[0] < box[2] < 256 and 0 < box[1] < box[3] < 256

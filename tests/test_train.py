@@ -1,0 +1,269 @@
+"""train.py and eval.py as a user runs them, on a tiny data set."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from demo import make_demo
+from utils import create_input_files
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "demo_5_cap_per_img_0_min_word_freq"
+LITE0 = ["--encoder", "tf_efficientnet_lite0",
+         "--encoder_weights", str(ROOT / "pretrained/tf_efficientnet_lite0.pth")]
+SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
+         "--device", "cpu", "--decoder_lr", "5e-3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """One thread computes in one order, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """22 training, 6 validation and 6 test scenes, features cached by the first run."""
+    folder = tmp_path_factory.mktemp("data")
+    create_input_files("demo", make_demo(folder / "demo", 22, 6, 6), folder / "demo",
+                       min_word_freq=0, output_folder=folder, workers=1)
+    return folder
+
+
+def train_args(data, folder, *options):
+    return ["--data_folder", str(data), "--checkpoint_folder", str(folder), *LITE0, *SMALL,
+            *options]
+
+
+def load(folder, prefix=""):
+    return torch.load(Path(folder) / f"{prefix}checkpoint_{NAME}.pth.tar", weights_only=True)
+
+
+def rows(folder):
+    lines = (Path(folder) / f"log_{NAME}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def same(a, b):
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def run_script(script, *args, processes=1):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--master_port=0", "--standalone"]
+    return subprocess.run([*command, ROOT / script, *map(str, args)], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_resumed_run_equals_uninterrupted(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(train_args(data, whole, "--epochs", "4"))
+    train.main(train_args(data, parts, "--epochs", "2"))
+    half = load(parts)
+    # Only what differs is said again: the run's own options come from its checkpoint.
+    train.main(["--data_folder", str(data), "--checkpoint_folder", str(parts), "--resume",
+                "--epochs", "4"])
+    a, b = load(whole), load(parts)
+    for key in ("encoder", "decoder", "optimizer", "progress", "bleu4"):
+        assert same(a[key], b[key]), key
+    assert not same(half["decoder"], b["decoder"])
+    timeless = [{k: v for k, v in row.items() if "second" not in k} for row in rows(whole)]
+    assert [row["epoch"] for row in timeless] == [1, 2, 3, 4]
+    assert timeless == [{k: v for k, v in row.items() if "second" not in k} for row in rows(parts)]
+
+
+def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):
+    for workers in "02":
+        train.main(train_args(data, tmp_path / workers, "--epochs", "1", "--workers", workers))
+    assert same(load(tmp_path / "0")["decoder"], load(tmp_path / "2")["decoder"])
+
+
+def test_cached_features_train_like_fresh_ones_up_to_float16(data, tmp_path):
+    for name in ("--cache_features", "--no-cache_features"):
+        train.main(train_args(data, tmp_path / name, "--epochs", "1", name))
+    a, b = (rows(tmp_path / name)[0] for name in ("--cache_features", "--no-cache_features"))
+    for key in ("train_loss", "val_loss"):
+        assert a[key] == pytest.approx(b[key], rel=1e-3)
+    assert not same(load(tmp_path / "--cache_features")["decoder"],
+                    load(tmp_path / "--no-cache_features")["decoder"])
+
+
+def test_training_overfits_eight_images_to_bleu_100(tmp_path):
+    path = make_demo(tmp_path / "demo", 8, 0, 0)
+    karpathy = json.loads(Path(path).read_text())
+    (tmp_path / "demo" / "again").mkdir()
+    for image in karpathy["images"][:8]:  # the same eight to validate on
+        copy = {**image, "split": "val", "filepath": "again"}
+        (tmp_path / "demo/again" / image["filename"]).write_bytes(
+            (tmp_path / "demo" / image["filename"]).read_bytes())
+        karpathy["images"].append(copy)
+    Path(path).write_text(json.dumps(karpathy))
+    create_input_files("demo", path, tmp_path / "demo", min_word_freq=0, output_folder=tmp_path,
+                       workers=1)
+    train.main(train_args(tmp_path, tmp_path, "--epochs", "120", "--stop_after", "120",
+                          "--batch_size", "20", "--decoder_dim", "96", "--val_beam_size", "3",
+                          "--dropout", "0.1"))
+    best = load(tmp_path, "BEST_")
+    assert best["bleu4"] == pytest.approx(100)
+    assert best["bleu4"] == max(row["bleu4"] for row in rows(tmp_path))
+
+
+def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_path):
+    """Plain gradient steps of size 1, so weights tell gradients; the images split 11 : 11."""
+    options = ["--epochs", "1", "--batch_size", "110", "--dropout", "0"]
+    script = tmp_path / "plain_gradient.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train\n"
+        "torch.optim.Adam = lambda groups: torch.optim.SGD(groups, lr=1.0)\n"
+        "train.main()\n")
+    for processes in (1, 2):
+        result = run_script(script, *train_args(data, tmp_path / str(processes), *options,
+                                                "--decoder_lr", "1.0"), processes=processes)
+        assert result.returncode == 0, result.stderr
+    one, two = (load(tmp_path / n)["decoder"] for n in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    a, b = rows(tmp_path / "1")[0], rows(tmp_path / "2")[0]
+    for key in a:
+        if "second" not in key:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def test_two_processes_evaluate_like_one(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "6"))
+    common = ["--checkpoint_folder", tmp_path, "--data_folder", data, "--device", "cpu",
+              "--batch_size", "4", "--workers", "0", "--beam_sizes", "1", "3"]
+    tables = []
+    for processes in (1, 2):
+        result = run_script("eval.py", *common, "--results", tmp_path / f"{processes}.json",
+                            processes=processes)
+        assert result.returncode == 0, result.stderr
+        tables.append(result.stdout.replace(f"{processes}.json", ""))
+    assert tables[0] == tables[1]
+    assert "BLEU-4  attention" in tables[0]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "12")
+    assert [{**row, "score": 0} for row in one] == [{**row, "score": 0} for row in two]
+    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], rel=1e-4)
+    assert len(one) == 6 and all(len(row["references"]) == 5 for row in one)
+    assert one[0].keys() == {"image_id", "filename", "caption", "score", "references"}
+
+
+def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "8", "--no-cache_features"))
+    best = load(tmp_path, "BEST_")
+    capsys.readouterr()
+    evaluation.main(["--checkpoint_folder", str(tmp_path), "--data_folder", str(data), "--split",
+                     "val", "--workers", "0", "--device", "cpu"])
+    greedy = capsys.readouterr().out.splitlines()[2].split()
+    assert greedy[0] == "1"
+    assert float(greedy[4]) == pytest.approx(best["bleu4"], abs=0.006)
+
+
+def test_fine_tuning_starts_from_the_checkpoint_and_trains_blocks_2_to_4_only(
+        data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path / "1", "--epochs", "2"))
+    checkpoint = tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"
+    train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"),
+                "--checkpoint", str(checkpoint), "--fine_tune_encoder", "--epochs", "1",
+                "--workers", "0", "--device", "cpu", "--batch_size", "55"])
+    assert "start " in capsys.readouterr().out
+    before, after = torch.load(checkpoint, weights_only=True), load(tmp_path / "2")
+    assert before["encoder_args"] == after["encoder_args"]
+    changed = {key.split(".")[1] + "." + key.split(".")[2]
+               for key in before["encoder"]
+               if not torch.equal(before["encoder"][key], after["encoder"][key])}
+    assert "0.weight" not in changed  # conv_stem
+    assert not any(key.startswith(("1.", "2.0", "2.1")) for key in changed)  # stride 2 and 4
+    assert {"2.2", "2.3", "2.4", "2.5", "2.6", "3.weight"} <= changed
+    assert not any("running" in key for key in changed)
+    assert not same(before["decoder"], after["decoder"])
+
+
+def test_learning_rate_decays_and_training_stops_without_improvement(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--decoder_lr", "1e-12", "--decay_after", "2",
+                          "--stop_after", "5", "--lr_decay", "0.5"))
+    rates = [row["lr"] for row in rows(tmp_path)]
+    # The first epoch is the best; after 2 and 4 epochs without improvement the rate is halved.
+    assert rates == pytest.approx([1e-12, 1e-12, 1e-12, 5e-13, 5e-13, 2.5e-13], rel=1e-6)
+    assert load(tmp_path)["progress"]["stale"] == 5
+    assert same(load(tmp_path, "BEST_")["progress"]["epoch"], 1)
+
+
+def test_log_holds_the_figures_that_are_printed(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "2", "--tensorboard"))
+    printed = capsys.readouterr().out
+    for row in rows(tmp_path):
+        assert f"free-running: BLEU-4 {row['bleu4']:.2f}" in printed
+        assert all(math.isfinite(value) for value in row.values())
+        assert {"train_loss", "val_loss", "val_top5", "teacher_forced_bleu4", "bleu1",
+                "captions_per_second", "lr"} <= row.keys()
+    assert list((tmp_path / f"tensorboard_{NAME}").glob("events*"))
+
+
+def test_pretrained_embeddings_are_used_and_stay_fixed_if_told_to(data, tmp_path):
+    word_map = json.loads((data / f"WORDMAP_{NAME}.json").read_text())
+    glove = tmp_path / "glove.txt"
+    glove.write_text("red 1 2 3 4\nnowhere 5 5 5 5\ncircle -1 0 1 0.5\n")
+    common = train_args(data, tmp_path, "--epochs", "1", "--embeddings", str(glove))
+    common.remove("--emb_dim")
+    common.remove("8")
+    train.main([*common, "--no-fine_tune_embeddings"])
+    fixed = load(tmp_path)["decoder"]["embedding.weight"]
+    assert fixed.shape == (len(word_map), 4)
+    assert fixed[word_map["red"]].tolist() == [1, 2, 3, 4]
+    assert fixed[word_map["circle"]].tolist() == [-1, 0, 1, 0.5]
+    train.main(common)
+    tuned = load(tmp_path)["decoder"]["embedding.weight"]
+    assert not torch.equal(fixed, tuned)
+
+
+def test_single_captions_train_too(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1", "--single_captions",
+                          "--batch_size", "16"))
+    assert load(tmp_path)["progress"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("script, args, message", [
+    ("train.py", ["--data_folder", "nowhere"], "no data set in nowhere; run python create_input"),
+    ("eval.py", ["--model", "missing.pth.tar"], "missing.pth.tar not found"),
+    ("train.py", ["--resume", "--data_folder", "{data}", "--checkpoint_folder", "{tmp}"],
+     f"checkpoint_{NAME}.pth.tar not found"),
+    ("train.py", ["--data_folder", "{data}", "--encoder", "resnet1000"], "unknown encoder"),
+    ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
+    ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
+])
+def test_mistakes_end_in_one_line_and_exit_code_2(data, tmp_path, script, args, message):
+    result = run_script(script, *(arg.format(data=data, tmp=tmp_path) for arg in args))
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_that_differs_from_the_options_says_in_what(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    checkpoint = str(tmp_path / f"checkpoint_{NAME}.pth.tar")
+    with pytest.raises(train.UserError, match="decoder_dim 32, not 64"):
+        train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--decoder_dim", "64"])
+    with pytest.raises(train.UserError, match="leave --embeddings out"):
+        train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--embeddings", "x"])
