@@ -20,10 +20,11 @@ demo: .venv/demo
 	.venv/bin/python create_input_files.py --output_folder demo_run
 	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
 	    --encoder tf_efficientnet_lite0 --encoder_weights pretrained/tf_efficientnet_lite0.pth \
+	    --decoder_dim 256 --attention_dim 128 --emb_dim 64 --decoder_lr 2e-3 \
 	    --epochs $(DEMO_EPOCHS) --workers 0
 	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0
 	.venv/bin/python caption.py --checkpoint_folder demo_run --out demo_run/overlays \
-	    --img demo_run/demo/demo_0000[0-4].png
+	    --img demo_run/demo/demo_0129?.png
 	@echo "attention overlays are in demo_run/overlays"
 
 test: .venv/test
