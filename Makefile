@@ -2,7 +2,7 @@
 # make test   lint and tests
 
 PYTHON ?= python3
-DEMO_EPOCHS ?= 15
+DEMO_EPOCHS ?= 8
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -21,10 +21,10 @@ demo: .venv/demo
 	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
 	    --encoder tf_efficientnet_lite0 --encoder_weights pretrained/tf_efficientnet_lite0.pth \
 	    --decoder_dim 256 --attention_dim 128 --emb_dim 64 --decoder_lr 2e-3 \
-	    --epochs $(DEMO_EPOCHS) --workers 0
+	    --batch_size 40 --epochs $(DEMO_EPOCHS) --workers 0
 	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0
 	.venv/bin/python caption.py --checkpoint_folder demo_run --out demo_run/overlays \
-	    --img demo_run/demo/demo_0129?.png
+	    --img demo_run/demo/demo_0189?.png
 	@echo "attention overlays are in demo_run/overlays"
 
 test: .venv/test

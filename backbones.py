@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from datasets import UserError
+from files import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,7 +30,8 @@ class Backbone(NamedTuple):
 def load_backbone(name, weights):
     """
     name: a convolutional classifier of torchvision, else of timm
-    weights: "imagenet" (downloaded once), "none" (random) or the path of a state dict
+    weights: "imagenet" (downloaded once), "none" (random), the path of a state dict, or None
+    where a checkpoint will be loaded into it
 
     Raises UserError for an unknown name, a failed download or weights that do not fit.
     """
@@ -40,7 +41,7 @@ def load_backbone(name, weights):
         model, mean, std = _from_torchvision(name, weights)
     else:
         model, mean, std = _from_timm(name, weights)
-    if weights not in ("imagenet", "none"):
+    if weights not in ("imagenet", "none", None):
         _load_file(model, name, weights)
 
     body = []
@@ -61,6 +62,8 @@ def load_backbone(name, weights):
     if probed is None:
         raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
                         f"try resnet101, vgg19 or tf_efficientnet_lite0")
+    if weights == "none":
+        _settle(body)
     return Backbone(body, *probed, mean, std)
 
 
@@ -74,7 +77,9 @@ def _from_torchvision(name, weights):
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
     try:
         model = torchvision.models.get_model(name, weights=pretrained)
-    except OSError as error:  # urllib's errors are OSErrors
+    except Exception as error:  # OSError, HTTPException, RuntimeError where the hash is wrong
+        if pretrained is None:
+            raise
         raise UserError(f"could not download {pretrained.url} ({error}); fetch that file and pass "
                         f"--encoder_weights FILE, or --encoder_weights none") from None
     if getattr(model, "transform_input", False):  # Inception brings images to -1..1 by itself
@@ -86,9 +91,9 @@ def _from_timm(name, weights):
     import timm
 
     if not timm.is_model(name):
-        similar = timm.list_models(f"*{name}*")[:8]
+        similar = ", ".join(timm.list_models(f"*{name}*")[:8])
         raise UserError(f"unknown encoder {name}; see torchvision.models.list_models() and "
-                        f"timm.list_models()" + (f"; similar: {', '.join(similar)}" * bool(similar)))
+                        f"timm.list_models()" + (f"; similar: {similar}" if similar else ""))
     config = timm.get_pretrained_cfg(name)
     try:
         model = timm.create_model(name, pretrained=weights == "imagenet")
@@ -123,6 +128,22 @@ def _load_file(model, name, path):
     if lacking or report.unexpected_keys:
         key, what = ((lacking[0], "lacks") if lacking else (report.unexpected_keys[0], "also has"))
         raise UserError(f"{path} does not fit {name}: it {what} {key}")
+
+
+@torch.no_grad()
+def _settle(body):
+    """
+    Give a random network's BatchNorms the statistics of noise. Without any, activations of a
+    deep residual network grow with every block, to 1e5 in a ResNet-101.
+    """
+    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # this batch only
+    body.train()(torch.randn(4, 3, 128, 128))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    body.eval()
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import find_checkpoint, load_captioner
-from datasets import UserError, read_image, read_rgb
+from datasets import read_image, read_rgb
+from files import UserError
 from search import beam_search
 from utils import run
 

@@ -18,7 +18,7 @@ import random
 import re
 import unicodedata
 
-from utils import UserError, read_text
+from files import UserError, read_text
 
 IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
 CAPTION_KEYS = ("caption", "text", "sentence", "comment")

@@ -6,14 +6,11 @@ builds them), `word_map`, and in training also `options`, `epoch`, `bleu4` and a
 needed to go on exactly where the run stood.
 """
 
-import os
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 
-from datasets import UserError
+from files import UserError, read_json, whole
 from models import DecoderWithAttention, Encoder
 
 FORMAT = 1
@@ -24,16 +21,8 @@ def save(path, encoder, decoder, word_map, **rest):
     state = {"format": FORMAT, "encoder": encoder.state_dict(), "encoder_args": encoder.args,
              "decoder": decoder.state_dict(), "decoder_args": decoder.args,
              "word_map": word_map, **rest}
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load(path):
@@ -46,19 +35,18 @@ def load(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} not found; train a model first or pass another file") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+    except Exception as error:  # bytes that are no pickle fail in all sorts of ways
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
     return checkpoint
 
 
-def build(checkpoint, path, encoder_weights="none"):
+def build(checkpoint, path):
     """The encoder and decoder of a checkpoint; `path` is for the message of a UserError."""
     try:
-        encoder = Encoder(**checkpoint["encoder_args"], weights=encoder_weights)
+        encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
@@ -74,8 +62,6 @@ def load_captioner(path, device, word_map_path=None):
 
     The file's own word map beats the caller's, which is for files that lack one.
     """
-    from utils import read_json
-
     checkpoint = load(path)
     word_map = checkpoint.get("word_map")
     if word_map is None:
@@ -90,13 +76,13 @@ def load_captioner(path, device, word_map_path=None):
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 
-def find_checkpoint(folder):
-    """The only BEST_checkpoint_*.pth.tar in a folder; UserError that lists them otherwise."""
-    found = sorted(Path(folder).glob("BEST_checkpoint_*.pth.tar"))
+def find_checkpoint(folder, prefix="BEST_", option="--model"):
+    """The only {prefix}checkpoint_*.pth.tar in a folder; UserError that lists them otherwise."""
+    found = sorted(Path(folder).glob(f"{prefix}checkpoint_*.pth.tar"))
     if not found:
-        raise UserError(f"no BEST_checkpoint_*.pth.tar in {folder}; run python train.py first "
-                        f"or pass --model FILE")
+        raise UserError(f"no {prefix}checkpoint_*.pth.tar in {folder}; run python train.py first "
+                        f"or pass {option} FILE")
     if len(found) > 1:
-        raise UserError(f"several checkpoints in {folder}; pass --model, one of: "
+        raise UserError(f"several checkpoints in {folder}; pass {option}, one of: "
                         + ", ".join(map(str, found)))
     return str(found[0])

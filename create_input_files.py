@@ -9,7 +9,8 @@ Captioned photographs -> the files that train.py and eval.py read. Run it once p
 import argparse
 import os
 
-from utils import UserError, create_input_files, run
+from files import UserError
+from utils import create_input_files, run
 
 
 def get_args(argv=None):

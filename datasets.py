@@ -5,7 +5,6 @@ create_input_files.py writes, and the order in which it is gone through.
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,9 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-
-class UserError(Exception):
-    """A mistake of the user's: one line that names the file, the value and the next step."""
+from files import UserError, read_json, whole
 
 
 def read_rgb(path):
@@ -31,6 +28,8 @@ def read_rgb(path):
     brought to 8, and of an animation the first frame is taken.
     Raises UserError if the file is missing or not a readable picture.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not an image")
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
             if file.properties(index=0).dtype in (np.uint8, np.bool_):
@@ -41,9 +40,7 @@ def read_rgb(path):
                 rgba = _to_8_bits(file.read(index=0, rotate=True))
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a readable image: {reason}") from None
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
@@ -71,7 +68,8 @@ def read_image(path, size=256):
 
 def find_data_name(data_folder):
     """The only data set in the folder; UserError that lists them if there are several."""
-    names = sorted(p.stem.removeprefix("WORDMAP_") for p in Path(data_folder).glob("WORDMAP_*.json"))
+    names = sorted(path.stem.removeprefix("WORDMAP_")
+                   for path in Path(data_folder).glob("WORDMAP_*.json"))
     if not names:
         raise UserError(f"no data set in {data_folder}; run python create_input_files.py first")
     if len(names) > 1:
@@ -95,37 +93,45 @@ class CaptionDataset(Dataset):
     """
 
     def __init__(self, data_folder, data_name, split, by_image=True):
-        self.by_image = by_image
+        self.by_image, hint = by_image, "run python create_input_files.py first"
         self.path = self._file(data_folder, split, "IMAGES", data_name, "hdf5")
-        self.word_map = self._json(Path(data_folder) / f"WORDMAP_{data_name}.json")
-        captions = self._json(self._file(data_folder, split, "CAPTIONS", data_name, "json"))
-        lengths = self._json(self._file(data_folder, split, "CAPLENS", data_name, "json"))
+        self.word_map = read_json(Path(data_folder) / f"WORDMAP_{data_name}.json", hint)
+        captions = read_json(self._file(data_folder, split, "CAPTIONS", data_name, "json"), hint)
+        lengths = read_json(self._file(data_folder, split, "CAPLENS", data_name, "json"), hint)
         # One tensor instead of millions of Python ints: workers share its pages.
-        self.captions = torch.from_numpy(np.array(captions, dtype=np.int32, ndmin=2))
+        width = len(captions[0]) if captions else 0
+        try:
+            captions = np.array(captions, dtype=np.int32).reshape(len(captions), width)
+        except (TypeError, ValueError):
+            raise UserError(f"the CAPTIONS file of {self.path} holds no lists of word ids of one "
+                            f"length; run create_input_files.py again") from None
+        self.captions = torch.from_numpy(captions)
         self.lengths = torch.from_numpy(np.array(lengths, dtype=np.int32))
         self._key, self._handle, self._pid = "images", None, None
-        with h5py.File(self.path, "r") as file:
-            self.captions_per_image = int(file.attrs["captions_per_image"])
-            self.images = len(file["images"])
-        if not len(self.lengths) == self.images * self.captions_per_image:
+        try:
+            with h5py.File(self.path, "r") as file:
+                self.captions_per_image = int(file.attrs["captions_per_image"])
+                self.images = len(file["images"])
+        except FileNotFoundError:
+            raise UserError(f"{self.path} not found; run python create_input_files.py "
+                            f"first") from None
+        except (OSError, KeyError) as error:
+            raise UserError(f"{self.path} is damaged or holds no images: {error}; run "
+                            f"create_input_files.py again") from None
+        if len(self.captions) != len(self.lengths):
+            raise UserError(
+                f"{self.path}: its CAPTIONS file has {len(self.captions)} captions, but CAPLENS "
+                f"has {len(self.lengths)}; run create_input_files.py again")
+        if len(self.lengths) != self.images * self.captions_per_image:
             raise UserError(
                 f"{self.path} has {self.images} images of {self.captions_per_image} captions, but "
                 f"its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
         references = self._file(data_folder, split, "REFERENCES", data_name, "json")
-        self.entries = self._json(references) if references.exists() else None
+        self.entries = read_json(references) if references.exists() else None
 
     @staticmethod
     def _file(folder, split, kind, name, suffix):
         return Path(folder) / f"{split}_{kind}_{name}.{suffix}"
-
-    @staticmethod
-    def _json(path):
-        try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} not found; run python create_input_files.py first") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
 
     def __len__(self):
         return self.images if self.by_image else len(self.lengths)
@@ -219,31 +225,23 @@ def cache_features(dataset, encoder, device, batch_size=32):
     if path.exists():
         return path
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     images = copy.copy(dataset)
     images.by_image = True
     batches = Batches(len(images), batch_size, shuffle=False)
-    bar = tqdm(total=len(images), desc=f"encoding {path.name}", unit="image", disable=None)
-    try:
-        with h5py.File(temporary, "w") as file, torch.inference_mode():
-            features = None
-            for rows in batches:
-                encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
-                if features is None:
-                    shape = (len(images), *encoded.shape[1:])
-                    need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
-                    if need > free:
-                        raise UserError(
-                            f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; make "
-                            f"room or pass --no-cache_features")
-                    features = file.create_dataset("features", shape, dtype="float16")
-                if not np.isfinite(encoded).all():
-                    raise UserError(f"features of {encoder.args['name']} are too large for "
-                                    f"float16; pass --no-cache_features")
-                features[rows[0]:rows[-1] + 1] = encoded
-                bar.update(len(rows))
-        os.replace(temporary, path)
-    finally:
-        bar.close()
-        temporary.unlink(missing_ok=True)
+    bar = tqdm(batches, desc=f"encoding {path.name}", unit="batch", disable=None)
+    with whole(path) as temporary, h5py.File(temporary, "w") as file, torch.inference_mode():
+        features = None
+        for rows in bar:
+            encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
+            if features is None:
+                shape = (len(images), *encoded.shape[1:])
+                need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
+                if need > free:
+                    raise UserError(f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are "
+                                    f"free; make room or pass --no-cache_features")
+                features = file.create_dataset("features", shape, dtype="float16")
+            if not np.isfinite(encoded).all():
+                raise UserError(f"features of {encoder.args['name']} are too large for float16; "
+                                f"pass --no-cache_features")
+            features[rows[0]:rows[-1] + 1] = encoded
     return path

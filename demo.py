@@ -1,7 +1,7 @@
 """
 Draw small captioned scenes: a data set in minutes, with the truth about where things are.
 
-python demo.py FOLDER                       # 1000 training, 100 validation, 200 test scenes
+python demo.py FOLDER                       # 1600 training, 100 validation, 200 test scenes
 python demo.py FOLDER --train 3000 --seed 1
 
 A scene is one shape at a place, or two shapes in a relation. Each gets five captions that are all
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 6, 10  # pixels, least distance to the edge and between two objects
-SIZES = {"small": (60, 74), "large": (98, 114)}  # pixels, longer side of the object's box
+SIZES = {"small": (80, 90), "large": (106, 117)}  # pixels, longer side of the object's box
 COLOURS = {
     "red": (214, 40, 40), "yellow": (238, 212, 30), "green": (38, 150, 62),
     "blue": (35, 86, 205), "purple": (136, 52, 168), "black": (35, 35, 38),
@@ -155,13 +155,14 @@ def draw(background, objects, fine=4):
     return picture
 
 
-def make_demo(folder, train=1000, val=100, test=200, seed=0):
+def make_demo(folder, train=1600, val=100, test=200, seed=0):
     """
     Draw train + val + test different scenes as 256×256 PNG files, captioned in Karpathy's format.
 
     Every image has, besides "filename", "imgid", "split", "sentids" and five "sentences",
     "objects": [{"box": [x0, y0, x1, y1], "words": [...]}], the tight box in fractions of the width
-    and height, and the nouns that name this object and no other one of the scene.
+    and height, and the words that name this object and no other one of the scene: its colour and
+    its shape.
 
     Returns the path of folder/dataset_demo.json. It is written last: if it is there, so is all
     else. The same arguments give the same files.
@@ -183,8 +184,8 @@ def make_demo(folder, train=1000, val=100, test=200, seed=0):
             "filename": filename, "imgid": i, "split": splits[i], "sentids": sentids,
             "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
                           for text, k in zip(captions, sentids, strict=True)],
-            "objects": [{"box": [round(v / SIDE, 5) for v in box(points)], "words": [shape]}
-                        for (_, _, shape), (points, _) in zip(scene[0], objects, strict=True)],
+            "objects": [{"box": [round(v / SIDE, 5) for v in box(points)], "words": [colour, shape]}
+                        for (_, colour, shape), (points, _) in zip(scene[0], objects, strict=True)],
         })  # fmt: skip
     unfinished.write_text(json.dumps({"dataset": "demo", "images": images}))
     os.replace(unfinished, path)
@@ -194,7 +195,7 @@ def make_demo(folder, train=1000, val=100, test=200, seed=0):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw a captioned demo data set.")
     parser.add_argument("folder")
-    for split, n in [("train", 1000), ("val", 100), ("test", 200)]:
+    for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=int, default=n, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
     print(make_demo(**vars(parser.parse_args())))

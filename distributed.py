@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from datasets import UserError
+from files import UserError
 
 
 class Processes(NamedTuple):

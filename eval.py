@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 import distributed
 from checkpoints import find_checkpoint, load_captioner
-from datasets import Batches, CaptionDataset, UserError, find_data_name
+from datasets import Batches, CaptionDataset, find_data_name
+from files import UserError, write_json
 from metrics import attention_hits, bleu
 from search import beam_search
-from utils import run, write_json
+from utils import run
 
 
 def get_args(argv=None):

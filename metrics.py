@@ -15,7 +15,8 @@ def bleu(references, hypotheses):
     references: per image a list of captions, hypotheses: per image one caption; a caption is
     a list of words (or ids). Empty references count for nothing and are left out.
     """
-    references = [[caption for caption in captions if caption] for captions in references]
+    # [[]] where no reference is left: nothing matches it, and NLTK fails without any.
+    references = [[caption for caption in captions if caption] or [[]] for captions in references]
     if not any(hypotheses):
         return [0.0] * 4  # NLTK divides by the length of all hypotheses
     with warnings.catch_warnings():

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import checkpoints
 import distributed
-from datasets import Batches, CaptionDataset, UserError, cache_features, find_data_name
+from datasets import Batches, CaptionDataset, cache_features, find_data_name
+from files import UserError
 from metrics import bleu, top_k_correct
 from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from search import beam_search
@@ -42,7 +43,7 @@ def get_args(argv=None, **defaults):
     add("--cache_features", action=flag, default=True,
         help="with a frozen encoder, encode each image once and keep the result beside the data")
     # Model; with --checkpoint and --resume these come from the file
-    add("--encoder", default="resnet101", help="any convolutional classifier of torchvision or timm")
+    add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file")
     add("--emb_dim", type=int, help="word embeddings; 512, or the size of --embeddings")
     add("--attention_dim", type=int, default=512)
@@ -88,22 +89,21 @@ def main(argv=None):
 
 
 def train(argv, args, processes):
-    name = args.data_name or find_data_name(args.data_folder)
     checkpoint = None
     if args.resume:
         path = args.resume
         if path is True:
-            path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
+            path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
         checkpoint = checkpoints.load(path)
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
         args = get_args(argv, **{**checkpoint["options"], "resume": path})
-        name = args.data_name or find_data_name(args.data_folder)
     elif args.checkpoint:
         path = args.checkpoint
         checkpoint = checkpoints.load(path)
         args = get_args(argv, **_model_options(checkpoint))
 
+    name = args.data_name or find_data_name(args.data_folder)
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0 or len(train_data) < processes.world:
@@ -175,8 +175,8 @@ def train(argv, args, processes):
             state = {"options": options, "optimizer": optimizer.state_dict(), "progress": progress,
                      "bleu4": row["bleu4"]}
             for prefix in ["", "BEST_"] if better else [""]:
-                checkpoints.save(Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar",
-                                 encoder, decoder, train_data.word_map, **state)
+                path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
+                checkpoints.save(path, encoder, decoder, train_data.word_map, **state)
     processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
                     f"{progress['epoch']} epochs")
 
@@ -321,7 +321,8 @@ def _open_log(args, name, done, processes):
         return None
     folder.mkdir(parents=True, exist_ok=True)
     # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
-    kept = path.read_text().splitlines() if path.exists() and (args.resume or args.checkpoint) else []
+    goes_on = path.exists() and (args.resume or args.checkpoint)
+    kept = path.read_text().splitlines() if goes_on else []
     if args.resume:
         while kept and json.loads(kept[-1])["epoch"] > done:
             kept.pop()

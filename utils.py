@@ -1,9 +1,8 @@
 """
-What the scripts share: JSON files, seeds, errors of the user, pretrained embeddings,
-and create_input_files(), which turns captioned photographs into the files that we train on.
+What the scripts share: seeds, errors of the user, pretrained embeddings, and
+create_input_files(), which turns captioned photographs into the files that we train on.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -25,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets import UserError, read_image
+from datasets import read_image
+from files import UserError, read_json, write_json
 
 IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
@@ -52,43 +52,6 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def read_text(path):
-    """The text of a UTF-8 file, with or without a byte order mark; UserError if it isn't one."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise UserError(f"{path} not found") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except OSError as error:  # a folder, no permission
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def read_json(path):
-    """The object in a JSON file; UserError if the file is missing or broken."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
-
-
-def write_json(path, content):
-    """Write a JSON file that is there whole or not at all, even if the power fails."""
-    temporary = f"{path}.{os.getpid()}.tmp"  # same folder, since os.replace stays in a file system
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content))  # json.dump would take the slow encoder
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def init_embedding(embeddings):

@@ -4,13 +4,14 @@ without pyplot and its windows, so figures are drawn on machines that have no di
 """
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from files import whole
 
 COLUMNS = 5
 DPI = 120  # pixels per inch
@@ -105,16 +106,11 @@ def save(figure, path):
 
     Raises ValueError for a suffix that matplotlib does not know, OSError if it can't be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    kind = path.suffix[1:].lower() or "png"
+    kind = Path(path).suffix[1:].lower() or "png"
     # PNG's level 3 takes a third of the time of the usual 6 for a tenth more bytes.
     options = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}
-    try:
+    with whole(path) as temporary:
         figure.savefig(temporary, format=kind, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def show(figure):

@@ -81,8 +81,7 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     train.main(train_args(data, parts, "--epochs", "2"))
     half = load(parts)
     # Only what differs is said again: the run's own options come from its checkpoint.
-    train.main(["--data_folder", str(data), "--checkpoint_folder", str(parts), "--resume",
-                "--epochs", "4"])
+    train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "4"])
     a, b = load(whole), load(parts)
     for key in ("encoder", "decoder", "optimizer", "progress", "bleu4"):
         assert same(a[key], b[key]), key
@@ -248,7 +247,8 @@ def test_single_captions_train_too(data, tmp_path):
     ("train.py", ["--data_folder", "nowhere"], "no data set in nowhere; run python create_input"),
     ("eval.py", ["--model", "missing.pth.tar"], "missing.pth.tar not found"),
     ("train.py", ["--resume", "--data_folder", "{data}", "--checkpoint_folder", "{tmp}"],
-     f"checkpoint_{NAME}.pth.tar not found"),
+     "no checkpoint_*.pth.tar in"),
+    ("train.py", ["--resume", "{tmp}/gone.pth.tar"], "gone.pth.tar not found"),
     ("train.py", ["--data_folder", "{data}", "--encoder", "resnet1000"], "unknown encoder"),
     ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),

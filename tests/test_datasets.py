@@ -1,0 +1,487 @@
+"""Pictures of every kind, the tutorial's files, the order of an epoch and the feature cache."""
+
+import json
+import os
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from datasets import (
+    Batches,
+    CaptionDataset,
+    UserError,
+    cache_features,
+    find_data_name,
+    read_image,
+    read_rgb,
+)
+from models import Encoder
+
+NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
+IMAGES, R = 5, 2
+WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "sits": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
+CAPTIONS = [[5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0]
+            for i in range(IMAGES * R)]
+LENGTHS = [4 if i % 2 else 5 for i in range(IMAGES * R)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def grey(values):
+    return np.repeat(np.asarray(values, np.uint8)[..., None], 3, 2)
+
+
+# --- pictures ---
+
+
+def test_grey_becomes_three_equal_channels(tmp_path):
+    values = np.array([[0, 64, 65], [128, 254, 255]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), grey(values))
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    Image.fromarray(np.array([[True, False], [False, True]])).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), grey([[255, 0], [0, 255]]))
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 1000], [32768, 65000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"),
+                                  grey([[0, 1, 4], [128, 253, 255]]))  # / 257, rounded
+
+
+def palette_picture():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def test_palette_becomes_its_colours(tmp_path):
+    palette_picture().save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_transparent_palette_entry_is_white(tmp_path, suffix):
+    palette_picture().save(tmp_path / f"a.{suffix}", transparency=0)
+    assert read_rgb(tmp_path / f"a.{suffix}").tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    pixels = np.array([[[100, 200, 0, 255], [100, 200, 0, 0], [100, 200, 0, 51]]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    # 51 is a fifth: 0.2 * colour + 0.8 * 255
+    assert read_rgb(tmp_path / "a.png").tolist() == [[[100, 200, 0], [255] * 3, [224, 244, 204]]]
+
+
+def test_transparent_grey_is_laid_over_white(tmp_path):
+    Image.fromarray(np.array([[[100, 255], [100, 51]]], np.uint8)).save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png").tolist() == grey([[100, 224]]).tolist()
+
+
+def test_cmyk_jpeg_shows_its_colours(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg")  # red in print
+    assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_first_frame_of_an_animation(tmp_path, suffix):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[blue], duration=50)
+    assert np.abs(read_rgb(tmp_path / f"a.{suffix}").astype(int) - [255, 0, 0]).max() <= 3
+
+
+def quadrants():
+    """red, green / blue, white, wider than high"""
+    image = np.zeros((32, 48, 3), np.uint8)
+    image[:16, :24], image[:16, 24:], image[16:, :24] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    image[16:, 24:] = 255
+    return Image.fromarray(image)
+
+
+# How a picture must be turned before it is stored, to be upright again by its EXIF tag.
+T = Image.Transpose
+STORED = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
+          6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_rotated_jpeg_is_upright(tmp_path, orientation):
+    upright, turn, exif = quadrants(), STORED[orientation], Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if turn is None else upright.transpose(turn)
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    got = read_rgb(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        np.testing.assert_array_equal(got, np.asarray(ImageOps.exif_transpose(image)))
+    assert got.shape == (32, 48, 3)
+    assert np.abs(got.astype(int) - np.asarray(upright)).max() < 12  # JPEG's loss
+
+
+def test_suffix_does_not_matter(tmp_path):
+    Image.fromarray(grey([[7, 8]])).save(tmp_path / "a.jpg", format="PNG")
+    (tmp_path / "a.jpg").rename(tmp_path / "b")
+    Image.fromarray(grey([[7, 8]])).save(tmp_path / "a.jpg", format="PNG")
+    for name in ("a.jpg", "b"):
+        np.testing.assert_array_equal(read_rgb(tmp_path / name), grey([[7, 8]]))
+
+
+def noise_file(path, **options):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("broken", ["missing", "folder", "empty", "text", "png", "jpg", "gif",
+                                    "webp", "tif", "avif"])
+def test_unreadable_picture_is_one_line_with_its_path(tmp_path, broken):
+    path = tmp_path / f"x.{broken}"
+    if broken == "folder":
+        path.mkdir()
+    elif broken == "empty":
+        path.touch()
+    elif broken == "text":
+        path.write_text("a cat\nsits\n" * 50)
+    elif broken != "missing":
+        data = noise_file(path).read_bytes()
+        path.write_bytes(data[:len(data) // 2])
+    for read in (read_rgb, read_image):
+        with pytest.raises(UserError) as error:
+            read(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    expected = {"missing": "not found", "folder": "is a folder"}.get(broken, "not a readable image")
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("problem", [EOFError, RuntimeError, TypeError, MemoryError])
+def test_whatever_a_decoder_raises_is_the_users_error(tmp_path, monkeypatch, problem):
+    def fail(*args, **kwargs):
+        raise problem
+
+    path = noise_file(tmp_path / "x.png")
+    monkeypatch.setattr("imageio.plugins.pillow.PillowPlugin.read", fail)
+    with pytest.raises(UserError, match=f"x.png is not a readable image: {problem.__name__}"):
+        read_rgb(path)
+
+
+def test_fine_checkerboard_shrinks_to_grey(tmp_path):
+    board = np.indices((1024, 1024)).sum(0) % 2 * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png").astype(int)
+    assert image.shape == (3, 256, 256) and np.abs(image - 127.5).max() < 3
+
+
+def test_image_is_squashed_not_cropped(tmp_path):
+    quadrants().save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", 64)
+    assert image.shape == (3, 64, 64) and image.dtype == np.uint8
+    for (y, x), colour in {(0, 0): (255, 0, 0), (0, 63): (0, 255, 0), (63, 0): (0, 0, 255),
+                           (63, 63): (255, 255, 255), (28, 28): (255, 0, 0)}.items():
+        assert tuple(image[:, y, x]) == colour
+
+
+# --- the files of the tutorial ---
+
+
+def write_tutorial_files(folder, captions=CAPTIONS, lengths=LENGTHS, size=256):
+    """As the tutorial's create_input_files() does; there is no REFERENCES file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, size, size), np.uint8)
+    with h5py.File(folder / f"TRAIN_IMAGES_{NAME}.hdf5", "a") as h:
+        h.attrs["captions_per_image"] = R
+        images = h.create_dataset("images", (IMAGES, 3, size, size), dtype="uint8")
+        for i, image in enumerate(pixels):
+            images[i] = image
+    for kind, content in ((f"TRAIN_CAPTIONS_{NAME}", captions), (f"TRAIN_CAPLENS_{NAME}", lengths),
+                          (f"WORDMAP_{NAME}", WORD_MAP)):
+        with open(folder / f"{kind}.json", "w") as j:
+            json.dump(content, j)
+    return pixels
+
+
+@pytest.fixture
+def data(tmp_path):
+    pixels = write_tutorial_files(tmp_path)
+    return tmp_path, pixels
+
+
+def equal(batch, other):
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, other, strict=True))
+
+
+def test_item_is_an_image_with_its_captions(data):
+    folder, pixels = data
+    dataset = CaptionDataset(folder, NAME, "TRAIN")
+    assert len(dataset) == IMAGES and dataset.word_map == WORD_MAP
+    for i in range(IMAGES):
+        image, captions, lengths = dataset[i]
+        assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
+        np.testing.assert_array_equal(image, pixels[i])
+        assert captions.tolist() == CAPTIONS[R * i:R * i + R]
+        assert lengths.tolist() == LENGTHS[R * i:R * i + R]
+
+
+def test_item_is_a_caption_with_its_image(data):
+    folder, pixels = data
+    dataset = CaptionDataset(folder, NAME, "TRAIN", by_image=False)
+    assert len(dataset) == IMAGES * R
+    for i in range(IMAGES * R):
+        image, captions, lengths = dataset[i]
+        np.testing.assert_array_equal(image, pixels[i // R])
+        assert captions.tolist() == [CAPTIONS[i]] and lengths.tolist() == [LENGTHS[i]]
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_batch_is_its_items_stacked(data, by_image):
+    dataset = CaptionDataset(data[0], NAME, "TRAIN", by_image)
+    index = np.array([3, 0, 4])
+    items = [dataset[int(i)] for i in index]
+    assert equal(dataset[index], [torch.stack(column) for column in zip(*items)])
+
+
+@pytest.mark.parametrize("index", [-1, IMAGES])
+def test_index_out_of_range(data, index):
+    with pytest.raises(IndexError):
+        CaptionDataset(data[0], NAME, "TRAIN")[index]
+
+
+def test_references_are_read_back_from_word_ids(data):
+    entry = CaptionDataset(data[0], NAME, "TRAIN").entry(1)
+    assert entry == {"filename": None, "image_id": 1,
+                     "references": [["a", "cat", "sits"], ["a", "<unk>"]]}
+
+
+def test_references_file_beats_the_word_ids(data):
+    entries = [{"filename": f"{i}.jpg", "references": [["un", "chat"]]} for i in range(IMAGES)]
+    path = data[0] / f"TRAIN_REFERENCES_{NAME}.json"
+    path.write_text(json.dumps(entries))
+    assert CaptionDataset(data[0], NAME, "TRAIN").entry(3) == entries[3]
+
+
+@pytest.mark.parametrize("captions, lengths", [
+    (CAPTIONS[:-1], LENGTHS[:-1]), (CAPTIONS[:-1], LENGTHS), (CAPTIONS, LENGTHS[:-1])])
+def test_count_mismatch_is_a_user_error(tmp_path, captions, lengths):
+    write_tutorial_files(tmp_path, captions, lengths, size=8)
+    with pytest.raises(UserError, match="create_input_files.py"):
+        CaptionDataset(tmp_path, NAME, "TRAIN")
+
+
+FILES = [f"TRAIN_IMAGES_{NAME}.hdf5", f"TRAIN_CAPTIONS_{NAME}.json", f"TRAIN_CAPLENS_{NAME}.json",
+         f"WORDMAP_{NAME}.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_missing_or_damaged_file_is_named(tmp_path, name, damage):
+    write_tutorial_files(tmp_path, size=8)
+    path = tmp_path / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        size = path.stat().st_size // 2 if damage == "truncated" else 0
+        path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError) as error:
+        CaptionDataset(tmp_path, NAME, "TRAIN")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hdf5_file_of_something_else_is_a_user_error(tmp_path):
+    write_tutorial_files(tmp_path, size=8)
+    with h5py.File(tmp_path / FILES[0], "w") as file:
+        file["other"] = np.zeros(3)
+    with pytest.raises(UserError, match=FILES[0]):
+        CaptionDataset(tmp_path, NAME, "TRAIN")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_the_batches_of_one_process(data, method):
+    dataset = CaptionDataset(data[0], NAME, "TRAIN")
+    batches = Batches(IMAGES, 2)
+    expected = [dataset[rows] for rows in batches]  # the parent has the file open from here on
+    loader = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2,
+                        multiprocessing_context=method)
+    got = list(loader)
+    assert len(got) == len(loader) == 3 and all(map(equal, got, expected))
+    assert equal(dataset[np.arange(IMAGES)], [torch.stack(c) for c in zip(*dataset)])
+
+
+def test_pickled_dataset_carries_no_handle(data):
+    dataset = CaptionDataset(data[0], NAME, "TRAIN")
+    before = dataset[2]
+    assert dataset._handle is not None
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy._handle is None and equal(copy[2], before)
+    assert dataset._handle is not None
+
+
+def test_only_data_set_is_found(tmp_path):
+    (tmp_path / "WORDMAP_coco_5.json").touch()
+    (tmp_path / "WORDMAP_notes.txt").touch()
+    assert find_data_name(tmp_path) == "coco_5"
+
+
+def test_no_data_set_names_the_folder(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"no data set in {folder}; run python create_input"):
+            find_data_name(folder)
+
+
+def test_several_data_sets_are_listed(tmp_path):
+    for name in "ba":
+        (tmp_path / f"WORDMAP_{name}.json").touch()
+    with pytest.raises(UserError, match="pass --data_name, one of: a, b$"):
+        find_data_name(tmp_path)
+
+
+# --- the order of an epoch ---
+
+SIZES = [(1, 1), (7, 3), (10, 5), (10, 4), (3, 8), (101, 16), (64, 64)]
+
+
+@pytest.mark.parametrize("items, size", SIZES)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_item_once_in_batches_of_nearly_one_size(items, size, shuffle):
+    batches = Batches(items, size, shuffle)
+    order = [list(batch) for batch in batches]
+    assert sorted(sum(order, [])) == list(range(items))
+    sizes = {len(batch) for batch in order}
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size
+    assert len(batches) == len(order) == -(-items // size)
+    assert shuffle or sum(order, []) == list(range(items))
+
+
+def epoch(number, **options):
+    batches = Batches(50, 8, **options)
+    batches.epoch = number
+    return [batch.tolist() for batch in batches]
+
+
+def test_order_follows_from_seed_and_epoch_alone():
+    first = epoch(3, seed=1)
+    np.random.seed(5)
+    assert epoch(3, seed=1) == first
+    assert len({str(epoch(e, seed=s)) for e in range(4) for s in range(4)}) == 16
+
+
+@pytest.mark.parametrize("items, size, world", [
+    (items, size, world) for items, size in SIZES for world in (2, 3, 5) if items >= world])
+def test_processes_share_the_batches_of_one(items, size, world):
+    shares = [Batches(items, size, rank=rank, world=world) for rank in range(world)]
+    whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
+    assert sorted(sum(whole, [])) == list(range(items))
+    assert all(len(part) for share in shares for part in share)
+    assert {len(share) for share in shares} == {len(whole)}
+    if items // world >= -(-items // size):  # a batch of one process feeds all of them
+        assert whole == [batch.tolist() for batch in Batches(items, size)]
+
+
+# --- the feature cache ---
+
+
+def encoder_of(seed):
+    torch.manual_seed(seed)
+    return Encoder(name="resnet18", weights="none").eval()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return encoder_of(0)
+
+
+@pytest.fixture
+def small(tmp_path):
+    pixels = write_tutorial_files(tmp_path, size=64)
+    return CaptionDataset(tmp_path, NAME, "TRAIN"), torch.from_numpy(pixels)
+
+
+def beside(dataset):
+    return sorted(os.listdir(dataset.path.parent))
+
+
+def test_cached_features_equal_the_encoders(small, encoder):
+    dataset, pixels = small
+    with torch.no_grad():
+        expected = encoder(pixels)
+    dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
+    features, captions, _ = dataset[np.arange(IMAGES)]
+    assert features.dtype == torch.float16 and features.shape == (IMAGES, 4, 512)
+    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
+    assert captions.reshape(-1, 6).tolist() == CAPTIONS
+
+
+def test_cache_serves_caption_items_too(small, encoder):
+    dataset, pixels = small
+    by_caption = CaptionDataset(dataset.path.parent, NAME, "TRAIN", by_image=False)
+    path = cache_features(by_caption, encoder, "cpu", batch_size=2)
+    assert path == cache_features(dataset, encoder, "cpu") and not by_caption.by_image
+    by_caption.use_features(path)
+    with torch.no_grad():
+        expected = encoder(pixels)
+    for i in range(IMAGES * R):
+        features, captions, _ = by_caption[i]
+        torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
+        assert captions.tolist() == [CAPTIONS[i]]
+
+
+def test_second_call_uses_the_file_again(small, encoder):
+    path = cache_features(small[0], encoder, "cpu")
+    before, files = path.stat(), beside(small[0])
+    assert cache_features(small[0], encoder_of(0), "cpu") == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
+    assert beside(small[0]) == files
+
+
+def test_other_weights_and_other_images_have_their_own_file(small, encoder):
+    dataset, _ = small
+    paths = {cache_features(dataset, encoder, "cpu"), cache_features(dataset, encoder_of(1), "cpu")}
+    with h5py.File(dataset.path, "r+") as file:
+        file["images"][0] = 0
+    stat = dataset.path.stat()
+    os.utime(dataset.path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))  # on coarse clocks too
+    paths.add(cache_features(dataset, encoder, "cpu"))
+    assert len(paths) == 3 and all(path.exists() for path in paths)
+
+
+def test_error_in_the_middle_leaves_no_file(small, encoder, monkeypatch):
+    dataset, calls, forward = small[0], [], encoder.forward
+
+    def fail(images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(images)
+
+    files = beside(dataset)
+    monkeypatch.setattr(encoder, "forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(dataset, encoder, "cpu", batch_size=2)
+    assert len(calls) == 2 and beside(dataset) == files
+
+
+def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch):
+    files = beside(small[0])
+    monkeypatch.setattr(encoder, "forward", lambda images: torch.full((len(images), 4, 512), 1e5))
+    with pytest.raises(UserError, match="resnet18 are too large for float16"):
+        cache_features(small[0], encoder, "cpu")
+    assert beside(small[0]) == files
+
+
+def test_full_disk_is_refused_beforehand(small, encoder, monkeypatch):
+    files = beside(small[0])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match="make room or pass --no-cache_features"):
+        cache_features(small[0], encoder, "cpu")
+    assert beside(small[0]) == files

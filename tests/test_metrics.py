@@ -1,0 +1,169 @@
+"""BLEU against NLTK and against its definition; the counts by hand."""
+
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from nltk.translate.bleu_score import corpus_bleu, sentence_bleu
+
+from metrics import attention_hits, bleu, top_k_correct
+
+
+def ngrams(words, n):
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def naive_bleu(references, hypotheses, order):
+    """Papineni et al. 2002: clipped precisions, geometric mean, brevity penalty."""
+    logs, length, closest = 0.0, 0, 0
+    for n in range(1, order + 1):
+        matched = total = 0
+        for captions, hypothesis in zip(references, hypotheses):
+            for gram, count in ngrams(hypothesis, n).items():
+                matched += min(count, max(ngrams(caption, n)[gram] for caption in captions))
+                total += count
+        if not matched:
+            return 0.0
+        logs += math.log(matched / total) / order
+    for captions, hypothesis in zip(references, hypotheses):
+        size = len(hypothesis)
+        length += size
+        closest += min((abs(len(caption) - size), len(caption)) for caption in captions)[1]
+    return 100 * math.exp(min(0.0, 1 - closest / length) + logs)
+
+
+def random_corpus(rng):
+    """Hypotheses of 4 words and more: NLTK counts a missed n-gram in each that is shorter."""
+    def caption(low):
+        return [rng.choice("abcd") for _ in range(rng.randint(low, 12))]
+
+    images = range(rng.randint(1, 6))
+    return ([[caption(1) for _ in range(rng.randint(1, 5))] for _ in images],
+            [caption(4) for _ in images])
+
+
+def test_bleu_of_an_example_by_hand():
+    # 5 of 6 words (the second "the" is matched once too often: clipped to 1 by the reference),
+    # 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; 6 words against 7.
+    hypothesis = "the cat sat on the mat".split()
+    reference = "a cat sat on the red mat".split()
+    precisions = [5 / 6, 3 / 5, 2 / 4, 1 / 3]
+    penalty = math.exp(1 - 7 / 6)
+    expected = [100 * penalty * math.prod(precisions[:n]) ** (1 / n) for n in (1, 2, 3, 4)]
+    assert bleu([[reference]], [hypothesis]) == pytest.approx(expected)
+
+
+def test_bleu_equals_nltk_with_its_default_weights():
+    references, hypothesis = [list("abcdef"), list("abdefg")], list("abcdefg")
+    assert bleu([references], [hypothesis])[3] == pytest.approx(
+        100 * sentence_bleu(references, hypothesis))
+    corpus = [references, [list("gfedcba")]], [hypothesis, list("gfedc")]
+    assert bleu(*corpus)[3] == pytest.approx(100 * corpus_bleu(*corpus))
+
+
+def test_bleu_equals_its_definition_on_random_corpora():
+    rng = random.Random(0)
+    for _ in range(200):
+        references, hypotheses = random_corpus(rng)
+        expected = [naive_bleu(references, hypotheses, n) for n in (1, 2, 3, 4)]
+        assert bleu(references, hypotheses) == pytest.approx(expected, abs=1e-9)
+
+
+def test_hypothesis_shorter_than_n_counts_as_one_missed_n_gram():
+    """NLTK's way: 2 words have no quadruple, yet one is added to the denominator."""
+    references, hypotheses = [[list("abcde")], [list("xy")]], [list("abcde"), list("xy")]
+    assert bleu(references, hypotheses) == pytest.approx(
+        [100, 100, 100 * (3 / 4) ** (1 / 3), 100 * (3 / 4 * 2 / 3) ** (1 / 4)])
+
+
+def test_perfect_captions_score_100():
+    references, _ = random_corpus(random.Random(1))
+    references = [[caption * 4 for caption in captions] for captions in references]
+    assert bleu(references, [captions[-1] for captions in references]) == pytest.approx([100] * 4)
+
+
+def test_order_of_images_and_of_references_is_irrelevant():
+    references, hypotheses = random_corpus(random.Random(7))
+    turned = [captions[::-1] for captions in references[::-1]]
+    assert bleu(turned, hypotheses[::-1]) == pytest.approx(bleu(references, hypotheses))
+
+
+def test_word_ids_score_as_words_do():
+    references, hypotheses = random_corpus(random.Random(3))
+    ids = [[[ord(w) for w in c] for c in captions] for captions in references]
+    assert bleu(ids, [[ord(w) for w in c] for c in hypotheses]) == bleu(references, hypotheses)
+
+
+def test_empty_hypotheses_score_0():
+    assert bleu([[["a"]], [["b"]]], [[], []]) == [0.0] * 4
+    assert bleu([], []) == [0.0] * 4
+
+
+def test_empty_references_count_for_nothing():
+    hypothesis = list("abcde")
+    assert bleu([[[], list("abcdf")]], [hypothesis]) == bleu([[list("abcdf")]], [hypothesis])
+
+
+def test_image_without_references_matches_nothing():
+    five = list("abcde")
+    for empty in ([], [[]]):
+        assert bleu([[five], empty], [five, five])[0] == pytest.approx(50)
+
+
+def test_top_k_correct_by_hand():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3],
+                           [0.8, 0.1, 0.2, 0.3],
+                           [0.4, 0.3, 0.2, 0.1]])
+    targets = torch.tensor([1, 3, 3])  # in places 1, 2 and 4
+    assert [int(top_k_correct(scores, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
+
+
+def test_top_5_of_fewer_than_5_words_is_always_correct():
+    assert int(top_k_correct(torch.rand(3, 4), torch.tensor([0, 1, 3]))) == 3
+
+
+LEFT_HALF = {"box": [0, 0, 0.5, 1], "words": ["cat", "kitten"]}
+
+
+def looking_at(row, column, side=4):
+    alpha = np.full((side, side), 0.01)
+    alpha[row, column] = 0.5
+    return alpha.ravel()
+
+
+@pytest.mark.parametrize("row, column, hit", [(0, 0, 1), (3, 1, 1), (0, 2, 0), (3, 3, 0)])
+def test_attention_hits_where_its_peak_lies_in_the_box(row, column, hit):
+    alphas = np.stack([looking_at(3, 3), looking_at(row, column)])
+    assert attention_hits(["a", "cat"], alphas, [LEFT_HALF], {"cat", "dog"}) == (hit, 1)
+
+
+def test_rows_are_down_and_columns_across():
+    wide = {"box": [0, 0.75, 1, 1], "words": ["road"]}  # not square: the lowest row of 4
+    for cell, hit in {(3, 0): 1, (3, 3): 1, (2, 3): 0, (0, 3): 0}.items():
+        assert attention_hits(["road"], looking_at(*cell)[None], [wide], {"road"}) == (hit, 1)
+
+
+def test_centre_of_the_cell_decides_at_the_edge_of_a_box():
+    # Column 1 of 4 spans 0.25..0.5, its centre is 0.375; an edge right there is inside.
+    for right, hit in {0.37: 0, 0.375: 1, 0.38: 1}.items():
+        thing = {"box": [0, 0, right, 1], "words": ["cat"]}
+        assert attention_hits(["cat"], looking_at(0, 1)[None], [thing], {"cat"}) == (hit, 1)
+
+
+def test_word_that_names_nothing_here_is_a_miss():
+    alphas = np.stack([looking_at(0, 0)] * 3)
+    assert attention_hits(["dog", "kitten", "the"], alphas, [LEFT_HALF],
+                          {"cat", "kitten", "dog"}) == (1, 2)
+
+
+def test_any_object_of_the_name_will_do():
+    right = {"box": [0.5, 0, 1, 1], "words": ["cat"]}
+    assert attention_hits(["cat"], looking_at(2, 3)[None], [LEFT_HALF, right], {"cat"}) == (1, 1)
+
+
+def test_caption_without_object_words_counts_nothing():
+    assert attention_hits(["the"], looking_at(0, 0)[None], [LEFT_HALF], {"cat"}) == (0, 0)
+    assert attention_hits([], np.zeros((0, 16)), [], {"cat"}) == (0, 0)
