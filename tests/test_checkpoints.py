@@ -2,9 +2,9 @@
 
 import json
 import os
-from pathlib import Path
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
