@@ -305,7 +305,7 @@ def _loader(data, batches, args, processes):
 def _parallel(module, processes):
     if processes.world == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    return DistributedDataParallel(module)
 
 
 def _show(row):
