@@ -82,7 +82,7 @@ def _from_torchvision(name, weights):
             raise
         raise UserError(f"could not download {pretrained.url} ({error}); fetch that file and pass "
                         f"--encoder_weights FILE, or --encoder_weights none") from None
-    if getattr(model, "transform_input", False):  # Inception brings images to -1..1 by itself
+    if name in ("googlenet", "inception_v3"):  # torchvision's own weights want -1..1
         return model, (0.5,) * 3, (0.5,) * 3
     return model, IMAGENET_MEAN, IMAGENET_STD
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import find_checkpoint, load_captioner
 from datasets import read_image, read_rgb
+from distributed import find_device
 from files import UserError
 from search import beam_search
 from utils import run
@@ -51,7 +52,7 @@ def get_args(argv=None):
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the cells of the attention grid")
     add("--show", action="store_true", help="show overlays in a window too")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
     return parser.parse_args(argv)
 
 
@@ -65,11 +66,7 @@ def check(args):
                         f"it is {args.beam_size}")
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {args.device} cannot be used here: {reason}") from None
+    args.device = find_device(args.device)
 
 
 def find_images(patterns):

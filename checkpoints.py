@@ -2,7 +2,7 @@
 Checkpoints: one format, tensors and plain values only, read with weights_only=True.
 
 A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (what
-builds them), `word_map`, and in training also `options`, `epoch`, `bleu4` and all that is
+builds them), `word_map`, and in training also `options`, `progress`, `bleu4` and all that is
 needed to go on exactly where the run stood.
 """
 

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import os
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import h5py
@@ -126,8 +127,23 @@ class CaptionDataset(Dataset):
             raise UserError(
                 f"{self.path} has {self.images} images of {self.captions_per_image} captions, but "
                 f"its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
-        references = self._file(data_folder, split, "REFERENCES", data_name, "json")
-        self.entries = read_json(references) if references.exists() else None
+        self._references = self._file(data_folder, split, "REFERENCES", data_name, "json")
+
+    @cached_property
+    def entries(self):
+        """The list in REFERENCES, read when first asked for: training does without."""
+        if self._references.exists():
+            entries = read_json(self._references)
+            if len(entries) != self.images:
+                raise UserError(f"{self._references} is of {len(entries)} images, {self.path} has "
+                                f"{self.images}; run create_input_files.py again")
+            return entries
+        words = {i: word for word, i in self.word_map.items()}
+        captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
+                    zip(self.captions.tolist(), self.lengths.tolist())]
+        n = self.captions_per_image
+        return [{"filename": None, "image_id": i, "references": captions[i * n:(i + 1) * n]}
+                for i in range(self.images)]
 
     @staticmethod
     def _file(folder, split, kind, name, suffix):
@@ -168,13 +184,7 @@ class CaptionDataset(Dataset):
         and, for the demo, objects. Data sets made by the tutorial's code have no such
         file: there the references are read back from the word ids, <unk> included.
         """
-        if self.entries is not None:
-            return self.entries[image]
-        rows = slice(image * self.captions_per_image, (image + 1) * self.captions_per_image)
-        words = {i: word for word, i in self.word_map.items()}
-        return {"filename": None, "image_id": image, "references": [
-            [words[int(i)] for i in caption[1:length - 1]]
-            for caption, length in zip(self.captions[rows], self.lengths[rows])]}
+        return self.entries[image]
 
 
 class Batches(Sampler):

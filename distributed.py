@@ -44,14 +44,22 @@ class Processes(NamedTuple):
             dist.barrier()
 
 
+def find_device(name=None):
+    """torch.device by its name, by default the GPU if there is one; UserError if it isn't there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+
+
 def start(device=None):
     """
     Join the processes that torchrun started, or be the only one. device: "cuda", "cuda:1",
     "cpu", ...; the GPU if there is one by default. Under torchrun each process takes its own.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}, but torch sees no GPU; pass --device cpu")
+    device = find_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes(device, 0, 1)

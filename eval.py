@@ -6,6 +6,7 @@ Score a trained model on the validation or test images, one row per beam size.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -53,6 +54,8 @@ def main(argv=None):
 
 
 def evaluate(args, processes):
+    if args.results and not Path(args.results).resolve().parent.is_dir():
+        raise UserError(f"the folder of --results {args.results} does not exist; make it first")
     path = args.model or find_checkpoint(args.checkpoint_folder)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)
@@ -60,12 +63,12 @@ def evaluate(args, processes):
     if len(data) == 0:
         raise UserError(f"{data.path} has no images; choose the other --split")
     # The model speaks its own words; the data set's are not needed, since references are words.
-    found = caption_split(encoder, decoder, word_map, data, args, processes)
+    nouns = {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
+             for noun in thing["words"]}
+    found = caption_split(encoder, decoder, word_map, data, nouns, args, processes)
     if not processes.first:
         return
     references = [data.entry(i)["references"] for i in range(len(data))]
-    nouns = {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
-             for noun in thing["words"]}
     print(f"{path} on {len(data)} {args.split} images of {name}")
     print("beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4" + "  attention" * bool(nouns))
     for beam_size, captions in zip(args.beam_sizes, zip(*found)):
@@ -91,16 +94,15 @@ def evaluate(args, processes):
 
 
 @torch.inference_mode()
-def caption_split(encoder, decoder, word_map, data, args, processes):
+def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     """
     Caption every image once at each beam size; each process takes its share.
+    nouns: the words that name objects in this data set, if it knows any
 
     Returns, in every process, per image a list with one dictionary per beam size: words,
     score (nats), and how many of its object words were looked at rightly (hits of object_words).
     """
     words_of = {i: word for word, i in word_map.items()}
-    nouns = {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
-             for noun in thing["words"]}
     batches = Batches(len(data), args.batch_size, False, 0, processes.rank, processes.world)
     loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
                         pin_memory=processes.device.type == "cuda")

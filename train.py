@@ -9,6 +9,7 @@ Train the captioning model.
 
 import argparse
 import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,42 +69,63 @@ def get_args(argv=None, **defaults):
     # Files
     add("--checkpoint", help="start a new phase from this model")
     add("--resume", nargs="?", const=True, metavar="FILE",
-        help="go on with a run, its options and all; without FILE, the latest")
+        help="go on with a run, its options and all; without FILE, that in --checkpoint_folder")
     add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
     add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "val_beam_size", "decay_after", "stop_after"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    for least, names in ((1, "batch_size epochs val_beam_size decay_after stop_after attention_dim "
+                             "decoder_dim emb_dim"),
+                         (0, "workers seed dropout decoder_lr encoder_lr grad_clip alpha_c")):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and value < least:
+                parser.error(f"--{name} is {value}, it must be at least {least}")
+    if args.dropout >= 1:
+        parser.error(f"--dropout is {args.dropout}, it must be below 1")
     return args
 
 
 def main(argv=None):
-    args = get_args(argv)
+    args, checkpoint = get_run(argv)
     processes = distributed.start(args.device)
     try:
-        train(argv, args, processes)
+        train(args, checkpoint, processes)
     finally:
         distributed.stop()
 
 
-def train(argv, args, processes):
-    checkpoint = None
-    if args.resume:
-        path = args.resume
-        if path is True:
-            path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
-        checkpoint = checkpoints.load(path)
-        if "optimizer" not in checkpoint:
-            raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-        args = get_args(argv, **{**checkpoint["options"], "resume": path})
-    elif args.checkpoint:
-        path = args.checkpoint
-        checkpoint = checkpoints.load(path)
-        args = get_args(argv, **_model_options(checkpoint))
+def get_run(argv):
+    """
+    The options and the checkpoint to start from, None if there is none. A resumed run keeps
+    its options; of those that the optimiser or the model depend on, none may change.
+    """
+    args = get_args(argv)
+    if args.resume and args.checkpoint:
+        raise UserError("--resume goes on, --checkpoint starts a phase; pass one of them")
+    if args.checkpoint:
+        checkpoint = checkpoints.load(args.checkpoint)
+        return get_args(argv, **_model_options(checkpoint)), checkpoint
+    if not args.resume:
+        return args, None
+    path = args.resume
+    if path is True:
+        path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
+    checkpoint = checkpoints.load(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
+    options = checkpoint["options"]
+    args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
+    for option in ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings"):
+        if getattr(args, option) != options[option]:
+            raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
+                            f"keeps; for a new phase pass --checkpoint {path}")
+    args.resume = path
+    return args, checkpoint
 
-    name = args.data_name or find_data_name(args.data_folder)
+
+def train(args, checkpoint, processes):
+    name = args.data_name = args.data_name or find_data_name(args.data_folder)
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0 or len(train_data) < processes.world:
@@ -111,7 +133,7 @@ def train(argv, args, processes):
                         f"images; too few for {processes.world} process(es)")
     set_seed(args.seed)
     if checkpoint:
-        encoder, decoder = _from_checkpoint(checkpoint, path, args, train_data.word_map)
+        encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
     else:
         encoder, decoder = _new_model(args, train_data.word_map)
     encoder.to(processes.device).fine_tune(args.fine_tune_encoder)
@@ -119,10 +141,12 @@ def train(argv, args, processes):
 
     if args.cache_features and not args.fine_tune_encoder:
         for data in (train_data, val_data):
-            if processes.first:  # the others wait and find it
-                cache_features(data, encoder, processes.device)
-            processes.wait()
-            data.use_features(cache_features(data, encoder, processes.device))
+            if not processes.first:
+                processes.wait()  # for the first to make it
+            path = cache_features(data, encoder, processes.device)
+            if processes.first:
+                processes.wait()
+            data.use_features(path)
     items = args.batch_size if args.single_captions else max(
         1, args.batch_size // train_data.captions_per_image)
     batches = Batches(len(train_data), items, True, args.seed, processes.rank, processes.world)
@@ -162,6 +186,9 @@ def train(argv, args, processes):
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer, args,
                                processes, epoch)
+        if not math.isfinite(row["train_loss"]):
+            raise UserError(f"epoch {epoch}: the loss is {row['train_loss']}; nothing of it was "
+                            f"saved; try a lower --decoder_lr")
         row |= validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
                         f"{row['train_seconds']:.0f} s   {_show(row)}")
@@ -174,7 +201,7 @@ def train(argv, args, processes):
             options = {k: v for k, v in vars(args).items() if k not in ("resume", "checkpoint")}
             state = {"options": options, "optimizer": optimizer.state_dict(), "progress": progress,
                      "bleu4": row["bleu4"]}
-            for prefix in ["", "BEST_"] if better else [""]:
+            for prefix in ["BEST_", ""] if better else [""]:  # the run goes on from the last
                 path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
                 checkpoints.save(path, encoder, decoder, train_data.word_map, **state)
     processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
@@ -188,7 +215,7 @@ def train_one_epoch(encoder, decoder, loader, optimizer, args, processes, epoch)
     loss_sum, correct, words_seen, captions_seen, start = 0.0, 0, 0, 0, time.perf_counter()
     bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch",
                disable=None if processes.first else True)
-    for images, captions, lengths in bar:
+    for step, (images, captions, lengths) in enumerate(bar):
         # The loss is a mean over the words of the joint batch, whoever holds them.
         words, rows = processes.sum(int((lengths - 1).sum()), lengths.numel())
         features, captions, lengths = _encode(
@@ -205,7 +232,7 @@ def train_one_epoch(encoder, decoder, loader, optimizer, args, processes, epoch)
         loss_sum += loss.detach() * words / processes.world
         correct += top_k_correct(scores.detach(), targets)
         words_seen, captions_seen = words_seen + words, captions_seen + rows
-        if not bar.disable and bar.n % 20 == 0:  # reading the loss waits for the GPU
+        if not bar.disable and step % 20 == 0:  # reading the loss waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.3f}")
     loss_sum, correct = processes.sum(float(loss_sum), int(correct))
     seconds = time.perf_counter() - start
@@ -260,7 +287,7 @@ def _encode(encoder, images, captions, lengths, device, fine_tune):
 
 def _new_model(args, word_map):
     encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
-    embeddings, emb_dim = None, args.emb_dim or 512
+    embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
     if args.embeddings:
         embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
         if args.emb_dim not in (None, emb_dim):
@@ -280,8 +307,9 @@ def _model_options(checkpoint):
             "dropout": sizes["dropout"]}
 
 
-def _from_checkpoint(checkpoint, path, args, word_map):
+def _from_checkpoint(checkpoint, args, word_map):
     """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
+    path = args.resume or args.checkpoint
     if checkpoint["word_map"] != word_map:
         raise UserError(f"{path} was trained with another word map ({len(checkpoint['word_map'])} "
                         f"words) than that of the data ({len(word_map)} words)")

@@ -81,7 +81,7 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     train.main(train_args(data, parts, "--epochs", "2"))
     half = load(parts)
     # Only what differs is said again: the run's own options come from its checkpoint.
-    train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "4"])
+    train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "4"])  # on its device
     a, b = load(whole), load(parts)
     for key in ("encoder", "decoder", "optimizer", "progress", "bleu4"):
         assert same(a[key], b[key]), key
@@ -175,7 +175,7 @@ def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
     evaluation.main(["--checkpoint_folder", str(tmp_path), "--data_folder", str(data), "--split",
                      "val", "--workers", "0", "--device", "cpu"])
     greedy = capsys.readouterr().out.splitlines()[2].split()
-    assert greedy[0] == "1"
+    assert greedy[0] == "1" and best["bleu4"] > 0
     assert float(greedy[4]) == pytest.approx(best["bleu4"], abs=0.006)
 
 
@@ -240,7 +240,10 @@ def test_pretrained_embeddings_are_used_and_stay_fixed_if_told_to(data, tmp_path
 def test_single_captions_train_too(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "1", "--single_captions",
                           "--batch_size", "16"))
-    assert load(tmp_path)["progress"]["epoch"] == 1
+    train.main(train_args(data, tmp_path / "by_image", "--epochs", "1", "--batch_size", "16"))
+    one, other = rows(tmp_path)[0], rows(tmp_path / "by_image")[0]
+    assert one["train_loss"] != other["train_loss"]
+    assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.2)
 
 
 @pytest.mark.parametrize("script, args, message", [
@@ -250,6 +253,8 @@ def test_single_captions_train_too(data, tmp_path):
      "no checkpoint_*.pth.tar in"),
     ("train.py", ["--resume", "{tmp}/gone.pth.tar"], "gone.pth.tar not found"),
     ("train.py", ["--data_folder", "{data}", "--encoder", "resnet1000"], "unknown encoder"),
+    ("train.py", ["--resume", "x", "--checkpoint", "y"], "pass one of them"),
+    ("train.py", ["--device", "gpu"], "--device gpu cannot be used here"),
     ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
 ])
@@ -265,5 +270,8 @@ def test_a_checkpoint_that_differs_from_the_options_says_in_what(data, tmp_path)
     checkpoint = str(tmp_path / f"checkpoint_{NAME}.pth.tar")
     with pytest.raises(train.UserError, match="decoder_dim 32, not 64"):
         train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--decoder_dim", "64"])
+    for option in (["--decoder_lr", "1"], ["--fine_tune_encoder"]):
+        with pytest.raises(train.UserError, match="for a new phase pass --checkpoint"):
+            train.main(["--resume", checkpoint, *option])
     with pytest.raises(train.UserError, match="leave --embeddings out"):
         train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--embeddings", "x"])
