@@ -17,14 +17,6 @@ from models import Encoder
 LITE0 = Path(__file__).resolve().parent.parent / "pretrained/tf_efficientnet_lite0.pth"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_downloads(monkeypatch):
     def refuse(*args, **kwargs):

@@ -23,15 +23,6 @@ WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]
 WORD_MAP = {w: i for i, w in enumerate(["<pad>", *WORDS, "<unk>", "<start>", "<end>"])}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models wait for their threads more than they compute, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The path of a small random model that ends its captions after some words."""

@@ -30,14 +30,6 @@ CAPTIONS = [[5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0]
 LENGTHS = [4 if i % 2 else 5 for i in range(IMAGES * R)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def grey(values):
     return np.repeat(np.asarray(values, np.uint8)[..., None], 3, 2)
 

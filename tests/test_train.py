@@ -23,15 +23,6 @@ SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--wo
          "--device", "cpu", "--decoder_lr", "5e-3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """One thread computes in one order, whatever else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """22 training, 6 validation and 6 test scenes, features cached by the first run."""
