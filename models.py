@@ -10,7 +10,7 @@ Captions that share an image (the R captions of a batch, the K beams of a search
 side by side in dimension 1, so whatever depends on the image alone is computed once.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import load_backbone
+from kernels import AttentionEnergy, LinearPerWord
 
 ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 grid (section 4.3)
 
@@ -80,19 +81,24 @@ class Encoder(nn.Module):
 
 class Annotations(NamedTuple):
     """
-    What the decoder needs to know of N images, computed once per image.
+    What the decoder needs to know of N images, computed once per batch.
 
     Pooling from the backbone's grid to 14 x 14 is a fixed linear map, so it commutes with
     every other one: attention is projected on G cells and pooled only for the ReLU, and the
     context vector is a sum over G cells instead of P.
     """
     features: torch.Tensor  # (N, G, E) annotation vectors on the backbone's grid
-    keys: torch.Tensor  # (N, P, A) their projection for attention, pooled to P pixels
     pool: torch.Tensor  # (P, G) pooling weights; each row sums to 1
+    keys: torch.Tensor  # (N, P, A) the features' projection for attention, pooled to P pixels
+    energy: AttentionEnergy  # of those keys
+    from_h: LinearPerWord  # H -> A + E + 4 H: all that a step wants to know of h, stacked
+    from_context: LinearPerWord  # E -> 4 H: what the context adds to the LSTM's gates
 
     def __getitem__(self, images):
-        """The same for some of the images: a slice, or a tensor of indices."""
-        return Annotations(self.features[images], self.keys[images], self.pool)
+        """The same for some of the images, without gradients."""
+        keys = self.keys[images]
+        return self._replace(features=self.features[images], keys=keys,
+                             energy=AttentionEnergy(keys, self.energy.weight))
 
 
 @lru_cache(maxsize=8)
@@ -106,47 +112,6 @@ def pooling_matrix(cells, size, device, dtype):
         return F.adaptive_avg_pool2d(one_hot, size).view(cells, size * size).t().contiguous()
 
 
-class AttentionEnergy(torch.autograd.Function):
-    """
-    energy[n, r, p] = sum_a weight[a] * relu(keys[n, p, a] + query[n, r, a])
-
-    The sum over (N, R, P, A) is the decoder's largest tensor by far. It is never stored:
-    some images at a time, small enough for the processor's cache, it is made, used and made
-    again in the backward pass. Same numbers as the plain expression, several times faster.
-    """
-
-    @staticmethod
-    def _blocks(keys, query):
-        per_image = query.shape[1] * keys.shape[1] * keys.shape[2] * keys.element_size()
-        budget = 4 << 20 if keys.device.type == "cpu" else 1 << 30
-        step = max(1, budget // max(1, per_image))
-        for i in range(0, len(keys), step):
-            block = slice(i, i + step)
-            yield block, (keys[block, None] + query[block, :, None]).relu_()  # (n, R, P, A)
-
-    @staticmethod
-    def forward(ctx, keys, query, weight):
-        ctx.save_for_backward(keys, query, weight)
-        energy = keys.new_empty(query.shape[0], query.shape[1], keys.shape[1])
-        for block, hidden in AttentionEnergy._blocks(keys, query):
-            torch.matmul(hidden, weight, out=energy[block])
-        return energy
-
-    @staticmethod
-    def backward(ctx, grad):
-        keys, query, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_keys, d_query = torch.empty_like(keys), torch.empty_like(query)
-        d_weight = torch.zeros_like(weight)
-        for block, hidden in AttentionEnergy._blocks(keys, query):
-            g = grad[block]
-            d_weight += g.reshape(-1) @ hidden.view(-1, len(weight))
-            active = hidden.sign_()  # 1 where the ReLU is open, 0 elsewhere
-            d_query[block] = (g.unsqueeze(2) @ active).squeeze(2)
-            torch.sum(active.mul_(g.unsqueeze(3)), 1, out=d_keys[block])
-        return d_keys * weight, d_query * weight, d_weight
-
-
 class Attention(nn.Module):
     """Soft attention, paper section 4.2: a small network scores each pixel against h."""
 
@@ -156,22 +121,15 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def annotate(self, features, pool):
-        """features (N, G, E), pool (P, G) -> Annotations"""
-        # The rows of pool sum to 1, so the bias passes through it unchanged.
-        return Annotations(features, pool @ self.encoder_att(features), pool)
-
-    def forward(self, image, h):
+    def forward(self, image, query):
         """
-        image: Annotations of N images, h: (N, R, H) hidden states
+        image: Annotations; query: (n, R, A), decoder_att(h) of R captions of its first n images
 
-        Returns context (N, R, E), the expected annotation vector (equation 13),
-        and alpha (N, R, P), whose rows sum to 1 (equations 4 and 5).
+        Returns context (n, R, E), the expected annotation vector (equation 13),
+        and alpha (n, R, P), whose rows sum to 1 (equations 4 and 5).
         """
-        weight, bias = self.full_att.weight.squeeze(0), self.full_att.bias
-        energy = AttentionEnergy.apply(image.keys, self.decoder_att(h), weight) + bias
-        alpha = energy.softmax(-1)
-        return (alpha @ image.pool) @ image.features, alpha
+        alpha = (image.energy(query) + self.full_att.bias).softmax(-1)
+        return (alpha @ image.pool) @ image.features[:len(query)], alpha
 
 
 class DecoderWithAttention(nn.Module):
@@ -213,34 +171,57 @@ class DecoderWithAttention(nn.Module):
 
     def annotate(self, features):
         """
-        All that depends on the images alone.
+        All that a batch of images needs computing once.
 
         features: (N, G, E) annotation vectors on a square grid, or (N, h, w, E)
         """
         features = features.reshape(len(features), -1, features.shape[-1])
         pool = pooling_matrix(features.shape[1], self.args["encoded_image_size"],
                               features.device, features.dtype)
-        return self.attention.annotate(features, pool)
+        attention, lstm = self.attention, self.decode_step
+        # The rows of pool sum to 1, so the bias passes through it unchanged.
+        keys = pool @ attention.encoder_att(features)
+        reads_h = attention.decoder_att, self.f_beta
+        return Annotations(
+            features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
+            LinearPerWord(torch.cat([layer.weight for layer in reads_h] + [lstm.weight_hh]),
+                          torch.cat([layer.bias for layer in reads_h] + [lstm.bias_hh])),
+            LinearPerWord(lstm.weight_ih[:, self.args["embed_dim"]:], lstm.bias_ih))
 
     def init_hidden_state(self, image):
-        """h and c from the mean annotation vector, section 3.1.2: two of (N, 1, H)"""
+        """h and c from the mean annotation vector, section 3.1.2: two of (N, H)"""
         mean = image.pool.mean(0) @ image.features  # (N, E)
-        return self.init_h(mean).unsqueeze(1), self.init_c(mean).unsqueeze(1)
+        return self.init_h(mean), self.init_c(mean)
 
-    def step(self, words, state, image):
+    def read(self, words):
+        """What the words' embeddings add to the LSTM's gates: (...) ids -> (..., 4 H)"""
+        return F.linear(self.embedding(words),
+                        self.decode_step.weight_ih[:, :self.args["embed_dim"]])
+
+    def step(self, read, state, image, grid, slots=None):
         """
-        Read one word and look once: equations 1 to 3 of the paper.
+        Read one word and look once, for M captions: equations 1 to 3 of the paper.
 
-        words: (N, R) ids, state: h and c, each (N, R, H), image: Annotations of N images
+        read: (M, 4 H), their words as `read` gives them; state: h and c, each (M, H)
+        grid: (n, R), they are captions of the first n images, R at most of each
+        slots: (M,), the place of each in the grid, image by image; without it all are there,
+        in this order
 
-        Returns the new state and alpha (N, R, P), where the model looked for the next word.
+        Returns the new state and alpha (M, P), where the model looked for the next word.
         """
         h, c = state
-        context, alpha = self.attention(image, h)
-        context = self.f_beta(h).sigmoid() * context  # beta * z_hat, section 4.2.1
-        inputs = torch.cat([self.embedding(words), context], 2)
-        state = self.decode_step(inputs.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))
-        return tuple(x.view(h.shape) for x in state), alpha
+        sizes = self.args["attention_dim"], self.args["encoder_dim"], 4 * h.shape[1]
+        query, beta, gates = image.from_h(h).split(sizes, 1)
+        if slots is not None:
+            query = query.new_zeros(grid[0] * grid[1], sizes[0]).index_copy(0, slots, query)
+        context, alpha = (x.flatten(0, 1) for x in self.attention(image, query.view(*grid, -1)))
+        if slots is not None:
+            context, alpha = context.index_select(0, slots), alpha.index_select(0, slots)
+        context = beta.sigmoid() * context  # beta * z_hat, section 4.2.1
+        gates = (gates + read + image.from_context(context)).to(c.dtype)
+        write, keep, new, show = gates.chunk(4, 1)  # the LSTM's i, f, g, o
+        c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
+        return (show.sigmoid() * c.tanh(), c), alpha
 
     def scores(self, h):
         """(..., H) hidden states -> (..., V) scores of the next word, before the softmax"""
@@ -252,40 +233,68 @@ class DecoderWithAttention(nn.Module):
 
         features: (N, G, E) annotation vectors
         captions: (N, R, L) word ids, <start> ... <end> <pad>
-        lengths: (N, R) true lengths, <start> and <end> counted
+        lengths: (N, R) true lengths, <start> and <end> counted; best on the CPU, which needs them
 
         Returns, for the W words to predict (all but <start>), image by image, caption by
         caption: scores (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end.
         """
-        # Longest first, the images and the captions of each: the batch shrinks as they end.
-        sorted_lengths, by_length = lengths.sort(1, descending=True)
-        order = sorted_lengths[:, 0].argsort(descending=True)
-        unsort = order.argsort().unsqueeze(1), by_length.argsort(1)
-        inputs = captions.gather(1, by_length.unsqueeze(2).expand_as(captions))[order]
-        goes_on = (sorted_lengths[order] - 1).cpu()  # one host sync for the batch, none per word
-        image = self.annotate(features)[order]
-        state = tuple(x.expand(-1, captions.shape[1], -1) for x in self.init_hidden_state(image))
+        plan = Plan.of(lengths.cpu(), captions.shape[2], features.device)
+        image = self.annotate(features.index_select(0, plan.images))
+        state = tuple(x.index_select(0, plan.image_of) for x in self.init_hidden_state(image))
+        words = captions.flatten()
+        read = self.read(words[plan.words]).split(plan.captions)
+        slots = plan.slots.split(plan.captions)
         hidden, alphas = [], []
-        for t in range(int(goes_on.max())):
-            n, r = int((goes_on[:, 0] > t).sum()), int((goes_on > t).any(0).sum())
-            if state[0].shape[:2] != (n, r):
-                state, image = tuple(x[:n, :r] for x in state), image[:n]
-            state, alpha = self.step(inputs[:n, :r, t], state, image)
-            hidden.append(_pad(state[0], captions.shape))
-            alphas.append(_pad(alpha, captions.shape))
+        for t, m in enumerate(plan.captions):
+            state = tuple(x[:m] for x in state)
+            # One caption an image: the grid is full, and everything in its place.
+            state, alpha = self.step(read[t], state, image, plan.grids[t],
+                                     slots[t] if captions.shape[1] > 1 else None)
+            hidden.append(state[0])
+            alphas.append(alpha)
+        hidden, alphas = torch.cat(hidden), torch.cat(alphas)  # (W, H), (W, P) word by word
+        steps = len(plan.captions)
+        alphas = alphas.new_zeros(lengths.numel() * steps, alphas.shape[1]).index_copy(
+            0, plan.cells, alphas).view(*lengths.shape, steps, -1)
+        scores = self.scores(hidden.index_select(0, plan.by_caption))
+        return scores, words[plan.words[plan.by_caption] + 1], alphas
 
-        hidden, alphas = torch.stack(hidden, 2)[unsort], torch.stack(alphas, 2)[unsort]
-        steps = torch.arange(hidden.shape[2], device=lengths.device)
-        predicted = steps < lengths.unsqueeze(2) - 1  # (N, R, T)
-        targets = captions[:, :, 1:hidden.shape[2] + 1][predicted]
-        alphas = alphas * predicted.unsqueeze(3)
-        return self.scores(hidden[predicted]), targets, alphas
 
+class Plan(NamedTuple):
+    """
+    The way through a batch of captions, word by word, the longest first: the captions that go
+    on after t words are a prefix of all, and their images one of all images. Made on the CPU,
+    so that the loop never waits for a GPU's answer.
+    """
+    images: torch.Tensor  # (N,) the images, longest first
+    image_of: torch.Tensor  # (N R,) for each caption, longest first, the place of its image there
+    captions: list  # T numbers M: the captions that go on
+    grids: list  # T pairs (n, R), what `step` wants to know
+    # Word by word, (W,) each:
+    slots: torch.Tensor  # a caption's place in the grid of its step
+    words: torch.Tensor  # where in captions (N, R, L) the word is that is read
+    cells: torch.Tensor  # its place (image, caption, step) in a tensor (N, R, T)
+    by_caption: torch.Tensor  # the order that turns word by word into caption by caption
 
-def _pad(x, shape):
-    """Zeros for the captions that have ended: (n, r, ...) -> (N, R, ...)"""
-    n, r = shape[0] - x.shape[0], shape[1] - x.shape[1]
-    return F.pad(x, (0, 0, 0, r, 0, n)) if n or r else x
+    @staticmethod
+    def of(lengths, width, device):
+        """lengths: (N, R) on the CPU; width: L"""
+        ends = lengths - 1  # words to predict
+        longest_first = dict(descending=True, stable=True)
+        images = ends.max(1).values.argsort(dim=0, **longest_first)
+        captions = ends.flatten().argsort(dim=0, **longest_first)
+        image_of = images.argsort()[captions // ends.shape[1]]
+        rank = ends.argsort(dim=1, **longest_first).argsort(1).flatten()[captions]  # in its image
+        steps = torch.arange(int(ends.max())).unsqueeze(1)
+        goes_on = ends.flatten()[captions] > steps  # (T, N R)
+        n, r = ((goes_on * (x + 1)).max(1).values for x in (image_of, rank))
+        step, caption = goes_on.nonzero(as_tuple=True)
+        cells = captions[caption] * len(steps) + step
+        slots = image_of[caption] * r[step] + rank[caption]
+        per_word = torch.stack([slots, captions[caption] * width + step, cells, cells.argsort()])
+        to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
+        return Plan(to_device(images), to_device(image_of), goes_on.sum(1).tolist(),
+                    list(zip(n.tolist(), r.tolist())), *to_device(per_word))
 
 
 def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None):

@@ -37,7 +37,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
         return []
     start, end = word_map["<start>"], word_map["<end>"]
     image = decoder.annotate(features)
-    state = tuple(x.expand(-1, beam_size, -1) for x in decoder.init_hidden_state(image))
+    state = tuple(x.repeat_interleave(beam_size, 0) for x in decoder.init_hidden_state(image))
     words = torch.full((n, beam_size), start, device=device)
     # A closed slot has score -inf. At first only slot 0 is open, since all are alike.
     scores = image.features.new_full((n, beam_size), -torch.inf)
@@ -48,10 +48,10 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
     history = []  # per step: the image rows and their (words, parents, scores, alphas)
 
     for _ in range(max_len):
-        state, alpha = decoder.step(words, state, image)
-        log_probs = decoder.scores(state[0]).log_softmax(-1)
+        state, alpha = decoder.step(decoder.read(words.flatten()), state, image, words.shape)
+        log_probs = decoder.scores(state[0]).view(*words.shape, -1).log_softmax(-1)
         scores, words, parents = _extend(scores, log_probs, width)
-        history.append((rows, words, parents, scores, alpha))
+        history.append((rows, words, parents, scores, alpha.view(*words.shape, -1)))
         state = tuple(_pick(x, parents) for x in state)
 
         ended = words == end
@@ -67,7 +67,8 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
             rows, words, scores = rows[open_rows], words[open_rows], scores[open_rows]
             best_finished, width = best_finished[open_rows], width[open_rows]
             image = image[open_rows]
-            state = tuple(x[open_rows] for x in state)
+            state = tuple(x.view(-1, beam_size, x.shape[1])[open_rows].flatten(0, 1)
+                          for x in state)
     return _trace(history, end, n, n_best)
 
 
@@ -87,8 +88,10 @@ def _extend(scores, log_probs, width):
 
 
 def _pick(x, parents):
-    """(N, K, H) rows by slot -> rows of the parents (N, K)"""
-    return x.gather(1, parents.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    """(N K, H) rows by slot -> rows of the parents (N, K)"""
+    n, k = parents.shape
+    first = torch.arange(0, n * k, k, device=x.device).unsqueeze(1)
+    return x.index_select(0, (first + parents).flatten())
 
 
 def _trace(history, end, n, n_best):

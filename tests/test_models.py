@@ -5,8 +5,8 @@ import reference
 import torch
 from torch import nn
 
+from kernels import AttentionEnergy, LinearPerWord
 from models import (
-    AttentionEnergy,
     DecoderWithAttention,
     Encoder,
     doubly_stochastic_loss,
@@ -82,10 +82,24 @@ def test_alphas_sum_to_one_up_to_the_end_and_are_zero_after_it():
     torch.testing.assert_close(sums, expected)
 
 
-def test_attention_energy_has_the_gradients_that_finite_differences_find():
+def test_attention_energy_of_two_words_has_the_gradients_that_finite_differences_find():
+    def two_words(keys, first, second, weight):
+        energy = AttentionEnergy(keys, weight)
+        return energy(first), energy(second)
+
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-              for shape in ((3, 6, 4), (3, 2, 4), (4,))]
-    assert torch.autograd.gradcheck(AttentionEnergy.apply, inputs)
+              for shape in ((3, 6, 4), (3, 2, 4), (2, 1, 4), (4,))]  # one image has ended
+    assert torch.autograd.gradcheck(two_words, inputs)
+
+
+def test_linear_per_word_has_the_gradients_that_finite_differences_find():
+    def two_words(weight, bias, first, second):
+        layer = LinearPerWord(weight, bias)
+        return layer(second * layer(first))
+
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+              for shape in ((3, 3), (3,), (4, 3), (4, 3))]
+    assert torch.autograd.gradcheck(two_words, inputs)
 
 
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
