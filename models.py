@@ -93,6 +93,7 @@ class Annotations(NamedTuple):
     energy: AttentionEnergy  # of those keys
     from_h: LinearPerWord  # H -> A + E + 4 H: all that a step wants to know of h, stacked
     from_context: LinearPerWord  # E -> 4 H: what the context adds to the LSTM's gates
+    from_word: torch.Tensor  # (4 H, embed_dim): the same for a word's embedding
 
     def __getitem__(self, images):
         """The same for some of the images, without gradients."""
@@ -181,22 +182,23 @@ class DecoderWithAttention(nn.Module):
         attention, lstm = self.attention, self.decode_step
         # The rows of pool sum to 1, so the bias passes through it unchanged.
         keys = pool @ attention.encoder_att(features)
-        reads_h = attention.decoder_att, self.f_beta
+        read_h = attention.decoder_att, self.f_beta
+        from_h = LinearPerWord(torch.cat([layer.weight for layer in read_h] + [lstm.weight_hh]),
+                               torch.cat([layer.bias for layer in read_h] + [lstm.bias_hh]))
+        from_word, from_context = lstm.weight_ih.split(
+            (self.args["embed_dim"], self.args["encoder_dim"]), 1)
         return Annotations(
             features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
-            LinearPerWord(torch.cat([layer.weight for layer in reads_h] + [lstm.weight_hh]),
-                          torch.cat([layer.bias for layer in reads_h] + [lstm.bias_hh])),
-            LinearPerWord(lstm.weight_ih[:, self.args["embed_dim"]:], lstm.bias_ih))
+            from_h, LinearPerWord(from_context, lstm.bias_ih), from_word)
 
     def init_hidden_state(self, image):
         """h and c from the mean annotation vector, section 3.1.2: two of (N, H)"""
         mean = image.pool.mean(0) @ image.features  # (N, E)
         return self.init_h(mean), self.init_c(mean)
 
-    def read(self, words):
+    def read(self, words, image):
         """What the words' embeddings add to the LSTM's gates: (...) ids -> (..., 4 H)"""
-        return F.linear(self.embedding(words),
-                        self.decode_step.weight_ih[:, :self.args["embed_dim"]])
+        return F.linear(self.embedding(words), image.from_word)
 
     def step(self, read, state, image, grid, slots=None):
         """
@@ -242,7 +244,7 @@ class DecoderWithAttention(nn.Module):
         image = self.annotate(features.index_select(0, plan.images))
         state = tuple(x.index_select(0, plan.image_of) for x in self.init_hidden_state(image))
         words = captions.flatten()
-        read = self.read(words[plan.words]).split(plan.captions)
+        read = self.read(words[plan.words], image).split(plan.captions)
         slots = plan.slots.split(plan.captions)
         hidden, alphas = [], []
         for t, m in enumerate(plan.captions):

@@ -48,7 +48,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
     history = []  # per step: the image rows and their (words, parents, scores, alphas)
 
     for _ in range(max_len):
-        state, alpha = decoder.step(decoder.read(words.flatten()), state, image, words.shape)
+        state, alpha = decoder.step(decoder.read(words.flatten(), image), state, image, words.shape)
         log_probs = decoder.scores(state[0]).view(*words.shape, -1).log_softmax(-1)
         scores, words, parents = _extend(scores, log_probs, width)
         history.append((rows, words, parents, scores, alpha.view(*words.shape, -1)))

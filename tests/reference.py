@@ -5,7 +5,7 @@ and none of their code, so that the two can be held against each other.
 
 Attention is projected at every step from all 14 x 14 pixels, the context is
 (features * alpha).sum, scores go step by step into a padded (N, T, V) tensor, and the
-search knows one image and a list of beams.
+search takes one image at a time.
 """
 
 import torch
@@ -74,27 +74,30 @@ def loss(predictions, captions, decode_lengths, alphas, alpha_c=1.0):
 @torch.no_grad()
 def search(decoder, encoded, word_map, beam_size, max_len=50):
     """
-    Beam search for one image, a list of beams at a time; encoded (1, P, E).
+    Beam search for one image; its beams are a batch that shrinks as they end. encoded (1, P, E)
 
     Returns every beam that counts, best first: (words with <start> and <end>, alphas, score).
     """
     start, end = word_map["<start>"], word_map["<end>"]
     h, c = init_hidden_state(decoder, encoded)
-    beams = [([start], [], 0.0, h, c)]
+    beams, total = [([start], [])], encoded.new_zeros(1)  # words and alphas, log-probabilities
     complete, k = [], beam_size
     for _ in range(max_len):
-        candidates = []
-        for words, alphas, score, h, c in beams:
-            scores, h, c, alpha = decode_step(decoder, encoded, torch.tensor([words[-1]]), h, c)
-            log_probs = torch.log_softmax(scores, dim=1)[0]
-            for word in range(len(log_probs)):
-                candidates.append((words + [word], alphas + [alpha[0]],
-                                   score + log_probs[word].item(), h, c))
-        candidates.sort(key=lambda beam: -beam[2])
-        best = candidates[:k]
-        complete += [beam for beam in best if beam[0][-1] == end]
-        beams = [beam for beam in best if beam[0][-1] != end]
-        k = len(beams)
+        words = torch.tensor([words[-1] for words, _ in beams], device=encoded.device)
+        scores, h, c, alpha = decode_step(
+            decoder, encoded.expand(len(beams), -1, -1), words, h, c)
+        scores = total.unsqueeze(1) + torch.log_softmax(scores, dim=1)  # (k, V)
+        total, best = scores.flatten().topk(min(k, scores.numel()))
+        parents, words = best // scores.shape[1], (best % scores.shape[1]).tolist()
+        beams = [(beams[parent][0] + [word], beams[parent][1] + [alpha[parent]])
+                 for parent, word in zip(parents.tolist(), words)]
+        complete += [(*beam, score) for beam, score in zip(beams, total.tolist())
+                     if beam[0][-1] == end]
+        going = [i for i, beam in enumerate(beams) if beam[0][-1] != end]
+        k = len(going)
         if k == 0:
             break
-    return [beam[:3] for beam in sorted(complete or beams, key=lambda beam: -beam[2])]
+        beams, total = [beams[i] for i in going], total[going]
+        h, c = h[parents[going]], c[parents[going]]
+    return sorted(complete or [(*beam, score) for beam, score in zip(beams, total.tolist())],
+                  key=lambda beam: -beam[2])
