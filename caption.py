@@ -25,7 +25,7 @@ from datasets import read_image, read_rgb
 from distributed import find_device
 from files import UserError
 from search import beam_search
-from utils import run
+from utils import AMP, autocast, run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 OVERLAY = "_attention.png"
@@ -53,6 +53,7 @@ def get_args(argv=None):
         help="blend the cells of the attention grid")
     add("--show", action="store_true", help="show overlays in a window too")
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     return parser.parse_args(argv)
 
 
@@ -143,10 +144,10 @@ def caption_images(paths, encoder, decoder, word_map, args):
             good = [image for image in images if isinstance(image, torch.Tensor)]
             captions = iter(())
             if good:
-                with torch.inference_mode():
+                with torch.inference_mode(), autocast(args.device, args.amp):
                     features = encoder(torch.stack(good).to(args.device))
-                captions = iter(beam_search(decoder, features, word_map, args.beam_size,
-                                            args.max_len, args.n_best))
+                    captions = iter(beam_search(decoder, features, word_map, args.beam_size,
+                                                args.max_len, args.n_best))
             for image in images:
                 yield next(captions) if isinstance(image, torch.Tensor) else image
 

@@ -3,10 +3,8 @@ From files to batches: reading an image, `CaptionDataset` over the files that
 create_input_files.py writes, and the order in which it is gone through.
 """
 
-import copy
-import hashlib
 import os
-import shutil
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -16,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
-from files import UserError, read_json, whole
+from files import UserError, read_json
+
+PIECE = 4 << 20  # bytes of a caption file that are read at a time
 
 
 def read_rgb(path):
@@ -79,6 +78,45 @@ def find_data_name(data_folder):
     return names[0]
 
 
+def read_word_ids(path, words):
+    """
+    A CAPTIONS file, a JSON list of lists of word ids of one length: integers (captions, L),
+    16 bits each where they suffice. It is read in pieces: as Python's lists, COCO's would take
+    over a gigabyte.
+
+    Raises UserError unless all are ids below `words`.
+    """
+    wrong = UserError(f"{path} holds no lists of word ids of one length below {words}; "
+                      f"run create_input_files.py again")
+    dtype = np.int16 if words <= 1 << 15 else np.int32
+    width, pieces, rest, opened, closed = None, [], b"", 0, 0
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("error")  # NumPy only warns where text is no number
+            while chunk := file.read(PIECE):
+                opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
+                whole, bracket, rest = (rest + chunk).rpartition(b"]")
+                rows = [row.partition(b"]")[0] for row in (whole + bracket).split(b"[") if
+                        row.strip(b", \r\n\t]")]
+                if not rows:
+                    continue
+                width = width or rows[0].count(b",") + 1
+                ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
+                if any(row.count(b",") + 1 != width for row in rows) \
+                        or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= words:
+                    raise wrong
+                pieces.append(ids.astype(dtype).reshape(-1, width))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found; run python create_input_files.py first") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, DeprecationWarning):
+        raise wrong from None
+    if rest.strip() or opened != closed or opened != sum(map(len, pieces)) + 1:
+        raise wrong
+    return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype)
+
+
 class CaptionDataset(Dataset):
     """
     One split of a data set. An item is an image with its R captions or, with
@@ -97,18 +135,12 @@ class CaptionDataset(Dataset):
         self.by_image, hint = by_image, "run python create_input_files.py first"
         self.path = self._file(data_folder, split, "IMAGES", data_name, "hdf5")
         self.word_map = read_json(Path(data_folder) / f"WORDMAP_{data_name}.json", hint)
-        captions = read_json(self._file(data_folder, split, "CAPTIONS", data_name, "json"), hint)
+        captions = self._file(data_folder, split, "CAPTIONS", data_name, "json")
+        self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
         lengths = read_json(self._file(data_folder, split, "CAPLENS", data_name, "json"), hint)
-        # One tensor instead of millions of Python ints: workers share its pages.
-        width = len(captions[0]) if captions else 0
-        try:
-            captions = np.array(captions, dtype=np.int32).reshape(len(captions), width)
-        except (TypeError, ValueError):
-            raise UserError(f"the CAPTIONS file of {self.path} holds no lists of word ids of one "
-                            f"length; run create_input_files.py again") from None
-        self.captions = torch.from_numpy(captions)
         self.lengths = torch.from_numpy(np.array(lengths, dtype=np.int32))
         self._key, self._handle, self._pid = "images", None, None
+        self.features = None  # a tensor (I, G, E) in memory, or none
         try:
             with h5py.File(self.path, "r") as file:
                 self.captions_per_image = int(file.attrs["captions_per_image"])
@@ -153,27 +185,37 @@ class CaptionDataset(Dataset):
         return self.images if self.by_image else len(self.lengths)
 
     def __getitem__(self, index):
-        if np.ndim(index):
-            return tuple(torch.stack(rows) for rows in zip(*map(self.__getitem__, index)))
-        index = int(index)
-        if not 0 <= index < len(self):
+        index, r = np.asarray(index), self.captions_per_image
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(index)
         if self.by_image:
-            image, rows = index, slice(index * self.captions_per_image,
-                                       (index + 1) * self.captions_per_image)
+            images, captions = index, index[..., None] * r + np.arange(r)
         else:
-            image, rows = index // self.captions_per_image, slice(index, index + 1)
-        return (torch.from_numpy(self._data()[image]), self.captions[rows].long(),
-                self.lengths[rows].long())
+            images, captions = index // r, index[..., None]
+        return self._images(images), self.captions[captions].long(), self.lengths[captions].long()
 
-    def use_features(self, path):
-        """Hand over cached annotation vectors (P, E) from this HDF5 file instead of pixels."""
-        self.path, self._key, self._handle = path, "features", None
+    def use_features(self, features):
+        """Hand over annotation vectors, not pixels: an HDF5 file's, or a tensor's (I, G, E)"""
+        if isinstance(features, torch.Tensor):
+            self.features = features
+        else:
+            self.path, self._key, self._handle = features, "features", None
 
-    def _data(self):
+    @property
+    def in_memory(self):
+        return self.features is not None
+
+    def _images(self, images):
+        if self.in_memory:
+            return self.features[torch.from_numpy(images).to(self.features.device)]
         if self._handle is None or self._pid != os.getpid():
             self._handle, self._pid = h5py.File(self.path, "r")[self._key], os.getpid()
-        return self._handle
+        if images.ndim == 0:
+            return torch.from_numpy(self._handle[int(images)])
+        batch = np.empty((len(images), *self._handle.shape[1:]), self._handle.dtype)
+        for i, image in enumerate(images):
+            self._handle.read_direct(batch, np.s_[image], np.s_[i])
+        return torch.from_numpy(batch)
 
     def __getstate__(self):
         return {**self.__dict__, "_handle": None}
@@ -213,45 +255,3 @@ class Batches(Sampler):
             share = np.array_split(batch, self.world)[self.rank]
             if len(share):
                 yield share
-
-
-def cache_features(dataset, encoder, device, batch_size=32):
-    """
-    Encode each image of the dataset once and keep the annotation vectors in an HDF5 file
-    beside its images: "features" (I, G, E) float16. Returns the file's path.
-
-    The name carries a hash of the image file's state and of the encoder's weights, so a
-    cache never serves other images or another encoder; a whole one is used again.
-    Raises UserError if the disk is too small or a feature too large for float16.
-    """
-    stat, weights = os.stat(dataset.path), hashlib.sha256()
-    weights.update(repr((encoder.args, stat.st_size, stat.st_mtime_ns)).encode())
-    for name, tensor in encoder.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.cpu().contiguous().numpy().tobytes())
-    stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
-    path = dataset.path.with_name(
-        f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
-    if path.exists():
-        return path
-
-    images = copy.copy(dataset)
-    images.by_image = True
-    batches = Batches(len(images), batch_size, shuffle=False)
-    bar = tqdm(batches, desc=f"encoding {path.name}", unit="batch", disable=None)
-    with whole(path) as temporary, h5py.File(temporary, "w") as file, torch.inference_mode():
-        features = None
-        for rows in bar:
-            encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
-            if features is None:
-                shape = (len(images), *encoded.shape[1:])
-                need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
-                if need > free:
-                    raise UserError(f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are "
-                                    f"free; make room or pass --no-cache_features")
-                features = file.create_dataset("features", shape, dtype="float16")
-            if not np.isfinite(encoded).all():
-                raise UserError(f"features of {encoder.args['name']} are too large for float16; "
-                                f"pass --no-cache_features")
-            features[rows[0]:rows[-1] + 1] = encoded
-    return path

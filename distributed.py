@@ -60,6 +60,7 @@ def start(device=None):
     "cpu", ...; the GPU if there is one by default. Under torchrun each process takes its own.
     """
     device = find_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; nothing on others
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes(device, 0, 1)

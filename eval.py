@@ -18,7 +18,7 @@ from datasets import Batches, CaptionDataset, find_data_name
 from files import UserError, write_json
 from metrics import attention_hits, bleu
 from search import beam_search
-from utils import run
+from utils import AMP, autocast, run
 
 
 def get_args(argv=None):
@@ -37,6 +37,7 @@ def get_args(argv=None):
     add("--workers", type=int, default=1, help="processes that load images; 0: none")
     add("--results", metavar="FILE", help="write the captions of the last beam size as JSON")
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     args = parser.parse_args(argv)
     for value in (*args.beam_sizes, args.max_len, args.batch_size):
         if value < 1:
@@ -109,9 +110,10 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     found = []
     bar = tqdm(loader, desc=args.split, unit="batch", disable=None if processes.first else True)
     for rows, (images, _, _) in zip(batches, bar):
-        features = encoder(images.to(processes.device, non_blocking=True))
-        searches = [beam_search(decoder, features, word_map, beam_size, args.max_len)
-                    for beam_size in args.beam_sizes]
+        with autocast(processes.device, args.amp):
+            features = encoder(images.to(processes.device, non_blocking=True))
+            searches = [beam_search(decoder, features, word_map, beam_size, args.max_len)
+                        for beam_size in args.beam_sizes]
         for i, captions in zip(rows.tolist(), zip(*searches)):
             found.append((i, []))
             for caption in captions:

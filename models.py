@@ -194,7 +194,8 @@ class DecoderWithAttention(nn.Module):
     def init_hidden_state(self, image):
         """h and c from the mean annotation vector, section 3.1.2: two of (N, H)"""
         mean = image.pool.mean(0) @ image.features  # (N, E)
-        return self.init_h(mean), self.init_c(mean)
+        # The LSTM's memory is a sum over many words: never in half precision.
+        return tuple(init(mean).to(init.weight.dtype) for init in (self.init_h, self.init_c))
 
     def read(self, words, image):
         """What the words' embeddings add to the LSTM's gates: (...) ids -> (..., 4 H)"""
@@ -220,7 +221,7 @@ class DecoderWithAttention(nn.Module):
         if slots is not None:
             context, alpha = context.index_select(0, slots), alpha.index_select(0, slots)
         context = beta.sigmoid() * context  # beta * z_hat, section 4.2.1
-        gates = (gates + read + image.from_context(context)).to(c.dtype)
+        gates = gates.to(c.dtype) + read + image.from_context(context)
         write, keep, new, show = gates.chunk(4, 1)  # the LSTM's i, f, g, o
         c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
         return (show.sigmoid() * c.tanh(), c), alpha

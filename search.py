@@ -40,7 +40,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
     state = tuple(x.repeat_interleave(beam_size, 0) for x in decoder.init_hidden_state(image))
     words = torch.full((n, beam_size), start, device=device)
     # A closed slot has score -inf. At first only slot 0 is open, since all are alike.
-    scores = image.features.new_full((n, beam_size), -torch.inf)
+    scores = state[0].new_full((n, beam_size), -torch.inf)
     scores[:, 0] = 0
     width = torch.full((n, 1), beam_size, device=device)  # of each image's beam
     best_finished = scores.new_full((n, n_best), -torch.inf)

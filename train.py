@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 import checkpoints
 import distributed
-from datasets import Batches, CaptionDataset, cache_features, find_data_name
+from datasets import Batches, CaptionDataset, find_data_name
+from features import cache_features, keep_features
 from files import UserError
 from metrics import bleu, top_k_correct
 from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from search import beam_search
-from utils import load_embeddings, run, set_seed
+from utils import AMP, autocast, load_embeddings, run, set_seed
 
 
 def get_args(argv=None, **defaults):
@@ -43,6 +44,8 @@ def get_args(argv=None, **defaults):
     add("--workers", type=int, default=1, help="processes that load batches; 0: none")
     add("--cache_features", action=flag, default=True,
         help="with a frozen encoder, encode each image once and keep the result beside the data")
+    add("--cache_in", choices=("disk", "ram", "device"),
+        help="where to read it from while training; the fastest in which it fits")
     # Model; with --checkpoint and --resume these come from the file
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file")
@@ -66,6 +69,7 @@ def get_args(argv=None, **defaults):
     add("--val_beam_size", type=int, default=1, help="beam of the free-running validation")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     # Files
     add("--checkpoint", help="start a new phase from this model")
     add("--resume", nargs="?", const=True, metavar="FILE",
@@ -143,10 +147,11 @@ def train(args, checkpoint, processes):
         for data in (train_data, val_data):
             if not processes.first:
                 processes.wait()  # for the first to make it
-            path = cache_features(data, encoder, processes.device)
+            with autocast(processes.device, args.amp):
+                path = cache_features(data, encoder, processes.device, args.amp)
             if processes.first:
                 processes.wait()
-            data.use_features(path)
+            data.use_features(keep_features(path, args.cache_in, processes.device))
     items = args.batch_size if args.single_captions else max(
         1, args.batch_size // train_data.captions_per_image)
     batches = Batches(len(train_data), items, True, args.seed, processes.rank, processes.world)
@@ -159,11 +164,14 @@ def train(args, checkpoint, processes):
     if args.fine_tune_encoder:
         groups.append({"params": [p for p in encoder.parameters() if p.requires_grad],
                        "lr": args.encoder_lr})
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    # float16 reaches down to 6e-8 only: its losses are scaled up so that no gradient is lost.
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
     # What is saved with the weights: epochs done, the best BLEU-4, epochs since it.
     progress = {"epoch": 0, "best_bleu4": None, "stale": 0}
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
         progress = checkpoint["progress"]
     log = _open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
@@ -184,8 +192,8 @@ def train(args, checkpoint, processes):
         # Dropout follows from seed, epoch and process, so a resumed run draws the same.
         torch.manual_seed(args.seed + 1_000_003 * epoch + processes.rank)
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer, args,
-                               processes, epoch)
+        row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer, scaler,
+                               args, processes, epoch)
         if not math.isfinite(row["train_loss"]):
             raise UserError(f"epoch {epoch}: the loss is {row['train_loss']}; nothing of it was "
                             f"saved; try a lower --decoder_lr")
@@ -199,8 +207,8 @@ def train(args, checkpoint, processes):
         if processes.first:
             log(row)
             options = {k: v for k, v in vars(args).items() if k not in ("resume", "checkpoint")}
-            state = {"options": options, "optimizer": optimizer.state_dict(), "progress": progress,
-                     "bleu4": row["bleu4"]}
+            state = {"options": options, "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict(), "progress": progress, "bleu4": row["bleu4"]}
             for prefix in ["BEST_", ""] if better else [""]:  # the run goes on from the last
                 path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
                 checkpoints.save(path, encoder, decoder, train_data.word_map, **state)
@@ -208,7 +216,7 @@ def train(args, checkpoint, processes):
                     f"{progress['epoch']} epochs")
 
 
-def train_one_epoch(encoder, decoder, loader, optimizer, args, processes, epoch):
+def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes, epoch):
     """Returns the epoch's mean loss per word, top-5 accuracy (%), seconds and captions/s."""
     decoder.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -218,16 +226,19 @@ def train_one_epoch(encoder, decoder, loader, optimizer, args, processes, epoch)
     for step, (images, captions, lengths) in enumerate(bar):
         # The loss is a mean over the words of the joint batch, whoever holds them.
         words, rows = processes.sum(int((lengths - 1).sum()), lengths.numel())
-        features, captions, lengths = _encode(
-            encoder, images, captions, lengths, processes.device, args.fine_tune_encoder)
-        scores, targets, alphas = decoder(features, captions, lengths)
-        # Processes average their gradients, hence each divides by its fair share.
-        loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
-                                      words / processes.world, rows / processes.world)
+        with autocast(processes.device, args.amp):
+            features, captions = _encode(
+                encoder, images, captions, processes.device, args.fine_tune_encoder)
+            scores, targets, alphas = decoder(features, captions, lengths)
+            # Processes average their gradients, hence each divides by its fair share.
+            loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
+                                          words / processes.world, rows / processes.world)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         clip_grad_value_(parameters, args.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
         loss_sum += loss.detach() * words / processes.world
         correct += top_k_correct(scores.detach(), targets)
@@ -252,9 +263,10 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
     free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
     bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.first else True)
     for rows, (images, captions, lengths) in zip(batches, bar):
-        features, captions, lengths = _encode(
-            encoder, images, captions, lengths, processes.device, False)
-        scores, targets, alphas = decoder(features, captions, lengths)
+        with autocast(processes.device, args.amp):
+            features, captions = _encode(encoder, images, captions, processes.device, False)
+            scores, targets, alphas = decoder(features, captions, lengths)
+            found = beam_search(decoder, features, data.word_map, args.val_beam_size)
         loss_sum += len(targets) * doubly_stochastic_loss(scores, targets, alphas, args.alpha_c)
         correct += top_k_correct(scores, targets)
         words += len(targets)
@@ -264,7 +276,6 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
         r = captions.shape[1]
         forced += [(references[i - i % r:i - i % r + r], hypothesis)
                    for i, hypothesis in enumerate(hypotheses)]
-        found = beam_search(decoder, features, data.word_map, args.val_beam_size)
         free += [(data.entry(int(i))["references"], [words_of[word] for word in caption.words])
                  for i, caption in zip(rows, found)]
     loss_sum, correct, words = processes.sum(float(loss_sum), int(correct), words)
@@ -275,14 +286,13 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
             **{f"bleu{n}": score for n, score in enumerate(scores, 1)}}
 
 
-def _encode(encoder, images, captions, lengths, device, fine_tune):
+def _encode(encoder, images, captions, device, fine_tune):
     """A batch on the device; images become features unless they are cached features."""
-    images, captions, lengths = (
-        x.to(device, non_blocking=True) for x in (images, captions, lengths))
+    images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
     if images.dtype != torch.uint8:
-        return images.float(), captions, lengths
+        return images.float(), captions
     with nullcontext() if fine_tune else torch.no_grad():
-        return encoder(images), captions, lengths
+        return encoder(images), captions
 
 
 def _new_model(args, word_map):
@@ -324,9 +334,10 @@ def _from_checkpoint(checkpoint, args, word_map):
 
 
 def _loader(data, batches, args, processes):
-    return DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
-                      persistent_workers=args.workers > 0,
-                      pin_memory=processes.device.type == "cuda",
+    workers = 0 if data.in_memory else args.workers  # what is in memory need not be fetched
+    return DataLoader(data, sampler=batches, batch_size=None, num_workers=workers,
+                      persistent_workers=workers > 0,
+                      pin_memory=processes.device.type == "cuda" and not data.in_memory,
                       generator=torch.Generator())  # leaves the global one, dropout's, alone
 
 

@@ -29,6 +29,7 @@ from files import UserError, read_json, write_json
 
 IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RESERVED = ("<pad>", "<unk>", "<start>", "<end>")
 
 # Forked readers start at once and share the memory of what is imported already (torch); macOS has
@@ -45,6 +46,14 @@ def run(main):
         message = "interrupted" if stopped else error
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(130 if stopped else 2)
+
+
+def autocast(device, amp):
+    """
+    A context that multiplies matrices in half precision on this device: amp is "bf16", "fp16"
+    or None, which leaves everything as it is. Weights stay float32 all the same.
+    """
+    return torch.autocast(device.type, AMP.get(amp), enabled=amp is not None)
 
 
 def set_seed(seed):

@@ -1,7 +1,6 @@
 """Pictures of every kind, the tutorial's files, the order of an epoch and the feature cache."""
 
 import json
-import os
 import pickle
 
 import h5py
@@ -15,12 +14,11 @@ from datasets import (
     Batches,
     CaptionDataset,
     UserError,
-    cache_features,
     find_data_name,
     read_image,
     read_rgb,
+    read_word_ids,
 )
-from models import Encoder
 
 NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
 IMAGES, R = 5, 2
@@ -380,100 +378,37 @@ def test_processes_share_the_batches_of_one(items, size, world):
         assert whole == [batch.tolist() for batch in Batches(items, size)]
 
 
-# --- the feature cache ---
+# --- captions, read in pieces ---
 
 
-def encoder_of(seed):
-    torch.manual_seed(seed)
-    return Encoder(name="resnet18", weights="none").eval()
+@pytest.mark.parametrize("text", [
+    "[[1, 2, 3], [4, 5, 6], [7, 0, 0]]", "[[1,2,3],[4,5,6],[7,0,0]]", "[\n [1, 2, 3],\n"
+    " [4, 5, 6],\n [7, 0, 0]\n]\n"])
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 11, 1000])
+def test_word_ids_are_those_of_json_wherever_the_pieces_end(tmp_path, monkeypatch, text, piece):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    monkeypatch.setattr("datasets.PIECE", piece)
+    ids = read_word_ids(path, 8)
+    assert ids.tolist() == json.loads(text) and ids.dtype == np.int16
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return encoder_of(0)
+def test_no_captions_are_no_error(tmp_path):
+    (tmp_path / "captions.json").write_text("[]")
+    assert len(read_word_ids(tmp_path / "captions.json", 8)) == 0
 
 
-@pytest.fixture
-def small(tmp_path):
-    pixels = write_tutorial_files(tmp_path, size=64)
-    return CaptionDataset(tmp_path, NAME, "TRAIN"), torch.from_numpy(pixels)
+def test_word_ids_beyond_16_bits_are_kept(tmp_path):
+    (tmp_path / "captions.json").write_text("[[40000, 1]]")
+    assert read_word_ids(tmp_path / "captions.json", 50000).tolist() == [[40000, 1]]
 
 
-def beside(dataset):
-    return sorted(os.listdir(dataset.path.parent))
-
-
-def test_cached_features_equal_the_encoders(small, encoder):
-    dataset, pixels = small
-    with torch.no_grad():
-        expected = encoder(pixels)
-    dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
-    features, captions, _ = dataset[np.arange(IMAGES)]
-    assert features.dtype == torch.float16 and features.shape == (IMAGES, 4, 512)
-    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
-    assert captions.reshape(-1, 6).tolist() == CAPTIONS
-
-
-def test_cache_serves_caption_items_too(small, encoder):
-    dataset, pixels = small
-    by_caption = CaptionDataset(dataset.path.parent, NAME, "TRAIN", by_image=False)
-    path = cache_features(by_caption, encoder, "cpu", batch_size=2)
-    assert path == cache_features(dataset, encoder, "cpu") and not by_caption.by_image
-    by_caption.use_features(path)
-    with torch.no_grad():
-        expected = encoder(pixels)
-    for i in range(IMAGES * R):
-        features, captions, _ = by_caption[i]
-        torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
-        assert captions.tolist() == [CAPTIONS[i]]
-
-
-def test_second_call_uses_the_file_again(small, encoder):
-    path = cache_features(small[0], encoder, "cpu")
-    before, files = path.stat(), beside(small[0])
-    assert cache_features(small[0], encoder_of(0), "cpu") == path
-    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
-    assert beside(small[0]) == files
-
-
-def test_other_weights_and_other_images_have_their_own_file(small, encoder):
-    dataset, _ = small
-    paths = {cache_features(dataset, encoder, "cpu"), cache_features(dataset, encoder_of(1), "cpu")}
-    with h5py.File(dataset.path, "r+") as file:
-        file["images"][0] = 0
-    stat = dataset.path.stat()
-    os.utime(dataset.path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))  # on coarse clocks too
-    paths.add(cache_features(dataset, encoder, "cpu"))
-    assert len(paths) == 3 and all(path.exists() for path in paths)
-
-
-def test_error_in_the_middle_leaves_no_file(small, encoder, monkeypatch):
-    dataset, calls, forward = small[0], [], encoder.forward
-
-    def fail(images):
-        calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return forward(images)
-
-    files = beside(dataset)
-    monkeypatch.setattr(encoder, "forward", fail)
-    with pytest.raises(KeyboardInterrupt):
-        cache_features(dataset, encoder, "cpu", batch_size=2)
-    assert len(calls) == 2 and beside(dataset) == files
-
-
-def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch):
-    files = beside(small[0])
-    monkeypatch.setattr(encoder, "forward", lambda images: torch.full((len(images), 4, 512), 1e5))
-    with pytest.raises(UserError, match="resnet18 are too large for float16"):
-        cache_features(small[0], encoder, "cpu")
-    assert beside(small[0]) == files
-
-
-def test_full_disk_is_refused_beforehand(small, encoder, monkeypatch):
-    files = beside(small[0])
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(UserError, match="make room or pass --no-cache_features"):
-        cache_features(small[0], encoder, "cpu")
-    assert beside(small[0]) == files
+@pytest.mark.parametrize("text", [
+    "", " ", "[", "[[1, 2]", "[[1, 2], [3", "[[1, 2], [3]]", "[[1], [2, 3], [4]]", "[[1, 8]]",
+    "[[1, -1]]", "[[1, 2.5]]", "[[1, \"a\"]]", "[[1, null]]", "[[1, 2]] x", "{}", "3", "[[1,,2]]",
+    "[[]]", "[[1, 99999999999999999999]]"])
+def test_what_is_no_list_of_word_ids_is_a_user_error(tmp_path, text):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="captions.json"):
+        read_word_ids(path, 8)

@@ -125,7 +125,7 @@ def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_pat
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train\n"
-        "torch.optim.Adam = lambda groups: torch.optim.SGD(groups, lr=1.0)\n"
+        "torch.optim.Adam = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)\n"
         "train.main()\n")
     for processes in (1, 2):
         result = run_script(script, *train_args(data, tmp_path / str(processes), *options,

@@ -1,0 +1,132 @@
+"""
+Features of a frozen encoder: each image is encoded once, for all epochs and all its captions,
+and kept on disk, in RAM or on the GPU.
+"""
+
+import copy
+import hashlib
+import os
+import shutil
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from files import UserError
+
+
+def cache_features(dataset, encoder, device, amp=None, batch_size=32):
+    """
+    Encode each image of the dataset and keep the annotation vectors in an HDF5 file beside its
+    images: "features" (I, G, E) float16. Returns the file's path.
+
+    The name carries a hash of the image file's state, of the encoder and its weights and of
+    amp (see utils.autocast), so a cache never serves other images or another encoder; a whole
+    one is used again. What an interrupted call has made stands in a .partial file, with which
+    the next one goes on.
+    Raises UserError if the disk is too small or a feature too large for float16.
+    """
+    path = _path(dataset, encoder, amp)
+    if path.exists():
+        return path
+    images = copy.copy(dataset)
+    images.by_image = True
+    with torch.inference_mode():
+        encoded = encoder(images[np.arange(1)][0].to(device))
+    shape, partial = (len(images), *encoded.shape[1:]), path.with_suffix(".partial")
+    if not _is_partial(partial, shape):
+        need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
+        if need > free:
+            raise UserError(f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
+                            f"make room or pass --no-cache_features")
+        _create(partial, shape)
+    with h5py.File(partial, "r+") as file, torch.inference_mode():
+        done = int(file["done"][0])
+        bar = tqdm(total=len(images), initial=done, desc=f"encoding {path.name}", unit="image",
+                   disable=None)
+        for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
+            if rows[0] < done:
+                continue
+            encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
+            if not np.isfinite(encoded).all():
+                partial.unlink()
+                raise UserError(f"features of {encoder.args['name']} are too large for float16; "
+                                f"pass --no-cache_features")
+            file["features"][rows[0]:rows[-1] + 1] = encoded
+            file.flush()  # first the features, then the word that they are there
+            file["done"][0] = rows[-1] + 1
+            file.flush()
+            bar.update(len(rows))
+        bar.close()
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def _path(dataset, encoder, amp):
+    stat, weights = os.stat(dataset.path), hashlib.sha256()
+    weights.update(repr((encoder.args, amp, stat.st_size, stat.st_mtime_ns)).encode())
+    for name, tensor in encoder.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+    stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
+    return dataset.path.with_name(
+        f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
+
+
+def _create(partial, shape):
+    """
+    A file whose structure never changes again: the place of every number is set aside now, so
+    a process that is killed while it writes features leaves a sound file.
+    """
+    with h5py.File(partial, "w") as file:
+        for name, size, dtype in (("features", shape, np.float16), ("done", (1,), np.int64)):
+            space = h5py.h5s.create_simple(size)
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_obj_track_times(False)  # the same features, the same bytes
+            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            if name == "features":
+                plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space,
+                            plist)
+
+
+def _is_partial(partial, shape):
+    """Whether the file is one to go on with; one killed as it was created is not."""
+    try:
+        with h5py.File(partial, "r") as file:
+            return file["features"].shape == shape and 0 <= file["done"][0] <= shape[0]
+    except (OSError, KeyError):
+        return False
+
+
+def keep_features(path, where, device):
+    """
+    Where training reads cached features from: the path itself ("disk"), or a tensor
+    (I, G, E) float16 in RAM ("ram") or on the device ("device"). None chooses the fastest that
+    fits with as much room again to spare.
+    """
+    with h5py.File(path, "r") as file:
+        features = file["features"]
+        if where is None:
+            where = _roomiest(features.nbytes, device)
+        if where == "disk":
+            return path
+        tensor = torch.empty(features.shape, dtype=torch.float16,
+                             device=device if where == "device" else "cpu")
+        step = max(1, (64 << 20) // max(1, features.nbytes // max(1, len(features))))
+        for i in range(0, len(features), step):  # never a second copy of them all
+            tensor[i:i + step] = torch.from_numpy(features[i:i + step]).to(tensor.device)
+    return tensor
+
+
+def _roomiest(size, device):
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 2 * size:
+        return "device"
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # macOS does not tell
+        return "disk"
+    return "ram" if free > 2 * size else "disk"
