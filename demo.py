@@ -11,6 +11,7 @@ true, and the box of each object, so that attention can be scored and not only l
 import argparse
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from math import cos, pi, radians, sin
 from pathlib import Path
@@ -21,8 +22,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 SIDE = 256  # pixels, width and height of a picture
-MARGIN, GAP = 6, 10  # pixels, least distance to the edge and between two objects
-SIZES = {"small": (80, 90), "large": (106, 117)}  # pixels, longer side of the object's box
+MARGIN, GAP = 3, 6  # pixels, least distance to the edge and between two objects
+SIZES = {"small": (90, 98), "large": (114, 122)}  # pixels, longer side of the object's box
+# Each shape is drawn three times, one copy within the other, so that its form shows inside its box
+# and not at its edge alone: (scale, brightness).
+COPIES = (1, 1), (0.72, 0.55), (0.44, 1)
 COLOURS = {
     "red": (214, 40, 40), "yellow": (238, 212, 30), "green": (38, 150, 62),
     "blue": (35, 86, 205), "purple": (136, 52, 168), "black": (35, 35, 38),
@@ -61,7 +65,7 @@ TWO = [([a, b], relation) for a, b, relation in product(THINGS, THINGS, RELATION
 
 def choose_scenes(n, rng):
     """
-    n different scenes in random order, one in four of a single object.
+    n different scenes in random order, one in eight of a single object.
 
     A scene is (things, where): things are (size, colour, shape), and where is a key of PLACES for
     one thing, of RELATIONS for two; the upper or left one of two comes first.
@@ -69,7 +73,7 @@ def choose_scenes(n, rng):
     """
     if n > len(ONE) + len(TWO):
         raise ValueError(f"{n} scenes asked for; only {len(ONE) + len(TWO)} different ones exist")
-    ones = max(min(n // 4, len(ONE)), n - len(TWO))
+    ones = max(min(n // 8, len(ONE)), n - len(TWO))
     scenes = rng.sample(ONE, ones) + rng.sample(TWO, n - ones)
     rng.shuffle(scenes)
     return scenes
@@ -148,11 +152,25 @@ def draw(background, objects, fine=4):
     """The picture of these objects, antialiased by drawing fine times larger."""
     picture = background.copy()
     for points, rgb in objects:
-        mask = Image.new("L", (SIDE * fine, SIDE * fine))
-        corners = [(x * fine - 0.5, y * fine - 0.5) for x, y in points]  # to pixels' centres
-        ImageDraw.Draw(mask).polygon(corners, fill=255)
-        picture.paste(rgb, mask=mask.reduce(fine))
+        x0, y0, x1, y1 = box(points)
+        middle = (x0 + x1) / 2, (y0 + y1) / 2
+        corner = int(x0) - 1, int(y0) - 1
+        size = int(x1) + 2 - corner[0], int(y1) + 2 - corner[1]
+        for scale, brightness in COPIES:
+            # In pixels of the finer picture, whose centres lie at half a pixel.
+            polygon = [tuple(fine * (m + scale * (v - m) - c) - 0.5
+                             for v, m, c in zip(point, middle, corner)) for point in points]
+            mask = Image.new("L", (size[0] * fine, size[1] * fine))
+            ImageDraw.Draw(mask).polygon(polygon, fill=255)
+            picture.paste(tuple(round(brightness * c) for c in rgb), corner, mask.reduce(fine))
     return picture
+
+
+def draw_scene(scene, seed, path):
+    """Write the scene's picture; returns the box of each object, in fractions of the side."""
+    background, objects = lay_out(scene, Random(seed))
+    draw(background, objects).save(path, compress_level=1)  # noise hardly packs; be quick
+    return [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]
 
 
 def make_demo(folder, train=1600, val=100, test=200, seed=0):
@@ -173,20 +191,21 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     path.unlink(missing_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     scenes = choose_scenes(len(splits), Random(str(seed)))
+    names = [folder / f"demo_{i:05d}.png" for i in range(len(splits))]
     images = []
-    for i, scene in enumerate(tqdm(scenes, "Drawing", delay=2, disable=None)):
-        background, objects = lay_out(scene, Random(f"{seed} {i}"))
-        filename = f"demo_{i:05d}.png"
-        draw(background, objects).save(folder / filename)
-        captions = describe(scene)
-        sentids = list(range(i * len(captions), (i + 1) * len(captions)))
-        images.append({
-            "filename": filename, "imgid": i, "split": splits[i], "sentids": sentids,
-            "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
-                          for text, k in zip(captions, sentids, strict=True)],
-            "objects": [{"box": [round(v / SIDE, 5) for v in box(points)], "words": [colour, shape]}
-                        for (_, colour, shape), (points, _) in zip(scene[0], objects, strict=True)],
-        })  # fmt: skip
+    with ProcessPoolExecutor() as pool:
+        seeds = [f"{seed} {i}" for i in range(len(scenes))]
+        drawn = pool.map(draw_scene, scenes, seeds, names, chunksize=16)
+        for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
+            captions = describe(scenes[i])
+            sentids = list(range(i * len(captions), (i + 1) * len(captions)))
+            images.append({
+                "filename": names[i].name, "imgid": i, "split": splits[i], "sentids": sentids,
+                "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
+                              for text, k in zip(captions, sentids, strict=True)],
+                "objects": [{"box": box, "words": [colour, shape]} for box, (_, colour, shape)
+                            in zip(boxes, scenes[i][0], strict=True)],
+            })  # fmt: skip
     unfinished.write_text(json.dumps({"dataset": "demo", "images": images}))
     os.replace(unfinished, path)
     return path

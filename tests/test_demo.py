@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import demo  # noqa: E402
 
-COUNTS = {"train": 60, "val": 10, "test": 10}
+COUNTS = {"train": 120, "val": 10, "test": 10}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_another_seed_draws_other_pictures(tmp_path):
 def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
     path = demo.make_demo(tmp_path, 3, 1, 1)
     assert path.exists()
-    monkeypatch.setattr(demo, "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo, "describe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.make_demo(tmp_path, 3, 1, 1)
     assert not list(tmp_path.glob("*.json*"))
@@ -123,7 +123,7 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
             x0, y0 = int(box[0]) - 4, int(box[1]) - 4
             around = dark.crop((x0, y0, int(box[2]) + 5, int(box[3]) + 5)).getbbox()
             found = [v + (x0, y0)[i % 2] for i, v in enumerate(around)]
-            assert far_apart(found, box) < 3  # pixels; sharp corners fade out
+            assert far_apart(found, box) < 3.5  # pixels; the tip of a large heart fades out
 
 
 def test_what_captions_say_of_place_and_size_is_true_of_the_boxes(images):
@@ -155,7 +155,7 @@ def test_what_captions_say_of_place_and_size_is_true_of_the_boxes(images):
             for name in said:
                 side = 256 * max(boxes[name][2] - boxes[name][0], boxes[name][3] - boxes[name][1])
                 size = words[words.index(name) - 2]
-                assert {"small": 79 < side < 91, "large": 105 < side < 118}.get(size, True)
+                assert {"small": 89 < side < 99, "large": 113 < side < 123}.get(size, True)
             checked.add(where)
     assert checked >= relations.keys() and len(checked) > 8
 

@@ -1,0 +1,80 @@
+"""
+Our code against the textbook version of tests/reference.py, in one run and in turns.
+
+    python benchmark.py                                    # all stages, on the GPU if there is one
+    python benchmark.py --stages training search           # some of them
+    python benchmark.py --device cpu --json figures.json
+
+Sizes are the tutorial's on COCO: 2048-wide features of 256 x 256 images on an 8 x 8 grid (the
+textbook version pools them to 14 x 14 beforehand), 9490 words, captions of 12.5 words on average
+with <start> and <end>, all layers 512 wide. Weights, features and captions are random.
+Times are medians, after one run to warm up. Memory is the peak of live tensors on top of what
+both versions hold before and after: features, parameters and their gradients.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.files import loading, preprocessing
+from benchmarks.measuring import matmul_rate
+from benchmarks.model import encoding, scaling, search, training
+from benchmarks.whole import cache, coco, start_up
+from distributed import find_device
+from files import write_json
+from utils import AMP, run
+
+STAGES = {stage.__name__: stage for stage in (
+    training, search, encoding, cache, preprocessing, loading, start_up, coco, scaling)}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to run")
+    add("--repeats", type=int, default=5, help="timed runs of each version")
+    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--amp", choices=AMP, help="our version in half precision; the textbook stays in float32")
+    add("--json", metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}, it must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    args.device = find_device(args.device)
+    torch.set_float32_matmul_precision("high")  # as the scripts do
+    print(f"{machine(args.device)}\n")
+    print(f"{'stage':52}{'textbook':>11}{'ours':>11}{'ratio':>8}   peak memory")
+    rows = []
+    for stage in args.stages:
+        for row in STAGES[stage](args):
+            rows.append(row)
+            print(show(row), flush=True)
+    if args.json:
+        write_json(args.json, {"machine": machine(args.device), "torch": torch.__version__,
+                               "rows": rows})
+
+
+def machine(device):
+    name = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {matmul_rate(device) / 1e9:.0f} GFLOP/s in float32 products of 2048 x 2048"
+
+
+def show(row):
+    line = f"{row['stage']:52}"
+    for version in ("textbook", "ours"):
+        line += f"{row[version]:9.3f} s" if row.get(version) is not None else f"{'–':>11}"
+    line += f"{row['textbook'] / row['ours']:7.1f}x" if row.get("textbook") else " " * 8
+    if "ours_bytes" in row:
+        line += f"   {row['textbook_bytes'] / 1e6:.0f} -> {row['ours_bytes'] / 1e6:.0f} MB"
+    return line + (f"   {row['note']}" if "note" in row else "")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,184 @@
+"""The decoder's training step, beam search and encoder against the textbook's."""
+
+import copy
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measuring import compare, exponent, matmul_rate, seconds
+from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
+from search import beam_search
+from utils import autocast
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import reference  # noqa: E402
+
+SIZE, CELLS, PIXELS, ENCODER_DIM, VOCAB = 512, 64, 196, 2048, 9490
+WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB - 1}
+
+
+def random_captions(n, r, seed=0, mean=12.5, vocab=VOCAB):
+    """captions (n, r, L) and lengths (n, r) as in COCO: mean 12.5, standard deviation 2.4, skew"""
+    rng = np.random.default_rng(seed)
+    shortest = 0.64 * mean
+    lengths = shortest + rng.gamma(3.5, (mean - shortest) / 3.5, (n, r))
+    lengths = torch.from_numpy(lengths.round().astype(np.int64))
+    captions = torch.from_numpy(rng.integers(1, vocab - 3, (n, r, int(lengths.max()))))
+    captions[torch.arange(captions.shape[2]) >= lengths.unsqueeze(2)] = 0
+    return captions, lengths
+
+
+def step_flops(n, lengths, vocab=VOCAB):
+    """
+    What a training step of the decoder needs, frozen encoder: the products of the model in its
+    cheapest form (attention projected once per image and on 64 cells, no padding), 2 FLOPs per
+    multiplication and addition. Backward, a product costs once more for its weight and once more
+    for its input, where that has a gradient: features have none. What is not a product (softmax,
+    gates, optimiser) counts for nothing, so a share of 100 % cannot be reached.
+    """
+    a = h = e = SIZE  # attention, decoder, embedding
+    words = int((lengths - 1).sum())
+    per_image = 2 * CELLS * ENCODER_DIM * a + 2 * 2 * ENCODER_DIM * h  # keys; h and c
+    attention = PIXELS * 2 * a
+    context = 2 * PIXELS * CELLS + 2 * CELLS * ENCODER_DIM
+    lstm = 2 * (e + ENCODER_DIM + h) * 4 * h
+    rest = 2 * h * (a + ENCODER_DIM) + 2 * h * vocab  # query and gate; scores
+    return 2 * n * per_image + words * (3 * (attention + lstm + rest) + 2 * context)
+
+
+def training_step(decoder, n, r, args, vocab=VOCAB, mean=12.5):
+    """Forward and backward of n images with r captions each: two functions, and the lengths."""
+    features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
+    encoded = reference.encode(features).repeat_interleave(r, 0)
+    captions, lengths = random_captions(n, r, 0, mean, vocab)
+    captions = captions.to(args.device)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def textbook():
+        decoder.zero_grad(set_to_none=False)
+        reference.loss(*reference.decode(decoder, encoded, captions.flatten(0, 1),
+                                         lengths.flatten())[:4]).backward()
+
+    def ours():
+        decoder.zero_grad(set_to_none=False)
+        with autocast(args.device, args.amp):
+            loss = doubly_stochastic_loss(*decoder(features, captions, lengths))
+        loss.backward()
+
+    return textbook, ours, lengths
+
+
+def training(args):
+    rate = matmul_rate(args.device)
+    for n, r in ((32, 1), (80, 1), (16, 5)):
+        torch.manual_seed(0)
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB).to(args.device)
+        textbook, ours, lengths = training_step(decoder, n, r, args)
+        row = compare(f"training step, {n * r} captions of {n} images", textbook, ours, args)
+        row["flops"] = step_flops(n, lengths)
+        row["floor_share"] = row["flops"] / rate / row["ours"]
+        yield row | {"note": f"{100 * row['floor_share']:.0f} % of the FLOP floor"}
+
+
+def talkative_decoder(device):
+    """
+    A random decoder whose captions end as real ones do, after 11 words on average.
+
+    Unit 0 of the LSTM is made a clock: it rises at each word, from a start that depends on the
+    image, and pulls at <end>. The other words' scores are sharpened to a trained model's.
+    """
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB)
+    lstm = decoder.decode_step
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(20)
+        decoder.fc.weight.mul_(12)
+        for gate, bias in enumerate((9.0, 9.0, 0.085, 9.0)):  # input, forget, candidate, output
+            row = gate * SIZE
+            lstm.weight_ih[row] = lstm.weight_hh[row] = lstm.bias_hh[row] = 0
+            lstm.bias_ih[row] = bias
+        decoder.init_c.weight[0] -= decoder.init_c.weight[0].mean()
+        decoder.init_c.weight[0] *= 12
+        decoder.init_c.bias[0] = 0
+        decoder.fc.weight[:, 0] = 0
+        decoder.fc.weight[WORD_MAP["<end>"]] = 0
+        decoder.fc.weight[WORD_MAP["<end>"], 0] = 60
+        decoder.fc.bias[WORD_MAP["<end>"]] = -33
+    return decoder.to(device).eval()
+
+
+def search(args):
+    decoder = talkative_decoder(args.device)
+    features = torch.rand(100, CELLS, ENCODER_DIM, device=args.device)
+    encoded = reference.encode(features)
+    for beam_size in (1, 3, 5):
+        results = {}
+
+        def textbook(beam_size=beam_size, results=results):
+            results["textbook"] = [reference.search(decoder, image, WORD_MAP, beam_size)[0]
+                                   for image in encoded.split(1)]
+
+        def ours(beam_size=beam_size, results=results):
+            with autocast(args.device, args.amp):
+                results["ours"] = beam_search(decoder, features, WORD_MAP, beam_size)
+
+        row = compare(f"beam search, beam {beam_size}, 100 images", textbook, ours, args)
+        same = sum([WORD_MAP["<start>"], *a.words, WORD_MAP["<end>"]] == b[0]
+                   for a, b in zip(results["ours"], results["textbook"]))
+        length = statistics.mean(len(caption.words) for caption in results["ours"])
+        yield row | {"identical": same, "words": length,
+                     "note": f"{same} of 100 captions identical, {length:.1f} words"}
+
+
+def encoding(args):
+    """ResNet-101 with torchvision's own layout in float32, and ours, in bf16 too."""
+    torch.manual_seed(0)
+    encoder = Encoder(weights="none").to(args.device).eval()
+    plain = copy.deepcopy(encoder.resnet).to(memory_format=torch.contiguous_format)
+    images = torch.randint(0, 256, (16, 3, 256, 256), dtype=torch.uint8, device=args.device)
+
+    @torch.inference_mode()
+    def textbook():
+        plain((images / 255 - encoder.mean) / encoder.std)
+
+    for amp in (None, "bf16"):
+
+        @torch.inference_mode()
+        def ours(amp=amp):
+            with autocast(args.device, amp):
+                encoder(images)
+
+        yield compare(f"ResNet-101 encoding of 16 images, {amp or 'float32'}", textbook, ours, args)
+
+
+def scaling(args):
+    """Cost against each size alone, the others as usual, and the exponent seen: 1 is linear."""
+    def step(n, r=5, vocab=VOCAB, mean=12.5):
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab).to(args.device)
+        return training_step(decoder, n, r, args, vocab, mean)[1]
+
+    def searched(n, beam_size):
+        features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
+        return lambda: beam_search(decoder, features, WORD_MAP, beam_size)
+
+    decoder = talkative_decoder(args.device)
+    for what, sizes, make in (
+            ("training step, images of 5 captions", (8, 16, 32, 64), lambda n: step(n)),
+            ("training step, vocabulary", (2500, 5000, 10000, 20000), lambda v: step(16, 5, v)),
+            ("training step, words a caption", (6, 12, 24, 48), lambda t: step(16, mean=t)),
+            ("beam search at 5, images", (25, 50, 100, 200), lambda n: searched(n, 5)),
+            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: searched(100, k))):
+        times = []
+        for size in sizes:
+            function = make(size)
+            function()
+            times.append(statistics.median(seconds(function, args.device)
+                                           for _ in range(args.repeats)))
+        table = ", ".join(f"{size}: {time:.3f} s" for size, time in zip(sizes, times))
+        yield {"stage": what, "sizes": sizes, "seconds": times,
+               "exponent": exponent(sizes, times),
+               "note": f"exponent {exponent(sizes, times):.2f}   ({table})"}

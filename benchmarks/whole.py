@@ -1,0 +1,171 @@
+"""Whole epochs and whole scripts, as a user runs them."""
+
+import json
+import shutil
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoints
+import train
+from benchmarks.files import COCO_IMAGES
+from benchmarks.measuring import compare, in_a_process, seconds
+from benchmarks.model import (
+    CELLS,
+    ENCODER_DIM,
+    SIZE,
+    VOCAB,
+    WORD_MAP,
+    random_captions,
+    reference,
+    talkative_decoder,
+)
+from datasets import Batches, CaptionDataset
+from distributed import Processes
+from features import cache_features, keep_features
+from files import write_json
+from models import DecoderWithAttention, Encoder
+from search import beam_search
+from utils import autocast
+
+
+def write_data_set(folder, **images):
+    """The files of create_input_files.py for random images: TRAIN=160, VAL=16, ..."""
+    words = {f"word{i}": i for i in range(1, VOCAB - 3)}
+    write_json(f"{folder}/WORDMAP_x.json", WORD_MAP | words)
+    for split, n in images.items():
+        captions, lengths = random_captions(n, 5)
+        write_json(f"{folder}/{split}_CAPTIONS_x.json", captions.flatten(0, 1).tolist())
+        write_json(f"{folder}/{split}_CAPLENS_x.json", lengths.flatten().tolist())
+        pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 256, 256), np.uint8)
+        with h5py.File(f"{folder}/{split}_IMAGES_x.hdf5", "w") as file:
+            file.attrs["captions_per_image"] = 5
+            file["images"] = pixels
+
+
+def options(args, folder, *more):
+    amp = ["--amp", args.amp] if args.amp else []
+    return ["--data_folder", str(folder), "--checkpoint_folder", str(folder), "--encoder_weights",
+            "none", "--device", str(args.device), *amp, *more]
+
+
+class Step:
+    """Steps of train.py on this data: run() goes through all batches once."""
+
+    def __init__(self, encoder, data, args, fine_tune=False, prepared=False):
+        self.processes = Processes(args.device, 0, 1)
+        self.args = train.get_args(options(args, "."))
+        self.args.fine_tune_encoder = fine_tune
+        self.encoder, self.decoder = encoder, DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB)
+        self.decoder.to(args.device)
+        parameters = [p for m in (encoder, self.decoder) for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, fused=True)
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        self.loader = train._loader(data, Batches(len(data), 16), self.args, self.processes)
+        if prepared:
+            self.loader = [(images.to(args.device).float(), *rest) for images, *rest in self.loader]
+
+    def run(self):
+        train.train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
+                              self.args, self.processes, 1)
+
+
+def cache(args):
+    """An epoch of train.py from the feature cache, without it, and what the decoder alone takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_data_set(folder, TRAIN=160, VAL=5)
+        times = {}
+        for option in ("--cache_features", "--no-cache_features"):
+            shutil.rmtree(Path(folder, "run"), ignore_errors=True)
+            with redirect_stdout(StringIO()):
+                train.main(options(args, folder, "--checkpoint_folder", f"{folder}/run",
+                                   option, "--epochs", "3"))
+            log = Path(folder, "run", "log_x.jsonl").read_text().splitlines()
+            times[option] = min(json.loads(line)["train_seconds"] for line in log[1:])
+        torch.manual_seed(0)
+        encoder = Encoder(weights="none").to(args.device).eval()
+        data = CaptionDataset(folder, "x", "TRAIN")
+        with autocast(args.device, args.amp):
+            path = cache_features(data, encoder, args.device, args.amp)
+        data.use_features(keep_features(path, None, args.device))
+        steps = Step(encoder, data, args, prepared=True)
+        steps.run()
+        own = min(seconds(steps.run, args.device) for _ in range(3))
+    cached, uncached = times["--cache_features"], times["--no-cache_features"]
+    yield {"stage": "epoch of 160 images, ResNet-101; textbook: no cache", "textbook": uncached,
+           "ours": cached, "decoder": own,
+           "note": f"{cached / own:.2f} times the decoder's own {own:.3f} s"}
+
+
+def coco(args):
+    """Passes over COCO with ResNet-101, from a part of each; nothing of the real data is read."""
+    gpu = args.device.type == "cuda"
+    part, batches = (320, 20) if gpu else (48, 3)
+    scale = COCO_IMAGES / part
+    with tempfile.TemporaryDirectory() as folder:
+        write_data_set(folder, TRAIN=part)
+        data = CaptionDataset(folder, "x", "TRAIN")
+        encoder = Encoder(weights="none").to(args.device)
+        for fine_tune in (False, True):
+            encoder.fine_tune(fine_tune)
+            if not fine_tune:
+                features = torch.rand(part, CELLS, ENCODER_DIM, device=args.device).half()
+                data.use_features(features)
+            else:
+                data = CaptionDataset(folder, "x", "TRAIN")
+            steps = Step(encoder, data, args, fine_tune)
+            steps.run()
+            time = scale * min(seconds(steps.run, args.device) for _ in range(3))
+            what = "fine-tuning ResNet-101" if fine_tune else "decoder alone, from the cache"
+            yield {"stage": f"epoch of COCO, {what}", "ours": time,
+                   "note": f"from {batches} of {COCO_IMAGES // 16 + 1} batches"}
+    encoder.eval()
+    decoder, n = talkative_decoder(args.device), 5000 if gpu else 50
+    images = torch.randint(0, 256, (50, 3, 256, 256), dtype=torch.uint8)
+
+    @torch.inference_mode()
+    def textbook():
+        for image in images[:10].to(args.device).split(1):
+            reference.search(decoder, reference.encode(encoder(image)), WORD_MAP, 5)
+
+    @torch.inference_mode()
+    def ours():
+        for _ in range(n // 50):
+            with autocast(args.device, args.amp):
+                beam_search(decoder, encoder(images.to(args.device)), WORD_MAP, 5)
+
+    row = compare("beam-5 search of 5000 images, with ResNet-101", textbook, ours, args,
+                  memory=False)
+    yield row | {"textbook": row["textbook"] * 500, "ours": row["ours"] * 5000 / n,
+                 "note": f"from 10 images one by one and {n} in batches of 50"}
+
+
+def start_up(args):
+    """caption.py on one photograph, from the shell's prompt to the overlay; and imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = Encoder(weights="none")
+        checkpoints.save(f"{folder}/model.pth.tar", encoder, talkative_decoder(torch.device("cpu")),
+                         WORD_MAP | {f"word{i}": i for i in range(1, VOCAB - 3)})
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)).save(
+            f"{folder}/photo.jpg")
+        command = ["caption.py", "--img", f"{folder}/photo.jpg", "--model",
+                   f"{folder}/model.pth.tar", "--device", str(args.device)]
+        whole = in_a_process(f"""
+            import subprocess
+            subprocess.run([sys.executable, *{command!r}], check=True, capture_output=True)
+        """)
+        yield {"stage": "caption.py on one photograph, ResNet-101", "ours": whole["seconds"]}
+    for script in ("train", "eval"):
+        took = in_a_process(f"""
+            import importlib
+            importlib.import_module({script!r})
+            result["plots"] = "matplotlib" in sys.modules
+        """)
+        yield {"stage": f"importing {script}.py", "ours": took["seconds"],
+               "note": "with matplotlib" if took["plots"] else "without matplotlib"}
