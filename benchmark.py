@@ -47,7 +47,8 @@ def main(argv=None):
     args = get_args(argv)
     args.device = find_device(args.device)
     torch.set_float32_matmul_precision("high")  # as the scripts do
-    print(f"{machine(args.device)}\n")
+    on = machine(args.device)
+    print(f"{on}\n")
     print(f"{'stage':52}{'textbook':>11}{'ours':>11}{'ratio':>8}   peak memory")
     rows = []
     for stage in args.stages:
@@ -55,7 +56,7 @@ def main(argv=None):
             rows.append(row)
             print(show(row), flush=True)
     if args.json:
-        write_json(args.json, {"machine": machine(args.device), "torch": torch.__version__,
+        write_json(args.json, {"machine": on, "torch": torch.__version__,
                                "rows": rows})
 
 

@@ -20,18 +20,18 @@ SIZE, CELLS, PIXELS, ENCODER_DIM, VOCAB = 512, 64, 196, 2048, 9490
 WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB - 1}
 
 
-def random_captions(n, r, seed=0, mean=12.5, vocab=VOCAB):
+def random_captions(n, r, seed=0, mean=12.5, vocab=None):
     """captions (n, r, L) and lengths (n, r) as in COCO: mean 12.5, standard deviation 2.4, skew"""
     rng = np.random.default_rng(seed)
     shortest = 0.64 * mean
     lengths = shortest + rng.gamma(3.5, (mean - shortest) / 3.5, (n, r))
     lengths = torch.from_numpy(lengths.round().astype(np.int64))
-    captions = torch.from_numpy(rng.integers(1, vocab - 3, (n, r, int(lengths.max()))))
+    captions = torch.from_numpy(rng.integers(1, (vocab or VOCAB) - 3, (n, r, int(lengths.max()))))
     captions[torch.arange(captions.shape[2]) >= lengths.unsqueeze(2)] = 0
     return captions, lengths
 
 
-def step_flops(n, lengths, vocab=VOCAB):
+def step_flops(n, lengths):
     """
     What a training step of the decoder needs, frozen encoder: the products of the model in its
     cheapest form (attention projected once per image and on 64 cells, no padding), 2 FLOPs per
@@ -45,11 +45,11 @@ def step_flops(n, lengths, vocab=VOCAB):
     attention = PIXELS * 2 * a
     context = 2 * PIXELS * CELLS + 2 * CELLS * ENCODER_DIM
     lstm = 2 * (e + ENCODER_DIM + h) * 4 * h
-    rest = 2 * h * (a + ENCODER_DIM) + 2 * h * vocab  # query and gate; scores
+    rest = 2 * h * (a + ENCODER_DIM) + 2 * h * VOCAB  # query and gate; scores
     return 2 * n * per_image + words * (3 * (attention + lstm + rest) + 2 * context)
 
 
-def training_step(decoder, n, r, args, vocab=VOCAB, mean=12.5):
+def training_step(decoder, n, r, args, vocab=None, mean=12.5):
     """Forward and backward of n images with r captions each: two functions, and the lengths."""
     features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
     encoded = reference.encode(features).repeat_interleave(r, 0)
@@ -76,7 +76,7 @@ def training(args):
     rate = matmul_rate(args.device)
     for n, r in ((32, 1), (80, 1), (16, 5)):
         torch.manual_seed(0)
-        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB).to(args.device)
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, ENCODER_DIM).to(args.device)
         textbook, ours, lengths = training_step(decoder, n, r, args)
         row = compare(f"training step, {n * r} captions of {n} images", textbook, ours, args)
         row["flops"] = step_flops(n, lengths)
@@ -92,7 +92,7 @@ def talkative_decoder(device):
     image, and pulls at <end>. The other words' scores are sharpened to a trained model's.
     """
     torch.manual_seed(0)
-    decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB)
+    decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, ENCODER_DIM)
     lstm = decoder.decode_step
     with torch.no_grad():
         decoder.embedding.weight.mul_(20)
@@ -157,8 +157,8 @@ def encoding(args):
 
 def scaling(args):
     """Cost against each size alone, the others as usual, and the exponent seen: 1 is linear."""
-    def step(n, r=5, vocab=VOCAB, mean=12.5):
-        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab).to(args.device)
+    def step(n, r=5, vocab=None, mean=12.5):
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM).to(args.device)
         return training_step(decoder, n, r, args, vocab, mean)[1]
 
     def searched(n, beam_size):

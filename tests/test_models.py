@@ -1,5 +1,7 @@
 """The decoder and the loss against the textbook version, in float64."""
 
+import weakref
+
 import pytest
 import reference
 import torch
@@ -12,6 +14,7 @@ from models import (
     doubly_stochastic_loss,
     pooling_matrix,
 )
+from utils import autocast
 
 
 def make_decoder(vocab_size=23, dropout=0.0, seed=0, scale=3.0):
@@ -179,3 +182,28 @@ def test_uint8_images_are_normalised_as_imagenet_was():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(encoder(images), encoder(normal))
+
+
+def test_bfloat16_gradients_point_where_float32_ones_do():
+    decoder, (captions, lengths) = make_decoder(scale=1.0).float(), make_captions(6, 3)
+    features = torch.randn(6, 64, 9)
+    gradients = []
+    for amp in (None, "bf16"):
+        with autocast(torch.device("cpu"), amp):
+            loss = doubly_stochastic_loss(*decoder(features, captions, lengths))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(
+            loss, list(decoder.parameters()))]))
+    assert not torch.equal(*gradients)
+    assert torch.nn.functional.cosine_similarity(*gradients, 0) > 0.999
+
+
+def test_a_batch_that_never_goes_backward_leaves_nothing_behind():
+    """Gradients are made by what the words leave behind; that must not outlive the batch."""
+    decoder, (captions, lengths) = make_decoder(), make_captions(4, 2)
+    keys = []
+    for _ in range(2):
+        image = decoder.annotate(torch.randn(4, 64, 9, dtype=torch.float64))
+        keys.append(weakref.ref(image.keys))
+        decoder(torch.randn(4, 64, 9, dtype=torch.float64), captions, lengths)
+        del image
+    assert [key() for key in keys] == [None, None]

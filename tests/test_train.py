@@ -84,7 +84,8 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
 
 def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):
     for workers in "02":
-        train.main(train_args(data, tmp_path / workers, "--epochs", "1", "--workers", workers))
+        train.main(train_args(data, tmp_path / workers, "--epochs", "1", "--workers", workers,
+                              "--cache_in", "disk"))
     assert same(load(tmp_path / "0")["decoder"], load(tmp_path / "2")["decoder"])
 
 
@@ -118,9 +119,15 @@ def test_training_overfits_eight_images_to_bleu_100(tmp_path):
     assert best["bleu4"] == max(row["bleu4"] for row in rows(tmp_path))
 
 
-def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_path):
-    """Plain gradient steps of size 1, so weights tell gradients; the images split 11 : 11."""
-    options = ["--epochs", "1", "--batch_size", "110", "--dropout", "0"]
+@pytest.mark.parametrize("options", [
+    ["--batch_size", "110"], ["--batch_size", "55"],
+    ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"]], ids=" ".join)
+def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
+    """
+    Plain gradient steps, so weights tell gradients. 110 captions are 22 images, 11 for each
+    process; 55 are 11 images, 6 and 5.
+    """
+    options = ["--epochs", "1", "--dropout", "0", "--decoder_lr", "1.0", *options]
     script = tmp_path / "plain_gradient.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -128,16 +135,37 @@ def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_pat
         "torch.optim.Adam = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)\n"
         "train.main()\n")
     for processes in (1, 2):
-        result = run_script(script, *train_args(data, tmp_path / str(processes), *options,
-                                                "--decoder_lr", "1.0"), processes=processes)
+        result = run_script(script, *train_args(data, tmp_path / str(processes), *options),
+                            processes=processes)
         assert result.returncode == 0, result.stderr
-    one, two = (load(tmp_path / n)["decoder"] for n in "12")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    one, two = (load(tmp_path / n) for n in "12")
+    for part in ("encoder", "decoder"):
+        for name in one[part]:
+            torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-4, atol=1e-6)
+    if "--fine_tune_encoder" in options:
+        whole = train.Encoder(name="tf_efficientnet_lite0", weights=LITE0[3]).state_dict()
+        assert not same(one["encoder"], whole)
     a, b = rows(tmp_path / "1")[0], rows(tmp_path / "2")[0]
     for key in a:
         if "second" not in key:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_like_float32_and_resumes_exactly(data, tmp_path, amp):
+    full, whole, parts = (tmp_path / name for name in ("full", "whole", "parts"))
+    train.main(train_args(data, full, "--epochs", "2"))
+    train.main(train_args(data, whole, "--epochs", "2", "--amp", amp))
+    train.main(train_args(data, parts, "--epochs", "1", "--amp", amp))
+    train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "2"])
+    a, b = load(whole), load(parts)
+    for key in ("decoder", "optimizer", "scaler"):
+        assert same(a[key], b[key]), key
+    assert bool(a["scaler"]) == (amp == "fp16")
+    assert {p.dtype for p in a["decoder"].values()} == {torch.float32}
+    assert not same(a["decoder"], load(full)["decoder"])
+    for row, expected in zip(rows(whole), rows(full)):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
 
 
 def test_two_processes_evaluate_like_one(data, tmp_path, capsys):

@@ -1,0 +1,106 @@
+"""benchmark.py: what it counts, and that it runs; nothing here is timed."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+from benchmarks import measuring, model
+from models import DecoderWithAttention, doubly_stochastic_loss
+from search import beam_search
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_flops_of_a_step_are_those_that_torch_counts():
+    """On one caption an image, where nothing is padded; small sizes beside a large vocabulary."""
+    captions, lengths = model.random_captions(8, 1)
+    decoder = DecoderWithAttention(model.SIZE, model.SIZE, model.SIZE, model.VOCAB)
+    features = torch.rand(8, model.CELLS, model.ENCODER_DIM)
+    with FlopCounterMode(display=False) as counter:
+        doubly_stochastic_loss(*decoder(features, captions, lengths)).backward()
+    # torch counts no products with a vector, which attention's energies are.
+    energies = 3 * 2 * model.PIXELS * model.SIZE * int((lengths - 1).sum())
+    assert model.step_flops(8, lengths) - energies == pytest.approx(
+        counter.get_total_flops(), rel=0.03)
+
+
+def test_random_captions_are_as_long_as_cocos():
+    captions, lengths = model.random_captions(2000, 5)
+    assert lengths.double().mean() == pytest.approx(12.5, abs=0.1)
+    assert lengths.double().std() == pytest.approx(2.4, abs=0.1)
+    assert torch.equal((captions > 0).sum(2), lengths)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3, 5])
+def test_captions_of_the_benchmarks_decoder_are_as_long_as_real_ones(beam_size):
+    decoder = model.talkative_decoder(torch.device("cpu"))
+    captions = beam_search(decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM),
+                           model.WORD_MAP, beam_size)
+    lengths = [len(caption.words) for caption in captions]
+    assert 9 < statistics.mean(lengths) < 12.5 and statistics.stdev(lengths) > 2
+    assert all(caption.finished for caption in captions)
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def work():
+        for _ in range(3):
+            a = torch.empty(1000, dtype=torch.float64)
+            b = a + 1
+            del a
+            b.sum()
+
+    # The second round's a and b live beside the b of the first.
+    assert 24000 <= measuring.peak_memory(work, torch.device("cpu")) < 25000
+
+
+def test_exponent_of_a_square_is_two():
+    assert measuring.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, size in (("SIZE", 8), ("ENCODER_DIM", 16), ("VOCAB", 50)):
+        monkeypatch.setattr(model, name, size)
+    monkeypatch.setattr(model, "WORD_MAP", {"<pad>": 0, "<unk>": 47, "<start>": 48, "<end>": 49})
+
+
+def test_table_and_json_hold_the_same_rows(small, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    benchmark.main(["--stages", "training", "search", "--device", "cpu", "--repeats", "1",
+                    "--json", str(path)])
+    written, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert len(written["rows"]) == 6 and written["machine"] in printed
+    for row in written["rows"]:
+        assert row["stage"] in printed and row["ours"] > 0 and row["textbook"] > 0
+        assert f"{row['textbook'] / row['ours']:.1f}x" in printed
+
+
+def test_textbook_and_ours_compute_the_same(small):
+    """Otherwise their times could not be compared."""
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(8, 8, 8, 50, 16, dropout=0)
+    args = benchmark.get_args([])
+    args.device = torch.device("cpu")
+    textbook, ours, _ = model.training_step(decoder, 4, 5, args)
+    textbook()
+    expected = [p.grad.clone() for p in decoder.parameters()]
+    ours()
+    torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "search", "metrics"])
+def test_only_caption_py_loads_matplotlib(script):
+    code = f"import {script}, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_textbook_is_the_one_that_the_tests_compare_with():
+    assert model.reference is reference
