@@ -82,15 +82,17 @@ def choose_scenes(n, rng):
 def describe(scene):
     """The five captions of a scene; all true, all different, in lower case, without full stop."""
     things, where = scene
+    # The size is said in two of five: the first word said of an object is the one that is looked at
+    # most, and of colour and shape we know which object they name.
     full = ["a " + " ".join(thing) for thing in things]
     short = [f"a {colour} {shape}" for _, colour, shape in things]
     if len(things) == 1:
-        [a], [short_a], place = full, short, PLACES[where]
-        return [f"{a} {place}", f"there is {a} {place}", f"{short_a} is {place}",
-                f"{place} is {a}", f"the picture shows {a} {place}"]  # fmt: skip
-    (a, b), (short_a, short_b), back = full, short, RELATIONS[where]
-    return [f"{a} {where} {b}", f"there is {a} {where} {b}", f"{short_a} is {where} {short_b}",
-            f"{b} is {back} {a}", f"the picture shows {b} {back} {a}"]  # fmt: skip
+        [sized_a], [a], place = full, short, PLACES[where]
+        return [f"{sized_a} {place}", f"there is {a} {place}", f"{a} is {place}",
+                f"{place} is {a}", f"the picture shows {sized_a} {place}"]  # fmt: skip
+    (sized_a, sized_b), (a, b), back = full, short, RELATIONS[where]
+    return [f"{sized_a} {where} {sized_b}", f"there is {a} {where} {b}", f"{a} is {where} {b}",
+            f"{b} is {back} {a}", f"the picture shows {sized_b} {back} {sized_a}"]  # fmt: skip
 
 
 def box(points):

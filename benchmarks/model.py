@@ -158,8 +158,8 @@ def encoding(args):
 def scaling(args):
     """Cost against each size alone, the others as usual, and the exponent seen: 1 is linear."""
     def step(n, r=5, vocab=None, mean=12.5):
-        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM).to(args.device)
-        return training_step(decoder, n, r, args, vocab, mean)[1]
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM)
+        return training_step(decoder.to(args.device), n, r, args, vocab, mean)[1]
 
     def searched(n, beam_size):
         features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
