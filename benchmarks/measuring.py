@@ -83,6 +83,6 @@ def in_a_process(code):
         "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
         "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
         "print(json.dumps(result))"])
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True,
-                          stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent,
+                          check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
