@@ -98,6 +98,9 @@ def _is_partial(partial, shape):
     try:
         with h5py.File(partial, "r") as file:
             return file["features"].shape == shape and 0 <= file["done"][0] <= shape[0]
+    except BlockingIOError:  # HDF5 locks what it writes
+        raise UserError(f"{partial} is being written by another process; wait for it, or pass "
+                        f"--no-cache_features") from None
     except (OSError, KeyError):
         return False
 

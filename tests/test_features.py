@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -134,6 +136,19 @@ def test_a_killed_process_is_resumed(small, encoder):
     with h5py.File(path.with_suffix(".partial"), "r") as file:
         assert file["done"][0] == 2
     assert cache_features(small[0], encoder, "cpu", batch_size=2).read_bytes() == expected
+
+
+def test_a_cache_that_another_process_is_writing_is_left_alone(small, encoder):
+    path = cache_features(small[0], encoder, "cpu").with_suffix(".partial")
+    path.with_suffix(".hdf5").rename(path)
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(UserError, match="being written by another process"):
+            cache_features(small[0], encoder, "cpu")
+        writer.communicate(b"\n")
+    assert cache_features(small[0], encoder, "cpu").exists()
 
 
 @pytest.mark.parametrize("where", ["disk", "ram", "device"])
