@@ -13,8 +13,10 @@ both versions hold before and after: features, parameters and their gradients.
 """
 
 import argparse
+import os
 
-import torch
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; its log is no table
+import torch  # noqa: E402
 
 from benchmarks.files import loading, preprocessing
 from benchmarks.measuring import matmul_rate

@@ -6,6 +6,7 @@ builds them), `word_map`, and in training also `options`, `progress`, `bleu4` an
 needed to go on exactly where the run stood.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ def load(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} not found; train a model first or pass another file") from None
+    except pickle.UnpicklingError:  # torch would advise to run whatever is in it
+        raise UserError(f"{path} is damaged or not a checkpoint: it is no file of tensors and "
+                        f"plain values alone") from None
     except Exception as error:  # bytes that are no pickle fail in all sorts of ways
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None

@@ -132,9 +132,12 @@ def train(args, checkpoint, processes):
     name = args.data_name = args.data_name or find_data_name(args.data_folder)
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
-    if len(val_data) == 0 or len(train_data) < processes.world:
-        raise UserError(f"{name} has {len(train_data)} training and {len(val_data)} validation "
-                        f"images; too few for {processes.world} process(es)")
+    if len(val_data) == 0:
+        raise UserError(f"{name} has no validation images, which say when to stop; give some the "
+                        f"split 'val', or create_input_files.py a larger --val_fraction")
+    if len(train_data) < processes.world:
+        raise UserError(f"{name} has {len(train_data)} training images; too few for "
+                        f"{processes.world} processes")
     set_seed(args.seed)
     if checkpoint:
         encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
