@@ -37,61 +37,78 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
         return []
     start, end = word_map["<start>"], word_map["<end>"]
     image = decoder.annotate(features)
-    state = tuple(x.repeat_interleave(beam_size, 0) for x in decoder.init_hidden_state(image))
+    state = decoder.init_hidden_state(image)
     words = torch.full((n, beam_size), start, device=device)
     # A closed slot has score -inf. At first only slot 0 is open, since all are alike.
     scores = state[0].new_full((n, beam_size), -torch.inf)
     scores[:, 0] = 0
+    slots = torch.arange(0, n * beam_size, beam_size, device=device)  # the open ones: M
     width = torch.full((n, 1), beam_size, device=device)  # of each image's beam
     best_finished = scores.new_full((n, n_best), -torch.inf)
     rows = torch.arange(n, device=device)  # which image each row still at work belongs to
     history = []  # per step: the image rows and their (words, parents, scores, alphas)
 
     for _ in range(max_len):
-        state, alpha = decoder.step(decoder.read(words.flatten(), image), state, image, words.shape)
-        log_probs = decoder.scores(state[0]).view(*words.shape, -1).log_softmax(-1)
-        scores, words, parents = _extend(scores, log_probs, width)
-        history.append((rows, words, parents, scores, alpha.view(*words.shape, -1)))
-        state = tuple(_pick(x, parents) for x in state)
+        read = decoder.read(words.flatten()[slots], image)
+        state, alpha = decoder.step(read, state, image, words.shape, slots)
+        log_probs = decoder.scores(state[0]).log_softmax(-1)
+        scores, words, parents = _extend(scores, log_probs, slots, width)
+        history.append((rows, words, parents, scores, _by_slot(alpha, slots, words.shape)))
 
         ended = words == end
         best_finished = torch.cat([best_finished, scores.masked_fill(~ended, -torch.inf)], 1)
         best_finished = best_finished.topk(n_best).values
         scores = scores.masked_fill(ended, -torch.inf)
         width = (scores > -torch.inf).sum(1, keepdim=True)
-        # Scores only fall, so an open beam below the worst finished one wanted cannot win.
-        open_rows = (scores.max(1).values > best_finished[:, -1]).nonzero().squeeze(1)
-        if len(open_rows) == 0:  # reading the length is the one host sync per word
+        # Scores only fall, so an image whose open beams are below the worst finished one wanted
+        # is done.
+        at_work = scores.max(1).values > best_finished[:, -1]
+        source = slots.new_zeros(words.numel()).index_copy(  # slot -> its row in the state
+            0, slots, torch.arange(len(slots), device=device))
+        first = torch.arange(0, words.numel(), beam_size, device=device).unsqueeze(1)
+        source = source[first + parents]  # (N, K): of each slot's parent
+        is_open = ((scores > -torch.inf) & at_work.unsqueeze(1)).flatten()
+        m, images = torch.stack([is_open.sum(), at_work.sum()]).tolist()  # the word's one host sync
+        if m == 0:
             break
-        if len(open_rows) <= len(rows) * 3 // 4:  # drop images that are done
-            rows, words, scores = rows[open_rows], words[open_rows], scores[open_rows]
-            best_finished, width = best_finished[open_rows], width[open_rows]
-            image = image[open_rows]
-            state = tuple(x.view(-1, beam_size, x.shape[1])[open_rows].flatten(0, 1)
-                          for x in state)
+        slots = _first(is_open, m)
+        state = tuple(x.index_select(0, source.flatten()[slots]) for x in state)
+        if images <= len(rows) * 3 // 4:  # drop those that are done
+            keep = _first(at_work, images)
+            place = torch.zeros_like(rows).index_copy(0, keep, torch.arange(images, device=device))
+            slots = place[slots // beam_size] * beam_size + slots % beam_size
+            rows, words, scores = rows[keep], words[keep], scores[keep]
+            best_finished, width, image = best_finished[keep], width[keep], image[keep]
     return _trace(history, end, n, n_best)
 
 
-def _extend(scores, log_probs, width):
+def _extend(scores, log_probs, slots, width):
     """
     The best continuations of each image's open slots, `width` of them.
 
-    scores (N, K), log_probs (N, K, V), width (N, 1)
+    scores (N, K), log_probs (M, V) of the M open slots, width (N, 1)
     Returns scores (-inf beyond the width), words and parents (slots), each (N, K)
     """
-    k = scores.shape[1]
+    n, k = scores.shape
     # The K best of an image are among the K best of each of its slots.
-    best, words = log_probs.topk(min(k, log_probs.shape[2]))  # (N, K, min(K, V))
-    top, index = (scores.unsqueeze(2) + best).flatten(1).topk(k)
+    best, words = log_probs.topk(min(k, log_probs.shape[1]))  # (M, min(K, V))
+    each = best.shape[1]
+    total = scores.flatten()[slots].unsqueeze(1) + best
+    total = scores.new_full((n * k, each), -torch.inf).index_copy(0, slots, total.to(scores.dtype))
+    words = _by_slot(words, slots, (n, k))
+    top, index = total.view(n, -1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
-    return top, words.flatten(1).gather(1, index), index // best.shape[2]
+    return top, words.flatten(1).gather(1, index), index // each
 
 
-def _pick(x, parents):
-    """(N K, H) rows by slot -> rows of the parents (N, K)"""
-    n, k = parents.shape
-    first = torch.arange(0, n * k, k, device=x.device).unsqueeze(1)
-    return x.index_select(0, (first + parents).flatten())
+def _by_slot(x, slots, shape):
+    """(M, ...) of the open slots -> (N, K, ...), zero where a slot is closed"""
+    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, slots, x).view(*shape, -1)
+
+
+def _first(mask, count):
+    """Where a mask with `count` true values has them; nonzero() would wait for a GPU to count."""
+    return mask.byte().argsort(dim=0, descending=True, stable=True)[:count]
 
 
 def _trace(history, end, n, n_best):
