@@ -32,6 +32,9 @@ def read_rgb(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
+            known = file.metadata(index=0, exclude_applied=False)
+            if known["mode"] in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in known:
+                return file.read(index=0, mode="RGB", rotate=True)  # most photographs
             if file.properties(index=0).dtype in (np.uint8, np.bool_):
                 # Through RGBA, since converting straight to RGB shows whatever colour
                 # stands under a transparent pixel.
