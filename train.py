@@ -264,13 +264,16 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
     decoder.eval()
     words_of = {i: word for word, i in data.word_map.items()}
     free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
+    all_words = int((data.lengths - 1).sum())
     bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.first else True)
     for rows, (images, captions, lengths) in zip(batches, bar):
         with autocast(processes.device, args.amp):
             features, captions = _encode(encoder, images, captions, processes.device, False)
             scores, targets, alphas = decoder(features, captions, lengths)
             found = beam_search(decoder, features, data.word_map, args.val_beam_size)
-        loss_sum += len(targets) * doubly_stochastic_loss(scores, targets, alphas, args.alpha_c)
+        # A share of the loss of all validation captions, however they are batched.
+        loss_sum += doubly_stochastic_loss(scores, targets, alphas, args.alpha_c, all_words,
+                                           len(data.lengths))
         correct += top_k_correct(scores, targets)
         words += len(targets)
         ends = (lengths - 1).flatten().tolist()
@@ -284,7 +287,7 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
     loss_sum, correct, words = processes.sum(float(loss_sum), int(correct), words)
     free, forced = processes.gather(free), processes.gather(forced)
     scores = bleu(*zip(*free))
-    return {"val_loss": loss_sum / words, "val_top5": 100 * correct / words,
+    return {"val_loss": loss_sum, "val_top5": 100 * correct / words,
             "teacher_forced_bleu4": bleu(*zip(*forced))[3],
             **{f"bleu{n}": score for n, score in enumerate(scores, 1)}}
 
