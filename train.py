@@ -174,7 +174,7 @@ def train(args, checkpoint, processes):
     progress = {"epoch": 0, "best_bleu4": None, "stale": 0}
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
         progress = checkpoint["progress"]
     log = _open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
