@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import load_backbone
-from kernels import AttentionEnergy, LinearPerWord
+from kernels import AttentionEnergy, CrossEntropy, LinearPerWord
 
 ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 grid (section 4.3)
 
@@ -311,6 +311,6 @@ def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, cap
     captions and pixels. `words` and `captions` divide instead of W and N * R where this
     batch is one process's share of a larger one.
     """
-    cross_entropy = F.cross_entropy(scores, targets, reduction="sum") / (words or len(targets))
+    cross_entropy = CrossEntropy.apply(scores, targets) / (words or len(targets))
     unbalance = ((1 - alphas.sum(2)) ** 2).mean(-1)  # (N, R)
     return cross_entropy + alpha_c * unbalance.sum() / (captions or unbalance.numel())

@@ -73,7 +73,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
             break
         slots = _first(is_open, m)
         state = tuple(x.index_select(0, source.flatten()[slots]) for x in state)
-        if images <= len(rows) * 3 // 4:  # drop those that are done
+        if images <= len(rows) // 2:  # drop those that are done; each time, the others are copied
             keep = _first(at_work, images)
             place = torch.zeros_like(rows).index_copy(0, keep, torch.arange(images, device=device))
             slots = place[slots // beam_size] * beam_size + slots % beam_size

@@ -7,7 +7,7 @@ import reference
 import torch
 from torch import nn
 
-from kernels import AttentionEnergy, LinearPerWord
+from kernels import AttentionEnergy, CrossEntropy, LinearPerWord
 from models import (
     DecoderWithAttention,
     Encoder,
@@ -103,6 +103,16 @@ def test_linear_per_word_has_the_gradients_that_finite_differences_find():
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
               for shape in ((3, 3), (3,), (4, 3), (4, 3))]
     assert torch.autograd.gradcheck(two_words, inputs)
+
+
+@pytest.mark.parametrize("words, vocab_size", [(1, 7), (300, 9490)])  # at once; in several parts
+def test_cross_entropy_and_its_gradient_are_torchs_own(words, vocab_size):
+    scores = torch.randn(words, vocab_size, dtype=torch.float64).mul_(30).requires_grad_()
+    targets = torch.randint(vocab_size, (words,))
+    pairs = [[loss, *torch.autograd.grad(0.3 * loss, scores)] for loss in (
+        CrossEntropy.apply(scores, targets),
+        nn.functional.cross_entropy(scores, targets, reduction="sum"))]
+    torch.testing.assert_close(*pairs)
 
 
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
