@@ -1,8 +1,11 @@
 """Files read and written with care: the errors that a user sees, JSON, and whole files or none."""
 
+import argparse
 import json
 import os
 from contextlib import contextmanager
+
+RESERVED = ("<pad>", "<unk>", "<start>", "<end>")
 
 
 class UserError(Exception):
@@ -15,15 +18,33 @@ def whole(path):
     `with whole(path) as temporary:` write to `temporary`; the file then stands at `path` whole,
     even if the power fails, or after an error not at all.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"  # same folder, since os.replace stays in a file system
+    temporary = f"{path}.tmp"  # same folder, since os.replace stays within a file system
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _sync_folder(folder):
+    """That a file has moved is a fact of its folder, which has to reach the disk as well."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are a UserError like any other: one line, without the list of all options."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the options")
 
 
 def read_text(path, next_step=""):
@@ -39,8 +60,9 @@ def read_text(path, next_step=""):
         raise UserError(f"{path} not found" + f"; {next_step}" * bool(next_step)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except OSError as error:  # a folder, no permission
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a folder, no permission; a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def read_json(path, next_step=""):
@@ -50,6 +72,33 @@ def read_json(path, next_step=""):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, [[[[...
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: broken JSON: {reason}") from None
+
+
+def check_word_map(word_map, path):
+    """
+    UserError unless the word map of this file is one: words -> ids from 0 up, each once, with
+    <pad> 0 and the other special words.
+    """
+    if not isinstance(word_map, dict) or not all(type(i) is int for i in word_map.values()):
+        wrong = "it is no object of words and whole numbers"
+    elif missing := [word for word in RESERVED if word not in word_map]:
+        wrong = f"it lacks {', '.join(missing)}"
+    elif word_map["<pad>"] != 0:
+        wrong = f"<pad> is {word_map['<pad>']}, not 0"
+    elif gaps := set(range(len(word_map))).symmetric_difference(word_map.values()):
+        wrong = (f"its {len(word_map)} words do not have the ids 0 to {len(word_map) - 1} once "
+                 f"each, see {min(gaps)}")
+    else:
+        return word_map
+    raise UserError(f"{path} is no word map: {wrong}; pass the WORDMAP file of the training data")
+
+
+def read_word_map(path, next_step=""):
+    """Word -> id from a WORDMAP file; UserError as `read_json` and `check_word_map`."""
+    return check_word_map(read_json(path, next_step), path)
 
 
 def write_json(path, content):
