@@ -23,7 +23,7 @@ from benchmarks.measuring import matmul_rate
 from benchmarks.model import encoding, scaling, search, training
 from benchmarks.whole import cache, coco, start_up
 from distributed import find_device
-from files import write_json
+from files import Parser, write_json
 from utils import AMP, run
 
 STAGES = {stage.__name__: stage for stage in (
@@ -31,7 +31,7 @@ STAGES = {stage.__name__: stage for stage in (
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to run")
@@ -48,7 +48,6 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     args.device = find_device(args.device)
-    torch.set_float32_matmul_precision("high")  # as the scripts do
     on = machine(args.device)
     print(f"{on}\n")
     print(f"{'stage':52}{'textbook':>11}{'ours':>11}{'ratio':>8}   peak memory")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpoints import find_checkpoint, load_captioner
 from datasets import read_image, read_rgb
 from distributed import find_device
-from files import UserError
+from files import Parser, UserError
 from search import beam_search
 from utils import AMP, autocast, run
 
@@ -32,7 +32,7 @@ OVERLAY = "_attention.png"
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Caption images, and draw where the model looked for each word.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

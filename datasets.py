@@ -244,17 +244,18 @@ class Batches(Sampler):
 
     def __init__(self, items, batch_size, shuffle=True, seed=0, rank=0, world=1):
         self.items, self.shuffle, self.seed = items, shuffle, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0  # start: batches of the epoch that are done already
         self.batches = max(1, min(-(-items // batch_size), items // world))
 
     def __len__(self):
-        return self.batches
+        return self.batches - self.start
 
     def __iter__(self):
         order = np.arange(self.items)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for batch in np.array_split(order, self.batches):
+        for batch in np.array_split(order, self.batches)[self.start:]:
             share = np.array_split(batch, self.world)[self.rank]
             if len(share):
                 yield share

@@ -15,14 +15,14 @@ from tqdm import tqdm
 import distributed
 from checkpoints import find_checkpoint, load_captioner
 from datasets import Batches, CaptionDataset, find_data_name
-from files import UserError, write_json
+from files import Parser, UserError, write_json
 from metrics import attention_hits, bleu
 from search import beam_search
 from utils import AMP, autocast, run
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder")

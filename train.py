@@ -9,11 +9,13 @@ Train the captioning model.
 
 import argparse
 import json
-import math
+import signal
 import time
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_
@@ -24,7 +26,8 @@ import checkpoints
 import distributed
 from datasets import Batches, CaptionDataset, find_data_name
 from features import cache_features, keep_features
-from files import UserError
+from files import Parser, UserError, whole
+from interrupts import Interrupts, Stopped, ignore_signals
 from metrics import bleu, top_k_correct
 from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from search import beam_search
@@ -32,7 +35,7 @@ from utils import AMP, autocast, load_embeddings, run, set_seed
 
 
 def get_args(argv=None, **defaults):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # Data
@@ -74,13 +77,16 @@ def get_args(argv=None, **defaults):
     add("--checkpoint", help="start a new phase from this model")
     add("--resume", nargs="?", const=True, metavar="FILE",
         help="go on with a run, its options and all; without FILE, that in --checkpoint_folder")
+    add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
+    add("--save_minutes", type=float, default=10, help="time between saves within an epoch")
     add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
     add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for least, names in ((1, "batch_size epochs val_beam_size decay_after stop_after attention_dim "
                              "decoder_dim emb_dim"),
-                         (0, "workers seed dropout decoder_lr encoder_lr grad_clip alpha_c")):
+                         (0, "workers seed dropout decoder_lr encoder_lr grad_clip alpha_c "
+                             "save_minutes")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and value < least:
@@ -120,7 +126,10 @@ def get_run(argv):
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
     options = checkpoint["options"]
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
-    for option in ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings"):
+    kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings"]
+    if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
+        kept += ["batch_size", "single_captions", "seed"]
+    for option in kept:
         if getattr(args, option) != options[option]:
             raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
                             f"keeps; for a new phase pass --checkpoint {path}")
@@ -138,6 +147,10 @@ def train(args, checkpoint, processes):
     if len(train_data) < processes.world:
         raise UserError(f"{name} has {len(train_data)} training images; too few for "
                         f"{processes.world} processes")
+    if args.resume:
+        _check_data(checkpoint, train_data, name, args.resume)
+    elif not args.checkpoint:
+        _make_way(args, name, processes)
     set_seed(args.seed)
     if checkpoint:
         encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
@@ -170,88 +183,178 @@ def train(args, checkpoint, processes):
     optimizer = torch.optim.Adam(groups, fused=True)
     # float16 reaches down to 6e-8 only: its losses are scaled up so that no gradient is lost.
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
-    # What is saved with the weights: epochs done, the best BLEU-4, epochs since it.
-    progress = {"epoch": 0, "best_bleu4": None, "stale": 0}
+    progress = new_progress()
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
-        progress = checkpoint["progress"]
+        progress |= checkpoint["progress"]
     log = _open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"start   {_show(scores)}")
         progress["best_bleu4"] = scores["bleu4"]  # the mark to beat
 
+    def save(prefix=""):
+        if processes.first:
+            options = {k: v for k, v in vars(args).items() if k not in PASSING_OPTIONS}
+            path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
+            checkpoints.save(path, encoder, decoder, train_data.word_map, options=options,
+                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                             progress=progress, bleu4=progress["bleu4"],
+                             data=_data(train_data, name))
+
     # Wrapped for gradients only: validation and checkpoints use the bare modules.
     parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
     parallel_decoder = _parallel(decoder, processes)
-    while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
-        if progress["stale"] and progress["stale"] % args.decay_after == 0:
-            for group in optimizer.param_groups:
-                group["lr"] *= args.lr_decay
-            processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
-        epoch = progress["epoch"] = progress["epoch"] + 1
-        batches.epoch = epoch
-        # Dropout follows from seed, epoch and process, so a resumed run draws the same.
-        torch.manual_seed(args.seed + 1_000_003 * epoch + processes.rank)
-        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer, scaler,
-                               args, processes, epoch)
-        if not math.isfinite(row["train_loss"]):
-            raise UserError(f"epoch {epoch}: the loss is {row['train_loss']}; nothing of it was "
-                            f"saved; try a lower --decoder_lr")
-        row |= validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
-        processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
-                        f"{row['train_seconds']:.0f} s   {_show(row)}")
-        better = progress["best_bleu4"] is None or row["bleu4"] > progress["best_bleu4"]
-        progress["stale"] = 0 if better else progress["stale"] + 1
-        if better:
-            progress["best_bleu4"] = row["bleu4"]
-        if processes.first:
-            log(row)
-            options = {k: v for k, v in vars(args).items() if k not in ("resume", "checkpoint")}
-            state = {"options": options, "optimizer": optimizer.state_dict(),
-                     "scaler": scaler.state_dict(), "progress": progress, "bleu4": row["bleu4"]}
-            for prefix in ["BEST_", ""] if better else [""]:  # the run goes on from the last
-                path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
-                checkpoints.save(path, encoder, decoder, train_data.word_map, **state)
+    try:
+        with Interrupts(args.save_minutes) as interrupts:
+            while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
+                epoch = batches.epoch = progress["epoch"] + 1
+                batches.start = progress["step"]
+                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer,
+                                       scaler, args, processes, progress, interrupts, save)
+                row |= validate(encoder, decoder, val_loader, val_batches, val_data, args,
+                                processes)
+                processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
+                                f"{row['train_seconds']:.0f} s   {_show(row)}")
+                with interrupts.held():
+                    if _epoch_done(progress, row, optimizer, args, processes):
+                        save("BEST_")
+                    log(row)
+                    save()  # last: without it, none of the above has happened
+    except Stopped as stopped:
+        save()
+        if not processes.first:
+            raise SystemExit(stopped.code) from None
+        raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
+                      f"{progress['step']} of {batches.batches} batches, all saved; go on with: "
+                      f"{_resume_command(args, processes)}") from None
     processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
                     f"{progress['epoch']} epochs")
 
 
-def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes, epoch):
-    """Returns the epoch's mean loss per word, top-5 accuracy (%), seconds and captions/s."""
-    decoder.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss_sum, correct, words_seen, captions_seen, start = 0.0, 0, 0, 0, time.perf_counter()
-    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch",
-               disable=None if processes.first else True)
-    for step, (images, captions, lengths) in enumerate(bar):
-        # The loss is a mean over the words of the joint batch, whoever holds them.
-        words, rows = processes.sum(int((lengths - 1).sum()), lengths.numel())
-        with autocast(processes.device, args.amp):
-            features, captions = _encode(
-                encoder, images, captions, processes.device, args.fine_tune_encoder)
-            scores, targets, alphas = decoder(features, captions, lengths)
-            # Processes average their gradients, hence each divides by its fair share.
-            loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
-                                          words / processes.world, rows / processes.world)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        clip_grad_value_(parameters, args.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
+# Options that are about one start of the program, not about the run.
+PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
 
-        loss_sum += loss.detach() * words / processes.world
-        correct += top_k_correct(scores.detach(), targets)
-        words_seen, captions_seen = words_seen + words, captions_seen + rows
-        if not bar.disable and step % 20 == 0:  # reading the loss waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    loss_sum, correct = processes.sum(float(loss_sum), int(correct))
-    seconds = time.perf_counter() - start
+
+def new_progress():
+    """
+    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best, epochs
+    since it; and of the epoch begun the batches, with what they add up to: loss, words right,
+    words, captions and seconds.
+    """
+    return {"epoch": 0, "bleu4": None, "best_bleu4": None, "stale": 0, "step": 0,
+            "sums": [0.0, 0, 0, 0, 0.0]}
+
+
+def _epoch_done(progress, row, optimizer, args, processes):
+    """Bring progress and learning rate up to a whole epoch; returns whether it is the best."""
+    better = progress["best_bleu4"] is None or row["bleu4"] > progress["best_bleu4"]
+    stale = 0 if better else progress["stale"] + 1
+    progress |= new_progress() | {
+        "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
+        "best_bleu4": row["bleu4"] if better else progress["best_bleu4"]}
+    if stale and stale % args.decay_after == 0:
+        for group in optimizer.param_groups:
+            group["lr"] *= args.lr_decay
+        processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
+    return better
+
+
+def _resume_command(args, processes):
+    program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
+    folder = args.checkpoint_folder
+    return f"{program} train.py --resume" + f" --checkpoint_folder {folder}" * (folder != ".")
+
+
+def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes, progress,
+                    interrupts, save):
+    """
+    The batches of an epoch that progress does not count yet; it is kept up to date, and save()
+    called as often as the options say. Returns the epoch's mean loss per word, top-5 accuracy (%),
+    seconds and captions/s.
+
+    Raises UserError where a loss or a weight is not finite, before anything of it is saved, and
+    Stopped after a signal.
+    """
+    decoder.train()
+    epoch, first, start = progress["epoch"] + 1, progress["step"], time.perf_counter()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss_sum, correct, words_seen, captions_seen, before = progress["sums"]
+    if not processes.first:  # those sums are all processes'
+        loss_sum, correct = 0.0, 0
+    steps = first + len(loader)
+    # The first batch whose loss is not finite, kept on the device: reading it waits for a GPU.
+    bad = torch.full((), steps, device=processes.device)
+    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", initial=first, total=steps,
+               disable=None if processes.first else True)
+
+    def keep_progress(step):
+        _check_finite(bad, parameters, epoch, step)
+        sums = [*processes.sum(float(loss_sum), int(correct)), words_seen, captions_seen,
+                before + time.perf_counter() - start]
+        progress.update(step=step, sums=sums)
+
+    with interrupts.held():
+        step = first
+        for images, captions, lengths in bar:
+            # The loss is a mean over the words of the joint batch, whoever holds them.
+            words, rows, stop, due = processes.sum(
+                int((lengths - 1).sum()), lengths.numel(), bool(interrupts.signum),
+                processes.first and interrupts.due())
+            if stop:  # whichever process got the signal, all stop here
+                interrupts.signum = interrupts.signum or signal.SIGTERM
+                break
+            if due and step > first:
+                keep_progress(step)
+                save()
+            # Dropout follows from these alone, so a resumed run draws the same.
+            torch.manual_seed(_mix(args.seed, epoch, step, processes.rank))
+            with autocast(processes.device, args.amp):
+                features, captions = _encode(
+                    encoder, images, captions, processes.device, args.fine_tune_encoder)
+                scores, targets, alphas = decoder(features, captions, lengths)
+                # Processes average their gradients, hence each divides by its fair share.
+                loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
+                                              words / processes.world, rows / processes.world)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            clip_grad_value_(parameters, args.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+
+            loss = loss.detach()
+            loss_sum += loss * words / processes.world
+            bad = torch.where(loss.isfinite(), bad, bad.clamp(max=step))
+            correct += top_k_correct(scores.detach(), targets)
+            words_seen, captions_seen = words_seen + int(words), captions_seen + int(rows)
+            if step % 20 == 0 or processes.device.type == "cpu":
+                _check_finite(bad, (), epoch, step + 1)
+                if not bar.disable:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+            step += 1
+        keep_progress(step)
+    loss_sum, correct, *_, seconds = progress["sums"]
     return {"train_loss": loss_sum / words_seen, "train_top5": 100 * correct / words_seen,
             "train_seconds": seconds, "captions_per_second": captions_seen / seconds}
+
+
+def _check_finite(bad, parameters, epoch, done):
+    """UserError if one of the batches done was bad, or if a weight is not finite after them."""
+    batch, what = int(bad) + 1, "the loss"
+    if batch > done:
+        if all(bool(p.isfinite().all()) for p in parameters):
+            return
+        batch, what = done, "a weight"
+    raise UserError(f"epoch {epoch}, batch {batch}: {what} is not finite; the checkpoints are as "
+                    f"they were before; try a lower --decoder_lr")
+
+
+def _mix(*numbers):
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @torch.inference_mode()
@@ -325,10 +428,17 @@ def _model_options(checkpoint):
 
 def _from_checkpoint(checkpoint, args, word_map):
     """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
-    path = args.resume or args.checkpoint
-    if checkpoint["word_map"] != word_map:
-        raise UserError(f"{path} was trained with another word map ({len(checkpoint['word_map'])} "
-                        f"words) than that of the data ({len(word_map)} words)")
+    path, theirs = args.resume or args.checkpoint, checkpoint["word_map"]
+    if theirs is None:  # a whole module of the tutorial's
+        if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
+            raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
+                            f"words, the data have {len(word_map)}")
+    elif theirs != word_map:
+        word = min(word for word in theirs.keys() | word_map.keys()
+                   if theirs.get(word) != word_map.get(word))
+        raise UserError(f"{path} was trained with another word map ({len(theirs)} words) than "
+                        f"that of the data ({len(word_map)} words); the word {word!r} is number "
+                        f"{theirs.get(word)} there and {word_map.get(word)} here")
     for option, value in _model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
             raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
@@ -339,11 +449,28 @@ def _from_checkpoint(checkpoint, args, word_map):
     return checkpoints.build(checkpoint, path)
 
 
+def _data(data, name):
+    """What a resumed run must find unchanged, since the order of its batches follows from it."""
+    return {"name": name, "images": data.images, "captions_per_image": data.captions_per_image,
+            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
+
+
+def _check_data(checkpoint, data, name, path):
+    """UserError that says in what the data of a run to resume have changed."""
+    theirs, ours = checkpoint.get("data"), _data(data, name)  # older runs do not tell
+    if theirs not in (None, ours):
+        differ = ", ".join(f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
+                           if theirs.get(key) != ours[key])
+        raise UserError(f"{path} was trained on other data: {differ}; pass their --data_folder, "
+                        f"or --checkpoint {path} for a new phase")
+
+
 def _loader(data, batches, args, processes):
     workers = 0 if data.in_memory else args.workers  # what is in memory need not be fetched
     return DataLoader(data, sampler=batches, batch_size=None, num_workers=workers,
                       persistent_workers=workers > 0,
                       pin_memory=processes.device.type == "cuda" and not data.in_memory,
+                      worker_init_fn=ignore_signals,
                       generator=torch.Generator())  # leaves the global one, dropout's, alone
 
 
@@ -358,12 +485,24 @@ def _show(row):
             f"BLEU-4 {row['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 {row['bleu4']:.2f}")
 
 
+def _make_way(args, name, processes):
+    """UserError if a run is in the folder already, unless it is to be replaced: then it goes."""
+    for file in (f"checkpoint_{name}.pth.tar", f"BEST_checkpoint_{name}.pth.tar"):
+        path = Path(args.checkpoint_folder) / file
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
+                            f"--overwrite to replace it, or another --checkpoint_folder")
+        processes.wait()  # until all have looked
+        if processes.first:
+            path.unlink(missing_ok=True)
+
+
 def _open_log(args, name, done, processes):
     """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
     folder = Path(args.checkpoint_folder)
     path, writer = folder / f"log_{name}.jsonl", None
     if not processes.first:
-        return None
+        return lambda row: None
     folder.mkdir(parents=True, exist_ok=True)
     # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
     goes_on = path.exists() and (args.resume or args.checkpoint)
@@ -371,7 +510,8 @@ def _open_log(args, name, done, processes):
     if args.resume:
         while kept and json.loads(kept[-1])["epoch"] > done:
             kept.pop()
-    path.write_text("".join(line + "\n" for line in kept))
+    with whole(path) as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in kept))
     if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -30,6 +30,7 @@ from datasets import Batches, CaptionDataset
 from distributed import Processes
 from features import cache_features, keep_features
 from files import write_json
+from interrupts import Interrupts
 from models import DecoderWithAttention, Encoder
 from search import beam_search
 from utils import autocast
@@ -73,7 +74,8 @@ class Step:
 
     def run(self):
         train.train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
-                              self.args, self.processes, 1)
+                              self.args, self.processes, train.new_progress(),
+                              Interrupts(self.args.save_minutes), lambda: None)
 
 
 def cache(args):

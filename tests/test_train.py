@@ -1,8 +1,10 @@
 """train.py and eval.py as a user runs them, on a tiny data set."""
 
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,145 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     timeless = [{k: v for k, v in row.items() if "second" not in k} for row in rows(whole)]
     assert [row["epoch"] for row in timeless] == [1, 2, 3, 4]
     assert timeless == [{k: v for k, v in row.items() if "second" not in k} for row in rows(parts)]
+
+
+def signal_at(monkeypatch, call, signum, function="doubly_stochastic_loss"):
+    """Send this process a signal at the call-th call of one of train.py's functions."""
+    original, calls = getattr(train, function), itertools.count(1)
+
+    def with_signal(*args, **kwargs):
+        if next(calls) == call:
+            signal.raise_signal(signum)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, function, with_signal)
+
+
+@pytest.mark.parametrize("call, signum, function, options", [
+    (1, "SIGTERM", "doubly_stochastic_loss", []),
+    (6, "SIGINT", "doubly_stochastic_loss", ["--workers", "2", "--cache_in", "disk"]),
+    (2, "SIGTERM", "validate", ["--save_minutes", "0"]),  # which checks, then begins
+    (5, "SIGTERM", "clip_grad_value_", ["--single_captions", "--no-cache_features"]),
+    (3, "SIGINT", "clip_grad_value_", ["--amp", "fp16", "--decay_after", "1"]),
+    (3, "SIGINT", "clip_grad_value_", ["--fine_tune_encoder"]),
+    (2, "SIGINT", "_epoch_done", []),
+], ids=str)
+def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
+        data, tmp_path, monkeypatch, call, signum, function, options):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--epochs", "3", "--batch_size", "30", *options]
+    train.main(train_args(data, whole, *options))
+    with monkeypatch.context() as patched:
+        signal_at(patched, call, getattr(signal, signum), function)
+        with pytest.raises(train.Stopped) as stopped:
+            train.main(train_args(data, parts, *options))
+    assert stopped.value.code == 128 + getattr(signal, signum)
+    assert f"go on with: python train.py --resume --checkpoint_folder {parts}" in str(stopped.value)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train.main(["--checkpoint_folder", str(parts), "--resume", "--workers", "1"])
+    a, b = load(whole), load(parts)
+    for key in ("encoder", "decoder", "optimizer", "scaler", "bleu4"):
+        assert same(a[key], b[key]), key
+    assert same(load(whole, "BEST_")["decoder"], load(parts, "BEST_")["decoder"])
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(folder)]
+                for folder in (whole, parts)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 3
+
+
+def test_what_is_saved_within_an_epoch_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    """As after SIGKILL: the last checkpoint is all that is left."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    saved = []
+
+    def keep(path, *args, **kwargs):
+        checkpoints_save(path, *args, **kwargs)
+        saved.append((Path(path).read_bytes(), kwargs["progress"]["step"]))
+
+    checkpoints_save = train.checkpoints.save
+    with monkeypatch.context() as patched:
+        patched.setattr(train.checkpoints, "save", keep)
+        train.main(train_args(data, whole, "--epochs", "1", "--batch_size", "30",
+                              "--save_minutes", "0"))
+    assert [step for _, step in saved] == [1, 2, 3, 0, 0]  # four batches, then the best, the last
+    parts.mkdir()
+    for content, step in saved[:3]:
+        (parts / f"checkpoint_{NAME}.pth.tar").write_bytes(content)
+        train.main(["--checkpoint_folder", str(parts), "--resume"])
+        for key in ("decoder", "optimizer"):
+            assert same(load(whole)[key], load(parts)[key]), step
+
+
+@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, signum):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *train_args(data, tmp_path, "--epochs", "1000")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("epoch   1")
+    process.send_signal(getattr(signal, signum))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, signum)
+    [line] = errors.splitlines()
+    assert line.startswith("train.py: stopped in epoch ") and line.endswith(
+        f"all saved; go on with: python train.py --resume --checkpoint_folder {tmp_path}")
+
+
+@pytest.mark.parametrize("broken", ["loss", "weight"])
+def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
+        data, tmp_path, monkeypatch, broken):
+    train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    calls, clip, loss = itertools.count(1), train.clip_grad_value_, train.doubly_stochastic_loss
+    if broken == "weight":  # the gradient is lost in the second batch of four
+
+        def clip_grad_value(parameters, *args):
+            clip(parameters, *args)
+            if next(calls) == 2:
+                parameters[0].grad.fill_(math.nan)
+        monkeypatch.setattr(train, "clip_grad_value_", clip_grad_value)
+    else:
+        monkeypatch.setattr(train, "doubly_stochastic_loss", lambda *args: loss(*args) * (
+            math.inf if next(calls) == 2 else 1))
+    with pytest.raises(train.UserError, match=f"epoch 2, batch 2: (the|a) {broken} is not finite"):
+        train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
+                    "--save_minutes", "0" if broken == "weight" else "10"])
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    last = tmp_path / f"checkpoint_{NAME}.pth.tar"
+    if broken == "weight":  # the first batch was saved, the second was not
+        assert load(tmp_path)["progress"]["step"] == 1
+        before[last] = after[last]
+    assert before == after
+
+
+def test_a_run_is_replaced_only_if_asked_to(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(train.UserError, match="is of an earlier run; pass --resume"):
+        train.main(train_args(data, tmp_path, "--epochs", "1"))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    train.main(train_args(data, tmp_path, "--epochs", "2", "--overwrite", "--seed", "1"))
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        signal_at(patched, 2, signal.SIGINT)
+        with pytest.raises(train.Stopped):
+            train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
+    resume = ["--checkpoint_folder", str(tmp_path), "--resume"]
+    for option in (["--batch_size", "40"], ["--seed", "3"], ["--single_captions"]):
+        with pytest.raises(train.UserError, match=f"was run with {option[0][2:]} "):
+            train.main([*resume, *option])
+    path = tmp_path / f"checkpoint_{NAME}.pth.tar"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["data"] |= {"images": 21, "captions": "00000000"}
+    torch.save(checkpoint, path)
+    with pytest.raises(train.UserError, match="other data: images 21, now 22, captions 00000000, "):
+        train.main(resume)
+    checkpoint["word_map"]["<unk>"] = 99
+    del checkpoint["data"]
+    torch.save(checkpoint, path)
+    with pytest.raises(train.UserError, match="the word '<unk>' is number 99 there and 30 here"):
+        train.main(resume)
 
 
 def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):
@@ -251,7 +392,7 @@ def test_pretrained_embeddings_are_used_and_stay_fixed_if_told_to(data, tmp_path
     assert fixed.shape == (len(word_map), 4)
     assert fixed[word_map["red"]].tolist() == [1, 2, 3, 4]
     assert fixed[word_map["circle"]].tolist() == [-1, 0, 1, 0.5]
-    train.main(common)
+    train.main([*common, "--overwrite"])
     tuned = load(tmp_path)["decoder"]["embedding.weight"]
     assert not torch.equal(fixed, tuned)
 
