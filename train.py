@@ -8,10 +8,8 @@ Train the captioning model.
 """
 
 import argparse
-import json
 import signal
 import time
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,10 +24,19 @@ import checkpoints
 import distributed
 from datasets import Batches, CaptionDataset, find_data_name
 from features import cache_features, keep_features
-from files import Parser, UserError, whole
+from files import Parser, UserError
 from interrupts import Interrupts, Stopped, ignore_signals
 from metrics import bleu, top_k_correct
 from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
+from runs import (
+    PASSING_OPTIONS,
+    check_data,
+    data_state,
+    make_way,
+    new_progress,
+    open_log,
+    resume_command,
+)
 from search import beam_search
 from utils import AMP, autocast, load_embeddings, run, set_seed
 
@@ -148,9 +155,9 @@ def train(args, checkpoint, processes):
         raise UserError(f"{name} has {len(train_data)} training images; too few for "
                         f"{processes.world} processes")
     if args.resume:
-        _check_data(checkpoint, train_data, name, args.resume)
+        check_data(checkpoint, train_data, name, args.resume)
     elif not args.checkpoint:
-        _make_way(args, name, processes)
+        make_way(args, name, processes)
     set_seed(args.seed)
     if checkpoint:
         encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
@@ -188,7 +195,7 @@ def train(args, checkpoint, processes):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
         progress |= checkpoint["progress"]
-    log = _open_log(args, name, progress["epoch"], processes)
+    log = open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"start   {_show(scores)}")
@@ -201,7 +208,7 @@ def train(args, checkpoint, processes):
             checkpoints.save(path, encoder, decoder, train_data.word_map, options=options,
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                              progress=progress, bleu4=progress["bleu4"],
-                             data=_data(train_data, name))
+                             data=data_state(train_data, name))
 
     # Wrapped for gradients only: validation and checkpoints use the bare modules.
     parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
@@ -229,23 +236,9 @@ def train(args, checkpoint, processes):
             raise SystemExit(stopped.code) from None
         raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
                       f"{progress['step']} of {batches.batches} batches, all saved; go on with: "
-                      f"{_resume_command(args, processes)}") from None
+                      f"{resume_command(args, processes)}") from None
     processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
                     f"{progress['epoch']} epochs")
-
-
-# Options that are about one start of the program, not about the run.
-PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
-
-
-def new_progress():
-    """
-    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best, epochs
-    since it; and of the epoch begun the batches, with what they add up to: loss, words right,
-    words, captions and seconds.
-    """
-    return {"epoch": 0, "bleu4": None, "best_bleu4": None, "stale": 0, "step": 0,
-            "sums": [0.0, 0, 0, 0, 0.0]}
 
 
 def _epoch_done(progress, row, optimizer, args, processes):
@@ -260,12 +253,6 @@ def _epoch_done(progress, row, optimizer, args, processes):
             group["lr"] *= args.lr_decay
         processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
     return better
-
-
-def _resume_command(args, processes):
-    program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
-    folder = args.checkpoint_folder
-    return f"{program} train.py --resume" + f" --checkpoint_folder {folder}" * (folder != ".")
 
 
 def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes, progress,
@@ -449,22 +436,6 @@ def _from_checkpoint(checkpoint, args, word_map):
     return checkpoints.build(checkpoint, path)
 
 
-def _data(data, name):
-    """What a resumed run must find unchanged, since the order of its batches follows from it."""
-    return {"name": name, "images": data.images, "captions_per_image": data.captions_per_image,
-            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
-
-
-def _check_data(checkpoint, data, name, path):
-    """UserError that says in what the data of a run to resume have changed."""
-    theirs, ours = checkpoint.get("data"), _data(data, name)  # older runs do not tell
-    if theirs not in (None, ours):
-        differ = ", ".join(f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
-                           if theirs.get(key) != ours[key])
-        raise UserError(f"{path} was trained on other data: {differ}; pass their --data_folder, "
-                        f"or --checkpoint {path} for a new phase")
-
-
 def _loader(data, batches, args, processes):
     workers = 0 if data.in_memory else args.workers  # what is in memory need not be fetched
     return DataLoader(data, sampler=batches, batch_size=None, num_workers=workers,
@@ -483,50 +454,6 @@ def _parallel(module, processes):
 def _show(row):
     return (f"teacher-forced: loss {row['val_loss']:.3f}, top-5 {row['val_top5']:.2f} %, "
             f"BLEU-4 {row['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 {row['bleu4']:.2f}")
-
-
-def _make_way(args, name, processes):
-    """UserError if a run is in the folder already, unless it is to be replaced: then it goes."""
-    for file in (f"checkpoint_{name}.pth.tar", f"BEST_checkpoint_{name}.pth.tar"):
-        path = Path(args.checkpoint_folder) / file
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
-                            f"--overwrite to replace it, or another --checkpoint_folder")
-        processes.wait()  # until all have looked
-        if processes.first:
-            path.unlink(missing_ok=True)
-
-
-def _open_log(args, name, done, processes):
-    """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
-    folder = Path(args.checkpoint_folder)
-    path, writer = folder / f"log_{name}.jsonl", None
-    if not processes.first:
-        return lambda row: None
-    folder.mkdir(parents=True, exist_ok=True)
-    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
-    goes_on = path.exists() and (args.resume or args.checkpoint)
-    kept = path.read_text().splitlines() if goes_on else []
-    if args.resume:
-        while kept and json.loads(kept[-1])["epoch"] > done:
-            kept.pop()
-    with whole(path) as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in kept))
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs a package; run pip install tensorboard") from None
-        writer = SummaryWriter(folder / f"tensorboard_{name}", purge_step=done + 1)
-
-    def log(row):
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if writer:
-            for key, value in row.items():
-                writer.add_scalar(key, value, row["epoch"])
-            writer.flush()
-    return log
 
 
 if __name__ == "__main__":

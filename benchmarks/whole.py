@@ -32,6 +32,7 @@ from features import cache_features, keep_features
 from files import write_json
 from interrupts import Interrupts
 from models import DecoderWithAttention, Encoder
+from runs import new_progress
 from search import beam_search
 from utils import autocast
 
@@ -74,7 +75,7 @@ class Step:
 
     def run(self):
         train.train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
-                              self.args, self.processes, train.new_progress(),
+                              self.args, self.processes, new_progress(),
                               Interrupts(self.args.save_minutes), lambda: None)
 
 

@@ -1,0 +1,86 @@
+"""What a training run keeps besides its weights: where it stands, its data's state, its log."""
+
+import json
+import zlib
+from pathlib import Path
+
+from files import UserError, whole
+
+# Options that are about one start of the program, not about the run.
+PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
+
+
+def new_progress():
+    """
+    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best, epochs
+    since it; and of the epoch begun the batches, with what they add up to: loss, words right,
+    words, captions and seconds.
+    """
+    return {"epoch": 0, "bleu4": None, "best_bleu4": None, "stale": 0, "step": 0,
+            "sums": [0.0, 0, 0, 0, 0.0]}
+
+
+def resume_command(args, processes):
+    program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
+    folder = args.checkpoint_folder
+    return f"{program} train.py --resume" + f" --checkpoint_folder {folder}" * (folder != ".")
+
+
+def data_state(data, name):
+    """What a resumed run must find unchanged, since the order of its batches follows from it."""
+    return {"name": name, "images": data.images, "captions_per_image": data.captions_per_image,
+            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
+
+
+def check_data(checkpoint, data, name, path):
+    """UserError that says in what the data of a run to resume have changed."""
+    theirs, ours = checkpoint.get("data"), data_state(data, name)  # older runs do not tell
+    if theirs not in (None, ours):
+        differ = ", ".join(f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
+                           if theirs.get(key) != ours[key])
+        raise UserError(f"{path} was trained on other data: {differ}; pass their --data_folder, "
+                        f"or --checkpoint {path} for a new phase")
+
+
+def make_way(args, name, processes):
+    """UserError if a run is in the folder already, unless it is to be replaced: then it goes."""
+    for file in (f"checkpoint_{name}.pth.tar", f"BEST_checkpoint_{name}.pth.tar"):
+        path = Path(args.checkpoint_folder) / file
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
+                            f"--overwrite to replace it, or another --checkpoint_folder")
+        processes.wait()  # until all have looked
+        if processes.first:
+            path.unlink(missing_ok=True)
+
+
+def open_log(args, name, done, processes):
+    """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
+    folder = Path(args.checkpoint_folder)
+    path, writer = folder / f"log_{name}.jsonl", None
+    if not processes.first:
+        return lambda row: None
+    folder.mkdir(parents=True, exist_ok=True)
+    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
+    goes_on = path.exists() and (args.resume or args.checkpoint)
+    kept = path.read_text().splitlines() if goes_on else []
+    if args.resume:
+        while kept and json.loads(kept[-1])["epoch"] > done:
+            kept.pop()
+    with whole(path) as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in kept))
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package; run pip install tensorboard") from None
+        writer = SummaryWriter(folder / f"tensorboard_{name}", purge_step=done + 1)
+
+    def log(row):
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if writer:
+            for key, value in row.items():
+                writer.add_scalar(key, value, row["epoch"])
+            writer.flush()
+    return log
