@@ -1,7 +1,7 @@
 """
-Captions of your own -> Karpathy's form, which create_input_files() reads.
+Captions of your own -> Karpathy's form -> the checked images that create_input_files() reads.
 
-The format is recognised by what is in the file, not by the file's name:
+The format of your own is recognised by what is in the file, not by the file's name:
 
   COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
@@ -14,11 +14,16 @@ A column or key "split" (train, restval, val, test) is kept; without it, whole i
 
 import csv
 import json
+import os
 import random
 import re
 import unicodedata
+from collections import Counter
+from typing import NamedTuple
 
-from files import UserError, read_text
+from files import RESERVED, UserError, read_text
+
+SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
 
 IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
 CAPTION_KEYS = ("caption", "text", "sentence", "comment")
@@ -72,13 +77,20 @@ def _from_objects(path, entries):
             yield image, caption, entry.get("split"), None
 
 
+def _broken(where, error):
+    """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
+    deep = isinstance(error, RecursionError)
+    reason = "nested too deeply" if deep else getattr(error, "msg", error)
+    return UserError(f"{where}: broken JSON: {reason}")
+
+
 def _from_json_lines(path, lines):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: broken JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise _broken(f"{path}, line {number}", error) from None
 
 
 def _from_tokens(path, lines):
@@ -150,11 +162,16 @@ def _read(path):
     if text.lstrip()[0] in "{[":
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if not lines[0].rstrip().endswith("}"):  # not a whole object: one JSON over many lines
-                raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
+                line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+                raise _broken(f"{path}{line}", error) from None
             return _from_objects(path, _from_json_lines(path, lines))
         if isinstance(content, list):
+            first = content[0] if content and isinstance(content[0], dict) else {}
+            if "score" in first and "references" in first:
+                raise UserError(f"{path} holds the captions of a model, from eval.py --results; "
+                                "training needs people's own")
             return _from_objects(path, content)
         if "annotations" in content:
             return _from_coco(path, content)
@@ -168,7 +185,7 @@ def _read(path):
 
 def _draw_splits(names, seed, val_fraction, test_fraction):
     """Name -> split, the same for the same names in any order."""
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise UserError("val_fraction and test_fraction must be at least 0 and below 1 together")
     names = sorted(names)
     random.Random(seed).shuffle(names)
@@ -204,3 +221,106 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
     elif missing:
         raise UserError(f"{path}: {missing[0]} has no split, though others have one")
     return {"source": path, "images": list(images.values())}
+
+
+class CaptionedImage(NamedTuple):
+    path: str
+    captions: list  # those of 1 to max_len words, each a list of words
+    record: dict  # the image's entry in REFERENCES
+
+
+def _not_karpathy(where):
+    return UserError(f"{where} is not in Karpathy's form: it needs filename, split and sentences, "
+                     "each with a list of tokens")
+
+
+def _check_name(entry, where):
+    """filepath/filename of an image in Karpathy's form."""
+    parts = {"filepath": entry.get("filepath", ""), "filename": entry["filename"]}
+    for key, part in parts.items():
+        empty = key == "filename" and not part
+        if not isinstance(part, str) or empty or "\0" in part or not _is_text(part):
+            raise UserError(f"{where}: {key} {part!r} is no name of a file")
+    return os.path.join(*parts.values())
+
+
+def _is_text(text):
+    """Whether it can be written down; half of a surrogate pair, which JSON can name, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_captions(entry, where):
+    """The token lists of an image in Karpathy's form."""
+    try:
+        captions = [sentence["tokens"] for sentence in entry["sentences"]]
+    except (KeyError, TypeError):
+        captions = [None]
+    for caption in captions:
+        if not isinstance(caption, list):
+            raise _not_karpathy(where)
+        if not all(isinstance(word, str) for word in caption) or not _is_text("".join(caption)):
+            wrong = [word for word in caption if not isinstance(word, str) or not _is_text(word)]
+            raise UserError(f"{where}: {wrong[0]!r} among the tokens of a caption is not a word")
+        if reserved := set(caption).intersection(RESERVED):
+            raise UserError(f"{where}: a caption has {min(reserved)}, a word of our own")
+    return captions
+
+
+def _captioned_image(entry, index, source, image_folder, max_len):
+    """Check one image of a Karpathy JSON; returns the split it goes to and its CaptionedImage."""
+    where = f"{source}: image {index}"
+    if not isinstance(entry, dict) or not {"filename", "split", "sentences"} <= entry.keys():
+        raise _not_karpathy(where)
+    name, split = _check_name(entry, where), entry["split"]
+    where = f"{where}, {name}"
+    if not isinstance(split, str) or split not in SPLITS:
+        raise UserError(f"{source}: split {split!r} of {name} is none of {', '.join(SPLITS)}")
+    captions = _check_captions(entry, where)
+    name = os.path.relpath(os.path.join(image_folder, name), image_folder)
+    if name.split(os.sep)[0] == os.pardir:
+        raise UserError(f"{source}: {name} is not inside the image folder {image_folder}")
+    references = [caption for caption in captions if caption]
+    record = {
+        "filename": name.replace(os.sep, "/"),
+        "image_id": entry.get("cocoid", entry.get("imgid", index)),
+        "references": references,
+    }
+    if "objects" in entry:
+        record["objects"] = entry["objects"]
+    usable = [caption for caption in references if len(caption) <= max_len]
+    return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
+
+
+def read_splits(karpathy, source, image_folder, max_len):
+    """
+    {split: CaptionedImages} of TRAIN, VAL and TEST in the order of the JSON, those without a
+    caption of 1 to max_len words left out.
+
+    source: what errors call the JSON
+    Raises UserError unless all are in Karpathy's form, each once, with a name inside the image
+    folder. Whether there is a file of this name is not looked at.
+    """
+    if not isinstance(karpathy, dict) or not isinstance(karpathy.get("images"), list):
+        raise UserError(f"{source} has no list 'images'; captions of your own go to --captions")
+    if not os.path.isdir(image_folder):
+        raise UserError(f"image folder {image_folder} not found")
+    splits = {split: [] for split in SPLITS.values()}
+    skipped, seen = Counter(), set()
+    for index, entry in enumerate(karpathy["images"]):
+        split, image = _captioned_image(entry, index, source, image_folder, max_len)
+        if image.path in seen:
+            raise UserError(f"{source}: {image.record['filename']} is there twice; merge the two")
+        seen.add(image.path)
+        if image.captions:
+            splits[split].append(image)
+        else:
+            skipped[split] += 1
+    for split, count in skipped.items():
+        print(f"{split}: {count} images skipped, without a caption of 1 to {max_len} words")
+    if not splits["TRAIN"]:
+        raise UserError(f"{source}: no image to train on; give some the split 'train'")
+    return splits

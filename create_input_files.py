@@ -1,5 +1,6 @@
 """
-Captioned photographs -> the files that train.py and eval.py read. Run it once per data set.
+Captioned photographs -> the files that train.py and eval.py read. Run it once per data set; if it
+is interrupted, or killed, the same command goes on where it stood.
 
     python create_input_files.py                                    # the demo data set
     python create_input_files.py --dataset coco --karpathy_json dataset_coco.json --image_folder .
@@ -8,13 +9,14 @@ Captioned photographs -> the files that train.py and eval.py read. Run it once p
 
 import argparse
 import os
+import sys
 
-from files import UserError
+from files import Parser, UserError
 from utils import create_input_files, run
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Turn captioned photographs into the files for training; without options, "
         "those of a small demo data set that is drawn first.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -30,9 +32,17 @@ def get_args(argv=None):
     add("--output_folder", default="data", help="where the files go")
     add("--workers", type=int, help="processes that decode images; all CPUs if not given")
     add("--seed", type=int, default=123, help="of sampled captions, and of splits if we make them")
+    add("--overwrite", action="store_true", help="make the files anew, whatever is there")
+    add("--skip_bad_images", action="store_true", help="do without those that can't be read")
     add("--val_fraction", type=float, default=0.1, help="of the images, if captions have no split")
     add("--test_fraction", type=float, default=0.1, help="of the images, if captions have no split")
     return parser.parse_args(argv)
+
+
+def warn_of_empty_splits(path, images):
+    for split, purpose in {"val": "choose the best epoch by", "test": "evaluate with"}.items():
+        if not any(image["split"] == split for image in images):
+            print(f"warning: {path} has no {split} images, to {purpose}", file=sys.stderr)
 
 
 def main():
@@ -44,6 +54,7 @@ def main():
         from captions import read_captions
 
         captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
+        warn_of_empty_splits(args.captions, captions["images"])
     elif args.karpathy_json:
         captions = args.karpathy_json
     elif args.dataset == "demo" and not image_folder:
@@ -65,6 +76,8 @@ def main():
         args.max_len,
         args.workers,
         args.seed,
+        args.overwrite,
+        args.skip_bad_images,
     )
 
 

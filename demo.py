@@ -11,7 +11,6 @@ true, and the box of each object, so that attention can be scored and not only l
 import argparse
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from math import cos, pi, radians, sin
 from pathlib import Path
@@ -19,8 +18,13 @@ from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from files import whole, write_json
+from workers import alone, open_pool
+
+DRAWING = 1  # count on whenever the same scene is drawn differently: old pictures are drawn anew
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 3, 6  # pixels, least distance to the edge and between two objects
 SIZES = {"small": (90, 98), "large": (114, 122)}  # pixels, longer side of the object's box
@@ -169,10 +173,25 @@ def draw(background, objects, fine=4):
 
 
 def draw_scene(scene, seed, path):
-    """Write the scene's picture; returns the box of each object, in fractions of the side."""
+    """
+    Write the scene's picture; returns the box of each object, in fractions of the side. The PNG
+    file tells both: if it is there already, it is left as it is.
+    """
+    about = json.dumps([DRAWING, scene, seed])
+    try:
+        with Image.open(path) as image:
+            if image.text.get("scene") == about:
+                return json.loads(image.text["boxes"])
+    except (OSError, AttributeError, KeyError, ValueError):  # none, or no PNG file of ours
+        pass
     background, objects = lay_out(scene, Random(seed))
-    draw(background, objects).save(path, compress_level=1)  # noise hardly packs; be quick
-    return [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]
+    boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]
+    info = PngInfo()
+    info.add_text("scene", about)
+    info.add_text("boxes", json.dumps(boxes))
+    with whole(path) as temporary:  # noise hardly packs; be quick
+        draw(background, objects).save(temporary, "png", compress_level=1, pnginfo=info)
+    return boxes
 
 
 def make_demo(folder, train=1600, val=100, test=200, seed=0):
@@ -185,17 +204,23 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     its shape.
 
     Returns the path of folder/dataset_demo.json. It is written last: if it is there, so is all
-    else. The same arguments give the same files.
+    else. The same arguments give the same files; pictures that are there are not touched.
+    Raises UserError if another process draws into the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = folder / "dataset_demo.json", folder / "dataset_demo.json.tmp"
+    with alone(folder / ".lock", f"another process draws into {folder}; wait for it"):
+        return _make_demo(folder, train, val, test, seed)
+
+
+def _make_demo(folder, train, val, test, seed):
+    path = folder / "dataset_demo.json"
     path.unlink(missing_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     scenes = choose_scenes(len(splits), Random(str(seed)))
     names = [folder / f"demo_{i:05d}.png" for i in range(len(splits))]
     images = []
-    with ProcessPoolExecutor() as pool:
+    with open_pool(os.cpu_count()) as pool:
         seeds = [f"{seed} {i}" for i in range(len(scenes))]
         drawn = pool.map(draw_scene, scenes, seeds, names, chunksize=16)
         for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
@@ -208,8 +233,7 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
                 "objects": [{"box": box, "words": [colour, shape]} for box, (_, colour, shape)
                             in zip(boxes, scenes[i][0], strict=True)],
             })  # fmt: skip
-    unfinished.write_text(json.dumps({"dataset": "demo", "images": images}))
-    os.replace(unfinished, path)
+    write_json(path, {"dataset": "demo", "images": images})
     return path
 
 

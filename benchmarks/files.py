@@ -16,7 +16,8 @@ from PIL import Image
 from benchmarks.measuring import compare, in_a_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from files import write_json
-from utils import _write_images, create_input_files
+from preparation import create_input_files
+from unfinished import create_images, find_images, write_images
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
 
@@ -46,7 +47,7 @@ def preprocessing(args):
     """Reading and shrinking photographs and writing them to HDF5; and its memory."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        photographs = draw_photographs(folder, 400)
+        photographs = draw_photographs(folder, 1000)
         write_karpathy(folder / "karpathy.json", photographs)
 
         def textbook():
@@ -63,8 +64,8 @@ def preprocessing(args):
                                    output_folder=folder / "ours")
             shutil.rmtree(folder / "ours")
 
-        row = compare("preprocessing 400 photographs", textbook, ours, args, memory=False)
-        yield row | {"note": f"{400 / row['ours']:.0f} images/s, {os.cpu_count()} processes"}
+        row = compare("preprocessing 1000 photographs", textbook, ours, args, memory=False)
+        yield row | {"note": f"{1000 / row['ours']:.0f} images/s, {os.cpu_count()} processes"}
 
         pixels = np.zeros((400, 3, 256, 256), np.uint8)
 
@@ -74,7 +75,8 @@ def preprocessing(args):
                     file.write(image)
 
         def written():
-            _write_images(folder / "ours.hdf5", len(pixels), iter(pixels), 5, "writing")
+            create_images(folder / "ours.hdf5", len(pixels), captions_per_image=5)
+            write_images(folder / "ours.hdf5", find_images(folder / "ours.hdf5")[1], pixels)
 
         yield compare("writing 400 images; textbook: a plain file", raw, written, args,
                       memory=False)

@@ -1,0 +1,75 @@
+"""Processes side by side: helpers that end with their parent, and runs that exclude each other."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+
+from filelock import FileLock, Timeout
+
+from files import UserError
+
+# Forked helpers start at once and share the memory of what is imported already (torch); macOS has
+# fork too, but its system libraries do not survive it.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+def open_pool(processes):
+    """A ProcessPoolExecutor whose processes end as soon as this one does, even if it is killed."""
+    context = multiprocessing.get_context(START_METHOD)
+    return ProcessPoolExecutor(processes, context, initializer=_begin)
+
+
+def _begin():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, but is the parent's matter
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and not what the parent has set for itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    # Waits for the end of a pipe that only the parent holds open. Forked siblings hold it too, but
+    # not the one that was forked last: it ends first, and the others after it, in milliseconds.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def interrupt_afterwards():
+    """Hold a Ctrl-C back until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets it
+        yield
+        return
+    held = []
+    handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def alone(path, busy):
+    """
+    Hold the lock that is the file `path` while the block runs; the system takes it from a process
+    that dies. Raises UserError(busy) if another process has it.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.5)  # helpers of a killed run hold it for some milliseconds more
+    except Timeout:
+        raise UserError(busy) from None
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # while we still have it, since afterwards it may be another's
+            with suppress(FileNotFoundError):
+                os.remove(path)
+        lock.release()
+        if os.name != "posix":  # Windows keeps a file that is open, ours or another's
+            with suppress(OSError):
+                os.remove(path)
