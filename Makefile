@@ -1,5 +1,6 @@
 # make demo   draw a small data set, train on it, evaluate, caption: everything in demo_run/
 # make test   lint and tests
+# make test-slow   kills runs at random moments, and feeds thousands of broken files
 
 PYTHON ?= python3
 DEMO_EPOCHS ?= 8
@@ -21,7 +22,7 @@ demo: .venv/demo
 	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
 	    --encoder tf_efficientnet_lite0 --encoder_weights pretrained/tf_efficientnet_lite0.pth \
 	    --decoder_dim 256 --attention_dim 128 --emb_dim 64 --decoder_lr 2e-3 \
-	    --batch_size 40 --epochs $(DEMO_EPOCHS) --workers 0
+	    --batch_size 40 --epochs $(DEMO_EPOCHS) --workers 0 --overwrite
 	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0
 	.venv/bin/python caption.py --checkpoint_folder demo_run --out demo_run/overlays \
 	    --img demo_run/demo/demo_0189?.png
@@ -31,4 +32,8 @@ test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
-.PHONY: help demo test
+test-slow: .venv/test
+	.venv/bin/python -m pytest -q -s -m slow
+	FUZZ=400 .venv/bin/python -m pytest -q tests/test_fuzz.py
+
+.PHONY: help demo test test-slow

@@ -12,10 +12,10 @@ import h5py
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
-from files import UserError, read_json
+from files import UserError, read_json, read_word_map
 
 PIECE = 4 << 20  # bytes of a caption file that are read at a time
 
@@ -26,12 +26,15 @@ def read_rgb(path):
 
     EXIF rotation is applied, transparency laid over white, 16 bits and floats are
     brought to 8, and of an animation the first frame is taken.
-    Raises UserError if the file is missing or not a readable picture.
+    Raises UserError if the file is missing, not a readable picture or of more than 179 million
+    pixels, which would take gigabytes (Pillow's limit against decompression bombs).
     """
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
-        with iio.imopen(path, "r", plugin="pillow") as file:
+        # A picture that can be read is read without a word about it.
+        with warnings.catch_warnings(action="ignore"), \
+                iio.imopen(path, "r", plugin="pillow") as file:
             known = file.metadata(index=0, exclude_applied=False)
             if known["mode"] in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in known:
                 return file.read(index=0, mode="RGB", rotate=True)  # most photographs
@@ -44,12 +47,22 @@ def read_rgb(path):
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a readable image: {reason}") from None
+        raise UserError(f"{path} is not a readable image: {_reason(error)}") from None
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     if alpha.min() < 255:
         rgb = np.round(255 + (rgb / 1.0 - 255) * (alpha / 255)).astype(np.uint8)
     return rgb
+
+
+def _reason(error):
+    """In one line why a picture could not be read; imageio wraps what Pillow said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UnidentifiedImageError) or "can not handle the given uri" in str(error):
+        return "it is in none of the formats that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _to_8_bits(image):
@@ -120,6 +133,22 @@ def read_word_ids(path, words):
     return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype)
 
 
+def _read_lengths(path):
+    """A CAPLENS file: int32 (captions,); UserError if it is no list of whole numbers."""
+    lengths = read_json(path, "run python create_input_files.py first")
+    if not isinstance(lengths, list) or not all(type(x) is int and 0 <= x < 1 << 31
+                                                for x in lengths):
+        raise UserError(f"{path} is no list of lengths; run create_input_files.py again")
+    return torch.from_numpy(np.array(lengths, dtype=np.int32))
+
+
+def _is_entry(entry):
+    return isinstance(entry, dict) and isinstance(entry.get("references"), list) \
+        and {"filename", "image_id"} <= entry.keys() and all(
+            isinstance(caption, list) and all(isinstance(word, str) for word in caption)
+            for caption in entry["references"])
+
+
 class CaptionDataset(Dataset):
     """
     One split of a data set. An item is an image with its R captions or, with
@@ -137,21 +166,26 @@ class CaptionDataset(Dataset):
     def __init__(self, data_folder, data_name, split, by_image=True):
         self.by_image, hint = by_image, "run python create_input_files.py first"
         self.path = self._file(data_folder, split, "IMAGES", data_name, "hdf5")
-        self.word_map = read_json(Path(data_folder) / f"WORDMAP_{data_name}.json", hint)
+        self.word_map = read_word_map(Path(data_folder) / f"WORDMAP_{data_name}.json", hint)
         captions = self._file(data_folder, split, "CAPTIONS", data_name, "json")
         self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
-        lengths = read_json(self._file(data_folder, split, "CAPLENS", data_name, "json"), hint)
-        self.lengths = torch.from_numpy(np.array(lengths, dtype=np.int32))
+        self.lengths = _read_lengths(self._file(data_folder, split, "CAPLENS", data_name, "json"))
         self._key, self._handle, self._pid = "images", None, None
         self.features = None  # a tensor (I, G, E) in memory, or none
         try:
             with h5py.File(self.path, "r") as file:
                 self.captions_per_image = int(file.attrs["captions_per_image"])
-                self.images = len(file["images"])
+                self.images, *shape = file["images"].shape
+                if shape != [3, 256, 256] or file["images"].dtype != np.uint8:
+                    raise UserError(
+                        f"{self.path} holds {file['images'].dtype} of {(self.images, *shape)}, not "
+                        f"uint8 images of (3, 256, 256); run create_input_files.py again")
         except FileNotFoundError:
             raise UserError(f"{self.path} not found; run python create_input_files.py "
                             f"first") from None
-        except (OSError, KeyError) as error:
+        except Exception as error:  # what HDF5 makes of foreign bytes is of all sorts
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{self.path} is damaged or holds no images: {error}; run "
                             f"create_input_files.py again") from None
         if len(self.captions) != len(self.lengths):
@@ -162,13 +196,30 @@ class CaptionDataset(Dataset):
             raise UserError(
                 f"{self.path} has {self.images} images of {self.captions_per_image} captions, but "
                 f"its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
+        self._check_captions(captions)
         self._references = self._file(data_folder, split, "REFERENCES", data_name, "json")
+
+    def _check_captions(self, path):
+        """UserError unless every caption is <start>, words and <end>, of the length it should be"""
+        if not len(self.lengths):
+            return
+        rows, lengths = torch.arange(len(self.lengths)), self.lengths.long()
+        bad = (lengths < 2) | (lengths > self.captions.shape[1])
+        ends = self.captions[rows, (lengths - 1).clamp(0, self.captions.shape[1] - 1)]
+        bad |= (ends != self.word_map["<end>"]) | (self.captions[:, 0] != self.word_map["<start>"])
+        if bad.any():
+            raise UserError(f"{path}: caption {int(bad.nonzero()[0])} does not go from <start> to "
+                            f"<end> in the number of words that CAPLENS says; the two or the "
+                            f"WORDMAP are not of one data set: run create_input_files.py again")
 
     @cached_property
     def entries(self):
         """The list in REFERENCES, read when first asked for: training does without."""
         if self._references.exists():
             entries = read_json(self._references)
+            if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+                raise UserError(f"{self._references} is no list of images with references, lists "
+                                f"of words; run create_input_files.py again")
             if len(entries) != self.images:
                 raise UserError(f"{self._references} is of {len(entries)} images, {self.path} has "
                                 f"{self.images}; run create_input_files.py again")

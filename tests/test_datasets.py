@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import struct
+import zlib
 
 import h5py
 import numpy as np
@@ -255,7 +257,8 @@ def test_references_are_read_back_from_word_ids(data):
 
 
 def test_references_file_beats_the_word_ids(data):
-    entries = [{"filename": f"{i}.jpg", "references": [["un", "chat"]]} for i in range(IMAGES)]
+    entries = [{"filename": f"{i}.jpg", "image_id": i, "references": [["un", "chat"]]}
+               for i in range(IMAGES)]
     path = data[0] / f"TRAIN_REFERENCES_{NAME}.json"
     path.write_text(json.dumps(entries))
     assert CaptionDataset(data[0], NAME, "TRAIN").entry(3) == entries[3]
@@ -264,9 +267,57 @@ def test_references_file_beats_the_word_ids(data):
 @pytest.mark.parametrize("captions, lengths", [
     (CAPTIONS[:-1], LENGTHS[:-1]), (CAPTIONS[:-1], LENGTHS), (CAPTIONS, LENGTHS[:-1])])
 def test_count_mismatch_is_a_user_error(tmp_path, captions, lengths):
-    write_tutorial_files(tmp_path, captions, lengths, size=8)
+    write_tutorial_files(tmp_path, captions, lengths)
     with pytest.raises(UserError, match="create_input_files.py"):
         CaptionDataset(tmp_path, NAME, "TRAIN")
+
+
+@pytest.mark.parametrize("references", [
+    {}, [[]] * IMAGES, [{"filename": "a.jpg", "image_id": 1, "references": ["un chat"]}] * IMAGES,
+    [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1)], ids=str)
+def test_references_of_another_form_or_number_are_named(data, references):
+    path = data[0] / f"TRAIN_REFERENCES_{NAME}.json"
+    path.write_text(json.dumps(references))
+    with pytest.raises(UserError, match=f"{path.name} is "):
+        CaptionDataset(data[0], NAME, "TRAIN").entry(0)
+
+
+@pytest.mark.parametrize("shape, dtype", [((IMAGES, 3, 8, 8), "uint8"), ((IMAGES,), "uint8"),
+                                          ((IMAGES, 256, 256, 3), "uint8"),
+                                          ((IMAGES, 3, 256, 256), "float32")])
+def test_images_of_another_shape_or_type_are_refused(data, shape, dtype):
+    with h5py.File(data[0] / FILES[0], "w") as file:
+        file.attrs["captions_per_image"] = R
+        file.create_dataset("images", shape, dtype)
+    with pytest.raises(UserError, match=f"{FILES[0]} holds {dtype} of .* not uint8 images"):
+        CaptionDataset(data[0], NAME, "TRAIN")
+
+
+@pytest.mark.parametrize("lengths", [
+    [length + 1 for length in LENGTHS], [1] * len(LENGTHS), [99] * len(LENGTHS)])
+def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, lengths):
+    write_tutorial_files(tmp_path, CAPTIONS, lengths)
+    with pytest.raises(UserError, match=f"{FILES[1]}: caption 0 does not go from <start> to <end>"):
+        CaptionDataset(tmp_path, NAME, "TRAIN")
+
+
+@pytest.mark.parametrize("lengths", ["a", {}, [[2]], [2.0], [-1], [2 ** 40], [None]])
+def test_lengths_that_are_no_whole_numbers_are_refused(tmp_path, lengths):
+    write_tutorial_files(tmp_path, CAPTIONS, lengths)
+    with pytest.raises(UserError, match=f"{FILES[2]} is no list of lengths"):
+        CaptionDataset(tmp_path, NAME, "TRAIN")
+
+
+@pytest.mark.parametrize("word_map, reason", [
+    ([1], "no object of words"), ({"a": "1"}, "no object of words"), ({"a": 1}, "lacks <pad>"),
+    ({"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3}, "lacks <end>"),
+    ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad> is 4"),
+    ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "see 2"),
+    ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "see 5")])
+def test_a_word_map_with_gaps_twins_or_without_special_words_says_so(data, word_map, reason):
+    (data[0] / FILES[3]).write_text(json.dumps(word_map))
+    with pytest.raises(UserError, match=f"{FILES[3]} is no word map: .*{reason}"):
+        CaptionDataset(data[0], NAME, "TRAIN")
 
 
 FILES = [f"TRAIN_IMAGES_{NAME}.hdf5", f"TRAIN_CAPTIONS_{NAME}.json", f"TRAIN_CAPLENS_{NAME}.json",
@@ -276,7 +327,7 @@ FILES = [f"TRAIN_IMAGES_{NAME}.hdf5", f"TRAIN_CAPTIONS_{NAME}.json", f"TRAIN_CAP
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_missing_or_damaged_file_is_named(tmp_path, name, damage):
-    write_tutorial_files(tmp_path, size=8)
+    write_tutorial_files(tmp_path)
     path = tmp_path / name
     if damage == "missing":
         path.unlink()
@@ -289,7 +340,7 @@ def test_missing_or_damaged_file_is_named(tmp_path, name, damage):
 
 
 def test_hdf5_file_of_something_else_is_a_user_error(tmp_path):
-    write_tutorial_files(tmp_path, size=8)
+    write_tutorial_files(tmp_path)
     with h5py.File(tmp_path / FILES[0], "w") as file:
         file["other"] = np.zeros(3)
     with pytest.raises(UserError, match=FILES[0]):
@@ -412,3 +463,23 @@ def test_what_is_no_list_of_word_ids_is_a_user_error(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match="captions.json"):
         read_word_ids(path, 8)
+
+
+@pytest.mark.parametrize("side", [16_000, 30_000])
+def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path, side):
+    """A PNG of a few hundred bytes that says it has 256 or 900 million pixels."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(
+            ">I", zlib.crc32(kind + content))
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(99_999))) + chunk(b"IEND", b""))
+    with pytest.raises(UserError, match="bomb.png is not a readable image: .*decompression bomb"):
+        read_rgb(tmp_path / "bomb.png")
+
+
+def test_one_pixel_fills_the_square(tmp_path):
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "1.png")
+    assert np.array_equal(read_image(tmp_path / "1.png").reshape(3, -1),
+                          np.repeat([[9], [8], [7]], 256 * 256, 1))

@@ -1,0 +1,176 @@
+"""
+Whatever stands in a file, reading it gives what it should or one line that names the file.
+
+`make test` tries some; FUZZ=600 python -m pytest tests/test_fuzz.py tries that many of each kind.
+"""
+
+import io
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import checkpoints
+from captions import read_captions
+from datasets import read_image, read_word_ids
+from files import UserError, read_json, read_word_map
+from models import DecoderWithAttention, Encoder
+from utils import create_input_files
+
+fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, database=None,
+                derandomize="FUZZ" not in os.environ,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+WORDS = ["<pad>", "<unk>", "<start>", "<end>", "a", "dog", "chien", "犬", "\ud800", "", " "]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([*WORDS, "train", "val", "test", "restval", "a.png", "../a.png", "/a", "\0"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.text(max_size=5) | st.sampled_from(
+            [*WORDS, "images", "filename", "filepath", "split", "sentences", "tokens", "caption",
+             "image", "annotations", "id", "file_name", "image_id", "captions", "objects"]),
+        inner, max_size=5),
+    max_leaves=12)
+
+
+def read(function, content, name="x.json"):
+    """What the function makes of a file with these bytes: anything but another exception."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        try:
+            return function(path)
+        except UserError as error:
+            assert str(path) in str(error) or folder in str(error), error
+            return error
+
+
+def mangled(whole):
+    """Strategy: these bytes with some of them cut off, changed, repeated or put in."""
+    places = st.integers(0, len(whole))
+    edits = st.lists(st.tuples(places, places, st.binary(max_size=6)), min_size=1, max_size=4)
+
+    def edit(edits):
+        content = whole
+        for start, end, new in edits:
+            # Mostly a small change; one that tears a large piece out is one of many.
+            end = start + (end - start) % 9 if (start + end) % 4 else end
+            content = content[:start] + new + content[max(start, end):]
+        return content
+    return edits.map(edit)
+
+
+def picture(suffix, mode, **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, suffix, **options)
+    return file.getvalue()
+
+
+PICTURES = [picture("JPEG", "RGB"), picture("JPEG", "CMYK"), picture("PNG", "RGBA"),
+            picture("PNG", "P"), picture("GIF", "P"), picture("TIFF", "RGB"), picture("BMP", "RGB"),
+            picture("WEBP", "RGB"), picture("PNG", "I;16"), picture("TIFF", "F"),
+            picture("PPM", "RGB")]
+
+
+@fuzz
+@given(st.sampled_from(PICTURES).flatmap(mangled) | st.binary(max_size=200))
+def test_any_bytes_are_a_picture_or_a_users_error(content):
+    result = read(read_image, content, "x.jpg")
+    if not isinstance(result, UserError):
+        assert result.shape == (3, 256, 256) and result.dtype == np.uint8
+
+
+@fuzz
+@given(json_values.map(json.dumps).map(str.encode) | st.binary(max_size=60))
+def test_any_bytes_are_json_or_a_users_error(content):
+    read(read_json, content)
+
+
+entries = st.fixed_dictionaries({}, optional={
+    "filename": st.sampled_from(["a.png", "b.png", "../a.png", "gone.png", ""]) | json_values,
+    "filepath": st.sampled_from(["", ".", ".."]) | json_values,
+    "split": st.sampled_from(["train", "val", "test", "restval"]) | json_values,
+    "sentences": st.lists(st.fixed_dictionaries(
+        {"tokens": st.lists(st.sampled_from(WORDS), max_size=6) | json_values}), max_size=3)
+    | json_values})
+karpathy = st.fixed_dictionaries({"images": st.lists(entries, max_size=4)}) | json_values
+
+
+@fuzz
+@given(karpathy, st.booleans())
+def test_any_captions_in_karpathys_place_are_prepared_or_a_users_error(content, skip):
+    def prepare(path):
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (5, 4)).save(path.parent / name)
+        create_input_files("x", str(path), str(path.parent), 2, 0, str(path.parent / "out"), 4,
+                           workers=1, skip_bad_images=skip)
+    result = read(prepare, json.dumps(content).encode())
+    assert result is None or isinstance(result, UserError)
+
+
+@fuzz
+@given(json_values.map(json.dumps).map(str.encode)
+       | mangled(b'image,caption,split\na.png,"A dog, running.",train\nb.png,Two cats,val\n')
+       | mangled(b"a.png#0\tA dog .\nb.png#1\tTwo cats .\n") | mangled(
+           b'{"image": "a.png", "caption": "A dog"}\n{"image": "b.png", "captions": ["x", "y"]}\n'))
+def test_any_caption_file_is_karpathys_form_or_a_users_error(content):
+    result = read(read_captions, content, "x.txt")
+    if not isinstance(result, UserError):
+        for image in result["images"]:
+            assert isinstance(image["filename"], str) and isinstance(image["split"], str)
+            assert all(isinstance(word, str) for s in image["sentences"] for word in s["tokens"])
+
+
+WORD_MAP = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+
+
+@fuzz
+@given((st.dictionaries(st.sampled_from(WORDS), st.integers(-1, 7)) | json_values)
+       .map(json.dumps).map(str.encode) | mangled(json.dumps(WORD_MAP).encode()))
+def test_any_word_map_has_ids_from_0_up_or_is_a_users_error(content):
+    result = read(read_word_map, content)
+    if not isinstance(result, UserError):
+        assert sorted(result.values()) == list(range(len(result))) and result["<pad>"] == 0
+
+
+@fuzz
+@given(json_values.map(json.dumps).map(str.encode) | mangled(b"[[4, 1, 2, 5, 0], [4, 2, 5, 0, 0]]"))
+def test_any_captions_file_holds_word_ids_or_is_a_users_error(content):
+    result = read(lambda path: read_word_ids(path, 6), content)
+    if not isinstance(result, UserError):
+        assert result.size == 0 or 0 <= result.min() <= result.max() < 6
+
+
+@pytest.fixture(scope="module")
+def files():
+    """A checkpoint of ours, and the same tensors as pickles of both of torch's formats."""
+    encoder = Encoder(7, "mobilenetv3_small_050", "none")
+    decoder = DecoderWithAttention(5, 4, 6, len(WORD_MAP), encoder.encoder_dim,
+                                   encoded_image_size=7)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.pth.tar")
+        checkpoints.save(path, encoder, decoder, WORD_MAP)
+        whole = path.read_bytes()
+        small = {"format": 1, "decoder": decoder.state_dict(), "word_map": WORD_MAP}
+        found = [whole]
+        for new in (True, False):
+            torch.save(small, path, _use_new_zipfile_serialization=new)
+            found.append(path.read_bytes())
+    return [*found, pickle.dumps({"format": 1, "word_map": WORD_MAP}, 2)]
+
+
+@fuzz
+@given(data=st.data())
+def test_any_checkpoint_is_a_model_or_a_users_error(files, data):
+    content = data.draw(st.sampled_from(range(len(files))).flatmap(lambda i: mangled(files[i]))
+                        | st.binary(max_size=100))
+    read(lambda path: checkpoints.load_captioner(path, "cpu"), content, "x.pth.tar")
