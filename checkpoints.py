@@ -4,60 +4,149 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
 A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (what
 builds them), `word_map`, and in training also `options`, `progress`, `bleu4` and all that is
 needed to go on exactly where the run stood.
+
+Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without their
+code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORDMAP.json
 """
 
+import os
 import pickle
 from pathlib import Path
 
 import torch
 
-from files import UserError, read_json, whole
+import old_checkpoints
+from files import Parser, UserError, check_word_map, read_json, whole
 from models import DecoderWithAttention, Encoder
 
 FORMAT = 1
+MAX_ENCODED_IMAGE_SIZE = 256  # beyond it a file asks for memory, not for a model
+OURS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")  # save's own
+
+
+def get_args(argv=None):
+    parser = Parser(description="Make a checkpoint of this program of an old one.")
+    parser.add_argument("old", help="a checkpoint of whole modules, or one of ours")
+    parser.add_argument("new", help="the file to write; it must not exist yet")
+    parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to go inside")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if os.path.lexists(args.new):
+        raise UserError(f"{args.new} exists already; pass another name for the new file")
+    checkpoint = load(args.old)
+    encoder, decoder = build(checkpoint, args.old)
+    word_map = find_word_map(checkpoint, args.old, args.word_map, required=False)
+    rest = {key: value for key, value in checkpoint.items() if key not in OURS}
+    save(args.new, encoder, decoder, word_map, **rest)
+    carries = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
+    print(f"wrote {args.new} ({encoder.args['name']}, {carries})")
 
 
 def save(path, encoder, decoder, word_map, **rest):
-    """Write a checkpoint that is there whole or not at all; `rest` goes in as it is."""
+    """
+    Write a checkpoint that is there whole or not at all; `rest` goes in as it is.
+
+    Raises UserError if the disk is full or the folder is not there or not writable.
+    """
     state = {"format": FORMAT, "encoder": encoder.state_dict(), "encoder_args": encoder.args,
              "decoder": decoder.state_dict(), "decoder_args": decoder.args,
              "word_map": word_map, **rest}
-    with whole(path) as temporary:
-        torch.save(state, temporary)
+    try:
+        with whole(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch's zip writer has no OSErrors
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
+        raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 def load(path):
     """
-    A checkpoint as a dictionary, tensors on the CPU.
+    A checkpoint as a dictionary, tensors on the CPU; an old one has the parts of `build` and,
+    where it knows them, epoch and bleu4, and its word_map is None.
+
+    The file is looked through before torch opens it: that names what is refused, and bounds
+    what a damaged file can ask of memory.
 
     Raises UserError if the file is missing, damaged or not one of ours.
     """
+    root, stubs = old_checkpoints.read(path)
+    if isinstance(root, dict) and not root.keys().isdisjoint(("encoder", "decoder")) \
+            and "format" not in root:
+        return {"format": FORMAT, **old_checkpoints.captioner(root, path)}
+    if not isinstance(root, dict) or root.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
+    if stubs:
+        raise UserError(f"{path} is refused: it holds {stubs[0][:100]}, but checkpoints of format "
+                        f"{FORMAT} are tensors and plain values; nothing in the file was run")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} not found; train a model first or pass another file") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch would advise to run whatever is in it
         raise UserError(f"{path} is damaged or not a checkpoint: it is no file of tensors and "
                         f"plain values alone") from None
-    except Exception as error:  # bytes that are no pickle fail in all sorts of ways
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
-    return checkpoint
 
 
 def build(checkpoint, path):
     """The encoder and decoder of a checkpoint; `path` is for the message of a UserError."""
     try:
+        _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
+        if encoder.encoder_dim != decoder.args["encoder_dim"]:
+            raise ValueError(f"its encoder gives vectors of {encoder.encoder_dim} numbers, its "
+                             f"decoder takes {decoder.args['encoder_dim']}")
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
+            AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold a whole model: {reason}") from None
     return encoder, decoder
+
+
+def _check_decoder(args, state):
+    """
+    ValueError unless the tensors have the sizes that the arguments say: tensors are no larger
+    than the file, but a model is made as large as its arguments want.
+    """
+    with torch.device("meta"):  # sizes only, no memory
+        decoder = DecoderWithAttention(**args)
+    size = decoder.args["encoded_image_size"]
+    if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
+        raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
+    for name, tensor in decoder.state_dict().items():
+        if name not in state:
+            raise ValueError(f"the decoder lacks {name}")
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"the decoder's {name} has size {tuple(state[name].shape)}, not "
+                             f"{tuple(tensor.shape)}")
+
+
+def find_word_map(checkpoint, path, word_map_path, required=True):
+    """
+    The file's own word map beats the caller's, which is for files that lack one. None if there
+    is neither and none is required.
+
+    Raises UserError if it is no word map or not of the decoder's number of words.
+    """
+    word_map, source = checkpoint.get("word_map"), path
+    if word_map is None and word_map_path is not None:
+        word_map, source = read_json(word_map_path), word_map_path
+    if word_map is None and not required:
+        return None
+    if word_map is None:
+        raise UserError(f"{path} carries no word map; pass --word_map WORDMAP_….json")
+    check_word_map(word_map, source)
+    size = checkpoint["decoder_args"]["vocab_size"]
+    if len(word_map) != size:
+        raise UserError(f"{path} was trained on {size} words, but the word map has "
+                        f"{len(word_map)}; pass the WORDMAP file it was trained with")
+    return word_map
 
 
 def load_captioner(path, device, word_map_path=None):
@@ -67,16 +156,8 @@ def load_captioner(path, device, word_map_path=None):
     The file's own word map beats the caller's, which is for files that lack one.
     """
     checkpoint = load(path)
-    word_map = checkpoint.get("word_map")
-    if word_map is None:
-        if word_map_path is None:
-            raise UserError(f"{path} carries no word map; pass --word_map WORDMAP_….json")
-        word_map = read_json(word_map_path)
     encoder, decoder = build(checkpoint, path)
-    size = decoder.args["vocab_size"]
-    if len(word_map) != size or not {"<start>", "<end>"} <= word_map.keys():
-        raise UserError(f"{path} was trained on {size} words, but the word map has "
-                        f"{len(word_map)}; pass the WORDMAP file it was trained with")
+    word_map = find_word_map(checkpoint, path, word_map_path)
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 
@@ -90,3 +171,9 @@ def find_checkpoint(folder, prefix="BEST_", option="--model"):
         raise UserError(f"several checkpoints in {folder}; pass {option}, one of: "
                         + ", ".join(map(str, found)))
     return str(found[0])
+
+
+if __name__ == "__main__":
+    from utils import run  # here, since utils need not be there to load a model
+
+    run(main)

@@ -3,14 +3,18 @@
 import json
 import os
 import pickle
+import resource
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints import build, find_checkpoint, load, load_captioner, save
-from datasets import UserError
+import checkpoints
+from checkpoints import build, find_checkpoint, load, load_captioner, main, save
+from files import UserError
 from models import DecoderWithAttention, Encoder
 
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
@@ -63,17 +67,40 @@ def test_file_holds_tensors_and_plain_values_only(path):
     check(torch.load(path, weights_only=True))
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_interrupted_save_leaves_the_old_file_whole(path, models, monkeypatch, error):
+@pytest.mark.parametrize("error, raised", [
+    (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
+    (RuntimeError("unexpected pos 64 vs 0\nmore"), "cannot be written: unexpected pos 64 vs 0$"),
+    (KeyboardInterrupt(), "")])
+def test_interrupted_save_leaves_the_old_file_whole(path, models, monkeypatch, error, raised):
     def interrupted(state, file):
         Path(file).write_bytes(b"half a checkpoint")
         raise error
 
     before = path.read_bytes()
     monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(type(error)):
+    with pytest.raises(UserError if raised else KeyboardInterrupt, match=raised or None):
         save(path, *models, WORD_MAP)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_full_disk_leaves_the_old_file_whole(path, models):
+    """A limit on the size of files, which is an error from the system as a full disk is."""
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            save(path, *models, WORD_MAP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value).startswith(f"{path} cannot be written: ")
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_folder_that_is_not_there_is_named(path, models):
+    for folder in (path.parent / "no", path):
+        with pytest.raises(UserError, match=f"{folder}/y cannot be written: "):
+            save(folder / "y", *models, WORD_MAP)
 
 
 def test_saving_again_replaces_the_file(path, models):
@@ -89,9 +116,9 @@ class Evil:
         return os.system, (f"touch {self.proof}",)
 
 
-def refused(path, *what):
+def refused(path, *what, word_map=None):
     with pytest.raises(UserError) as error:
-        load_captioner(path, "cpu")
+        load_captioner(path, "cpu", word_map)
     message = str(error.value)
     assert str(path) in message and "\n" not in message
     assert all(part in message for part in what), message
@@ -142,7 +169,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
-    refused(path, "damaged or not a checkpoint")
+    refused(path, "posix.system", "nothing in the file was run")
     assert not proof.exists()
 
 
@@ -193,13 +220,63 @@ def test_file_without_word_map_takes_the_callers(path):
     assert load_captioner(path, "cpu", write_map(path.parent, other))[2] == other
 
 
-@pytest.mark.parametrize("other", [
-    {**WORD_MAP, "dog": 6}, {"<pad>": 0, "<start>": 1, "<end>": 2},
-    {**{f"word{i}": i for i in range(5)}, "<start>": 5}])
-def test_word_map_that_does_not_fit_is_refused(path, other):
+def test_word_map_of_another_size_is_refused(path):
     without_word_map(path)
-    with pytest.raises(UserError, match=f"{path} was trained on 6 words"):
+    refused(path, "was trained on 6 words, but the word map has 7",
+            word_map=write_map(path.parent, {**WORD_MAP, "<end>": 6, "dog": 5}))
+
+
+@pytest.mark.parametrize("other", [{**WORD_MAP, "cat": 1}, {**WORD_MAP, "cat": "2"}, [1, 2, 3],
+                                   {f"word{i}": i for i in range(6)}])
+def test_what_is_no_word_map_is_named(path, other):
+    without_word_map(path)
+    with pytest.raises(UserError, match=f"{path.parent}/WORDMAP_other.json is no word map"):
         load_captioner(path, "cpu", write_map(path.parent, other))
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "word_map": other}, path)
+    refused(path, "is no word map")
+
+
+def test_conversion_puts_a_word_map_inside(path, models, capsys):
+    without_word_map(path)
+    new = path.parent / "new.pth.tar"
+    main([str(path), str(new), "--word_map", str(write_map(path.parent, WORD_MAP))])
+    assert capsys.readouterr().out == f"wrote {new} ({ENCODER}, 6 words)\n"
+    encoder, decoder, word_map, checkpoint = load_captioner(new, "cpu")
+    assert (word_map, checkpoint["epoch"], checkpoint["bleu4"]) == (WORD_MAP, 3, 21.5)
+    assert torch.equal(outputs(encoder, decoder)[0], outputs(*models)[0])
+
+
+def test_conversion_without_word_map_says_so(path, capsys):
+    without_word_map(path)
+    new = path.parent / "new.pth.tar"
+    main([str(path), str(new)])
+    assert f"wrote {new} ({ENCODER}, no word map" in capsys.readouterr().out
+    refused(new, "pass --word_map")
+
+
+@pytest.mark.parametrize("name", ["x.pth.tar", "link", "dangling"])
+def test_conversion_overwrites_nothing(path, name):
+    (path.parent / "link").symlink_to(path)
+    (path.parent / "dangling").symlink_to("nowhere")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{path.parent / name} exists already"):
+        main([str(path), str(path.parent / name)])
+    assert path.read_bytes() == before
+
+
+def test_script_ends_with_one_line_where_it_cannot_convert(path):
+    done = subprocess.run([sys.executable, checkpoints.__file__, path, path],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"checkpoints.py: {path} exists already")
+    assert done.stderr.count("\n") == 1
+
+
+def test_decoder_of_another_encoder_is_refused(path, models):
+    other = DecoderWithAttention(5, 4, 6, len(WORD_MAP), 99)
+    save(path, models[0], other, WORD_MAP)
+    refused(path, f"encoder gives vectors of {models[0].encoder_dim} numbers, its decoder takes 99")
 
 
 def test_build_gives_the_model_of_a_loaded_file(path, models):
