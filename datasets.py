@@ -58,7 +58,7 @@ def _reason(error):
     """In one line why a picture could not be read; imageio wraps what Pillow said."""
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, UnidentifiedImageError) or "can not handle the given uri" in str(error):
+    if isinstance(error, UnidentifiedImageError) or "can not read" in str(error):
         return "it is in none of the formats that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
