@@ -180,9 +180,9 @@ def draw_scene(scene, seed, path):
     about = json.dumps([DRAWING, scene, seed])
     try:
         with Image.open(path) as image:
-            if image.text.get("scene") == about:
-                return json.loads(image.text["boxes"])
-    except (OSError, AttributeError, KeyError, ValueError):  # none, or no PNG file of ours
+            if image.info.get("scene") == about:
+                return json.loads(image.info["boxes"])
+    except (OSError, KeyError, ValueError):  # none, or no PNG file of ours
         pass
     background, objects = lay_out(scene, Random(seed))
     boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]

@@ -17,7 +17,7 @@ from captions import read_splits
 from datasets import read_image
 from files import UserError, read_json, write_json
 from unfinished import IMAGE_BYTES, IMAGE_SIZE, Work, check_space, find_images, write_images
-from workers import alone, interrupt_afterwards, open_pool
+from workers import alone, open_pool
 
 CHUNK = 4  # images that a process reads at a time: few, since an interrupt waits for them
 SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
@@ -102,21 +102,18 @@ def _transfer_all(chunks, workers):
     if workers <= 1:
         yield from (_transfer(*chunk) for chunk in chunks)
         return
-    pool, waiting = open_pool(workers), deque()
+    waiting = deque()
     try:
-        with interrupt_afterwards():  # os.fork would swallow it
-            pool.submit(int)  # starts the processes
-        for chunk in chunks:
-            waiting.append(pool.submit(_transfer, *chunk))
-            if len(waiting) == 64 * workers:  # that they have work while we wait for the disk
+        with open_pool(workers) as pool:
+            for chunk in chunks:
+                waiting.append(pool.submit(_transfer, *chunk))
+                if len(waiting) == 64 * workers:  # that they have work while we wait for the disk
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError("a reading process died, out of memory? The same command goes on where it "
                         "stood; with --workers 1 it needs less") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_all(work, splits, workers):

@@ -47,14 +47,16 @@ def write_images(path, start, images):
     can't be read, its place is passed over. Returns these: [(index, reason)].
     """
     bad = []
-    with open(path, "rb+") as file:
+    with open(path, "rb+", buffering=0) as file:  # a buffer would cut each image into two writes
         file.seek(start)
         for i, image in enumerate(images):
             if isinstance(image, str):
                 bad.append((i, image))
                 file.seek(IMAGE_BYTES, os.SEEK_CUR)
-            else:
-                file.write(image)
+                continue
+            rest = memoryview(image).cast("B")
+            while rest:  # a signal, or a disk that is nearly full, may cut it short
+                rest = rest[file.write(rest):]
     return bad
 
 

@@ -17,10 +17,20 @@ from files import UserError
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
+@contextmanager
 def open_pool(processes):
-    """A ProcessPoolExecutor whose processes end as soon as this one does, even if it is killed."""
+    """
+    A ProcessPoolExecutor whose processes end as soon as this one does, even if it is killed. If
+    the block is left early, what has not begun is not waited for.
+    """
     context = multiprocessing.get_context(START_METHOD)
-    return ProcessPoolExecutor(processes, context, initializer=_begin)
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin)
+    try:
+        with interrupt_afterwards():  # os.fork would swallow it
+            pool.submit(int)  # starts the processes
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -740,6 +741,20 @@ def runs(pid):
 
 
 @POSIX
+def test_interrupt_while_the_demo_is_drawn_ends_it_soon_and_keeps_the_pictures(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "create_input_files.py", "--output_folder",
+                                tmp_path], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    while len(list(tmp_path.glob("demo/*.png"))) < 20 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=5)
+    assert process.returncode == 130 and stderr.endswith("create_input_files.py: interrupted\n")
+    assert 20 <= len(list(tmp_path.glob("demo/*.png"))) < 1000
+    assert not list(tmp_path.glob("demo/*.json"))
+
+
+@POSIX
 def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     process, command = start_slow_run(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
@@ -784,8 +799,7 @@ def test_demo_that_is_there_is_not_drawn_again(tmp_path):
 @FORK
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_demo_killed_while_it_is_drawn_is_completed(tmp_path, monkeypatch, k):
-    monkeypatch.setattr(demo, "open_pool", lambda _: __import__("concurrent.futures").futures
-                        .ThreadPoolExecutor(1))  # fmt: skip
+    monkeypatch.setattr(demo, "open_pool", ThreadPoolExecutor)  # all in the process to be killed
     demo.make_demo(tmp_path / "whole", 5, 1, 1)
 
     def run():
