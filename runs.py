@@ -20,6 +20,33 @@ def new_progress():
             "sums": [0.0, 0, 0, 0, 0.0]}
 
 
+def check_run(checkpoint, defaults, path):
+    """
+    UserError unless the checkpoint's options have the types of the defaults, and its progress
+    that of a run: the file may be anybody's.
+    """
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
+    options, progress = checkpoint.get("options"), checkpoint.get("progress")
+    if not isinstance(options, dict) or not isinstance(progress, dict):
+        raise UserError(f"{path} is damaged: it has no options or no progress of a run")
+    sums = progress.get("sums", new_progress()["sums"])
+    numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0)]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \
+            or len(sums) != 5 or not all(type(n) in (int, float) for n in sums) \
+            or not all(type(progress.get(key)) in (float, int, type(None))
+                       for key in ("bleu4", "best_bleu4")):
+        raise UserError(f"{path} is damaged: its progress is none of a run")
+    for name, default in defaults.items():
+        value, kinds = options.get(name, default), {type(default)}
+        if default is None:  # of those options, some are texts and some numbers
+            kinds = {str, int, type(None)}
+        elif type(default) is float:
+            kinds = {int, float}
+        if name not in PASSING_OPTIONS and type(value) not in kinds:
+            raise UserError(f"{path} is damaged: its option {name} is {str(value)[:50]!r}")
+
+
 def resume_command(args, processes):
     program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
     folder = args.checkpoint_folder
@@ -54,6 +81,14 @@ def make_way(args, name, processes):
             path.unlink(missing_ok=True)
 
 
+def _epoch(line):
+    """The epoch of a row of the log; infinity if a kill has left only part of the row."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
 def open_log(args, name, done, processes):
     """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
     folder = Path(args.checkpoint_folder)
@@ -65,7 +100,7 @@ def open_log(args, name, done, processes):
     goes_on = path.exists() and (args.resume or args.checkpoint)
     kept = path.read_text().splitlines() if goes_on else []
     if args.resume:
-        while kept and json.loads(kept[-1])["epoch"] > done:
+        while kept and not _epoch(kept[-1]) <= done:
             kept.pop()
     with whole(path) as temporary:
         Path(temporary).write_text("".join(line + "\n" for line in kept))

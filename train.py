@@ -31,6 +31,7 @@ from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from runs import (
     PASSING_OPTIONS,
     check_data,
+    check_run,
     data_state,
     make_way,
     new_progress,
@@ -129,9 +130,8 @@ def get_run(argv):
     if path is True:
         path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
     checkpoint = checkpoints.load(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    options = checkpoint["options"]
+    check_run(checkpoint, vars(get_args([])), path)
+    options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
     kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
@@ -192,9 +192,17 @@ def train(args, checkpoint, processes):
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
     progress = new_progress()
     if args.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
         progress |= checkpoint["progress"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
+            for parameter, state in optimizer.state.items():
+                if {state[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                    raise ValueError("its averages of gradients have other sizes than the weights")
+            if progress["step"] > batches.batches:
+                raise ValueError(f"{progress['step']} of {batches.batches} batches are done")
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{args.resume} does not fit this run: {str(error)[:200]}") from None
     log = open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)

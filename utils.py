@@ -21,7 +21,9 @@ def run(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     try:
         main()
-    except (UserError, KeyboardInterrupt) as error:
+    except BrokenPipeError:  # whoever reads our output has seen enough: that is no error
+        raise
+    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for one
         stopped = isinstance(error, KeyboardInterrupt)
         message = str(error) or "interrupted"
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)

@@ -82,14 +82,16 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
     create_input_files("demo", make_demo(tmp_path / "demo", 60, 10, 0), tmp_path / "demo",
                        min_word_freq=0, output_folder=tmp_path, workers=1)
 
-    def command(folder):
+    epochs = 6 if options else 60
+
+    def command(folder, epochs=epochs):
         return [str(ROOT / "train.py"), "--data_folder", str(tmp_path), "--checkpoint_folder",
                 str(tmp_path / folder), *ENCODER, "--decoder_dim", "64", "--attention_dim", "32",
-                "--emb_dim", "16", "--decoder_lr", "5e-3", "--epochs", "4" if options else "40",
+                "--emb_dim", "16", "--decoder_lr", "5e-3", "--epochs", str(epochs), "--stop_after", "99",
                 "--batch_size", "20", "--save_minutes", "0.005", "--device", "cpu", *options]
 
     whole = seconds([sys.executable, *command("whole")])
-    begin = whole / 3
+    begin = seconds([sys.executable, *command("one", 1)])  # mostly imports
 
     def again():
         folder = tmp_path / "killed"
@@ -99,7 +101,8 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
         return command("killed")
 
     rng = random.Random(1)
-    kills = run_with_kills(command("killed"), again, 15, begin, begin + whole / 5, rng)
+    kills = run_with_kills(command("killed"), again, 18, 0.6 * begin,
+                           begin + (whole - begin) / 9, rng)
     print(f"{kills} kills of training, {whole:.1f} s uninterrupted")
     for prefix in ("", "BEST_"):
         one, other = (torch.load(next((tmp_path / folder).glob(f"{prefix}checkpoint_*.pth.tar")),

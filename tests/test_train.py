@@ -223,6 +223,36 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
         train.main(resume)
 
 
+def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "2"))
+    log = tmp_path / f"log_{NAME}.jsonl"
+    log.write_text(log.read_text() + '{"epoch": 3, "lr"')
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "3"])
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part, change, message", [
+    ("options", {"epochs": "many"}, "its option epochs is 'many'"),
+    ("options", {"batch_size": [80]}, "its option batch_size is"),
+    ("options", {"data_folder": None}, "its option data_folder is"),
+    ("progress", {"epoch": -1}, "its progress is none of a run"),
+    ("progress", {"sums": [1, 2]}, "its progress is none of a run"),
+    ("progress", {"step": 999}, "999 of 2 batches are done"),
+    ("optimizer", {"param_groups": []}, "does not fit this run"),
+    ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
+    ("optimizer", {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2),
+                                 "exp_avg_sq": torch.zeros(2)}}}, "have other sizes"),
+], ids=str)
+def test_a_run_that_is_damaged_or_anybodys_is_no_traceback(data, tmp_path, part, change, message):
+    if not (data / "run").exists():
+        train.main(train_args(data, data / "run", "--epochs", "1"))
+    checkpoint = load(data / "run")
+    checkpoint[part] |= change
+    torch.save(checkpoint, tmp_path / "x.pth.tar")
+    with pytest.raises(train.UserError, match=message):
+        train.main(["--resume", str(tmp_path / "x.pth.tar"), "--epochs", "2"])
+
+
 def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):
     for workers in "02":
         train.main(train_args(data, tmp_path / workers, "--epochs", "1", "--workers", workers,
