@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 import h5py
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from files import UserError, read_json, read_word_map
 
+# A picture that can be read is read without a word about what is odd in it.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 PIECE = 4 << 20  # bytes of a caption file that are read at a time
 
 
@@ -32,18 +33,16 @@ def read_rgb(path):
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
-        # A picture that can be read is read without a word about it.
-        with warnings.catch_warnings(action="ignore"), \
-                iio.imopen(path, "r", plugin="pillow") as file:
-            known = file.metadata(index=0, exclude_applied=False)
-            if known["mode"] in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in known:
-                return file.read(index=0, mode="RGB", rotate=True)  # most photographs
-            if file.properties(index=0).dtype in (np.uint8, np.bool_):
-                # Through RGBA, since converting straight to RGB shows whatever colour
-                # stands under a transparent pixel.
-                rgba = file.read(index=0, mode="RGBA", rotate=True)
-            else:  # 16-bit or float grey, which PIL would clip to 0..255 instead of scaling
-                rgba = _to_8_bits(file.read(index=0, rotate=True))
+        with Image.open(path) as image:
+            if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
+                return np.asarray(_upright(image).convert("RGB"))  # most photographs
+            if image.mode.startswith("I") or image.mode == "F":
+                # More than 8 bits, which PIL would clip to 0..255 instead of scaling.
+                rgba = _to_8_bits(np.asarray(_upright(image)))
+            else:
+                # Through RGBA, since converting straight to RGB shows whatever colour stands
+                # under a transparent pixel.
+                rgba = np.asarray(_upright(image).convert("RGBA"))
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
@@ -54,11 +53,15 @@ def read_rgb(path):
     return rgb
 
 
+def _upright(image):
+    """As its EXIF says; with in_place a picture that says nothing is not copied."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _reason(error):
-    """In one line why a picture could not be read; imageio wraps what Pillow said."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, UnidentifiedImageError) or "can not read" in str(error):
+    """In one line why a picture could not be read."""
+    if isinstance(error, UnidentifiedImageError):
         return "it is in none of the formats that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

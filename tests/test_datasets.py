@@ -165,7 +165,7 @@ def test_whatever_a_decoder_raises_is_the_users_error(tmp_path, monkeypatch, pro
         raise problem
 
     path = noise_file(tmp_path / "x.png")
-    monkeypatch.setattr("imageio.plugins.pillow.PillowPlugin.read", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(UserError, match=f"x.png is not a readable image: {problem.__name__}"):
         read_rgb(path)
 

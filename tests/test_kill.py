@@ -87,8 +87,9 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
     def command(folder, epochs=epochs):
         return [str(ROOT / "train.py"), "--data_folder", str(tmp_path), "--checkpoint_folder",
                 str(tmp_path / folder), *ENCODER, "--decoder_dim", "64", "--attention_dim", "32",
-                "--emb_dim", "16", "--decoder_lr", "5e-3", "--epochs", str(epochs), "--stop_after", "99",
-                "--batch_size", "20", "--save_minutes", "0.005", "--device", "cpu", *options]
+                "--emb_dim", "16", "--decoder_lr", "5e-3", "--epochs", str(epochs),
+                "--stop_after", "99", "--batch_size", "20", "--save_minutes",
+                "0.005", "--device", "cpu", *options]
 
     whole = seconds([sys.executable, *command("whole")])
     begin = seconds([sys.executable, *command("one", 1)])  # mostly imports
