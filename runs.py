@@ -44,7 +44,7 @@ def check_run(checkpoint, defaults, path):
         elif type(default) is float:
             kinds = {int, float}
         if name not in PASSING_OPTIONS and type(value) not in kinds:
-            raise UserError(f"{path} is damaged: its option {name} is {str(value)[:50]!r}")
+            raise UserError(f"{path} is damaged: its option {name} is {ascii(value)[:50]}")
 
 
 def resume_command(args, processes):

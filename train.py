@@ -86,7 +86,7 @@ def get_args(argv=None, **defaults):
     add("--resume", nargs="?", const=True, metavar="FILE",
         help="go on with a run, its options and all; without FILE, that in --checkpoint_folder")
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
-    add("--save_minutes", type=float, default=10, help="time between saves within an epoch")
+    add("--save_minutes", type=float, default=10.0, help="time between saves within an epoch")
     add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
     add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
     parser.set_defaults(**defaults)

@@ -223,6 +223,13 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
         train.main(resume)
 
 
+def test_options_of_every_type_are_resumed(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1", "--save_minutes", "0.5", "--dropout",
+                          "0", "--alpha_c", "1", "--grad_clip", "2", "--cache_in", "ram"))
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
+    assert load(tmp_path)["options"]["save_minutes"] == 0.5
+
+
 def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "2"))
     log = tmp_path / f"log_{NAME}.jsonl"
