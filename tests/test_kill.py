@@ -103,7 +103,7 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
 
     rng = random.Random(1)
     kills = run_with_kills(command("killed"), again, 18, 0.6 * begin,
-                           begin + (whole - begin) / 9, rng)
+                           begin + (whole - begin) / 20, rng)
     print(f"{kills} kills of training, {whole:.1f} s uninterrupted")
     for prefix in ("", "BEST_"):
         one, other = (torch.load(next((tmp_path / folder).glob(f"{prefix}checkpoint_*.pth.tar")),
