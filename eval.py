@@ -1,8 +1,11 @@
 """
-Score a trained model on the validation or test images, one row per beam size.
+Score a trained model on the validation or test images, one row per beam size; or compare the
+captions of two models.
 
     python eval.py --model BEST_checkpoint_X.pth.tar --beam_sizes 1 3 5
+    python eval.py --model BEST_checkpoint_X.pth.tar --metrics all --bootstrap 1000
     torchrun --nproc_per_node=4 eval.py --model BEST_checkpoint_X.pth.tar
+    python eval.py --compare A.json B.json
 """
 
 import argparse
@@ -13,10 +16,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+import scorers
 from checkpoints import find_checkpoint, load_captioner
+from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
-from files import Parser, UserError, write_json
-from metrics import attention_hits, bleu
+from files import Parser, UserError, read_json, write_json
+from metrics import attention_hits
 from search import beam_search
 from utils import AMP, autocast, run
 
@@ -35,18 +40,39 @@ def get_args(argv=None):
     add("--max_len", type=int, default=50, help="longest caption, in words")
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--workers", type=int, default=1, help="processes that load images; 0: none")
-    add("--results", metavar="FILE", help="write the captions of the last beam size as JSON")
+    add("--metrics", nargs="+", metavar="NAME",
+        help=f"all, BLEU, or some of {', '.join(scorers.NAMES)}; BLEU if not given")
+    add("--tokens", choices=("ptb", "data"),
+        help="the PTB tokenizer's words, which is the default for --metrics where there is Java, "
+             "or the data set's as they stand")
+    add("--bootstrap", type=int, metavar="N",
+        help="95 %% intervals from N resamples of the images; --compare: 1000 if not given")
+    add("--seed", type=int, default=0, help="of the resamples")
+    add("--results", metavar="FILE", help="write the captions of the last beam size as JSON, with "
+        "each image's scores if --metrics is given")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"),
+        help="compare two files of --results, without model and data; all metrics if not given")
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     args = parser.parse_args(argv)
     for value in (*args.beam_sizes, args.max_len, args.batch_size):
         if value < 1:
             parser.error(f"{value} is no beam size, length or batch size; give 1 or more")
+    if args.bootstrap is not None and args.bootstrap < 1:
+        parser.error(f"--bootstrap is {args.bootstrap}, it must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}, it must not be negative")
+    args.names = scorers.parse_names(args.metrics or ["all" if args.compare else "bleu"])
+    # The plain table stays comparable with those of training, whatever is installed.
+    args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
     return args
 
 
 def main(argv=None):
     args = get_args(argv)
+    if args.compare:
+        compare(*args.compare, args.names, args.tokens, args.bootstrap or 1000, args.seed)
+        return
     processes = distributed.start(args.device)
     try:
         evaluate(args, processes)
@@ -71,27 +97,73 @@ def evaluate(args, processes):
         return
     references = [data.entry(i)["references"] for i in range(len(data))]
     print(f"{path} on {len(data)} {args.split} images of {name}")
-    print("beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4" + "  attention" * bool(nouns))
-    for beam_size, captions in zip(args.beam_sizes, zip(*found)):
-        scores = bleu(references, [caption["words"] for caption in captions])
-        line = f"{beam_size:4d}" + "".join(f"{score:8.2f}" for score in scores)
-        if nouns:
-            hits, total = (sum(c[key] for c in captions) for key in ("hits", "object_words"))
-            line += f"{100 * hits / total:9.2f} %" if total else "          –"
-        print(line)
+    measured = report(list(zip(*found)), references, read_training(args, name), nouns, args)
+    if args.results:
+        write_results(args.results, data, [captions[-1] for captions in found],
+                      scorers.scores_by_image(measured[-1]) if args.metrics else None)
+        print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
+
+
+def read_training(args, name):
+    """The training captions, a set of tuples of words; None if not asked for or not there"""
+    path = Path(args.data_folder) / f"TRAIN_REFERENCES_{name}.json"
+    if "unseen" not in args.names or not path.exists():
+        return None
+    try:
+        return {tuple(words) for entry in read_json(path) for words in entry["references"]}
+    except (TypeError, KeyError):
+        raise UserError(f"{path} is no list of images with references, lists of words; run "
+                        f"create_input_files.py again") from None
+
+
+def report(by_beam, references, training, nouns, args):
+    """
+    Print the table. by_beam: per beam size the captions as `caption_split` gives them
+    Returns per beam size what `scorers.measure` does.
+    """
+    systems = [[caption["words"] for caption in captions] for captions in by_beam]
+    unseen = None if training is None else [[tuple(words) not in training for words in captions]
+                                            for captions in systems]
+    systems, references, tokens = scorers.tokenize(systems, references, args.tokens)
+    measured, missing = scorers.measure(systems, references, args.names, unseen)
+    if "unseen" in missing:
+        missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
+    print("beam" + scorers.heading(args.names) + "  attention" * bool(nouns))
+    for beam_size, captions, metrics in zip(args.beam_sizes, by_beam, measured):
+        line = scorers.row(args.names, {name: m.total for name, m in metrics.items()})
+        print(f"{beam_size:4d}{line}" + (attention(captions) if nouns else ""))
+        if args.bootstrap:
+            for end, line in zip(("low", "high"), scorers.interval_rows(
+                    args.names, metrics, args.bootstrap, args.seed)):
+                print(f"{end:>4}{line}")
     if nouns:
         print("attention: share of object words at which the most attended place lies in the "
               "object's box")
-    if args.results:
-        rows = []
-        for i, captions in enumerate(found):
-            entry = data.entry(i)
-            rows.append({"image_id": entry["image_id"], "filename": entry["filename"],
-                         "caption": " ".join(captions[-1]["words"]),
-                         "score": captions[-1]["score"],
-                         "references": [" ".join(words) for words in entry["references"]]})
-        write_json(args.results, rows)
-        print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
+    notes = scorers.footnotes(args.names, tokens, missing) if args.metrics else []
+    if args.bootstrap:
+        notes += scorers.bootstrap_note(args.names, args.bootstrap, args.seed)
+    for note in notes:
+        print(note)
+    return measured
+
+
+def attention(captions):
+    """The cell of attention accuracy, a dash where no object was named"""
+    hits, total = (sum(c[key] for c in captions) for key in ("hits", "object_words"))
+    return f"{100 * hits / total:9.2f} %" if total else "          –"
+
+
+def write_results(path, data, captions, scores):
+    """COCO's results format with further fields; scores: per image {metric: value}, or None"""
+    rows = []
+    for i, caption in enumerate(captions):
+        entry = data.entry(i)
+        rows.append({"image_id": entry["image_id"], "filename": entry["filename"],
+                     "caption": " ".join(caption["words"]), "score": caption["score"],
+                     "references": [" ".join(words) for words in entry["references"]]})
+        if scores is not None:
+            rows[-1]["scores"] = scores[i]
+    write_json(path, rows)
 
 
 @torch.inference_mode()
