@@ -220,8 +220,4 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
-    try:
-        run(main)
-    except BrokenPipeError:  # `| head` has seen enough; Python's last flush shall not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    run(main)

@@ -115,7 +115,7 @@ def _from_table(path, lines):
     # Only CSV proper has a use for quotation marks; elsewhere they are just part of a caption.
     quoting = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
     rows = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
-    header = [cell.strip().strip('"').lower() for cell in next(rows)]
+    header = [cell.strip().strip('"').lower() for cell in next(_rows(path, rows))]
     columns = {cell: i for i, cell in enumerate(header)}
     image_at, caption_at = _first(columns, IMAGE_KEYS), _first(columns, CAPTION_KEYS)
     if image_at is None or caption_at is None:
@@ -290,9 +290,20 @@ def _captioned_image(entry, index, source, image_folder, max_len):
         "references": references,
     }
     if "objects" in entry:
+        if not are_objects(entry["objects"]):
+            raise UserError(f"{where}: objects are not a list of a box, 4 numbers, and words each")
         record["objects"] = entry["objects"]
     usable = [caption for caption in references if len(caption) <= max_len]
     return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
+
+
+def are_objects(objects):
+    """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
+    return isinstance(objects, list) and all(
+        isinstance(thing, dict) and isinstance(thing.get("box"), list) and len(thing["box"]) == 4
+        and all(type(x) in (int, float) for x in thing["box"])
+        and isinstance(thing.get("words"), list)
+        and all(isinstance(word, str) for word in thing["words"]) for thing in objects)
 
 
 def read_splits(karpathy, source, image_folder, max_len):

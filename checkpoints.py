@@ -11,6 +11,7 @@ code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORD
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -58,8 +59,11 @@ def save(path, encoder, decoder, word_map, **rest):
         with whole(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's zip writer has no OSErrors
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free if os.path.isdir(
+            os.path.dirname(path) or ".") else 0
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"{path} cannot be written: {reason}") from None
+        raise UserError(f"{path} cannot be written: {reason} ({free / 1e9:.2f} GB of the disk are "
+                        f"free)") from None
 
 
 def load(path):
@@ -107,6 +111,19 @@ def build(checkpoint, path):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold a whole model: {reason}") from None
     return encoder, decoder
+
+
+def check_model(checkpoint, path):
+    """UserError unless there are arguments, sizes and words of a model; it is not built yet."""
+    try:
+        _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
+        if not isinstance(checkpoint["encoder_args"]["name"], str):
+            raise TypeError("its encoder has no name")
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
+            AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not hold a whole model: {reason}") from None
+    find_word_map(checkpoint, path, None, required=False)
 
 
 def _check_decoder(args, state):

@@ -14,10 +14,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
+from captions import are_objects
 from files import UserError, read_json, read_word_map
 
 # A picture that can be read is read without a word about what is odd in it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+ROWS = 256  # of a picture that are worked on at a time, where floats take 8 times the memory
 PIECE = 4 << 20  # bytes of a caption file that are read at a time
 
 
@@ -49,7 +51,10 @@ def read_rgb(path):
         raise UserError(f"{path} is not a readable image: {_reason(error)}") from None
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     if alpha.min() < 255:
-        rgb = np.round(255 + (rgb / 1.0 - 255) * (alpha / 255)).astype(np.uint8)
+        rgb = rgb.copy()
+        for i in range(0, len(rgb), ROWS):
+            part, opaque = rgb[i:i + ROWS], alpha[i:i + ROWS] / 255
+            part[:] = np.round(255 + (part / 1.0 - 255) * opaque)
     return rgb
 
 
@@ -70,9 +75,13 @@ def _reason(error):
 
 def _to_8_bits(image):
     """(height, width) or (height, width, channels) of more than 8 bits -> RGBA uint8"""
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ValueError("it has values that are not finite")
     white = image.max(initial=1) if image.dtype.kind == "f" else 65535
-    image = np.clip(np.round(image / white * 255), 0, 255).astype(np.uint8)
-    return np.asarray(Image.fromarray(image).convert("RGBA"))
+    grey = np.empty(image.shape, np.uint8)
+    for i in range(0, len(image), ROWS):
+        grey[i:i + ROWS] = np.clip(np.round(image[i:i + ROWS] / white * 255), 0, 255)
+    return np.asarray(Image.fromarray(grey).convert("RGBA"))
 
 
 def read_image(path, size=256):
@@ -147,7 +156,8 @@ def _read_lengths(path):
 
 def _is_entry(entry):
     return isinstance(entry, dict) and isinstance(entry.get("references"), list) \
-        and {"filename", "image_id"} <= entry.keys() and all(
+        and {"filename", "image_id"} <= entry.keys() \
+        and are_objects(entry.get("objects", [])) and all(
             isinstance(caption, list) and all(isinstance(word, str) for word in caption)
             for caption in entry["references"])
 
@@ -178,6 +188,9 @@ class CaptionDataset(Dataset):
         try:
             with h5py.File(self.path, "r") as file:
                 self.captions_per_image = int(file.attrs["captions_per_image"])
+                if self.captions_per_image < 1:
+                    raise UserError(f"{self.path} has {self.captions_per_image} captions an image; "
+                                    f"run create_input_files.py again")
                 self.images, *shape = file["images"].shape
                 if shape != [3, 256, 256] or file["images"].dtype != np.uint8:
                     raise UserError(

@@ -7,13 +7,16 @@ import copy
 import hashlib
 import os
 import shutil
+import time
 
 import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import UserError
+from files import UserError, sync_folder
+
+SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
 
 
 def cache_features(dataset, encoder, device, amp=None, batch_size=32):
@@ -29,6 +32,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
     """
     path = _path(dataset, encoder, amp)
     if path.exists():
+        _check(path, dataset.images, encoder)
         return path
     images = copy.copy(dataset)
     images.by_image = True
@@ -41,28 +45,62 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
             raise UserError(f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
                             f"make room or pass --no-cache_features")
         _create(partial, shape)
-    with h5py.File(partial, "r+") as file, torch.inference_mode():
-        done = int(file["done"][0])
-        bar = tqdm(total=len(images), initial=done, desc=f"encoding {path.name}", unit="image",
-                   disable=None)
-        for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
-            if rows[0] < done:
-                continue
-            encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
-            if not np.isfinite(encoded).all():
-                partial.unlink()
-                raise UserError(f"features of {encoder.args['name']} are too large for float16; "
-                                f"pass --no-cache_features")
-            file["features"][rows[0]:rows[-1] + 1] = encoded
-            file.flush()  # first the features, then the word that they are there
-            file["done"][0] = rows[-1] + 1
-            file.flush()
-            bar.update(len(rows))
-        bar.close()
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        _encode_rest(partial, images, encoder, device, batch_size)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be written: {str(error).partition(chr(10))[0]}; what is "
+                        f"done is kept, the same command goes on") from None
     os.replace(partial, path)
+    sync_folder(path.parent)
     return path
+
+
+def _encode_rest(partial, images, encoder, device, batch_size):
+    """Encode the images that the partial file lacks; SAVE_SECONDS of it are lost by a kill."""
+    with h5py.File(partial, "r+") as file, open(partial, "rb") as descriptor, \
+            torch.inference_mode():
+        done = int(file["done"][0])
+        saved = time.monotonic()
+
+        def save():  # first the features, then the word that they are there
+            file.flush()
+            os.fsync(descriptor.fileno())
+            file["done"][0] = done
+            file.flush()
+
+        bar = tqdm(total=len(images), initial=done, desc=f"encoding {partial.stem}", unit="image",
+                   disable=None)
+        try:
+            for i in range(done, len(images), batch_size):
+                rows = np.arange(i, min(i + batch_size, len(images)))
+                encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
+                if not np.isfinite(encoded).all():
+                    partial.unlink()
+                    raise UserError(f"features of {encoder.args['name']} are too large for "
+                                    f"float16; pass --no-cache_features")
+                file["features"][rows[0]:rows[-1] + 1] = encoded
+                done = int(rows[-1]) + 1
+                bar.update(len(rows))
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
+        bar.close()
+        os.fsync(descriptor.fileno())
+
+
+def _check(path, images, encoder):
+    """UserError unless the file holds features of so many images of this encoder's."""
+    try:
+        with h5py.File(path, "r") as file:
+            features = file["features"]
+            sound = features.dtype == np.float16 and features.ndim == 3 \
+                and len(features) == images and features.shape[2] == encoder.encoder_dim
+    except Exception:  # what HDF5 makes of foreign bytes is of all sorts
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is damaged; delete it, and it is made anew")
 
 
 def _path(dataset, encoder, amp):
@@ -97,11 +135,12 @@ def _is_partial(partial, shape):
     """Whether the file is one to go on with; one killed as it was created is not."""
     try:
         with h5py.File(partial, "r") as file:
-            return file["features"].shape == shape and 0 <= file["done"][0] <= shape[0]
+            return file["features"].shape == shape and file["features"].dtype == np.float16 \
+                and file["done"].shape == (1,) and 0 <= file["done"][0] <= shape[0]
     except BlockingIOError:  # HDF5 locks what it writes
         raise UserError(f"{partial} is being written by another process; wait for it, or pass "
                         f"--no-cache_features") from None
-    except (OSError, KeyError):
+    except Exception:  # killed as it was created, or of somebody else's
         return False
 
 

@@ -24,13 +24,13 @@ def whole(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        sync_folder(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     """That a file has moved is a fact of its folder, which has to reach the disk as well."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

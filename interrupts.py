@@ -27,7 +27,7 @@ class Interrupts:
 
     def __init__(self, minutes):
         self.minutes, self.signum, self._holding = minutes, 0, False
-        self._since, self._saved = None, time.monotonic()
+        self._since, self._saved, self._patience = None, time.monotonic(), PATIENCE
 
     def __enter__(self):
         self._before = {}
@@ -43,10 +43,15 @@ class Interrupts:
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
             if not self._holding:
+                self._holding = True  # until whoever catches it has saved
                 raise Stopped(signum)
-        elif time.monotonic() - self._since > PATIENCE:
+        elif time.monotonic() - self._since > self._patience:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+
+    def hold(self):
+        """From here on signals are only noted."""
+        self._holding, self._patience = True, float("inf")
 
     @contextmanager
     def held(self):

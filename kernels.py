@@ -185,8 +185,10 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         scores, targets, totals = ctx.saved_tensors
         d_scores, rows = torch.empty_like(scores), _at_a_time(scores, scores.shape[1])
-        for part, total, out in zip(*(x.split(rows) for x in (scores, totals, d_scores))):
-            out.copy_((part - total.unsqueeze(1)).exp_().mul_(grad))
-        d_scores.scatter_add_(1, targets.unsqueeze(1),
-                              -grad.to(scores.dtype).expand(len(targets), 1))
+        for part, target, total, out in zip(
+                *(x.split(rows) for x in (scores, targets, totals, d_scores))):
+            # Rounded to the scores' precision only when all is done: p - 1 is small.
+            d_part = (part - total.unsqueeze(1)).exp_()
+            d_part.scatter_add_(1, target.unsqueeze(1), -torch.ones_like(total).unsqueeze(1))
+            out.copy_(d_part.mul_(grad))
         return d_scores, None

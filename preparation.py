@@ -206,11 +206,7 @@ def _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
     _read_all(work, splits, workers)
     bad = missing + [reason for split in splits for _, reason in work.bad[split]]
     splits = _without_bad(splits, work.bad)
-    try:
-        _check_left(splits, bad, skip_bad_images)
-    except UserError:
-        work.remove()
-        raise
+    _check_left(splits, bad, skip_bad_images)  # what is read stays: --skip_bad_images goes on
     work.drop_bad()
     _write_captions(work, splits, **options)
     work.complete = True
@@ -262,8 +258,12 @@ def create_input_files(
     files of the same names that are made from something else.
     """
     name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    if captions_per_image < 1 or max_len < 1 or os.path.basename(name) != name:
-        raise UserError(f"no files can be named {name} for captions of {max_len} words")
+    for option, value, least in (("captions_per_image", captions_per_image, 1),
+                                 ("max_len", max_len, 1), ("min_word_freq", min_word_freq, 0)):
+        if value < least:
+            raise UserError(f"--{option} is {value}, it must be at least {least}")
+    if os.path.basename(name) != name:
+        raise UserError(f"no files can be named {name}; pass another --dataset")
     if isinstance(karpathy_json_path, dict):
         karpathy, source = karpathy_json_path, karpathy_json_path["source"]
     else:
@@ -283,6 +283,8 @@ def create_input_files(
                 print(f"{name} in {output_folder} is complete already; --overwrite makes it anew")
                 return
             work.move()
+    except BrokenPipeError:  # of what we print
+        raise
     except OSError as error:
         kept = "; what is done is kept, the same command goes on" if work.begun else ""
         raise UserError(f"cannot write to {output_folder}: {error}{kept}") from error

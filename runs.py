@@ -1,10 +1,13 @@
 """What a training run keeps besides its weights: where it stands, its data's state, its log."""
 
 import json
+import shlex
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from files import UserError, whole
+from workers import alone
 
 # Options that are about one start of the program, not about the run.
 PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
@@ -33,10 +36,13 @@ def check_run(checkpoint, defaults, path):
     sums = progress.get("sums", new_progress()["sums"])
     numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0)]
     if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \
+            or progress["epoch"] and progress.get("best_bleu4") is None \
             or len(sums) != 5 or not all(type(n) in (int, float) for n in sums) \
             or not all(type(progress.get(key)) in (float, int, type(None))
                        for key in ("bleu4", "best_bleu4")):
         raise UserError(f"{path} is damaged: its progress is none of a run")
+    if not all(isinstance(name, str) for name in options):
+        raise UserError(f"{path} is damaged: its options have no names")
     for name, default in defaults.items():
         value, kinds = options.get(name, default), {type(default)}
         if default is None:  # of those options, some are texts and some numbers
@@ -47,10 +53,48 @@ def check_run(checkpoint, defaults, path):
             raise UserError(f"{path} is damaged: its option {name} is {ascii(value)[:50]}")
 
 
-def resume_command(args, processes):
+def load_optimizer(optimizer, state, trained):
+    """
+    Give the optimiser the state of a checkpoint; trained: whether it must know every weight.
+
+    Raises ValueError or the like unless the state is one of such an optimiser: its settings but
+    the learning rate, and averages of the weights' own sizes.
+    """
+    def settings():
+        return [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                for group in optimizer.param_groups]
+
+    ours = settings()
+    optimizer.load_state_dict(state)
+    if settings() != ours or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
+                                     for group in optimizer.param_groups):
+        raise ValueError("its optimiser has other settings")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            known = optimizer.state[parameter] if parameter in optimizer.state else None
+            if known is None and not trained:
+                continue
+            if known is None or known["step"].numel() != 1 or {
+                    known[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                raise ValueError("its averages of gradients have other sizes than the weights")
+
+
+def only_run(args, processes):
+    """A context in which no other run may write to the checkpoint folder; UserError if one does."""
+    if not processes.first:
+        return nullcontext()
+    folder = Path(args.checkpoint_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Loading processes of a run that was killed take some seconds to see it.
+    return alone(str(folder / f".train_{args.data_name}.lock"),
+                 f"another run of {args.data_name} is training in {folder}; wait for it or pass "
+                 f"another --checkpoint_folder", patience=15)
+
+
+def resume_command(args, name, processes):
     program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
-    folder = args.checkpoint_folder
-    return f"{program} train.py --resume" + f" --checkpoint_folder {folder}" * (folder != ".")
+    path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
+    return f"{program} train.py --resume {shlex.quote(str(path))}"
 
 
 def data_state(data, name):
@@ -62,6 +106,8 @@ def data_state(data, name):
 def check_data(checkpoint, data, name, path):
     """UserError that says in what the data of a run to resume have changed."""
     theirs, ours = checkpoint.get("data"), data_state(data, name)  # older runs do not tell
+    if not isinstance(theirs, dict | None):
+        raise UserError(f"{path} is damaged: it does not say what data it was trained on")
     if theirs not in (None, ours):
         differ = ", ".join(f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
                            if theirs.get(key) != ours[key])
@@ -69,24 +115,26 @@ def check_data(checkpoint, data, name, path):
                         f"or --checkpoint {path} for a new phase")
 
 
-def make_way(args, name, processes):
-    """UserError if a run is in the folder already, unless it is to be replaced: then it goes."""
-    for file in (f"checkpoint_{name}.pth.tar", f"BEST_checkpoint_{name}.pth.tar"):
-        path = Path(args.checkpoint_folder) / file
+def _run_files(args, name):
+    folder = Path(args.checkpoint_folder)
+    return [folder / f"{prefix}checkpoint_{name}.pth.tar" for prefix in ("", "BEST_")]
+
+
+def check_folder(args, name):
+    """UserError if a run is in the folder already that is not to be replaced."""
+    for path in _run_files(args, name):
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
                             f"--overwrite to replace it, or another --checkpoint_folder")
-        processes.wait()  # until all have looked
-        if processes.first:
-            path.unlink(missing_ok=True)
 
 
 def _epoch(line):
     """The epoch of a row of the log; infinity if a kill has left only part of the row."""
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, TypeError, KeyError):
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return float("inf")
+    return epoch if type(epoch) is int else float("inf")
 
 
 def open_log(args, name, done, processes):
@@ -98,12 +146,15 @@ def open_log(args, name, done, processes):
     folder.mkdir(parents=True, exist_ok=True)
     # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
     goes_on = path.exists() and (args.resume or args.checkpoint)
-    kept = path.read_text().splitlines() if goes_on else []
+    kept = path.read_text(errors="replace").splitlines() if goes_on else []
     if args.resume:
         while kept and not _epoch(kept[-1]) <= done:
             kept.pop()
     with whole(path) as temporary:
         Path(temporary).write_text("".join(line + "\n" for line in kept))
+    if not args.resume and not args.checkpoint:  # a new run begins here, where all is ready for it
+        for file in _run_files(args, name):
+            file.unlink(missing_ok=True)
     if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter

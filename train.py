@@ -31,10 +31,12 @@ from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from runs import (
     PASSING_OPTIONS,
     check_data,
+    check_folder,
     check_run,
     data_state,
-    make_way,
+    load_optimizer,
     new_progress,
+    only_run,
     open_log,
     resume_command,
 )
@@ -97,10 +99,12 @@ def get_args(argv=None, **defaults):
                              "save_minutes")):
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # not a number is neither
                 parser.error(f"--{name} is {value}, it must be at least {least}")
-    if args.dropout >= 1:
+    if not args.dropout < 1:
         parser.error(f"--dropout is {args.dropout}, it must be below 1")
+    if not args.lr_decay > 0:
+        parser.error(f"--lr_decay is {args.lr_decay}, it must be above 0")
     return args
 
 
@@ -108,7 +112,9 @@ def main(argv=None):
     args, checkpoint = get_run(argv)
     processes = distributed.start(args.device)
     try:
-        train(args, checkpoint, processes)
+        args.data_name = args.data_name or find_data_name(args.data_folder)
+        with only_run(args, processes):
+            train(args, checkpoint, processes)
     finally:
         distributed.stop()
 
@@ -123,6 +129,7 @@ def get_run(argv):
         raise UserError("--resume goes on, --checkpoint starts a phase; pass one of them")
     if args.checkpoint:
         checkpoint = checkpoints.load(args.checkpoint)
+        checkpoints.check_model(checkpoint, args.checkpoint)
         return get_args(argv, **_model_options(checkpoint)), checkpoint
     if not args.resume:
         return args, None
@@ -130,6 +137,7 @@ def get_run(argv):
     if path is True:
         path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
     checkpoint = checkpoints.load(path)
+    checkpoints.check_model(checkpoint, path)
     check_run(checkpoint, vars(get_args([])), path)
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
@@ -145,19 +153,20 @@ def get_run(argv):
 
 
 def train(args, checkpoint, processes):
-    name = args.data_name = args.data_name or find_data_name(args.data_folder)
+    name = args.data_name
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0:
         raise UserError(f"{name} has no validation images, which say when to stop; give some the "
                         f"split 'val', or create_input_files.py a larger --val_fraction")
+    val_data.entries  # noqa: B018  read now: whether it can be is no matter to learn an epoch later
     if len(train_data) < processes.world:
         raise UserError(f"{name} has {len(train_data)} training images; too few for "
                         f"{processes.world} processes")
     if args.resume:
         check_data(checkpoint, train_data, name, args.resume)
     elif not args.checkpoint:
-        make_way(args, name, processes)
+        check_folder(args, name)
     set_seed(args.seed)
     if checkpoint:
         encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
@@ -194,11 +203,8 @@ def train(args, checkpoint, processes):
     if args.resume:
         progress |= checkpoint["progress"]
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"], progress["epoch"] > 0)
             scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
-            for parameter, state in optimizer.state.items():
-                if {state[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
-                    raise ValueError("its averages of gradients have other sizes than the weights")
             if progress["step"] > batches.batches:
                 raise ValueError(f"{progress['step']} of {batches.batches} batches are done")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -221,14 +227,19 @@ def train(args, checkpoint, processes):
     # Wrapped for gradients only: validation and checkpoints use the bare modules.
     parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
     parallel_decoder = _parallel(decoder, processes)
-    try:
-        with Interrupts(args.save_minutes) as interrupts:
+    with Interrupts(args.save_minutes) as interrupts:
+        try:
+            if args.checkpoint and not args.resume:
+                with interrupts.held():
+                    save()  # from here on --resume goes on with this phase
             while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
                 epoch = batches.epoch = progress["epoch"] + 1
                 batches.start = progress["step"]
                 row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
                 row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer,
                                        scaler, args, processes, progress, interrupts, save)
+                with interrupts.held():
+                    save()  # whatever becomes of the validation, here or in another process
                 row |= validate(encoder, decoder, val_loader, val_batches, val_data, args,
                                 processes)
                 processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
@@ -238,13 +249,14 @@ def train(args, checkpoint, processes):
                         save("BEST_")
                     log(row)
                     save()  # last: without it, none of the above has happened
-    except Stopped as stopped:
-        save()
-        if not processes.first:
-            raise SystemExit(stopped.code) from None
-        raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
-                      f"{progress['step']} of {batches.batches} batches, all saved; go on with: "
-                      f"{resume_command(args, processes)}") from None
+        except Stopped as stopped:
+            interrupts.hold()  # impatience must not cost what this is all about
+            save()
+            if not processes.first:
+                raise SystemExit(stopped.code) from None
+            raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
+                          f"{progress['step']} of {batches.batches} batches, all saved; go on "
+                          f"with: {resume_command(args, name, processes)}") from None
     processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
                     f"{progress['epoch']} epochs")
 
@@ -418,12 +430,12 @@ def _model_options(checkpoint):
     sizes = checkpoint["decoder_args"]
     return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
             "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
-            "dropout": sizes["dropout"]}
+            "dropout": sizes.get("dropout", 0.5)}
 
 
 def _from_checkpoint(checkpoint, args, word_map):
     """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
-    path, theirs = args.resume or args.checkpoint, checkpoint["word_map"]
+    path, theirs = args.resume or args.checkpoint, checkpoint.get("word_map")
     if theirs is None:  # a whole module of the tutorial's
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
             raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "

@@ -10,7 +10,7 @@ from contextlib import suppress
 import h5py
 import numpy as np
 
-from files import UserError, _sync_folder, read_json, write_json
+from files import UserError, read_json, sync_folder, write_json
 from workers import interrupt_afterwards
 
 IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
@@ -130,15 +130,25 @@ class Work:
             found = read_json(self._progress)
             if found["key"] != self.key or overwrite and not found["overwrite"]:
                 return False
+            if not self._is_progress(found["done"], found["bad"]):
+                return False
             for what in ("done", "bad", "overwrite", "complete"):
                 setattr(self, what, found[what])
             self.begun = all(map(self._exists, self.files) if self.complete else
                              map(self._is_sound, self.rows))
-        except (UserError, OSError, KeyError, TypeError):  # none there, or not as we leave it
+        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
+            # none there, or not as we leave it
             self.begun = False
         if not self.begun:
             self._reset()
         return self.begun
+
+    def _is_progress(self, done, bad):
+        return self.rows.keys() == done.keys() == bad.keys() and all(
+            type(done[split]) is int and 0 <= done[split] <= n and all(
+                type(row) is int and 0 <= row < n and isinstance(why, str)
+                for row, why in bad[split])
+            for split, n in self.rows.items())
 
     def _exists(self, file):
         return any(os.path.exists(os.path.join(f, file)) for f in (self.folder, self.output))
@@ -194,12 +204,12 @@ class Work:
             if os.path.exists(self.word_map):  # that of other files must not stand beside ours
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.output, word_map))
-                    _sync_folder(self.output)
+                    sync_folder(self.output)
             for file in files:
                 self._move(file)
-            _sync_folder(self.output)
+            sync_folder(self.output)
             self._move(word_map)
-            _sync_folder(self.output)
+            sync_folder(self.output)
             self.remove()
 
     def _move(self, file):

@@ -21,8 +21,9 @@ def run(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     try:
         main()
-    except BrokenPipeError:  # whoever reads our output has seen enough: that is no error
-        raise
+    except BrokenPipeError:  # `| head` has seen enough; Python's last flush shall not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for one
         stopped = isinstance(error, KeyboardInterrupt)
         message = str(error) or "interrupted"

@@ -63,14 +63,14 @@ def interrupt_afterwards():
 
 
 @contextmanager
-def alone(path, busy):
+def alone(path, busy, patience=0.5):
     """
     Hold the lock that is the file `path` while the block runs; the system takes it from a process
-    that dies. Raises UserError(busy) if another process has it.
+    that dies. Raises UserError(busy) if another process has it still after `patience` seconds.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0.5)  # helpers of a killed run hold it for some milliseconds more
+        lock.acquire(timeout=patience)  # helpers of a killed run hold it for a moment more
     except Timeout:
         raise UserError(busy) from None
     try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_datasets import CAPTIONS, IMAGES, NAME, R, write_tutorial_files
 
+import features
 from datasets import CaptionDataset
 from features import cache_features, keep_features
 from files import UserError
@@ -29,7 +30,7 @@ def encoder():
 
 @pytest.fixture
 def small(tmp_path):
-    pixels = write_tutorial_files(tmp_path, size=64)
+    pixels = write_tutorial_files(tmp_path)
     return CaptionDataset(tmp_path, NAME, "TRAIN"), torch.from_numpy(pixels)
 
 
@@ -43,7 +44,7 @@ def test_cached_features_equal_the_encoders(small, encoder):
         expected = encoder(pixels)
     dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
     features, captions, _ = dataset[np.arange(IMAGES)]
-    assert features.dtype == torch.float16 and features.shape == (IMAGES, 4, 512)
+    assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
     torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
     assert captions.reshape(-1, 6).tolist() == CAPTIONS
 
@@ -123,6 +124,7 @@ def test_a_killed_process_is_resumed(small, encoder):
     path.unlink()
     if (child := os.fork()) == 0:
         forward, calls = encoder.forward, []
+        features.SAVE_SECONDS = 0
 
         def die(images):
             calls.append(1)
@@ -136,6 +138,18 @@ def test_a_killed_process_is_resumed(small, encoder):
     with h5py.File(path.with_suffix(".partial"), "r") as file:
         assert file["done"][0] == 2
     assert cache_features(small[0], encoder, "cpu", batch_size=2).read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "other file"])
+def test_a_cache_that_is_damaged_is_named(small, encoder, damage):
+    path = cache_features(small[0], encoder, "cpu")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        with h5py.File(path, "w") as file:
+            file["features" if damage == "other shape" else "x"] = np.zeros((2, 3, 4), np.float16)
+    with pytest.raises(UserError, match=f"{path} is damaged; delete it"):
+        cache_features(small[0], encoder, "cpu")
 
 
 def test_a_cache_that_another_process_is_writing_is_left_alone(small, encoder):

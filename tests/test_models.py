@@ -115,6 +115,22 @@ def test_cross_entropy_and_its_gradient_are_torchs_own(words, vocab_size):
     torch.testing.assert_close(*pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_of_half_precision_scores_keeps_the_gradient_of_likely_words(dtype):
+    scores = torch.randn(64, 500, dtype=torch.float64).mul_(3)
+    targets = torch.randint(500, (64,))
+    scores[range(64), targets] += 20
+    half = scores.to(dtype).requires_grad_()
+    exact = half.detach().double().requires_grad_()
+    [ours] = torch.autograd.grad(CrossEntropy.apply(half, targets), half)
+    [expected] = torch.autograd.grad(
+        nn.functional.cross_entropy(exact, targets, reduction="sum"), exact)
+    ours, expected = (g[range(64), targets] for g in (ours.double(), expected))
+    tiny = 6e-8 if dtype is torch.float16 else 0  # float16 has nothing smaller
+    # In float32, 1 - p is known to 6e-8.
+    torch.testing.assert_close(ours, expected, rtol=0.01, atol=tiny + 1e-6)
+
+
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
 def test_pooling_matrix_is_adaptive_average_pooling(cells):
     side = int(cells ** 0.5)

@@ -115,7 +115,8 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
         with pytest.raises(train.Stopped) as stopped:
             train.main(train_args(data, parts, *options))
     assert stopped.value.code == 128 + getattr(signal, signum)
-    assert f"go on with: python train.py --resume --checkpoint_folder {parts}" in str(stopped.value)
+    last = parts / f"checkpoint_{NAME}.pth.tar"
+    assert str(stopped.value).endswith(f"go on with: python train.py --resume {last}")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.main(["--checkpoint_folder", str(parts), "--resume", "--workers", "1"])
     a, b = load(whole), load(parts)
@@ -125,6 +126,80 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(folder)]
                 for folder in (whole, parts)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 3
+
+
+def test_a_second_signal_does_not_cost_the_save_that_the_first_began(data, tmp_path, monkeypatch):
+    save, steps = train.checkpoints.save, []
+
+    def impatient(*args, progress, **kwargs):
+        steps.append(progress["step"])
+        if len(steps) == 1:
+            monkeypatch.setattr("interrupts.time.monotonic", lambda: 1e9)  # much later
+            signal.raise_signal(signal.SIGINT)
+        save(*args, progress=progress, **kwargs)
+
+    monkeypatch.setattr(train.checkpoints, "save", impatient)
+    signal_at(monkeypatch, 3, signal.SIGINT)
+    with pytest.raises(train.Stopped, match="after 3 of 4 batches, all saved"):
+        train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "30"))
+    assert steps == [3] and load(tmp_path)["progress"]["step"] == 3
+
+
+def test_a_failed_validation_leaves_the_epoch_saved(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "validate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
+    assert load(tmp_path)["progress"]["step"] == 4
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume"])
+    assert [row["epoch"] for row in rows(tmp_path)] == [1]
+
+
+def test_a_second_phase_is_what_resume_goes_on_with_from_its_start(data, tmp_path, monkeypatch):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
+                    "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
+                    "--fine_tune_encoder", "--device", "cpu", "--workers", "0"])
+    assert load(tmp_path)["options"]["fine_tune_encoder"]
+
+
+def test_a_run_that_cannot_begin_leaves_the_one_before(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(train.UserError, match="gone.txt"):
+        train.main(train_args(data, tmp_path, "--overwrite", "--embeddings", "gone.txt"))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_two_runs_do_not_train_in_one_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *args: subprocess.run(
+        [sys.executable, "-c", f"""if True:
+            import sys; sys.path.insert(0, {str(ROOT)!r})
+            import runs; from argparse import Namespace
+            one = Namespace(first=True, checkpoint_folder={str(tmp_path)!r}, data_name={NAME!r})
+            original = runs.alone
+            runs.alone = lambda path, busy, patience: original(path, busy, 0.1)
+            try:
+                with runs.only_run(one, one): print("both")
+            except runs.UserError as error: print(error)
+        """], stdout=(tmp_path / "said").open("w"), check=True))
+    train.main(train_args(data, tmp_path))
+    assert f"another run of {NAME} is training in" in (tmp_path / "said").read_text()
+    assert not list(tmp_path.glob(".train*"))
+
+
+def test_references_that_are_broken_are_said_before_the_first_epoch(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
+    path = data / f"VAL_REFERENCES_{NAME}.json"
+    whole = path.read_text()
+    try:
+        path.write_text("[{")
+        with pytest.raises(train.UserError, match="broken JSON"):
+            train.main(train_args(data, tmp_path))
+    finally:
+        path.write_text(whole)
 
 
 def test_what_is_saved_within_an_epoch_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
@@ -141,9 +216,10 @@ def test_what_is_saved_within_an_epoch_goes_on_bit_for_bit(data, tmp_path, monke
         patched.setattr(train.checkpoints, "save", keep)
         train.main(train_args(data, whole, "--epochs", "1", "--batch_size", "30",
                               "--save_minutes", "0"))
-    assert [step for _, step in saved] == [1, 2, 3, 0, 0]  # four batches, then the best, the last
+    # Four batches, the last before validation; then the best and the last checkpoint.
+    assert [step for _, step in saved] == [1, 2, 3, 4, 0, 0]
     parts.mkdir()
-    for content, step in saved[:3]:
+    for content, step in saved[:4]:
         (parts / f"checkpoint_{NAME}.pth.tar").write_bytes(content)
         train.main(["--checkpoint_folder", str(parts), "--resume"])
         for key in ("decoder", "optimizer"):
@@ -161,7 +237,7 @@ def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, 
     assert process.returncode == 128 + getattr(signal, signum)
     [line] = errors.splitlines()
     assert line.startswith("train.py: stopped in epoch ") and line.endswith(
-        f"all saved; go on with: python train.py --resume --checkpoint_folder {tmp_path}")
+        f"all saved; go on with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar")
 
 
 @pytest.mark.parametrize("broken", ["loss", "weight"])
@@ -216,10 +292,11 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
     torch.save(checkpoint, path)
     with pytest.raises(train.UserError, match="other data: images 21, now 22, captions 00000000, "):
         train.main(resume)
-    checkpoint["word_map"]["<unk>"] = 99
+    word_map = checkpoint["word_map"]
+    word_map["<unk>"], word_map["<start>"] = word_map["<start>"], word_map["<unk>"]
     del checkpoint["data"]
     torch.save(checkpoint, path)
-    with pytest.raises(train.UserError, match="the word '<unk>' is number 99 there and 30 here"):
+    with pytest.raises(train.UserError, match="the word '<start>' is number 30 there and 31 here"):
         train.main(resume)
 
 
@@ -247,6 +324,17 @@ def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path)
     ("progress", {"step": 999}, "999 of 2 batches are done"),
     ("optimizer", {"param_groups": []}, "does not fit this run"),
     ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
+    ("optimizer", {"state": {}}, "have other sizes"),
+    ("lr", "x", "has other settings"),
+    ("betas", None, "has other settings"),
+    ("options", {"dropout": math.nan}, "--dropout is nan"),
+    ("options", {5: 5}, "its options have no names"),
+    ("progress", {"best_bleu4": None}, "its progress is none of a run"),
+    ("data", 5, "does not say what data"),
+    ("decoder_args", {"decoder_dim": 33}, "does not hold a whole model"),
+    ("decoder_args", 5, "does not hold a whole model"),
+    ("word_map", [], "is no word map"),
+    ("word_map", {5: 5}, "is no word map"),
     ("optimizer", {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2),
                                  "exp_avg_sq": torch.zeros(2)}}}, "have other sizes"),
 ], ids=str)
@@ -254,7 +342,12 @@ def test_a_run_that_is_damaged_or_anybodys_is_no_traceback(data, tmp_path, part,
     if not (data / "run").exists():
         train.main(train_args(data, data / "run", "--epochs", "1"))
     checkpoint = load(data / "run")
-    checkpoint[part] |= change
+    if part in ("lr", "betas"):
+        checkpoint["optimizer"]["param_groups"][0][part] = change
+    elif isinstance(change, dict):
+        checkpoint[part] |= change
+    else:
+        checkpoint[part] = change
     torch.save(checkpoint, tmp_path / "x.pth.tar")
     with pytest.raises(train.UserError, match=message):
         train.main(["--resume", str(tmp_path / "x.pth.tar"), "--epochs", "2"])
@@ -453,6 +546,9 @@ def test_single_captions_train_too(data, tmp_path):
     ("train.py", ["--resume", "x", "--checkpoint", "y"], "pass one of them"),
     ("train.py", ["--device", "gpu"], "--device gpu cannot be used here"),
     ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
+    ("train.py", ["--dropout", "nan"], "--dropout is nan"),
+    ("train.py", ["--lr_decay", "-1"], "--lr_decay is -1.0, it must be above 0"),
+    ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(data, tmp_path, script, args, message):
