@@ -76,10 +76,11 @@ def _bad_images(reasons, next_step):
     return UserError("\n  ".join(lines))
 
 
-def _check_left(splits, bad, skip_bad_images):
+def _check_left(splits, bad, skip_bad_images, skipping=""):
     """UserError if there are bad images that may not be skipped, or none but those to train on."""
     if bad and not skip_bad_images:
-        raise _bad_images(bad, "repair them, remove their captions or pass --skip_bad_images")
+        raise _bad_images(
+            bad, f"repair them, remove their captions or pass --skip_bad_images{skipping}")
     if not splits["TRAIN"]:
         raise _bad_images(bad, "no image to train on is left")
 
@@ -206,7 +207,9 @@ def _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
     _read_all(work, splits, workers)
     bad = missing + [reason for split in splits for _, reason in work.bad[split]]
     splits = _without_bad(splits, work.bad)
-    _check_left(splits, bad, skip_bad_images)  # what is read stays: --skip_bad_images goes on
+    if not splits["TRAIN"]:
+        work.remove()
+    _check_left(splits, bad, skip_bad_images, ", which does not read the others again")
     work.drop_bad()
     _write_captions(work, splits, **options)
     work.complete = True

@@ -227,7 +227,17 @@ def test_bad_images_are_all_named_and_leave_no_outputs(tmp_path, workers):
     assert first.startswith("22 bad images; repair them") and "--skip_bad_images" in first
     for name, reason in zip(names[1:23], reasons, strict=True):
         assert f"images/{name} is not a readable image" in reason
-    assert not contents(tmp_path / "out")
+    [kept] = (tmp_path / "out").iterdir()
+    assert kept.name.startswith(".unfinished_")
+
+
+def test_what_was_read_is_not_read_again_to_skip_the_bad_images(tmp_path, monkeypatch):
+    entries = [entry(f"{i}.png") for i in range(6)]
+    with pytest.raises(UserError, match="which does not read the others again"):
+        create(tmp_path, entries, bad=["2.png"])
+    paths = count_reads(monkeypatch)
+    create(tmp_path, entries, bad=["2.png"], skip_bad_images=True)
+    assert paths == []
 
 
 @pytest.mark.parametrize(
