@@ -69,7 +69,8 @@ def test_file_holds_tensors_and_plain_values_only(path):
 
 @pytest.mark.parametrize("error, raised", [
     (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
-    (RuntimeError("unexpected pos 64 vs 0\nmore"), r"written: unexpected pos 64 vs 0 \(.* GB of the disk are free\)$"),
+    (RuntimeError("unexpected pos 64 vs 0\nmore"),
+     r"written: unexpected pos 64 vs 0 \(.* GB of the disk are free\)$"),
     (KeyboardInterrupt(), "")])
 def test_interrupted_save_leaves_the_old_file_whole(path, models, monkeypatch, error, raised):
     def interrupted(state, file):
