@@ -8,7 +8,6 @@ A scene is one shape at a place, or two shapes in a relation. Each gets five cap
 true, and the box of each object, so that attention can be scored and not only looked at.
 """
 
-import argparse
 import json
 import os
 from itertools import product
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from files import whole, write_json
+from files import Parser, UserError, whole, write_json
 from workers import alone, open_pool
 
 DRAWING = 1  # count on whenever the same scene is drawn differently: old pictures are drawn anew
@@ -73,10 +72,10 @@ def choose_scenes(n, rng):
 
     A scene is (things, where): things are (size, colour, shape), and where is a key of PLACES for
     one thing, of RELATIONS for two; the upper or left one of two comes first.
-    Raises ValueError if there are not so many.
+    Raises UserError if there are not so many.
     """
     if n > len(ONE) + len(TWO):
-        raise ValueError(f"{n} scenes asked for; only {len(ONE) + len(TWO)} different ones exist")
+        raise UserError(f"{n} scenes asked for; only {len(ONE) + len(TWO)} different ones exist")
     ones = max(min(n // 8, len(ONE)), n - len(TWO))
     scenes = rng.sample(ONE, ones) + rng.sample(TWO, n - ones)
     rng.shuffle(scenes)
@@ -238,9 +237,11 @@ def _make_demo(folder, train, val, test, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw a captioned demo data set.")
+    from utils import run  # here, since torch need not be there to draw
+
+    parser = Parser(description="Draw a captioned demo data set.")
     parser.add_argument("folder")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=int, default=n, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
-    print(make_demo(**vars(parser.parse_args())))
+    run(lambda: print(make_demo(**vars(parser.parse_args()))))

@@ -62,7 +62,7 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
 def test_too_many_scenes_are_refused_and_the_most_are_not():
     most = len(demo.ONE) + len(demo.TWO)
     assert len(demo.choose_scenes(most, Random(0))) == most
-    with pytest.raises(ValueError, match=str(most)):
+    with pytest.raises(demo.UserError, match=str(most)):
         demo.choose_scenes(most + 1, Random(0))
 
 
