@@ -299,7 +299,10 @@ def test_meteor_of_500_caption_sets_is_pycocoevalcaps():
     sets[0][1][0] = []
     sets[1] = sets[1][0], [texts[0] for texts in sets[1][0]]  # all as a reference is
     references, captions = (sum(part, []) for part in zip(*sets))
-    counts, start = jars.meteor_counts(references, captions), 0
+    firsts = [texts[0] for texts in references]  # a second system
+    [measured, same], _ = measure([captions, firsts], references, ["METEOR"])
+    assert scores_by_image({"METEOR": same["METEOR"]}) == [{"METEOR": 100}] * len(firsts)
+    counts, start = measured["METEOR"].sums, 0
     for texts, found in sets:
         part = counts[start:start + len(found)]
         start += len(found)
