@@ -26,7 +26,10 @@ def random_captions(n, r, seed=0, mean=12.5, vocab=None):
     shortest = 0.64 * mean
     lengths = shortest + rng.gamma(3.5, (mean - shortest) / 3.5, (n, r))
     lengths = torch.from_numpy(lengths.round().astype(np.int64))
-    captions = torch.from_numpy(rng.integers(1, (vocab or VOCAB) - 3, (n, r, int(lengths.max()))))
+    vocab = vocab or VOCAB
+    captions = torch.from_numpy(rng.integers(1, vocab - 3, (n, r, int(lengths.max()))))
+    captions[..., 0] = vocab - 2  # <start>, as in WORD_MAP
+    captions.scatter_(2, lengths.unsqueeze(2) - 1, vocab - 1)  # <end>
     captions[torch.arange(captions.shape[2]) >= lengths.unsqueeze(2)] = 0
     return captions, lengths
 
