@@ -69,7 +69,18 @@ class Interrupts:
         return True
 
 
-def ignore_signals(_=None):
-    """For worker processes: they are the parent's to stop, which first finishes its step."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+def leave_signals_to_parent(_=None):
+    """
+    For worker processes: whoever signals all processes at once stops the parent, which first
+    finishes its step. A SIGTERM of the parent's own still ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which alone tells who sent a signal; macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parents_signal, daemon=True).start()
+
+
+def _end_with_parents_signal():
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

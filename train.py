@@ -25,7 +25,7 @@ import distributed
 from datasets import Batches, CaptionDataset, find_data_name
 from features import cache_features, keep_features
 from files import Parser, UserError
-from interrupts import Interrupts, Stopped, ignore_signals
+from interrupts import Interrupts, Stopped, leave_signals_to_parent
 from metrics import bleu, top_k_correct
 from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
 from runs import (
@@ -461,7 +461,7 @@ def _loader(data, batches, args, processes):
     return DataLoader(data, sampler=batches, batch_size=None, num_workers=workers,
                       persistent_workers=workers > 0,
                       pin_memory=processes.device.type == "cuda" and not data.in_memory,
-                      worker_init_fn=ignore_signals,
+                      worker_init_fn=leave_signals_to_parent,
                       generator=torch.Generator())  # leaves the global one, dropout's, alone
 
 

@@ -3,10 +3,12 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import eval as evaluation
 import train
 from demo import make_demo
+from interrupts import leave_signals_to_parent
 from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,6 +227,26 @@ def test_what_is_saved_within_an_epoch_goes_on_bit_for_bit(data, tmp_path, monke
         train.main(["--checkpoint_folder", str(parts), "--resume"])
         for key in ("decoder", "optimizer"):
             assert same(load(whole)[key], load(parts)[key]), step
+
+
+def test_workers_heed_no_signals_but_their_parents():
+    def serve(ready):
+        leave_signals_to_parent()
+        ready.send(1)
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    ready, sender = context.Pipe(False)
+    worker = context.Process(target=serve, args=(sender,))
+    worker.start()
+    ready.recv()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # another process's
+    subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+    worker.join(1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
