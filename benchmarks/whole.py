@@ -28,6 +28,7 @@ from benchmarks.model import (
 )
 from datasets import Batches, CaptionDataset
 from distributed import Processes
+from epochs import train_one_epoch
 from features import cache_features, keep_features
 from files import write_json
 from interrupts import Interrupts
@@ -74,7 +75,7 @@ class Step:
             self.loader = [(images.to(args.device).float(), *rest) for images, *rest in self.loader]
 
     def run(self):
-        train.train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
+        train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
                               self.args, self.processes, new_progress(),
                               Interrupts(self.args.save_minutes), lambda: None)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import epochs
 import eval as evaluation
 import train
 from demo import make_demo
@@ -88,15 +89,16 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
 
 
 def signal_at(monkeypatch, call, signum, function="doubly_stochastic_loss"):
-    """Send this process a signal at the call-th call of one of train.py's functions."""
-    original, calls = getattr(train, function), itertools.count(1)
+    """Send this process a signal at the call-th call of a function of train.py or epochs.py."""
+    module = train if hasattr(train, function) else epochs
+    original, calls = getattr(module, function), itertools.count(1)
 
     def with_signal(*args, **kwargs):
         if next(calls) == call:
             signal.raise_signal(signum)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train, function, with_signal)
+    monkeypatch.setattr(module, function, with_signal)
 
 
 @pytest.mark.parametrize("call, signum, function, options", [
@@ -268,16 +270,16 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
         data, tmp_path, monkeypatch, broken):
     train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    calls, clip, loss = itertools.count(1), train.clip_grad_value_, train.doubly_stochastic_loss
+    calls, clip, loss = itertools.count(1), epochs.clip_grad_value_, epochs.doubly_stochastic_loss
     if broken == "weight":  # the gradient is lost in the second batch of four
 
         def clip_grad_value(parameters, *args):
             clip(parameters, *args)
             if next(calls) == 2:
                 parameters[0].grad.fill_(math.nan)
-        monkeypatch.setattr(train, "clip_grad_value_", clip_grad_value)
+        monkeypatch.setattr(epochs, "clip_grad_value_", clip_grad_value)
     else:
-        monkeypatch.setattr(train, "doubly_stochastic_loss", lambda *args: loss(*args) * (
+        monkeypatch.setattr(epochs, "doubly_stochastic_loss", lambda *args: loss(*args) * (
             math.inf if next(calls) == 2 else 1))
     with pytest.raises(train.UserError, match=f"epoch 2, batch 2: (the|a) {broken} is not finite"):
         train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
