@@ -21,7 +21,7 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
-from files import RESERVED, UserError, read_text
+from files import RESERVED, UserError, broken_json, read_text
 
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
 
@@ -77,20 +77,13 @@ def _from_objects(path, entries):
             yield image, caption, entry.get("split"), None
 
 
-def _broken(where, error):
-    """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
-    deep = isinstance(error, RecursionError)
-    reason = "nested too deeply" if deep else getattr(error, "msg", error)
-    return UserError(f"{where}: broken JSON: {reason}")
-
-
 def _from_json_lines(path, lines):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise _broken(f"{path}, line {number}", error) from None
+                raise broken_json(path, error, number) from None
 
 
 def _from_tokens(path, lines):
@@ -164,8 +157,7 @@ def _read(path):
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             if not lines[0].rstrip().endswith("}"):  # not a whole object: one JSON over many lines
-                line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
-                raise _broken(f"{path}{line}", error) from None
+                raise broken_json(path, error) from None
             return _from_objects(path, _from_json_lines(path, lines))
         if isinstance(content, list):
             first = content[0] if content and isinstance(content[0], dict) else {}

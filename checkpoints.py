@@ -12,6 +12,7 @@ code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORD
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,11 +60,12 @@ def save(path, encoder, decoder, word_map, **rest):
         with whole(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's zip writer has no OSErrors
-        free = shutil.disk_usage(os.path.dirname(path) or ".").free if os.path.isdir(
-            os.path.dirname(path) or ".") else 0
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"{path} cannot be written: {reason} ({free / 1e9:.2f} GB of the disk are "
-                        f"free)") from None
+        folder = os.path.dirname(path) or "."
+        if isinstance(error, RuntimeError) and os.path.isdir(folder):
+            # torch does not say that the disk is full
+            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB of the disk are free)"
+        raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 def load(path):
@@ -97,7 +99,7 @@ def load(path):
 
 def build(checkpoint, path):
     """The encoder and decoder of a checkpoint; `path` is for the message of a UserError."""
-    try:
+    with _whole_model(path):
         _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
@@ -106,23 +108,26 @@ def build(checkpoint, path):
                              f"decoder takes {decoder.args['encoder_dim']}")
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
+    return encoder, decoder
+
+
+@contextmanager
+def _whole_model(path):
+    """What a checkpoint that is not as `build` wants it sets off becomes a UserError."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
             AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold a whole model: {reason}") from None
-    return encoder, decoder
 
 
 def check_model(checkpoint, path):
     """UserError unless there are arguments, sizes and words of a model; it is not built yet."""
-    try:
+    with _whole_model(path):
         _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
         if not isinstance(checkpoint["encoder_args"]["name"], str):
             raise TypeError("its encoder has no name")
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
-            AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold a whole model: {reason}") from None
     find_word_map(checkpoint, path, None, required=False)
 
 
@@ -178,16 +183,26 @@ def load_captioner(path, device, word_map_path=None):
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 
-def find_checkpoint(folder, prefix="BEST_", option="--model"):
-    """The only {prefix}checkpoint_*.pth.tar in a folder; UserError that lists them otherwise."""
+def find_checkpoint(folder):
+    """The only BEST_checkpoint_*.pth.tar in a folder; UserError that lists them otherwise."""
+    found = _checkpoints(folder, "BEST_", "--model")
+    if len(found) > 1:
+        raise UserError(f"several checkpoints in {folder}; pass --model, one of: "
+                        + ", ".join(map(str, found)))
+    return str(found[0])
+
+
+def find_latest(folder):
+    """Of the runs in a folder the one that was saved last: its checkpoint_*.pth.tar."""
+    return str(max(_checkpoints(folder, "", "--resume"), key=os.path.getmtime))
+
+
+def _checkpoints(folder, prefix, option):
     found = sorted(Path(folder).glob(f"{prefix}checkpoint_*.pth.tar"))
     if not found:
         raise UserError(f"no {prefix}checkpoint_*.pth.tar in {folder}; run python train.py first "
                         f"or pass {option} FILE")
-    if len(found) > 1:
-        raise UserError(f"several checkpoints in {folder}; pass {option}, one of: "
-                        + ", ".join(map(str, found)))
-    return str(found[0])
+    return found
 
 
 if __name__ == "__main__":

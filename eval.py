@@ -83,6 +83,8 @@ def main(argv=None):
 def evaluate(args, processes):
     if args.results and not Path(args.results).resolve().parent.is_dir():
         raise UserError(f"the folder of --results {args.results} does not exist; make it first")
+    if args.results and Path(args.results).is_dir():
+        raise UserError(f"--results {args.results} is a folder; name a file in it")
     path = args.model or find_checkpoint(args.checkpoint_folder)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)

@@ -6,7 +6,6 @@ and kept on disk, in RAM or on the GPU.
 import copy
 import hashlib
 import os
-import shutil
 import time
 
 import h5py
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from files import UserError, sync_folder
+from unfinished import check_space, set_aside
 
 SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
 
@@ -40,10 +40,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
         encoded = encoder(images[np.arange(1)][0].to(device))
     shape, partial = (len(images), *encoded.shape[1:]), path.with_suffix(".partial")
     if not _is_partial(partial, shape):
-        need, free = 2 * np.prod(shape), shutil.disk_usage(path.parent).free
-        if need > free:
-            raise UserError(f"{path} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
-                            f"make room or pass --no-cache_features")
+        check_space(path.parent, 2 * int(np.prod(shape)), " or pass --no-cache_features")
         _create(partial, shape)
     try:
         _encode_rest(partial, images, encoder, device, batch_size)
@@ -115,20 +112,9 @@ def _path(dataset, encoder, amp):
 
 
 def _create(partial, shape):
-    """
-    A file whose structure never changes again: the place of every number is set aside now, so
-    a process that is killed while it writes features leaves a sound file.
-    """
     with h5py.File(partial, "w") as file:
-        for name, size, dtype in (("features", shape, np.float16), ("done", (1,), np.int64)):
-            space = h5py.h5s.create_simple(size)
-            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plist.set_obj_track_times(False)  # the same features, the same bytes
-            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            if name == "features":
-                plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space,
-                            plist)
+        set_aside(file, "features", shape, np.float16)
+        set_aside(file, "done", (1,), np.int64)[0] = 0
 
 
 def _is_partial(partial, shape):

@@ -70,11 +70,15 @@ def read_json(path, next_step=""):
     text = read_text(path, next_step)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, [[[[...
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}: broken JSON: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise broken_json(path, error) from None
+
+
+def broken_json(path, error, line=None):
+    """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
+    deep, line = isinstance(error, RecursionError), line or getattr(error, "lineno", None)
+    reason = "nested too deeply" if deep else getattr(error, "msg", error)
+    return UserError(f"{path}" + f", line {line}" * bool(line) + f": broken JSON: {reason}")
 
 
 def check_word_map(word_map, path):

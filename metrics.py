@@ -29,6 +29,7 @@ def bleu(references, hypotheses):
         warnings.simplefilter("ignore")  # NLTK warns where no n-gram matches; the 0 says it
         return [100 * value for value in corpus_bleu(references, hypotheses, weights=WEIGHTS)]
 
+
 def ngrams(words, order=4):
     """How often each n-gram (a tuple) stands in a caption: Counters for n = 1..order."""
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, order + 1)]

@@ -201,7 +201,8 @@ def _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
               "already; going on")
     else:
         work.remove()
-    check_space(work.output, sum(work.rows.values()) - sum(work.done.values()))
+    left = sum(work.rows.values()) - sum(work.done.values())
+    check_space(work.output, left * IMAGE_BYTES)
     if not resumed:
         work.begin(overwrite)
     _read_all(work, splits, workers)

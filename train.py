@@ -79,7 +79,8 @@ def get_args(argv=None, **defaults):
     # Files
     add("--checkpoint", help="start a new phase from this model")
     add("--resume", nargs="?", const=True, metavar="FILE",
-        help="go on with a run, its options and all; without FILE, that in --checkpoint_folder")
+        help="go on with a run, its options and all; without FILE, the latest in "
+        "--checkpoint_folder")
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
     add("--save_minutes", type=float, default=10.0, help="time between saves within an epoch")
     add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
@@ -128,7 +129,7 @@ def get_run(argv):
         return args, None
     path = args.resume
     if path is True:
-        path = checkpoints.find_checkpoint(args.checkpoint_folder, "", "--resume")
+        path = checkpoints.find_latest(args.checkpoint_folder)
     checkpoint = checkpoints.load(path)
     checkpoints.check_model(checkpoint, path)
     check_run(checkpoint, vars(get_args([])), path)
@@ -195,6 +196,8 @@ def train(args, checkpoint, processes):
     progress = new_progress()
     if args.resume:
         progress |= checkpoint["progress"]
+        processes.print(f"going on with {args.resume}: {progress['epoch']} epochs and "
+                        f"{progress['step']} batches are done")
         try:
             load_optimizer(optimizer, checkpoint["optimizer"], progress["epoch"] > 0)
             scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none

@@ -18,19 +18,23 @@ IMAGE_BYTES = 3 * IMAGE_SIZE**2
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 
 
-def create_images(path, n, **attributes):
+def set_aside(file, name, shape, dtype):
     """
-    An HDF5 file with "images" (n, 3, 256, 256) uint8 whose structure never changes again: the
-    place of every image is set aside now, so write_images() does without HDF5, and a process that
-    is killed while it writes leaves a sound file.
+    A dataset of an HDF5 file whose structure never changes again: the place of every number is
+    set aside now, so a process that is killed while it writes them leaves a sound file.
     """
     places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # Without times, what is made of the same is the same, byte for byte.
+    return file.create_dataset(name, shape, dtype, track_times=False, dcpl=places)
+
+
+def create_images(path, n, **attributes):
+    """An HDF5 file with room for "images" (n, 3, 256, 256) uint8, which write_images() fills."""
     with h5py.File(path, "w") as file:
         file.attrs.update(attributes)
-        shape = (n, 3, IMAGE_SIZE, IMAGE_SIZE)
-        file.create_dataset("images", shape, "uint8", track_times=False, dcpl=places)
+        set_aside(file, "images", (n, 3, IMAGE_SIZE, IMAGE_SIZE), "uint8")
     _sync_file(path)
 
 
@@ -76,9 +80,9 @@ def _sync_file(path):
         os.fsync(file.fileno())
 
 
-def check_space(folder, images, next_step=""):
-    """UserError unless the disk has room for so many images."""
-    free, needed = shutil.disk_usage(folder).free, images * IMAGE_BYTES
+def check_space(folder, needed, next_step=""):
+    """UserError unless the folder's disk has room for so many bytes."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                         f"make room{next_step}")
@@ -190,7 +194,7 @@ class Work:
             rows = np.setdiff1d(np.arange(n), [row for row, _ in self.bad[split]])
             if find_images(path)[0] == len(rows):
                 continue
-            check_space(self.folder, len(rows), ", and the same command goes on")
+            check_space(self.folder, len(rows) * IMAGE_BYTES, ", and the same command goes on")
             self._create(kept, split, len(rows))
             if len(rows):
                 _copy_rows(path, kept, rows)

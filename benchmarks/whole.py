@@ -76,8 +76,8 @@ class Step:
 
     def run(self):
         train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
-                              self.args, self.processes, new_progress(),
-                              Interrupts(self.args.save_minutes), lambda: None)
+                        self.args, self.processes, new_progress(),
+                        Interrupts(self.args.save_minutes), lambda: None)
 
 
 def cache(args):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import build, find_checkpoint, load, load_captioner, main, save
+from checkpoints import build, find_checkpoint, find_latest, load, load_captioner, main, save
 from files import UserError
 from models import DecoderWithAttention, Encoder
 
@@ -297,6 +297,17 @@ def test_only_best_checkpoint_is_found(tmp_path):
 def test_no_checkpoint_names_the_folder(tmp_path):
     with pytest.raises(UserError, match=f"in {tmp_path}; run python train.py first"):
         find_checkpoint(tmp_path)
+
+
+def test_latest_run_is_found_whatever_its_name(tmp_path):
+    for seconds, name in ((30, "a"), (50, "b"), (40, "c")):
+        for prefix, later in (("", 0), ("BEST_", 99)):
+            path = tmp_path / f"{prefix}checkpoint_{name}.pth.tar"
+            path.touch()
+            os.utime(path, (seconds + later,) * 2)
+    assert find_latest(tmp_path) == str(tmp_path / "checkpoint_b.pth.tar")
+    with pytest.raises(UserError, match="or pass --resume FILE"):
+        find_latest(tmp_path / "none")
 
 
 def test_several_checkpoints_are_listed(tmp_path):

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scenes import NAME, write_scenes
 
 import eval as evaluation
 import jars
 import scorers
 from comparison import compare
-from demo import make_demo
 from files import UserError
 from metrics import bleu
-from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "demo_5_cap_per_img_0_min_word_freq"
 # What the stand-in of the model says of the 8 test scenes, at every beam size.
 SAID = "there is a red circle above a blue square"
 
@@ -26,10 +24,7 @@ SAID = "there is a red circle above a blue square"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """12 training, 2 validation and 8 test scenes"""
-    folder = tmp_path_factory.mktemp("data")
-    create_input_files("demo", make_demo(folder / "demo", 12, 2, 8), folder / "demo",
-                       min_word_freq=0, output_folder=folder, workers=1)
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("data"), 12, 2, 8)
 
 
 @pytest.fixture

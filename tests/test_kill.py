@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from scenes import write_scenes
 
 from demo import make_demo
-from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODER = ["--encoder", "tf_efficientnet_lite0",
@@ -79,8 +79,7 @@ def test_preprocessing_killed_at_random_moments_leaves_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--fine_tune_encoder", "--batch_size", "55"]], ids=str)
 def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, options):
-    create_input_files("demo", make_demo(tmp_path / "demo", 60, 10, 0), tmp_path / "demo",
-                       min_word_freq=0, output_folder=tmp_path, workers=1)
+    write_scenes(tmp_path, 60, 10, 0)
 
     epochs = 6 if options else 60
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scenes import NAME, write_scenes
 
 import epochs
 import eval as evaluation
@@ -22,7 +23,6 @@ from interrupts import leave_signals_to_parent
 from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "demo_5_cap_per_img_0_min_word_freq"
 LITE0 = ["--encoder", "tf_efficientnet_lite0",
          "--encoder_weights", str(ROOT / "pretrained/tf_efficientnet_lite0.pth")]
 SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
@@ -32,10 +32,7 @@ SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--wo
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """22 training, 6 validation and 6 test scenes, features cached by the first run."""
-    folder = tmp_path_factory.mktemp("data")
-    create_input_files("demo", make_demo(folder / "demo", 22, 6, 6), folder / "demo",
-                       min_word_freq=0, output_folder=folder, workers=1)
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("data"), 22, 6, 6)
 
 
 def train_args(data, folder, *options):
@@ -575,6 +572,7 @@ def test_single_captions_train_too(data, tmp_path):
     ("train.py", ["--lr_decay", "-1"], "--lr_decay is -1.0, it must be above 0"),
     ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
+    ("eval.py", ["--results", "{tmp}"], "is a folder; name a file in it"),
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(data, tmp_path, script, args, message):
     result = run_script(script, *(arg.format(data=data, tmp=tmp_path) for arg in args))
