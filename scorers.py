@@ -115,7 +115,7 @@ def _by_image(systems, references, names):
     weigh = next(iter(ciders.values()), None)  # the vectors of both are the same
     rows = [{name: [] for name in ("BLEU", "ROUGE-L", *ciders)} for _ in systems]
     for captions, *candidates in tqdm(list(zip(references, *systems)), desc="scoring",
-                                      unit="image", delay=2, leave=False):
+                                      unit="image", delay=2, leave=False, disable=None):
         counted = [(len(words), ngrams(words)) for words in captions] if bleu else None
         vectors = weigh.prepare(captions) if weigh else None
         for row, words in zip(rows, candidates):
