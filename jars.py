@@ -78,7 +78,8 @@ def meteor_counts(references, hypotheses):
         writer.start()  # beside the reading: both pipes are short
         try:
             answers = [process.stdout.readline().split() for _ in
-                       tqdm(lines, desc="METEOR", unit="caption", delay=2, leave=False, disable=None)]
+                       tqdm(lines, desc="METEOR", unit="caption", delay=2, leave=False,
+                            disable=None)]
         finally:
             process.kill()
             writer.join()
