@@ -10,28 +10,29 @@ from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
 from files import UserError
-from metrics import bleu, top_k_correct
-from models import doubly_stochastic_loss
+from metrics import CiderD, bleu, top_k_correct
+from objectives import Share, doubly_stochastic_loss
+from phases import learning_rate
 from search import beam_search
 from utils import autocast
 
 
-def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes, progress,
-                    interrupts, save):
+def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, scaler, args,
+                    processes, progress, interrupts, save):
     """
     The batches of an epoch that progress does not count yet; it is kept up to date, and save()
-    called as often as the options say. Returns the epoch's mean loss per word, top-5 accuracy (%),
-    seconds and captions/s.
+    called as often as the options say. Returns the objective's figures of the epoch, its seconds
+    and captions/s.
 
     Raises UserError where a loss or a weight is not finite, before anything of it is saved, and
     Stopped after a signal.
     """
-    decoder.train()
+    decoder.train(objective.dropout)
     epoch, first, start = progress["epoch"] + 1, progress["step"], time.perf_counter()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss_sum, correct, words_seen, captions_seen, before = progress["sums"]
+    total, correct, words_seen, captions_seen, before = progress["sums"]
     if not processes.first:  # those sums are all processes'
-        loss_sum, correct = 0.0, 0
+        total, correct = 0.0, 0
     steps = first + len(loader)
     # The first batch whose loss is not finite, kept on the device: reading it waits for a GPU.
     bad = torch.full((), steps, device=processes.device)
@@ -40,16 +41,16 @@ def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes
 
     def keep_progress(step):
         _check_finite(bad, parameters, epoch, step)
-        sums = [*processes.sum(float(loss_sum), int(correct)), words_seen, captions_seen,
+        sums = [*processes.sum(float(total), int(correct)), words_seen, captions_seen,
                 before + time.perf_counter() - start]
-        progress.update(step=step, sums=sums)
+        progress.update(step=step, sums=sums, baseline=float(objective.baseline))
 
     with interrupts.held():
         step = first
-        for images, captions, lengths in bar:
+        for rows, batch in zip(loader.sampler, bar):
             # The loss is a mean over the words of the joint batch, whoever holds them.
-            words, rows, stop, due = processes.sum(
-                int((lengths - 1).sum()), lengths.numel(), bool(interrupts.signum),
+            words, captions, stop, due = processes.sum(
+                int((batch[2] - 1).sum()), objective.captions(batch[2]), bool(interrupts.signum),
                 processes.first and interrupts.due())
             if stop:  # whichever process got the signal, all stop here
                 interrupts.signum = interrupts.signum or signal.SIGTERM
@@ -59,34 +60,49 @@ def train_one_epoch(encoder, decoder, loader, optimizer, scaler, args, processes
                 save()
             # Dropout follows from these alone, so a resumed run draws the same.
             torch.manual_seed(_mix(args.seed, epoch, step, processes.rank))
-            with autocast(processes.device, args.amp):
-                features, captions = _encode(
-                    encoder, images, captions, processes.device, args.fine_tune_encoder)
-                scores, targets, alphas = decoder(features, captions, lengths)
-                # Processes average their gradients, hence each divides by its fair share.
-                loss = doubly_stochastic_loss(scores, targets, alphas, args.alpha_c,
-                                              words / processes.world, rows / processes.world)
+            _set_learning_rate(optimizer, (epoch - 1) * steps + step, args.epochs * steps, args)
+            share = Share(words / processes.world, captions / processes.world)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            for images, *part in _parts(rows, batch, args.accumulate):
+                with autocast(processes.device, args.amp):
+                    features, part[1] = _encode(encoder, *part[:2], processes.device,
+                                                args.fine_tune_encoder)
+                    loss, amount, right = objective(decoder, features, *part[1:], images, share)
+                scaler.scale(loss).backward()
+                loss = loss.detach()
+                bad = torch.where(loss.isfinite(), bad, bad.clamp(max=step))
+                total, correct = total + amount, correct + right
             scaler.unscale_(optimizer)
             clip_grad_value_(parameters, args.grad_clip)
             scaler.step(optimizer)
             scaler.update()
+            average.update()
+            objective.step_done(processes)
 
-            loss = loss.detach()
-            loss_sum += loss * words / processes.world
-            bad = torch.where(loss.isfinite(), bad, bad.clamp(max=step))
-            correct += top_k_correct(scores.detach(), targets)
-            words_seen, captions_seen = words_seen + int(words), captions_seen + int(rows)
+            words_seen, captions_seen = words_seen + int(words), captions_seen + int(captions)
             if step % 20 == 0 or processes.device.type == "cpu":
                 _check_finite(bad, (), epoch, step + 1)
                 if not bar.disable:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
             step += 1
         keep_progress(step)
-    loss_sum, correct, *_, seconds = progress["sums"]
-    return {"train_loss": loss_sum / words_seen, "train_top5": 100 * correct / words_seen,
+    total, correct, *_, seconds = progress["sums"]
+    return {**objective.figures(total, correct, words_seen, captions_seen),
             "train_seconds": seconds, "captions_per_second": captions_seen / seconds}
+
+
+def _parts(rows, batch, count):
+    """A batch's images, captions, ... in so many parts of about the same size, none empty."""
+    for part in np.array_split(np.arange(len(rows)), min(count, len(rows))):
+        part = slice(part[0], part[-1] + 1)
+        yield rows[part], *(x[part] for x in batch)
+
+
+def _set_learning_rate(optimizer, step, steps, args):
+    factor = learning_rate(step, steps, args.warmup, args.cosine)
+    if factor is not None:  # else it is where the plateau rule has left it
+        for group, peak in zip(optimizer.param_groups, (args.decoder_lr, args.encoder_lr)):
+            group["lr"] = peak * factor
 
 
 def _check_finite(bad, parameters, epoch, done):
@@ -108,9 +124,9 @@ def _mix(*numbers):
 @torch.inference_mode()
 def validate(encoder, decoder, loader, batches, data, args, processes):
     """
-    Caption every image once without teacher forcing: BLEU-1..4, which decide. Beside them,
-    with teacher forcing: loss, top-5 accuracy, and BLEU-4 as the tutorial reports it, of each
-    caption's most likely words given the true ones before them.
+    Caption every image once without teacher forcing: BLEU-1..4 and CIDEr-D, one of which decides
+    which model is the best. Beside them, with teacher forcing: loss, top-5 accuracy, and BLEU-4 as
+    the tutorial reports it, of each caption's most likely words given the true ones before them.
     """
     decoder.eval()
     words_of = {i: word for word, i in data.word_map.items()}
@@ -137,10 +153,12 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
                  for i, caption in zip(rows, found)]
     loss_sum, correct, words = processes.sum(float(loss_sum), int(correct), words)
     free, forced = processes.gather(free), processes.gather(forced)
-    scores = bleu(*zip(*free))
+    references, captions = zip(*free)
+    cider_d = CiderD(references).score(captions, references)
     return {"val_loss": loss_sum, "val_top5": 100 * correct / words,
             "teacher_forced_bleu4": bleu(*zip(*forced))[3],
-            **{f"bleu{n}": score for n, score in enumerate(scores, 1)}}
+            **{f"bleu{n}": score for n, score in enumerate(bleu(references, captions), 1)},
+            "cider_d": 100 * float(cider_d.mean())}
 
 
 def _encode(encoder, images, captions, device, fine_tune):

@@ -166,29 +166,39 @@ class _Energy(torch.autograd.Function):
 
 class CrossEntropy(torch.autograd.Function):
     """
-    `CrossEntropy.apply(scores, targets)`: F.cross_entropy's sum over the words, in float32 at
-    least, but without a second and third tensor of the scores' size: the gradient is the only one.
+    `CrossEntropy.apply(scores, targets, weights, smoothing)`: F.cross_entropy's sum over the words,
+    in float32 at least, but without a second and third tensor of the scores' size: the gradient is
+    the only one.
 
-    scores (W, V), targets (W,)
+    scores (W, V), targets (W,); weights (W,) of the words, or None; smoothing: the share of each
+    target's probability that is spread over all V words
     """
 
     @staticmethod
-    def forward(ctx, scores, targets):
+    def forward(ctx, scores, targets, weights, smoothing):
         dtype = torch.promote_types(scores.dtype, torch.float32)
         rows = _at_a_time(scores, scores.shape[1])
         totals = torch.cat([part.to(dtype).logsumexp(1) for part in scores.split(rows)])
-        ctx.save_for_backward(scores, targets, totals)
-        return (totals - scores.gather(1, targets.unsqueeze(1)).squeeze(1)).sum()
+        ctx.save_for_backward(scores, targets, totals, weights)
+        ctx.smoothing = smoothing
+        losses = totals - (1 - smoothing) * scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+        if smoothing:
+            losses = losses - smoothing * scores.mean(1, dtype=dtype)
+        return losses.sum() if weights is None else losses @ weights.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        scores, targets, totals = ctx.saved_tensors
+        scores, targets, totals, weights = ctx.saved_tensors
         d_scores, rows = torch.empty_like(scores), _at_a_time(scores, scores.shape[1])
-        for part, target, total, out in zip(
-                *(x.split(rows) for x in (scores, targets, totals, d_scores))):
+        grads = grad.expand_as(totals) if weights is None else grad * weights.to(totals.dtype)
+        for part, target, total, out, d_loss in zip(
+                *(x.split(rows) for x in (scores, targets, totals, d_scores, grads))):
             # Rounded to the scores' precision only when all is done: p - 1 is small.
             d_part = (part - total.unsqueeze(1)).exp_()
-            d_part.scatter_add_(1, target.unsqueeze(1), -torch.ones_like(total).unsqueeze(1))
-            out.copy_(d_part.mul_(grad))
-        return d_scores, None
+            if ctx.smoothing:
+                d_part -= ctx.smoothing / scores.shape[1]
+            d_part.scatter_add_(1, target.unsqueeze(1),
+                                torch.full_like(total, ctx.smoothing - 1).unsqueeze(1))
+            out.copy_(d_part.mul_(d_loss.unsqueeze(1)))
+        return d_scores, None, None, None

@@ -1,6 +1,6 @@
 """
 The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044):
-`Encoder`, soft `Attention`, `DecoderWithAttention` and the doubly stochastic loss.
+`Encoder`, `Attention`, soft or hard, and `DecoderWithAttention`.
 
 # N images   R captions per image   P pixels (paper: L)   E encoder size (paper: D)
 # H decoder size   A attention size   V vocabulary (paper: K)   T words (paper: C)   K beams
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import load_backbone
-from kernels import AttentionEnergy, CrossEntropy, LinearPerWord
+from kernels import AttentionEnergy, LinearPerWord
 
 ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 grid (section 4.3)
 
@@ -122,15 +122,39 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, image, query):
+    def forward(self, image, query, look=None):
         """
         image: Annotations; query: (n, R, A), decoder_att(h) of R captions of its first n images
+        look: hard attention, a function that makes of alpha what is seen of each pixel; without
+        it that is alpha itself
 
-        Returns context (n, R, E), the expected annotation vector (equation 13),
-        and alpha (n, R, P), whose rows sum to 1 (equations 4 and 5).
+        Returns context (n, R, E), the annotation vectors weighted by what is seen: with alpha their
+        expectation (equation 13); alpha (n, R, P), whose rows sum to 1 (equations 4 and 5); and
+        what is seen (n, R, P).
         """
         alpha = (image.energy(query) + self.full_att.bias).softmax(-1)
-        return (alpha @ image.pool) @ image.features[:len(query)], alpha
+        seen = alpha if look is None else look(alpha)
+        return (seen @ image.pool) @ image.features[:len(query)], alpha, seen
+
+
+def look_at_one_place(alpha, places):
+    """(..., P) of zeros and a 1 where the places (...) are: paper section 4.1, equation 9"""
+    return torch.zeros_like(alpha).scatter(-1, places.unsqueeze(-1), 1)
+
+
+def look_at_likeliest(alpha):
+    """Hard attention at test time: all that is seen is the most attended place."""
+    return look_at_one_place(alpha, alpha.argmax(-1))
+
+
+def look_at_random(alpha, hard):
+    """
+    Hard attention in training: a place drawn from alpha (n, R, P), equation 8, for the captions
+    for which hard (N, R) is true; the others see the expectation.
+    """
+    n, r, p = alpha.shape
+    places = alpha.detach().view(n * r, p).multinomial(1).view(n, r)
+    return torch.where(hard[:n, :r, None], look_at_one_place(alpha, places), alpha)
 
 
 class DecoderWithAttention(nn.Module):
@@ -201,7 +225,7 @@ class DecoderWithAttention(nn.Module):
         """What the words' embeddings add to the LSTM's gates: (...) ids -> (..., 4 H)"""
         return F.linear(self.embedding(words), image.from_word)
 
-    def step(self, read, state, image, grid, slots=None):
+    def step(self, read, state, image, grid, slots=None, look=None):
         """
         Read one word and look once, for M captions: equations 1 to 3 of the paper.
 
@@ -209,37 +233,55 @@ class DecoderWithAttention(nn.Module):
         grid: (n, R), they are captions of the first n images, R at most of each
         slots: (M,), the place of each in the grid, image by image; without it all are there,
         in this order
+        look: of hard attention, see `Attention`
 
-        Returns the new state and alpha (M, P), where the model looked for the next word.
+        Returns the new state, alpha (M, P), where the model looked for the next word, and what it
+        saw (M, P), which is alpha too unless a look says otherwise.
         """
         h, c = state
         sizes = self.args["attention_dim"], self.args["encoder_dim"], 4 * h.shape[1]
         query, beta, gates = image.from_h(h).split(sizes, 1)
         if slots is not None:
             query = query.new_zeros(grid[0] * grid[1], sizes[0]).index_copy(0, slots, query)
-        context, alpha = (x.flatten(0, 1) for x in self.attention(image, query.view(*grid, -1)))
+        context, alpha, seen = self.attention(image, query.view(*grid, -1), look)
+        looks = (context, alpha) if look is None else (context, alpha, seen)
+        looks = [x.flatten(0, 1) for x in looks]
         if slots is not None:
-            context, alpha = context.index_select(0, slots), alpha.index_select(0, slots)
+            looks = [x.index_select(0, slots) for x in looks]
+        context, alpha, seen = looks[0], looks[1], looks[-1]
         context = beta.sigmoid() * context  # beta * z_hat, section 4.2.1
         gates = gates.to(c.dtype) + read + image.from_context(context)
         write, keep, new, show = gates.chunk(4, 1)  # the LSTM's i, f, g, o
         c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
-        return (show.sigmoid() * c.tanh(), c), alpha
+        return (show.sigmoid() * c.tanh(), c), alpha, seen
 
     def scores(self, h):
         """(..., H) hidden states -> (..., V) scores of the next word, before the softmax"""
         return self.fc(self.dropout(h))
 
-    def forward(self, features, captions, lengths):
+    def _read_own(self, read, h, image, probability):
+        """
+        Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): with this probability a caption
+        goes on from a word drawn by the model itself. read (M, 4 H), of the true words; h (M, H)
+        """
+        with torch.no_grad():
+            drawn = draw(self.fc(h))
+        own = torch.rand(len(h), device=h.device) < probability
+        return torch.where(own.unsqueeze(1), self.read(drawn, image), read)
+
+    def forward(self, features, captions, lengths, own=0.0, hard=0.0):
         """
         Teacher forcing: every word is predicted from the true ones before it.
 
         features: (N, G, E) annotation vectors
         captions: (N, R, L) word ids, <start> ... <end> <pad>
         lengths: (N, R) true lengths, <start> and <end> counted; best on the CPU, which needs them
+        own: scheduled sampling, the probability of a word of the model's own in place of the true
+        hard: hard attention, the share of captions that see places drawn from alpha
 
         Returns, for the W words to predict (all but <start>), image by image, caption by
-        caption: scores (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end.
+        caption: scores (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end. With
+        hard attention also what was seen, likewise (N, R, T, P).
         """
         plan = Plan.of(lengths.cpu(), captions.shape[2], features.device)
         image = self.annotate(features.index_select(0, plan.images))
@@ -247,20 +289,30 @@ class DecoderWithAttention(nn.Module):
         words = captions.flatten()
         read = self.read(words[plan.words], image).split(plan.captions)
         slots = plan.slots.split(plan.captions)
-        hidden, alphas = [], []
+        look = hard and partial(look_at_random, hard=torch.rand(
+            lengths.shape, device=features.device) < hard) or None
+        hidden, alphas, seen = [], [], []
         for t, m in enumerate(plan.captions):
-            state = tuple(x[:m] for x in state)
+            state, true = tuple(x[:m] for x in state), read[t]
+            if own and t > 0:
+                true = self._read_own(true, state[0], image, own)
             # One caption an image: the grid is full, and everything in its place.
-            state, alpha = self.step(read[t], state, image, plan.grids[t],
-                                     slots[t] if captions.shape[1] > 1 else None)
+            state, *looks = self.step(true, state, image, plan.grids[t],
+                                      slots[t] if captions.shape[1] > 1 else None, look)
             hidden.append(state[0])
-            alphas.append(alpha)
-        hidden, alphas = torch.cat(hidden), torch.cat(alphas)  # (W, H), (W, P) word by word
-        steps = len(plan.captions)
-        alphas = alphas.new_zeros(lengths.numel() * steps, alphas.shape[1]).index_copy(
-            0, plan.cells, alphas).view(*lengths.shape, steps, -1)
+            alphas.append(looks[0])
+            seen.append(looks[1])
+        hidden = torch.cat(hidden)  # (W, H), word by word
+        shape = *lengths.shape, len(plan.captions), -1
+        looks = [x.new_zeros(lengths.numel() * shape[2], x.shape[1]).index_copy(
+            0, plan.cells, x).view(shape) for x in map(torch.cat, (alphas, seen)[:1 + bool(hard)])]
         scores = self.scores(hidden.index_select(0, plan.by_caption))
-        return scores, words[plan.words[plan.by_caption] + 1], alphas
+        return scores, words[plan.words[plan.by_caption] + 1], *looks
+
+
+def draw(scores):
+    """One word for each row of scores (M, V), by their softmax: (M,) ids"""
+    return scores.float().softmax(-1).multinomial(1).squeeze(1)
 
 
 class Plan(NamedTuple):
@@ -298,19 +350,3 @@ class Plan(NamedTuple):
         to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
         return Plan(to_device(images), to_device(image_of), goes_on.sum(1).tolist(),
                     list(zip(n.tolist(), r.tolist())), *to_device(per_word))
-
-
-def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None):
-    """
-    Cross-entropy plus doubly stochastic attention, equation 14: the attention that a
-    caption pays to a pixel should come to 1 over all its words.
-
-    scores (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
-
-    Returns the loss, a scalar in nats: a mean over words plus alpha_c times a mean over
-    captions and pixels. `words` and `captions` divide instead of W and N * R where this
-    batch is one process's share of a larger one.
-    """
-    cross_entropy = CrossEntropy.apply(scores, targets) / (words or len(targets))
-    unbalance = ((1 - alphas.sum(2)) ** 2).mean(-1)  # (N, R)
-    return cross_entropy + alpha_c * unbalance.sum() / (captions or unbalance.numel())

@@ -15,11 +15,12 @@ PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
 
 def new_progress():
     """
-    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best, epochs
-    since it; and of the epoch begun the batches, with what they add up to: loss, words right,
-    words, captions and seconds.
+    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best score (of
+    the metric that decides), epochs since it; the baseline of hard attention; and of the epoch
+    begun the batches, with what they add up to: loss or reward, words right, words, captions and
+    seconds.
     """
-    return {"epoch": 0, "bleu4": None, "best_bleu4": None, "stale": 0, "step": 0,
+    return {"epoch": 0, "bleu4": None, "best": None, "stale": 0, "baseline": 0.0, "step": 0,
             "sums": [0.0, 0, 0, 0, 0.0]}
 
 
@@ -36,10 +37,11 @@ def check_run(checkpoint, defaults, path):
     sums = progress.get("sums", new_progress()["sums"])
     numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0)]
     if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \
-            or progress["epoch"] and progress.get("best_bleu4") is None \
+            or progress["epoch"] and progress.get("best") is None \
             or len(sums) != 5 or not all(type(n) in (int, float) for n in sums) \
             or not all(type(progress.get(key)) in (float, int, type(None))
-                       for key in ("bleu4", "best_bleu4")):
+                       for key in ("bleu4", "best")) \
+            or type(progress.get("baseline", 0.0)) is not float:
         raise UserError(f"{path} is damaged: its progress is none of a run")
     if not all(isinstance(name, str) for name in options):
         raise UserError(f"{path} is damaged: its options have no names")

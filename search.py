@@ -1,37 +1,46 @@
-"""`beam_search`, the only one: batched, on whatever device the decoder is on."""
+"""`beam_search` and `sample`: captions for a batch of images, on the decoder's device."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from models import draw
+
 
 class Caption(NamedTuple):
     words: list  # T word ids, without <start> and <end>
-    alphas: np.ndarray  # (T, P) attention per word; each row sums to 1
+    alphas: np.ndarray  # (T, P) what was seen for each word; each row sums to 1
     score: float  # total log-probability in nats, <end> included, not divided by length
     finished: bool  # whether <end> was reached
     runners_up: list  # the next best Captions, n_best - 1 at most
 
 
 @torch.inference_mode()
-def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
+def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
+                length_penalty=0.0, no_unk=False, look=None):
     """
     Caption a batch of images; beam_size=1 is greedy decoding.
 
     decoder: in evaluation mode; features: (N, G, E) annotation vectors
+    length_penalty: finished captions are ranked by their score over length ** length_penalty,
+    <end> counted; at 1 that is the mean per word
+    no_unk: never choose <unk>; probabilities stay as they are
+    look: hard attention, see `Attention`; `look_at_likeliest` is the one for tests
 
     The rule is the tutorial's: a beam that reaches <end> is set aside and the beam shrinks
     by one; of those set aside the best total log-probability wins. If none has finished
     after max_len words, the best unfinished one is returned.
 
-    Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size or
-    if the decoder's scores are not finite.
+    Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size, if
+    length_penalty < 0 or if the decoder's scores are not finite.
     """
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}, it must be at least 1")
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"n_best is {n_best}, it must be 1 to beam_size = {beam_size}")
+    if not length_penalty >= 0:
+        raise ValueError(f"length_penalty is {length_penalty}, it must be at least 0")
     n, device = len(features), features.device
     if n == 0:
         return []
@@ -48,21 +57,24 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
     rows = torch.arange(n, device=device)  # which image each row still at work belongs to
     history = []  # per step: the image rows and their (words, parents, scores, alphas)
 
-    for _ in range(max_len):
+    for length in range(1, max_len + 1):
         read = decoder.read(words.flatten()[slots], image)
-        state, alpha = decoder.step(read, state, image, words.shape, slots)
+        state, _, seen = decoder.step(read, state, image, words.shape, slots, look)
         log_probs = decoder.scores(state[0]).log_softmax(-1)
+        if no_unk:
+            log_probs[:, word_map["<unk>"]] = -torch.inf
         scores, words, parents = _extend(scores, log_probs, slots, width)
-        history.append((rows, words, parents, scores, _by_slot(alpha, slots, words.shape)))
+        history.append((rows, words, parents, scores, _by_slot(seen, slots, words.shape)))
 
         ended = words == end
-        best_finished = torch.cat([best_finished, scores.masked_fill(~ended, -torch.inf)], 1)
+        ranks = scores.masked_fill(~ended, -torch.inf) / length ** length_penalty
+        best_finished = torch.cat([best_finished, ranks], 1)
         best_finished = best_finished.topk(n_best).values
         scores = scores.masked_fill(ended, -torch.inf)
         width = (scores > -torch.inf).sum(1, keepdim=True)
-        # Scores only fall, so an image whose open beams are below the worst finished one wanted
-        # is done.
-        at_work = scores.max(1).values > best_finished[:, -1]
+        # Scores only fall, so an image is done whose open beams, even if all they still lose is
+        # made up for by the greatest length, are below the worst finished one wanted.
+        at_work = scores.max(1).values / max_len ** length_penalty > best_finished[:, -1]
         source = slots.new_zeros(words.numel()).index_copy(  # slot -> its row in the state
             0, slots, torch.arange(len(slots), device=device))
         first = torch.arange(0, words.numel(), beam_size, device=device).unsqueeze(1)
@@ -79,7 +91,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1):
             slots = place[slots // beam_size] * beam_size + slots % beam_size
             rows, words, scores = rows[keep], words[keep], scores[keep]
             best_finished, width, image = best_finished[keep], width[keep], image[keep]
-    return _trace(history, end, n, n_best)
+    return _trace(history, end, n, n_best, length_penalty)
 
 
 def _extend(scores, log_probs, slots, width):
@@ -111,7 +123,7 @@ def _first(mask, count):
     return mask.byte().argsort(dim=0, descending=True, stable=True)[:count]
 
 
-def _trace(history, end, n, n_best):
+def _trace(history, end, n, n_best, length_penalty):
     """Follow the parents back from the winners: N Captions."""
     steps, alpha = len(history), history[0][-1]
     words, parents = np.zeros((2, steps, n, alpha.shape[1]), dtype=np.int64)
@@ -131,7 +143,8 @@ def _trace(history, end, n, n_best):
                               if scores[-1, i, slot] > -np.inf])
         if not len(lasts):
             raise ValueError("the decoder's scores are not finite")
-        best = np.argsort(-scores[lasts[:, 0], i, lasts[:, 1]], kind="stable")[:n_best]
+        ranks = scores[lasts[:, 0], i, lasts[:, 1]] / (lasts[:, 0] + 1.0) ** length_penalty
+        best = np.argsort(-ranks, kind="stable")[:n_best]
         first, *others = (_path(words[:, i], parents[:, i], scores[:, i], alphas[:, i], end, *last)
                           for last in lasts[best])
         captions.append(first._replace(runners_up=others))
@@ -149,3 +162,34 @@ def _path(words, parents, scores, alphas, end, step, slot):
     length = len(path) - finished  # <end> is no word
     alphas = np.array(looks[::-1][:length], dtype=alphas.dtype).reshape(length, alphas.shape[2])
     return Caption(path[::-1][:length], alphas, score, finished, [])
+
+
+@torch.no_grad()
+def sample(decoder, features, word_map, samples, max_len=50):
+    """
+    Draw captions, word by word, as probable as the decoder holds them: `samples` per image.
+
+    decoder: in evaluation mode; features: (N, G, E)
+
+    Returns captions (N, samples, L) int64, <start> ... <end> <pad>, and their lengths (N, samples)
+    on the CPU, <start> and <end> counted, as the decoder's forward takes them. One that has not
+    ended after max_len words stops there, without <end>.
+    """
+    n, device = len(features), features.device
+    image = decoder.annotate(features)
+    state = tuple(x.repeat_interleave(samples, 0) for x in decoder.init_hidden_state(image))
+    captions = torch.full((n * samples, max_len + 1), word_map["<pad>"], device=device)
+    captions[:, 0] = word_map["<start>"]
+    open_, words = torch.arange(n * samples, device=device), captions[:, 0]
+    for t in range(1, max_len + 1):
+        read = decoder.read(words, image)
+        state, *_ = decoder.step(read, state, image, (n, samples), open_)
+        words = draw(decoder.scores(state[0]))
+        captions[open_, t] = words
+        going = (words != word_map["<end>"]).nonzero().squeeze(1)
+        open_, words, state = open_[going], words[going], tuple(x[going] for x in state)
+        if len(open_) == 0:
+            break
+    ended = captions == word_map["<end>"]
+    lengths = torch.where(ended.any(1), ended.byte().argmax(1) + 1, max_len + 1).cpu()
+    return captions[:, :lengths.max()].view(n, samples, -1), lengths.view(n, samples)

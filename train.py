@@ -3,6 +3,7 @@ Train the captioning model.
 
     python train.py                                            # phase 1: the decoder alone
     python train.py --checkpoint BEST_checkpoint_X.pth.tar --fine_tune_encoder   # phase 2
+    python train.py --checkpoint BEST_checkpoint_X.pth.tar --self_critical       # phase 3
     python train.py --resume                                   # go on where the run stood
     torchrun --nproc_per_node=4 train.py                       # the same run on four GPUs
 """
@@ -21,7 +22,8 @@ from epochs import train_one_epoch, validate
 from features import cache_features, keep_features
 from files import Parser, UserError
 from interrupts import Interrupts, Stopped, leave_signals_to_parent
-from models import DecoderWithAttention, Encoder
+from objectives import HardAttention, SelfCritical, TeacherForcing
+from phases import Average, from_checkpoint, model_options, new_model
 from runs import (
     PASSING_OPTIONS,
     check_data,
@@ -34,7 +36,7 @@ from runs import (
     open_log,
     resume_command,
 )
-from utils import AMP, autocast, load_embeddings, run, set_seed
+from utils import AMP, autocast, run, set_seed
 
 
 def get_args(argv=None, **defaults):
@@ -45,6 +47,8 @@ def get_args(argv=None, **defaults):
     add("--data_folder", default="data", help="what create_input_files.py wrote")
     add("--data_name", help="which data set, if the folder has several")
     add("--batch_size", type=int, default=80, help="captions per step, over all processes")
+    add("--accumulate", type=int, default=1, help="go through each step's captions in so many "
+        "parts, which takes less memory")
     add("--single_captions", action="store_true",
         help="shuffle captions one by one, not images with all their captions")
     add("--workers", type=int, default=1, help="processes that load batches; 0: none")
@@ -68,10 +72,28 @@ def get_args(argv=None, **defaults):
     add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
     add("--grad_clip", type=float, default=5.0, help="each gradient's bound, plus and minus")
     add("--alpha_c", type=float, default=1.0, help="weight of doubly stochastic attention")
+    add("--attention", choices=("soft", "hard"), default="soft",
+        help="hard: look at one place, drawn at random; section 4.1 of the paper")
+    add("--lambda_r", type=float, default=0.01, help="hard attention: weight of the reward")
+    add("--lambda_e", type=float, default=0.01, help="hard attention: weight of the entropy")
+    add("--sampling_max", type=float, default=0.0, help="scheduled sampling: the probability of a "
+        "word of the model's own in place of the true one, at most")
+    add("--sampling_step", type=float, default=0.05, help="it begins at 0 and rises by this ...")
+    add("--sampling_every", type=int, default=5, help="... after so many epochs")
+    add("--self_critical", action="store_true",
+        help="with --checkpoint: train on the CIDEr-D of captions that the model draws")
+    add("--samples", type=int, default=5, help="--self_critical: captions drawn per image")
+    add("--smoothing", type=float, default=0.0, help="label smoothing: each true word's share of "
+        "probability that all words get")
+    add("--ema", type=float, default=0.0, help="validate and save the exponential moving average "
+        "of the weights, which keeps this of itself at each step (0.999); 0: none")
+    add("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0")
+    add("--cosine", action="store_true", help="the learning rate falls to 0 over --epochs, in half "
+        "a cosine, whatever validation says")
     add("--lr_decay", type=float, default=0.8, help="factor after each --decay_after epochs "
-        "without better validation BLEU-4")
+        "without better validation BLEU-4 (--self_critical: CIDEr-D)")
     add("--decay_after", type=int, default=8)
-    add("--stop_after", type=int, default=20, help="epochs without better BLEU-4 that end the run")
+    add("--stop_after", type=int, default=20, help="epochs without a better one that end the run")
     add("--val_beam_size", type=int, default=1, help="beam of the free-running validation")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
@@ -87,16 +109,28 @@ def get_args(argv=None, **defaults):
     add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for least, names in ((1, "batch_size epochs val_beam_size decay_after stop_after attention_dim "
-                             "decoder_dim emb_dim"),
+    for least, names in ((2, "samples"),
+                         (1, "batch_size epochs val_beam_size decay_after stop_after attention_dim "
+                             "decoder_dim emb_dim accumulate sampling_every"),
                          (0, "workers seed dropout decoder_lr encoder_lr grad_clip alpha_c "
-                             "save_minutes")):
+                             "save_minutes lambda_r lambda_e sampling_max sampling_step smoothing "
+                             "ema warmup")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not value >= least:  # not a number is neither
                 parser.error(f"--{name} is {value}, it must be at least {least}")
-    if not args.dropout < 1:
-        parser.error(f"--dropout is {args.dropout}, it must be below 1")
+    for name in ("dropout", "smoothing", "ema"):
+        if not getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, it must be below 1")
+    if not args.sampling_max <= 1:
+        parser.error(f"--sampling_max is {args.sampling_max}, it must be at most 1")
+    if args.self_critical:
+        for name in ("attention", "sampling_max", "smoothing", "single_captions"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} is of training on true captions, which --self_critical "
+                             f"does without; leave one of the two out")
+        if not args.checkpoint and not args.resume:
+            parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     if not args.lr_decay > 0:
         parser.error(f"--lr_decay is {args.lr_decay}, it must be above 0")
     return args
@@ -124,7 +158,7 @@ def get_run(argv):
     if args.checkpoint:
         checkpoint = checkpoints.load(args.checkpoint)
         checkpoints.check_model(checkpoint, args.checkpoint)
-        return get_args(argv, **_model_options(checkpoint)), checkpoint
+        return get_args(argv, **model_options(checkpoint)), checkpoint
     if not args.resume:
         return args, None
     path = args.resume
@@ -135,9 +169,10 @@ def get_run(argv):
     check_run(checkpoint, vars(get_args([])), path)
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
-    kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings"]
+    kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings",
+            "self_critical", "ema"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
-        kept += ["batch_size", "single_captions", "seed"]
+        kept += ["batch_size", "single_captions", "seed", "attention", "accumulate"]
     for option in kept:
         if getattr(args, option) != options[option]:
             raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
@@ -163,9 +198,9 @@ def train(args, checkpoint, processes):
         check_folder(args, name)
     set_seed(args.seed)
     if checkpoint:
-        encoder, decoder = _from_checkpoint(checkpoint, args, train_data.word_map)
+        encoder, decoder = from_checkpoint(checkpoint, args, train_data.word_map)
     else:
-        encoder, decoder = _new_model(args, train_data.word_map)
+        encoder, decoder = new_model(args, train_data.word_map)
     encoder.to(processes.device).fine_tune(args.fine_tune_encoder)
     decoder.to(processes.device).fine_tune_embeddings(args.fine_tune_embeddings)
 
@@ -193,6 +228,8 @@ def train(args, checkpoint, processes):
     optimizer = torch.optim.Adam(groups, fused=True)
     # float16 reaches down to 6e-8 only: its losses are scaled up so that no gradient is lost.
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
+    average = Average(encoder, decoder, args.ema)
+    objective = _objective(args, train_data)
     progress = new_progress()
     if args.resume:
         progress |= checkpoint["progress"]
@@ -201,6 +238,9 @@ def train(args, checkpoint, processes):
         try:
             load_optimizer(optimizer, checkpoint["optimizer"], progress["epoch"] > 0)
             scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
+            if args.ema:
+                average.load(checkpoint["trained"])
+            objective.baseline = torch.tensor(progress["baseline"])
             if progress["step"] > batches.batches:
                 raise ValueError(f"{progress['step']} of {batches.batches} batches are done")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -209,13 +249,14 @@ def train(args, checkpoint, processes):
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"start   {_show(scores)}")
-        progress["best_bleu4"] = scores["bleu4"]  # the mark to beat
+        progress["best"] = scores[_decisive(args)]  # the mark to beat
 
     def save(prefix=""):
         if processes.first:
             options = {k: v for k, v in vars(args).items() if k not in PASSING_OPTIONS}
             path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
-            checkpoints.save(path, encoder, decoder, train_data.word_map, options=options,
+            checkpoints.save(path, average.encoder, average.decoder, train_data.word_map,
+                             trained=average.state(), options=options,
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                              progress=progress, bleu4=progress["bleu4"],
                              data=data_state(train_data, name))
@@ -231,15 +272,20 @@ def train(args, checkpoint, processes):
             while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
                 epoch = batches.epoch = progress["epoch"] + 1
                 batches.start = progress["step"]
-                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-                row |= train_one_epoch(parallel_encoder, parallel_decoder, train_loader, optimizer,
-                                       scaler, args, processes, progress, interrupts, save)
+                objective.own = min(args.sampling_max, args.sampling_step
+                                    * (progress["epoch"] // args.sampling_every))
+                figures = train_one_epoch(parallel_encoder, parallel_decoder, average, objective,
+                                          train_loader, optimizer, scaler, args, processes,
+                                          progress, interrupts, save)
+                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **figures}
                 with interrupts.held():
                     save()  # whatever becomes of the validation, here or in another process
-                row |= validate(encoder, decoder, val_loader, val_batches, val_data, args,
-                                processes)
-                processes.print(f"epoch {epoch:3d}   loss {row['train_loss']:.3f} in "
-                                f"{row['train_seconds']:.0f} s   {_show(row)}")
+                row |= validate(average.encoder, average.decoder, val_loader, val_batches,
+                                val_data, args, processes)
+                trained = (f"reward {row['train_reward']:.3f}" if args.self_critical else
+                           f"loss {row['train_loss']:.3f}")
+                processes.print(f"epoch {epoch:3d}   {trained} in {row['train_seconds']:.0f} s   "
+                                f"{_show(row)}")
                 with interrupts.held():
                     if _epoch_done(progress, row, optimizer, args, processes):
                         save("BEST_")
@@ -253,67 +299,37 @@ def train(args, checkpoint, processes):
             raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
                           f"{progress['step']} of {batches.batches} batches, all saved; go on "
                           f"with: {resume_command(args, name, processes)}") from None
-    processes.print(f"done: best validation BLEU-4 {progress['best_bleu4']:.2f} after "
+    name = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[_decisive(args)]
+    processes.print(f"done: best validation {name} {progress['best']:.2f} after "
                     f"{progress['epoch']} epochs")
+
+
+def _objective(args, data):
+    if args.self_critical:
+        return SelfCritical(data, args.alpha_c, args.samples)
+    if args.attention == "hard":
+        return HardAttention(args.alpha_c, args.smoothing, args.lambda_r, args.lambda_e)
+    return TeacherForcing(args.alpha_c, args.smoothing)
+
+
+def _decisive(args):
+    """Which of validation's figures says what is the best model."""
+    return "cider_d" if args.self_critical else "bleu4"
 
 
 def _epoch_done(progress, row, optimizer, args, processes):
     """Bring progress and learning rate up to a whole epoch; returns whether it is the best."""
-    better = progress["best_bleu4"] is None or row["bleu4"] > progress["best_bleu4"]
+    score = row[_decisive(args)]
+    better = progress["best"] is None or score > progress["best"]
     stale = 0 if better else progress["stale"] + 1
     progress |= new_progress() | {
         "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
-        "best_bleu4": row["bleu4"] if better else progress["best_bleu4"]}
-    if stale and stale % args.decay_after == 0:
+        "best": score if better else progress["best"], "baseline": progress["baseline"]}
+    if stale and stale % args.decay_after == 0 and not args.cosine:
         for group in optimizer.param_groups:
             group["lr"] *= args.lr_decay
         processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
     return better
-
-
-def _new_model(args, word_map):
-    encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
-    embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
-    if args.embeddings:
-        embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
-        if args.emb_dim not in (None, emb_dim):
-            raise UserError(f"{args.embeddings} has {emb_dim} numbers a word, --emb_dim is "
-                            f"{args.emb_dim}; leave --emb_dim out")
-    decoder = DecoderWithAttention(args.attention_dim, emb_dim, args.decoder_dim, len(word_map),
-                                   encoder.encoder_dim, args.dropout)
-    if embeddings is not None:
-        decoder.load_pretrained_embeddings(embeddings)
-    return encoder, decoder
-
-
-def _model_options(checkpoint):
-    sizes = checkpoint["decoder_args"]
-    return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
-            "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
-            "dropout": sizes.get("dropout", 0.5)}
-
-
-def _from_checkpoint(checkpoint, args, word_map):
-    """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
-    path, theirs = args.resume or args.checkpoint, checkpoint.get("word_map")
-    if theirs is None:  # a whole module of the tutorial's
-        if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
-            raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
-                            f"words, the data have {len(word_map)}")
-    elif theirs != word_map:
-        word = min(word for word in theirs.keys() | word_map.keys()
-                   if theirs.get(word) != word_map.get(word))
-        raise UserError(f"{path} was trained with another word map ({len(theirs)} words) than "
-                        f"that of the data ({len(word_map)} words); the word {word!r} is number "
-                        f"{theirs.get(word)} there and {word_map.get(word)} here")
-    for option, value in _model_options(checkpoint).items():
-        if option != "dropout" and getattr(args, option) not in (None, value):
-            raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
-                            f"leave --{option} out")
-    if args.embeddings and not args.resume:
-        raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
-    checkpoint["decoder_args"]["dropout"] = args.dropout
-    return checkpoints.build(checkpoint, path)
 
 
 def _loader(data, batches, args, processes):
@@ -333,7 +349,8 @@ def _parallel(module, processes):
 
 def _show(row):
     return (f"teacher-forced: loss {row['val_loss']:.3f}, top-5 {row['val_top5']:.2f} %, "
-            f"BLEU-4 {row['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 {row['bleu4']:.2f}")
+            f"BLEU-4 {row['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 {row['bleu4']:.2f}, "
+            f"CIDEr-D {row['cider_d']:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import compare, exponent, matmul_rate, seconds
-from models import DecoderWithAttention, Encoder, doubly_stochastic_loss
+from models import DecoderWithAttention, Encoder
+from objectives import doubly_stochastic_loss
 from search import beam_search
 from utils import autocast
 

@@ -72,11 +72,12 @@ def loss(predictions, captions, decode_lengths, alphas, alpha_c=1.0):
 
 
 @torch.no_grad()
-def search(decoder, encoded, word_map, beam_size, max_len=50):
+def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, no_unk=False):
     """
     Beam search for one image; its beams are a batch that shrinks as they end. encoded (1, P, E)
 
-    Returns every beam that counts, best first: (words with <start> and <end>, alphas, score).
+    Returns every beam that counts, best first by score / length ** length_penalty: (words with
+    <start> and <end>, alphas, score).
     """
     start, end = word_map["<start>"], word_map["<end>"]
     h, c = init_hidden_state(decoder, encoded)
@@ -87,6 +88,8 @@ def search(decoder, encoded, word_map, beam_size, max_len=50):
         scores, h, c, alpha = decode_step(
             decoder, encoded.expand(len(beams), -1, -1), words, h, c)
         scores = total.unsqueeze(1) + torch.log_softmax(scores, dim=1)  # (k, V)
+        if no_unk:
+            scores[:, word_map["<unk>"]] = -torch.inf
         total, best = scores.flatten().topk(min(k, scores.numel()))
         parents, words = best // scores.shape[1], (best % scores.shape[1]).tolist()
         beams = [(beams[parent][0] + [word], beams[parent][1] + [alpha[parent]])
@@ -100,4 +103,4 @@ def search(decoder, encoded, word_map, beam_size, max_len=50):
         beams, total = [beams[i] for i in going], total[going]
         h, c = h[parents[going]], c[parents[going]]
     return sorted(complete or [(*beam, score) for beam, score in zip(beams, total.tolist())],
-                  key=lambda beam: -beam[2])
+                  key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty)

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmarks import measuring, model
-from models import DecoderWithAttention, doubly_stochastic_loss
+from models import DecoderWithAttention
+from objectives import doubly_stochastic_loss
 from search import beam_search
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,12 +8,8 @@ import torch
 from torch import nn
 
 from kernels import AttentionEnergy, CrossEntropy, LinearPerWord
-from models import (
-    DecoderWithAttention,
-    Encoder,
-    doubly_stochastic_loss,
-    pooling_matrix,
-)
+from models import DecoderWithAttention, Encoder, pooling_matrix
+from objectives import doubly_stochastic_loss
 from utils import autocast
 
 
@@ -108,11 +104,15 @@ def test_linear_per_word_has_the_gradients_that_finite_differences_find():
 @pytest.mark.parametrize("words, vocab_size", [(1, 7), (300, 9490)])  # at once; in several parts
 def test_cross_entropy_and_its_gradient_are_torchs_own(words, vocab_size):
     scores = torch.randn(words, vocab_size, dtype=torch.float64).mul_(30).requires_grad_()
-    targets = torch.randint(vocab_size, (words,))
-    pairs = [[loss, *torch.autograd.grad(0.3 * loss, scores)] for loss in (
-        CrossEntropy.apply(scores, targets),
-        nn.functional.cross_entropy(scores, targets, reduction="sum"))]
-    torch.testing.assert_close(*pairs)
+    targets, weights = torch.randint(vocab_size, (words,)), torch.randn(words, dtype=torch.float64)
+    for smoothing in (0.0, 0.3):
+        each = nn.functional.cross_entropy(scores, targets, reduction="none",
+                                           label_smoothing=smoothing)
+        for ours, expected in ((CrossEntropy.apply(scores, targets, None, smoothing), each.sum()),
+                               (CrossEntropy.apply(scores, targets, weights, smoothing),
+                                (weights * each).sum())):
+            torch.testing.assert_close(*([loss, *torch.autograd.grad(
+                0.3 * loss, scores, retain_graph=True)] for loss in (ours, expected)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,13 +122,13 @@ def test_cross_entropy_of_half_precision_scores_keeps_the_gradient_of_likely_wor
     scores[range(64), targets] += 20
     half = scores.to(dtype).requires_grad_()
     exact = half.detach().double().requires_grad_()
-    [ours] = torch.autograd.grad(CrossEntropy.apply(half, targets), half)
+    [ours] = torch.autograd.grad(CrossEntropy.apply(half, targets, None, 0.0), half)
     [expected] = torch.autograd.grad(
         nn.functional.cross_entropy(exact, targets, reduction="sum"), exact)
     ours, expected = (g[range(64), targets] for g in (ours.double(), expected))
     tiny = 6e-8 if dtype is torch.float16 else 0  # float16 has nothing smaller
-    # In float32, 1 - p is known to 6e-8.
-    torch.testing.assert_close(ours, expected, rtol=0.01, atol=tiny + 1e-6)
+    # In float32 a logarithm of about 25 is known to 1e-6, and with it 1 - p.
+    torch.testing.assert_close(ours, expected, rtol=0.01, atol=tiny + 3e-6)
 
 
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])

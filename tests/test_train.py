@@ -17,9 +17,11 @@ from scenes import NAME, write_scenes
 
 import epochs
 import eval as evaluation
+import objectives
 import train
 from demo import make_demo
 from interrupts import leave_signals_to_parent
+from objectives import doubly_stochastic_loss
 from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +87,7 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     assert timeless == [{k: v for k, v in row.items() if "second" not in k} for row in rows(parts)]
 
 
-def signal_at(monkeypatch, call, signum, function="doubly_stochastic_loss"):
+def signal_at(monkeypatch, call, signum, function="_set_learning_rate"):
     """Send this process a signal at the call-th call of a function of train.py or epochs.py."""
     module = train if hasattr(train, function) else epochs
     original, calls = getattr(module, function), itertools.count(1)
@@ -99,13 +101,18 @@ def signal_at(monkeypatch, call, signum, function="doubly_stochastic_loss"):
 
 
 @pytest.mark.parametrize("call, signum, function, options", [
-    (1, "SIGTERM", "doubly_stochastic_loss", []),
-    (6, "SIGINT", "doubly_stochastic_loss", ["--workers", "2", "--cache_in", "disk"]),
+    (1, "SIGTERM", "_set_learning_rate", []),
+    (2, "SIGINT", "doubly_stochastic_loss", []),  # in a validation
+    (6, "SIGINT", "_set_learning_rate", ["--workers", "2", "--cache_in", "disk"]),
     (2, "SIGTERM", "validate", ["--save_minutes", "0"]),  # which checks, then begins
     (5, "SIGTERM", "clip_grad_value_", ["--single_captions", "--no-cache_features"]),
     (3, "SIGINT", "clip_grad_value_", ["--amp", "fp16", "--decay_after", "1"]),
-    (3, "SIGINT", "clip_grad_value_", ["--fine_tune_encoder"]),
+    (3, "SIGINT", "clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
     (2, "SIGINT", "_epoch_done", []),
+    (6, "SIGINT", "clip_grad_value_", ["--ema", "0.9", "--warmup", "3", "--cosine",
+                                       "--smoothing", "0.1", "--accumulate", "2"]),
+    (7, "SIGTERM", "clip_grad_value_", ["--attention", "hard", "--sampling_max", "0.5",
+                                        "--sampling_step", "0.3", "--sampling_every", "1"]),
 ], ids=str)
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
         data, tmp_path, monkeypatch, call, signum, function, options):
@@ -122,7 +129,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.main(["--checkpoint_folder", str(parts), "--resume", "--workers", "1"])
     a, b = load(whole), load(parts)
-    for key in ("encoder", "decoder", "optimizer", "scaler", "bleu4"):
+    for key in ("encoder", "decoder", "trained", "optimizer", "scaler", "bleu4"):
         assert same(a[key], b[key]), key
     assert same(load(whole, "BEST_")["decoder"], load(parts, "BEST_")["decoder"])
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(folder)]
@@ -267,7 +274,7 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
         data, tmp_path, monkeypatch, broken):
     train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    calls, clip, loss = itertools.count(1), epochs.clip_grad_value_, epochs.doubly_stochastic_loss
+    calls, clip, loss = itertools.count(1), epochs.clip_grad_value_, doubly_stochastic_loss
     if broken == "weight":  # the gradient is lost in the second batch of four
 
         def clip_grad_value(parameters, *args):
@@ -276,7 +283,7 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
                 parameters[0].grad.fill_(math.nan)
         monkeypatch.setattr(epochs, "clip_grad_value_", clip_grad_value)
     else:
-        monkeypatch.setattr(epochs, "doubly_stochastic_loss", lambda *args: loss(*args) * (
+        monkeypatch.setattr(objectives, "doubly_stochastic_loss", lambda *args: loss(*args) * (
             math.inf if next(calls) == 2 else 1))
     with pytest.raises(train.UserError, match=f"epoch 2, batch 2: (the|a) {broken} is not finite"):
         train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
@@ -351,7 +358,7 @@ def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path)
     ("betas", None, "has other settings"),
     ("options", {"dropout": math.nan}, "--dropout is nan"),
     ("options", {5: 5}, "its options have no names"),
-    ("progress", {"best_bleu4": None}, "its progress is none of a run"),
+    ("progress", {"best": None}, "its progress is none of a run"),
     ("data", 5, "does not say what data"),
     ("decoder_args", {"decoder_dim": 33}, "does not hold a whole model"),
     ("decoder_args", 5, "does not hold a whole model"),

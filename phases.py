@@ -1,0 +1,108 @@
+"""
+The model that a phase of training begins with, its learning rate from step to step, and the
+average of its weights.
+"""
+
+import math
+
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import checkpoints
+from files import UserError
+from models import DecoderWithAttention, Encoder
+from utils import load_embeddings
+
+
+def new_model(args, word_map):
+    """Encoder and decoder as the options say."""
+    encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
+    embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
+    if args.embeddings:
+        embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
+        if args.emb_dim not in (None, emb_dim):
+            raise UserError(f"{args.embeddings} has {emb_dim} numbers a word, --emb_dim is "
+                            f"{args.emb_dim}; leave --emb_dim out")
+    decoder = DecoderWithAttention(args.attention_dim, emb_dim, args.decoder_dim, len(word_map),
+                                   encoder.encoder_dim, args.dropout)
+    if embeddings is not None:
+        decoder.load_pretrained_embeddings(embeddings)
+    return encoder, decoder
+
+
+def model_options(checkpoint):
+    """What a checkpoint's model says of train.py's options."""
+    sizes = checkpoint["decoder_args"]
+    return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
+            "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
+            "dropout": sizes.get("dropout", 0.5)}
+
+
+def from_checkpoint(checkpoint, args, word_map):
+    """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
+    path, theirs = args.resume or args.checkpoint, checkpoint.get("word_map")
+    if theirs is None:  # a whole module of the tutorial's
+        if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
+            raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
+                            f"words, the data have {len(word_map)}")
+    elif theirs != word_map:
+        word = min(word for word in theirs.keys() | word_map.keys()
+                   if theirs.get(word) != word_map.get(word))
+        raise UserError(f"{path} was trained with another word map ({len(theirs)} words) than "
+                        f"that of the data ({len(word_map)} words); the word {word!r} is number "
+                        f"{theirs.get(word)} there and {word_map.get(word)} here")
+    for option, value in model_options(checkpoint).items():
+        if option != "dropout" and getattr(args, option) not in (None, value):
+            raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
+                            f"leave --{option} out")
+    if args.embeddings and not args.resume:
+        raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
+    checkpoint["decoder_args"]["dropout"] = args.dropout
+    return checkpoints.build(checkpoint, path)
+
+
+def learning_rate(step, steps, warmup, cosine):
+    """
+    The factor of the learning rate at a step, counted from 0: it rises in a line over the warm-up,
+    then stays at 1 or, with cosine, falls to 0 at the last of so many steps, in half a cosine. None
+    where neither has a say.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if cosine:
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return 1.0 if step == warmup > 0 else None
+
+
+class Average:
+    """
+    The exponential moving average of the weights that are trained: `update()` after each step.
+
+    decay: what the average keeps of itself at each step; 0: no average, its models are those that
+    are trained
+    """
+
+    def __init__(self, encoder, decoder, decay):
+        self.trained = {"encoder": encoder, "decoder": decoder}
+        self.encoder, self.decoder, self._averages = encoder, decoder, []
+        if decay:
+            average = {"multi_avg_fn": get_ema_multi_avg_fn(decay)}
+            self._averages = [(AveragedModel(decoder, **average), decoder)]
+            self.decoder = self._averages[0][0].module
+            if any(p.requires_grad for p in encoder.parameters()):
+                self._averages.append((AveragedModel(encoder, **average), encoder))
+                self.encoder = self._averages[1][0].module
+
+    def update(self):
+        for average, model in self._averages:
+            average.update_parameters(model)
+
+    def state(self):
+        """What a checkpoint keeps of it besides the average: the weights that are trained."""
+        return {name: model.state_dict() for name, model in self.trained.items()} \
+            if self._averages else None
+
+    def load(self, state):
+        """Go on where `state` was taken, the models given at the start being the averages."""
+        for (average, model), name in zip(self._averages, ("decoder", "encoder")):
+            model.load_state_dict(state[name])
+            average.n_averaged.fill_(1)  # at 0 the average would begin anew
