@@ -24,7 +24,7 @@ from checkpoints import find_checkpoint, load_captioner
 from datasets import read_image, read_rgb
 from distributed import find_device
 from files import Parser, UserError
-from search import beam_search
+from search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
@@ -43,7 +43,7 @@ def get_args(argv=None):
     add("--word_map", help="for checkpoints that carry none")
     add("--beam_size", type=int, default=5, help="1 is greedy decoding")
     add("--n_best", type=int, default=1, help="captions per image")
-    add("--max_len", type=int, default=50, help="longest caption, in words")
+    add_search_options(parser)
     add("--batch_size", type=int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
     add("--out", help="file for the overlay of a single image, folder for those of several; "
@@ -59,7 +59,7 @@ def get_args(argv=None):
 
 def check(args):
     """UserError for options that make no sense."""
-    for name in ("beam_size", "n_best", "max_len", "batch_size"):
+    for name in ("beam_size", "n_best", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
     if args.n_best > args.beam_size:
@@ -67,6 +67,7 @@ def check(args):
                         f"it is {args.beam_size}")
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
+    args.search = search_options(args)
     args.device = find_device(args.device)
 
 
@@ -147,7 +148,7 @@ def caption_images(paths, encoder, decoder, word_map, args):
                 with torch.inference_mode(), autocast(args.device, args.amp):
                     features = encoder(torch.stack(good).to(args.device))
                     captions = iter(beam_search(decoder, features, word_map, args.beam_size,
-                                                args.max_len, args.n_best))
+                                                n_best=args.n_best, **args.search))
             for image in images:
                 yield next(captions) if isinstance(image, torch.Tensor) else image
 

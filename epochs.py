@@ -92,8 +92,8 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
 
 
 def _parts(rows, batch, count):
-    """A batch's images, captions, ... in so many parts of about the same size, none empty."""
-    for part in np.array_split(np.arange(len(rows)), min(count, len(rows))):
+    """A batch's images, captions, ... in so many parts of about the same size."""
+    for part in np.array_split(np.arange(len(rows)), count):
         part = slice(part[0], part[-1] + 1)
         yield rows[part], *(x[part] for x in batch)
 

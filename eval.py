@@ -22,7 +22,7 @@ from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
 from files import Parser, UserError, read_json, write_json
 from metrics import attention_hits
-from search import beam_search
+from search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
 
 
@@ -37,7 +37,7 @@ def get_args(argv=None):
     add("--data_name", help="which data set, if the folder has several")
     add("--split", choices=("val", "test"), default="test")
     add("--beam_sizes", type=int, nargs="+", default=[1, 3, 5], help="1 is greedy decoding")
-    add("--max_len", type=int, default=50, help="longest caption, in words")
+    add_search_options(parser)
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--workers", type=int, default=1, help="processes that load images; 0: none")
     add("--metrics", nargs="+", metavar="NAME",
@@ -55,13 +55,14 @@ def get_args(argv=None):
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     args = parser.parse_args(argv)
-    for value in (*args.beam_sizes, args.max_len, args.batch_size):
+    for value in (*args.beam_sizes, args.batch_size):
         if value < 1:
-            parser.error(f"{value} is no beam size, length or batch size; give 1 or more")
+            parser.error(f"{value} is no beam size or batch size; give 1 or more")
     if args.bootstrap is not None and args.bootstrap < 1:
         parser.error(f"--bootstrap is {args.bootstrap}, it must be at least 1")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, it must not be negative")
+    args.search = search_options(args)
     args.names = scorers.parse_names(args.metrics or ["all" if args.compare else "bleu"])
     # The plain table stays comparable with those of training, whatever is installed.
     args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
@@ -186,7 +187,7 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     for rows, (images, _, _) in zip(batches, bar):
         with autocast(processes.device, args.amp):
             features = encoder(images.to(processes.device, non_blocking=True))
-            searches = [beam_search(decoder, features, word_map, beam_size, args.max_len)
+            searches = [beam_search(decoder, features, word_map, beam_size, **args.search)
                         for beam_size in args.beam_sizes]
         for i, captions in zip(rows.tolist(), zip(*searches)):
             found.append((i, []))

@@ -1,11 +1,34 @@
 """`beam_search` and `sample`: captions for a batch of images, on the decoder's device."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from models import draw
+from files import UserError
+from models import draw, look_at_likeliest
+
+
+def add_search_options(parser):
+    """The options of the scripts that search; `search_options` makes beam_search's of them."""
+    add = parser.add_argument
+    add("--max_len", type=int, default=50, help="longest caption, in words")
+    add("--length_penalty", type=float, default=0.0,
+        help="rank captions by their score over length to this power; 1: mean per word")
+    add("--no_unk", action="store_true", help="never say <unk>")
+    add("--attention", choices=("soft", "hard"), default="soft", help="hard: see the most attended "
+        "place alone; for models that were trained with --attention hard")
+
+
+def search_options(args):
+    """UserError unless they make sense."""
+    if args.max_len < 1:
+        raise UserError(f"--max_len is {args.max_len}, it must be at least 1")
+    if not 0 <= args.length_penalty < math.inf:
+        raise UserError(f"--length_penalty is {args.length_penalty}, it must be at least 0")
+    return {"max_len": args.max_len, "length_penalty": args.length_penalty, "no_unk": args.no_unk,
+            "look": look_at_likeliest if args.attention == "hard" else None}
 
 
 class Caption(NamedTuple):

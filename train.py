@@ -217,6 +217,11 @@ def train(args, checkpoint, processes):
         1, args.batch_size // train_data.captions_per_image)
     batches = Batches(len(train_data), items, True, args.seed, processes.rank, processes.world)
     val_batches = Batches(len(val_data), 64, False, 0, processes.rank, processes.world)
+    smallest = len(train_data) // batches.batches // processes.world
+    if args.accumulate > smallest:
+        raise UserError(f"--accumulate {args.accumulate} is more parts than some steps have "
+                        f"{'captions' if args.single_captions else 'images'} in a process, "
+                        f"{smallest}; lower it or raise --batch_size")
     train_loader = _loader(train_data, batches, args, processes)
     val_loader = _loader(val_data, val_batches, args, processes)
 

@@ -21,6 +21,7 @@ import objectives
 import train
 from demo import make_demo
 from interrupts import leave_signals_to_parent
+from models import Encoder, look_at_likeliest
 from objectives import doubly_stochastic_loss
 from utils import create_input_files
 
@@ -420,7 +421,7 @@ def test_training_overfits_eight_images_to_bleu_100(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    ["--batch_size", "110"], ["--batch_size", "55"],
+    ["--batch_size", "110"], ["--batch_size", "55", "--accumulate", "3"],
     ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"]], ids=" ".join)
 def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
     """
@@ -443,12 +444,135 @@ def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_pat
         for name in one[part]:
             torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-4, atol=1e-6)
     if "--fine_tune_encoder" in options:
-        whole = train.Encoder(name="tf_efficientnet_lite0", weights=LITE0[3]).state_dict()
+        whole = Encoder(name="tf_efficientnet_lite0", weights=LITE0[3]).state_dict()
         assert not same(one["encoder"], whole)
     a, b = rows(tmp_path / "1")[0], rows(tmp_path / "2")[0]
     for key in a:
         if "second" not in key:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def test_parts_of_a_step_take_its_gradient(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, **_: torch.optim.SGD(groups, lr=1.0))
+    whole, *parts = (train_args(data, tmp_path / n, "--epochs", "1", "--dropout", "0",
+                                "--batch_size", "55", "--accumulate", n) for n in ("1", "2", "11"))  # a batch has 11 images
+    train.main(whole)
+    for options in parts:
+        train.main(options)
+        a, b = load(tmp_path / "1"), load(options[3])
+        for name in a["decoder"]:
+            torch.testing.assert_close(a["decoder"][name], b["decoder"][name], rtol=1e-4, atol=1e-6)
+        a, b = rows(tmp_path / "1")[0], rows(options[3])[0]
+        assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a if "second" not in k)
+
+
+def test_more_parts_than_images_are_an_error(data, tmp_path):
+    with pytest.raises(train.UserError, match="12 is more parts than some steps have images in a"):
+        train.main(train_args(data, tmp_path, "--batch_size", "55", "--accumulate", "12"))
+
+
+def test_stopped_self_critical_training_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    train.main(train_args(data, tmp_path / "1", "--epochs", "4"))
+    options = ["--data_folder", str(data), "--device", "cpu", "--self_critical", "--epochs", "2",
+               "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
+               "--batch_size", "30", "--checkpoint_folder"]
+    train.main([*options, str(tmp_path / "whole")])
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        with pytest.raises(train.Stopped):
+            train.main([*options, str(tmp_path / "parts")])
+    with pytest.raises(train.UserError, match="was run with ema 0.0, which a resumed run keeps"):
+        train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume", "--ema", "0.9"])
+    train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume"])
+    a, b = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert same(a["decoder"], b["decoder"]) and same(a["optimizer"], b["optimizer"])
+    assert [row["train_reward"] for row in rows(tmp_path / "whole")] == [
+        row["train_reward"] for row in rows(tmp_path / "parts")]
+
+
+def test_self_critical_training_raises_the_reward_and_saves_the_best_cider_d(
+        data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path / "1", "--epochs", "20", "--stop_after", "20"))
+    capsys.readouterr()
+    train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"), "--device",
+                "cpu", "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
+                "--self_critical", "--epochs", "12", "--workers", "0", "--decoder_lr", "2e-3",
+                "--samples", "7", "--batch_size", "30"])
+    printed, figures = capsys.readouterr().out, rows(tmp_path / "2")
+    rewards = [row["train_reward"] for row in figures]
+    assert min(rewards[-3:]) > 1.2 * rewards[0], rewards
+    assert f"epoch   1   reward {rewards[0]:.3f} in " in printed
+    best = max(row["cider_d"] for row in figures)
+    assert f"done: best validation CIDEr-D {best:.2f} after 12 epochs" in printed
+    assert load(tmp_path / "2")["progress"]["best"] == pytest.approx(best)
+    assert {"train_reward", "cider_d", "bleu4", "val_loss"} <= figures[0].keys()
+    evaluation.main(["--checkpoint_folder", str(tmp_path / "2"), "--data_folder", str(data),
+                     "--split", "val", "--workers", "0", "--device", "cpu", "--beam_sizes", "1",
+                     "--metrics", "CIDEr-D", "--tokens", "data"])
+    assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["1", f"{best:.2f}"]
+
+
+@pytest.mark.parametrize("options", [
+    ["--attention", "hard", "--sampling_max", "0.2", "--sampling_every", "1", "--ema", "0.9"],
+    ["--self_critical"], ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
+    ids=" ".join)
+def test_every_objective_trains_in_two_processes(data, tmp_path, options):
+    args = train_args(data, tmp_path / "1", "--epochs", "1")
+    train.main(args)
+    if "--self_critical" in options:
+        options = [*options, "--checkpoint", tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"]
+    result = run_script("train.py", *train_args(data, tmp_path / "2", "--epochs", "2", *options),
+                        processes=2)
+    assert result.returncode == 0, result.stderr
+    figures = rows(tmp_path / "2")
+    assert len(figures) == 2 and all(math.isfinite(x) for row in figures for x in row.values())
+
+
+def test_the_average_of_the_weights_is_what_is_saved_and_validated(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "3", "--ema", "0.8"))
+    last = load(tmp_path)
+    assert not same(last["decoder"], last["trained"]["decoder"])
+    assert same(last["encoder"], last["trained"]["encoder"])
+    train.main(train_args(data, tmp_path / "plain", "--epochs", "3"))
+    assert same(load(tmp_path / "plain")["decoder"], last["trained"]["decoder"])
+    assert load(tmp_path / "plain")["trained"] is None
+    capsys.readouterr()
+    evaluation.main(["--model", str(tmp_path / f"checkpoint_{NAME}.pth.tar"), "--device", "cpu",
+                     "--data_folder", str(data), "--split", "val", "--workers", "0"])
+    assert float(capsys.readouterr().out.splitlines()[2].split()[4]) == pytest.approx(
+        rows(tmp_path)[-1]["bleu4"], abs=0.006)
+
+
+def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train, "train_one_epoch", lambda e, d, average, objective, *rest:
+        seen.append(objective.own) or {"train_loss": 1.0, "train_seconds": 1.0})
+    train.main(train_args(data, tmp_path, "--epochs", "9", "--sampling_max", "0.25",
+                          "--sampling_step", "0.1", "--sampling_every", "2"))
+    assert seen == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.25, 0.25, 0.25])
+
+
+def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, capsys):
+    import caption
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
+               "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
+    asked = []
+    for script in (evaluation, caption):
+        search = script.beam_search
+        monkeypatch.setattr(script, "beam_search", lambda *args, search=search, **options: (
+            asked.append(options) or search(*args, **options)))
+    evaluation.main(["--data_folder", str(data), "--beam_sizes", "2", "--workers", "0", *options])
+    picture = next((data / "demo").glob("*.png"))
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(picture), "--no_attention",
+                                      *options])
+    caption.main()
+    for found in asked:
+        assert found.pop("n_best", 1) == 1
+        assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
+                         "look": look_at_likeliest}
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -577,6 +701,14 @@ def test_single_captions_train_too(data, tmp_path):
     ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
     ("train.py", ["--dropout", "nan"], "--dropout is nan"),
     ("train.py", ["--lr_decay", "-1"], "--lr_decay is -1.0, it must be above 0"),
+    ("train.py", ["--samples", "1"], "--samples is 1, it must be at least 2"),
+    ("train.py", ["--ema", "1"], "--ema is 1.0, it must be below 1"),
+    ("train.py", ["--sampling_max", "1.5"], "--sampling_max is 1.5, it must be at most 1"),
+    ("train.py", ["--self_critical"], "needs a trained model to start from, --checkpoint FILE"),
+    ("train.py", ["--self_critical", "--attention", "hard", "--checkpoint", "x"],
+     "--attention is of training on true captions, which --self_critical does without"),
+    ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be at least 0"),
+    ("eval.py", ["--max_len", "0"], "--max_len is 0, it must be at least 1"),
     ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
     ("eval.py", ["--results", "{tmp}"], "is a folder; name a file in it"),
