@@ -24,6 +24,26 @@ def new_progress():
             "sums": [0.0, 0, 0, 0, 0.0]}
 
 
+def decisive(args):
+    """Which of validation's figures says what is the best model."""
+    return "cider_d" if args.self_critical else "bleu4"
+
+
+def epoch_done(progress, row, optimizer, args, processes):
+    """Bring progress and learning rate up to a whole epoch; returns whether it is the best."""
+    score = row[decisive(args)]
+    better = progress["best"] is None or score > progress["best"]
+    stale = 0 if better else progress["stale"] + 1
+    progress |= new_progress() | {
+        "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
+        "best": score if better else progress["best"], "baseline": progress["baseline"]}
+    if stale and stale % args.decay_after == 0 and not args.cosine:
+        for group in optimizer.param_groups:
+            group["lr"] *= args.lr_decay
+        processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
+    return better
+
+
 def check_run(checkpoint, defaults, path):
     """
     UserError unless the checkpoint's options have the types of the defaults, and its progress

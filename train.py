@@ -30,6 +30,8 @@ from runs import (
     check_folder,
     check_run,
     data_state,
+    decisive,
+    epoch_done,
     load_optimizer,
     new_progress,
     only_run,
@@ -254,7 +256,7 @@ def train(args, checkpoint, processes):
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"start   {_show(scores)}")
-        progress["best"] = scores[_decisive(args)]  # the mark to beat
+        progress["best"] = scores[decisive(args)]  # the mark to beat
 
     def save(prefix=""):
         if processes.first:
@@ -292,7 +294,7 @@ def train(args, checkpoint, processes):
                 processes.print(f"epoch {epoch:3d}   {trained} in {row['train_seconds']:.0f} s   "
                                 f"{_show(row)}")
                 with interrupts.held():
-                    if _epoch_done(progress, row, optimizer, args, processes):
+                    if epoch_done(progress, row, optimizer, args, processes):
                         save("BEST_")
                     log(row)
                     save()  # last: without it, none of the above has happened
@@ -304,7 +306,7 @@ def train(args, checkpoint, processes):
             raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
                           f"{progress['step']} of {batches.batches} batches, all saved; go on "
                           f"with: {resume_command(args, name, processes)}") from None
-    name = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[_decisive(args)]
+    name = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[decisive(args)]
     processes.print(f"done: best validation {name} {progress['best']:.2f} after "
                     f"{progress['epoch']} epochs")
 
@@ -315,26 +317,6 @@ def _objective(args, data):
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.smoothing, args.lambda_r, args.lambda_e)
     return TeacherForcing(args.alpha_c, args.smoothing)
-
-
-def _decisive(args):
-    """Which of validation's figures says what is the best model."""
-    return "cider_d" if args.self_critical else "bleu4"
-
-
-def _epoch_done(progress, row, optimizer, args, processes):
-    """Bring progress and learning rate up to a whole epoch; returns whether it is the best."""
-    score = row[_decisive(args)]
-    better = progress["best"] is None or score > progress["best"]
-    stale = 0 if better else progress["stale"] + 1
-    progress |= new_progress() | {
-        "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
-        "best": score if better else progress["best"], "baseline": progress["baseline"]}
-    if stale and stale % args.decay_after == 0 and not args.cosine:
-        for group in optimizer.param_groups:
-            group["lr"] *= args.lr_decay
-        processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
-    return better
 
 
 def _loader(data, batches, args, processes):

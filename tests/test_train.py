@@ -109,7 +109,7 @@ def signal_at(monkeypatch, call, signum, function="_set_learning_rate"):
     (5, "SIGTERM", "clip_grad_value_", ["--single_captions", "--no-cache_features"]),
     (3, "SIGINT", "clip_grad_value_", ["--amp", "fp16", "--decay_after", "1"]),
     (3, "SIGINT", "clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
-    (2, "SIGINT", "_epoch_done", []),
+    (2, "SIGINT", "epoch_done", []),
     (6, "SIGINT", "clip_grad_value_", ["--ema", "0.9", "--warmup", "3", "--cosine",
                                        "--smoothing", "0.1", "--accumulate", "2"]),
     (7, "SIGTERM", "clip_grad_value_", ["--attention", "hard", "--sampling_max", "0.5",
@@ -455,7 +455,8 @@ def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_pat
 def test_parts_of_a_step_take_its_gradient(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, **_: torch.optim.SGD(groups, lr=1.0))
     whole, *parts = (train_args(data, tmp_path / n, "--epochs", "1", "--dropout", "0",
-                                "--batch_size", "55", "--accumulate", n) for n in ("1", "2", "11"))  # a batch has 11 images
+                                "--batch_size", "55", "--accumulate", n)
+                     for n in ("1", "2", "11"))  # a batch has 11 images
     train.main(whole)
     for options in parts:
         train.main(options)
