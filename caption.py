@@ -8,6 +8,14 @@ Caption images, and draw where the model looked for each word.
 
 On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
 file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
+
+From Python:
+
+    from caption import Captioner
+    captioner = Captioner("BEST_checkpoint_X.pth.tar")
+    captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
+    print(captioned.text, captioned.score)
+    captioned.save("photo_attention.png")
 """
 
 import argparse
@@ -16,12 +24,16 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoint, load_captioner
-from datasets import read_image, read_rgb
+from datasets import read_rgb, squash, to_rgb
 from distributed import find_device
 from files import Parser, UserError
 from search import add_search_options, beam_search, search_options
@@ -68,7 +80,7 @@ def check(args):
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
     args.search = search_options(args)
-    args.device = find_device(args.device)
+    find_device(args.device)
 
 
 def find_images(patterns):
@@ -122,66 +134,154 @@ def overlay_paths(paths, out, alone):
     return overlays
 
 
-def try_read(path):
+@dataclass
+class Captioned:
+    """An image and what the model says of it."""
+    source: Any = field(repr=False)  # as it was given: a path, a PIL image or an array
+    words: list[str]  # T of them
+    attention: np.ndarray = field(repr=False)  # (T, P), what was seen for each; rows sum to 1
+    score: float  # total log-probability in nats
+    finished: bool  # whether the model ended the sentence, or max_len did
+    n_best: list[tuple[str, float]]  # texts and scores, the best first; this one is the first
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+    @property
+    def name(self):
+        """The path if there is one, else "image"."""
+        return os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else "image"
+
+    @property
+    def image(self):
+        """The photograph, uint8 (H, W, 3); read anew, so that many take no memory."""
+        return read_any(self.source)
+
+    def save(self, path, smooth=True):
+        """
+        Draw where the model looked for each word. Returns the figure. smooth: blend the cells of
+        the attention grid. Raises ValueError for a suffix that is no picture's, OSError if the file
+        cannot be written.
+        """
+        import visualize  # only here: whoever wants captions alone does not wait for matplotlib
+
+        figure = visualize.attention_grid(self.image, self.words, self.attention, smooth)
+        visualize.save(figure, path)
+        return figure
+
+
+class Captioner:
+    """
+    A model that is ready to caption: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
+
+    model: a checkpoint; word_map: a WORDMAP file, for checkpoints that carry none
+    device, amp: as the options of caption.py
+    Raises UserError if the checkpoint is missing or is none.
+    """
+
+    def __init__(self, model, word_map=None, device=None, amp=None):
+        self.device, self.amp = find_device(device), amp
+        self.encoder, self.decoder, self.word_map, _ = load_captioner(
+            os.fspath(model), self.device, word_map)
+        self.words = {i: word for word, i in self.word_map.items()}
+
+    def __call__(self, images, **options):
+        """
+        images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
+        these, a list or an array (N, H, W, 3)
+        options: of `each`
+
+        Returns a Captioned, for several images a list. Raises UserError for one it cannot read.
+        """
+        several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
+            images, Image.Image)
+        found = list(self.each(list(images) if several else [images], **options))
+        for result in found:
+            if isinstance(result, UserError):
+                raise result
+        return found if several else found[0]
+
+    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
+        """
+        Yield a Captioned for each of a list of images in order, or the UserError that reading it
+        gave. While the model works on a batch, threads read the next one.
+
+        batch_size: images at a time; n_best and search: of beam_search
+        """
+        batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
+        with ThreadPoolExecutor() as pool:
+            following = pool.map(_try_read, batches[0] if batches else [])
+            for sources, after in zip(batches, [*batches[1:], []]):
+                pixels, following = list(following), pool.map(_try_read, after)
+                good = [image for image in pixels if isinstance(image, torch.Tensor)]
+                captions = iter(())
+                if good:
+                    with torch.inference_mode(), autocast(self.device, self.amp):
+                        features = self.encoder(torch.stack(good).to(self.device))
+                        captions = iter(beam_search(self.decoder, features, self.word_map,
+                                                    beam_size, n_best=n_best, **search))
+                for source, image in zip(sources, pixels):
+                    yield image if isinstance(image, UserError) else self._put_in_words(
+                        source, next(captions))
+
+    def _put_in_words(self, source, caption):
+        n_best = [(" ".join(self.words[i] for i in c.words), c.score)
+                  for c in (caption, *caption.runners_up)]
+        return Captioned(source, [self.words[i] for i in caption.words], caption.alphas,
+                         caption.score, caption.finished, n_best)
+
+
+def read_any(source):
+    """uint8 (H, W, 3) of a path, a PIL image or an array; UserError if it is none of them"""
+    if isinstance(source, (str, os.PathLike)):
+        return read_rgb(os.fspath(source))
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    source = np.asarray(source)
+    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
+            (), (1,), (3,), (4,)) or 0 in source.shape:
+        raise UserError(f"an array {source.dtype} of {source.shape} is no image; pass uint8 of "
+                        f"(H, W), (H, W, 3) or (H, W, 4)")
+    return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
+
+
+def _try_read(source):
     """uint8 (3, 256, 256), or the UserError that says why there is none."""
     try:
-        return torch.from_numpy(read_image(path))
+        return torch.from_numpy(squash(read_any(source)))
     except UserError as error:
         return error
     except Exception as error:  # whatever a broken file sets off, the others get their turn
-        return UserError(f"{path} is not a readable image: {error!r}")
+        return UserError(f"{source} is not a readable image: {error!r}")
 
 
-def caption_images(paths, encoder, decoder, word_map, args):
-    """
-    Yield a Caption for each path in order, or the UserError that reading it gave. While the
-    model works on a batch, threads read the next one.
-    """
-    batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
-    with ThreadPoolExecutor() as pool:
-        following = pool.map(try_read, batches[0])
-        for after in [*batches[1:], []]:
-            images, following = list(following), pool.map(try_read, after)
-            good = [image for image in images if isinstance(image, torch.Tensor)]
-            captions = iter(())
-            if good:
-                with torch.inference_mode(), autocast(args.device, args.amp):
-                    features = encoder(torch.stack(good).to(args.device))
-                    captions = iter(beam_search(decoder, features, word_map, args.beam_size,
-                                                n_best=args.n_best, **args.search))
-            for image in images:
-                yield next(captions) if isinstance(image, torch.Tensor) else image
-
-
-def describe(path, caption, words, args, alone):
+def describe(captioned, args, alone):
     """
     What is printed of an image: a line per caption, or a JSON object.
 
-    words: id -> word; alone: whether the caption needs no path before it
+    alone: whether the caption needs no path before it
     """
-    n_best = [{"caption": " ".join(words[i] for i in c.words), "score": c.score}
-              for c in [caption, *caption.runners_up]]
     if args.json:
-        fields = {"image": path, **n_best[0], "words": [words[i] for i in caption.words],
-                  "finished": caption.finished}
+        n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
+        fields = {"image": captioned.name, **n_best[0], "words": captioned.words,
+                  "finished": captioned.finished}
         return json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))
-    prefix = "" if alone else f"{path}\t"
+    prefix = "" if alone else f"{captioned.name}\t"
     if args.n_best == 1:
-        return prefix + n_best[0]["caption"]
-    return "\n".join(f"{prefix}{c['score']:.3f}\t{c['caption']}" for c in n_best)
+        return prefix + captioned.text
+    return "\n".join(f"{prefix}{score:.3f}\t{text}" for text, score in captioned.n_best)
 
 
-def draw(path, words, alphas, overlay, args):
+def draw(captioned, overlay, args):
     """Save an image's overlay, and show it if asked to; UserError if that can't be done."""
-    import visualize  # only here: whoever wants captions alone does not wait for matplotlib
-
-    figure = visualize.attention_grid(read_rgb(path), words, alphas, args.smooth)
     try:
         os.makedirs(os.path.dirname(overlay) or ".", exist_ok=True)
-        visualize.save(figure, overlay)
+        figure = captioned.save(overlay, args.smooth)
     except (OSError, ValueError) as error:
         raise UserError(f"{overlay} cannot be written: {error}") from None
     if args.show:
+        import visualize
         try:
             visualize.show(figure)
         except RuntimeError as error:
@@ -194,24 +294,22 @@ def main():
     paths = find_images(args.img)
     alone = paths == args.img[:1]  # one file was asked for, not a folder that happens to hold one
     overlays = overlay_paths(paths, args.out, alone)
-    model = args.model or find_checkpoint(args.checkpoint_folder)
-    encoder, decoder, word_map, _ = load_captioner(model, args.device, args.word_map)
-    words = {i: word for word, i in word_map.items()}
-
+    captioner = Captioner(args.model or find_checkpoint(args.checkpoint_folder), args.word_map,
+                          args.device, args.amp)
     bad = 0
-    results = caption_images(paths, encoder, decoder, word_map, args)
+    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **args.search)
     bar = tqdm(results, total=len(paths), unit="image", disable=alone or None)
-    for path, overlay, result in zip(paths, overlays, bar):
+    for overlay, result in zip(overlays, bar):
         if isinstance(result, UserError):
             if alone:
                 raise result
             tqdm.write(f"{os.path.basename(sys.argv[0])}: {result}", file=sys.stderr)
             bad += 1
             continue
-        tqdm.write(describe(path, result, words, args, alone), file=sys.stdout)
+        tqdm.write(describe(result, args, alone), file=sys.stdout)
         sys.stdout.flush()
         if not args.no_attention:
-            draw(path, [words[i] for i in result.words], result.alphas, overlay, args)
+            draw(result, overlay, args)
     if not args.no_attention and bad < len(paths):
         where = args.out or f"*{OVERLAY} beside the images"
         print(f"attention: {overlays[0] if alone else where}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from captions import are_objects
@@ -36,19 +36,24 @@ def read_rgb(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
         with Image.open(path) as image:
-            if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
-                return np.asarray(_upright(image).convert("RGB"))  # most photographs
-            if image.mode.startswith("I") or image.mode == "F":
-                # More than 8 bits, which PIL would clip to 0..255 instead of scaling.
-                rgba = _to_8_bits(np.asarray(_upright(image)))
-            else:
-                # Through RGBA, since converting straight to RGB shows whatever colour stands
-                # under a transparent pixel.
-                rgba = np.asarray(_upright(image).convert("RGBA"))
+            return to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
         raise UserError(f"{path} is not a readable image: {_reason(error)}") from None
+
+
+def to_rgb(image):
+    """The same for a PIL image in memory, which stays as it is."""
+    if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
+        return np.asarray(_upright(image).convert("RGB"))  # most photographs
+    if image.mode.startswith("I") or image.mode == "F":
+        # More than 8 bits, which PIL would clip to 0..255 instead of scaling.
+        rgba = _to_8_bits(np.asarray(_upright(image)))
+    else:
+        # Through RGBA, since converting straight to RGB shows whatever colour stands
+        # under a transparent pixel.
+        rgba = np.asarray(_upright(image).convert("RGBA"))
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     if alpha.min() < 255:
         rgb = rgb.copy()
@@ -59,9 +64,10 @@ def read_rgb(path):
 
 
 def _upright(image):
-    """As its EXIF says; with in_place a picture that says nothing is not copied."""
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+    """As its EXIF says; a picture that says nothing is not copied."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def _reason(error):
@@ -90,7 +96,12 @@ def read_image(path, size=256):
     tutorial. PIL's bilinear filter widens as it shrinks, so nothing is aliased.
     Raises UserError as `read_rgb` does.
     """
-    image = Image.fromarray(read_rgb(path)).resize((size, size), Image.Resampling.BILINEAR)
+    return squash(read_rgb(path), size)
+
+
+def squash(rgb, size=256):
+    """uint8 (height, width, 3) -> (3, size, size)"""
+    image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

@@ -16,6 +16,7 @@ import caption
 import checkpoints
 import utils
 import visualize
+from files import UserError
 from models import DecoderWithAttention, Encoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +265,45 @@ def test_works_without_a_display(model, photos):
     assert result.stdout.strip() and overlays(photos) == ["0_attention.png"]
     assert result.returncode == 2  # for --show alone
     assert result.stderr.count("\n") == 1 and "no display" in result.stderr
+
+
+def test_captioner_takes_paths_pictures_arrays_and_lists_of_them(model, photos):
+    captioner = caption.Captioner(model, device="cpu")
+    paths = sorted(photos.glob("*.png"))
+    expected = captioner(paths, max_len=6, batch_size=2)
+    assert [c.name for c in expected] == [str(path) for path in paths]
+    assert len({c.text for c in expected}) > 1
+    pictures = [Image.open(path) for path in paths]
+    arrays = [np.asarray(picture) for picture in pictures]
+    for kind in (list(map(str, paths)), tuple(pictures), arrays):
+        for found, one in zip(captioner(kind, max_len=6), expected):
+            assert (found.text, found.words, found.finished) == (one.text, one.words, one.finished)
+            assert found.score == pytest.approx(one.score, abs=1e-4)
+            np.testing.assert_allclose(found.attention, one.attention, atol=1e-5)
+            np.testing.assert_array_equal(found.image, one.image)
+        alone = captioner(kind[3], max_len=6)
+        assert alone.text == expected[3].text and alone.attention.shape == (len(alone.words), 196)
+    batch = captioner(np.stack([np.asarray(p.resize((50, 40))) for p in pictures]), max_len=6)
+    assert len(batch) == 5 and batch[0].image.shape == (40, 50, 3)
+    assert captioner([]) == []
+    grey = captioner(np.zeros((20, 30), np.uint8), max_len=6)
+    assert grey.image.shape == (20, 30, 3) and grey.name == "image"
+    best = captioner(pictures[0], beam_size=4, n_best=4)
+    scores = [score for _, score in best.n_best]
+    assert best.n_best[0] == (best.text, best.score) and scores == sorted(scores, reverse=True)
+    assert len(scores) == 4
+
+
+def test_captioner_says_what_it_cannot_read(model, photos, tmp_path):
+    captioner = caption.Captioner(str(model), device="cpu")
+    with pytest.raises(UserError, match="nowhere.jpg not found"):
+        captioner([photos / "0.png", "nowhere.jpg"])
+    for array in (np.zeros((20, 30, 3)), np.zeros((20, 30, 2), np.uint8), np.zeros((0, 3), "u1")):
+        with pytest.raises(UserError, match="is no image; pass uint8"):
+            captioner(array)
+    one = captioner(photos / "1.png", max_len=6)
+    one.save(tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size[0] > 100
 
 
 def test_closed_pipe_ends_without_a_traceback(model, photos):
