@@ -16,6 +16,8 @@ from phases import learning_rate
 from search import beam_search
 from utils import autocast
 
+SIDES = ("left", "right")  # what mirror images exchange
+
 
 def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, scaler, args,
                     processes, progress, interrupts, save):
@@ -28,6 +30,7 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
     Stopped after a signal.
     """
     decoder.train(objective.dropout)
+    word_map = loader.dataset.word_map
     epoch, first, start = progress["epoch"] + 1, progress["step"], time.perf_counter()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total, correct, words_seen, captions_seen, before = progress["sums"]
@@ -47,7 +50,7 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
 
     with interrupts.held():
         step = first
-        for rows, batch in zip(loader.sampler, bar):
+        for rows, batch in zip(loader.sampler, map(list, bar)):
             # The loss is a mean over the words of the joint batch, whoever holds them.
             words, captions, stop, due = processes.sum(
                 int((batch[2] - 1).sum()), objective.captions(batch[2]), bool(interrupts.signum),
@@ -63,6 +66,8 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
             _set_learning_rate(optimizer, (epoch - 1) * steps + step, args.epochs * steps, args)
             share = Share(words / processes.world, captions / processes.world)
             optimizer.zero_grad(set_to_none=True)
+            if args.augment:
+                batch[0] = augment(*batch[:2], word_map)
             for images, *part in _parts(rows, batch, args.accumulate):
                 with autocast(processes.device, args.amp):
                     features, part[1] = _encode(encoder, *part[:2], processes.device,
@@ -96,6 +101,23 @@ def _parts(rows, batch, count):
     for part in np.array_split(np.arange(len(rows)), count):
         part = slice(part[0], part[-1] + 1)
         yield rows[part], *(x[part] for x in batch)
+
+
+def augment(images, captions, word_map):
+    """
+    Random crops of 7/8 of the edge, one half of them mirrored; not where a caption says left or
+    right, which would then be wrong.
+
+    images: uint8 (N, 3, S, S); captions: (N, R, L) word ids
+    Returns uint8 (N, 3, 7/8 S, 7/8 S).
+    """
+    size, sides = images.shape[-1], [word_map[word] for word in SIDES if word in word_map]
+    says_a_side = torch.isin(captions, torch.tensor(sides, dtype=torch.long)).flatten(1).any(1)
+    mirrored = (torch.rand(len(images)) < 0.5) & ~says_a_side
+    edge = size * 7 // 8
+    corners = torch.randint(size - edge + 1, (len(images), 2))
+    crops = (image[:, y:y + edge, x:x + edge] for image, (y, x) in zip(images, corners.tolist()))
+    return torch.stack([crop.flip(2) if flip else crop for crop, flip in zip(crops, mirrored)])
 
 
 def _set_learning_rate(optimizer, step, steps, args):

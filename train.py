@@ -72,6 +72,8 @@ def get_args(argv=None, **defaults):
     add("--decoder_lr", type=float, default=4e-4)
     add("--encoder_lr", type=float, default=1e-4, help="with --fine_tune_encoder")
     add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
+    add("--augment", action="store_true", help="train on random crops and mirror images; not with "
+        "cached features")
     add("--grad_clip", type=float, default=5.0, help="each gradient's bound, plus and minus")
     add("--alpha_c", type=float, default=1.0, help="weight of doubly stochastic attention")
     add("--attention", choices=("soft", "hard"), default="soft",
@@ -172,7 +174,7 @@ def get_run(argv):
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
     kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings",
-            "self_critical", "ema"]
+            "self_critical", "ema", "augment"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
         kept += ["batch_size", "single_captions", "seed", "attention", "accumulate"]
     for option in kept:
@@ -206,7 +208,11 @@ def train(args, checkpoint, processes):
     encoder.to(processes.device).fine_tune(args.fine_tune_encoder)
     decoder.to(processes.device).fine_tune_embeddings(args.fine_tune_embeddings)
 
-    if args.cache_features and not args.fine_tune_encoder:
+    cached = args.cache_features and not args.fine_tune_encoder
+    if args.augment and cached:
+        raise UserError("--augment needs images, not cached features; pass --fine_tune_encoder or "
+                        "--no-cache_features")
+    if cached:
         for data in (train_data, val_data):
             if not processes.first:
                 processes.wait()  # for the first to make it

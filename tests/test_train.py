@@ -467,6 +467,39 @@ def test_parts_of_a_step_take_its_gradient(data, tmp_path, monkeypatch):
         assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a if "second" not in k)
 
 
+def test_augmented_images_are_crops_and_mirrored_only_where_no_caption_says_a_side():
+    word_map = {"<pad>": 0, "left": 1, "dog": 2}
+    rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    image = torch.stack([rows, columns, columns]).to(torch.uint8)
+    captions = torch.tensor([[[2, 2], [2, 0]], [[2, 0], [2, 1]]]).repeat(200, 1, 1)
+    torch.manual_seed(0)
+    crops = epochs.augment(image.expand(400, -1, -1, -1), captions, word_map)
+    assert crops.shape == (400, 3, 224, 224) and crops.dtype == torch.uint8
+    steps = crops[:, 1, 0].int().diff(dim=1)
+    mirrored = (steps == -1).all(1)
+    assert (mirrored | (steps == 1).all(1)).all() and (crops[:, 0].int().diff(dim=1) == 1).all()
+    assert not mirrored[1::2].any() and 75 < mirrored[::2].sum() < 125
+    for corner in (crops[:, 0, 0, 0], crops[:, 1, 0].amin(1)):
+        assert set(corner.tolist()) == set(range(33))
+
+
+def test_augmented_fine_tuning_goes_on_bit_for_bit_and_cached_features_are_refused(
+        data, tmp_path, monkeypatch):
+    with pytest.raises(train.UserError, match="--augment needs images, not cached features"):
+        train.main(train_args(data, tmp_path, "--augment"))
+    options = ["--fine_tune_encoder", "--augment", "--epochs", "1", "--batch_size", "30"]
+    train.main(train_args(data, tmp_path / "whole", *options))
+    with monkeypatch.context() as patched:
+        signal_at(patched, 3, signal.SIGINT)
+        with pytest.raises(train.Stopped):
+            train.main(train_args(data, tmp_path / "parts", *options))
+    train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume"])
+    a, b = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert same(a["decoder"], b["decoder"]) and same(a["encoder"], b["encoder"])
+    train.main(train_args(data, tmp_path / "plain", *[x for x in options if x != "--augment"]))
+    assert not same(load(tmp_path / "plain")["encoder"], a["encoder"])
+
+
 def test_more_parts_than_images_are_an_error(data, tmp_path):
     with pytest.raises(train.UserError, match="12 is more parts than some steps have images in a"):
         train.main(train_args(data, tmp_path, "--batch_size", "55", "--accumulate", "12"))
