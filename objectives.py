@@ -112,9 +112,10 @@ class HardAttention(TeacherForcing):
         loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share, self.smoothing)
         log_p = caption_log_probs(scores.detach(), targets, lengths)
         reward = self.lambda_r * (log_p - self.baseline)
-        loss = loss - choice(alphas, seen, reward, self.lambda_e) / share.words
+        places = choice(alphas, seen, reward, self.lambda_e) / share.words
         self.log_p, self.count = self.log_p + log_p.sum(), self.count + log_p.numel()
-        return loss, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
+        # The log's loss leaves the places out, as soft attention's does.
+        return loss - places, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
 
     def step_done(self, processes):
         log_p, count = processes.sum(self.log_p, self.count)
