@@ -5,17 +5,12 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photo.jpg --beam_size 5 --n_best 3
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
+    python caption.py --img photos --out captions.html    # one page: point at a word
 
 On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
 file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
 
-From Python:
-
-    from caption import Captioner
-    captioner = Captioner("BEST_checkpoint_X.pth.tar")
-    captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
-    print(captioned.text, captioned.score)
-    captioned.save("photo_attention.png")
+From Python: `from caption import Captioner`, see captioner.py.
 """
 
 import argparse
@@ -23,21 +18,17 @@ import glob
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager
 
-import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint, load_captioner
-from datasets import read_rgb, squash, to_rgb
+import page
+from captioner import Captioner, is_page
+from checkpoints import find_checkpoint
 from distributed import find_device
 from files import Parser, UserError
-from search import add_search_options, beam_search, search_options
-from utils import AMP, autocast, run
+from search import add_search_options, search_options
+from utils import AMP, run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 OVERLAY = "_attention.png"
@@ -58,8 +49,8 @@ def get_args(argv=None):
     add_search_options(parser)
     add("--batch_size", type=int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
-    add("--out", help="file for the overlay of a single image, folder for those of several; "
-        f"if not given, photo{OVERLAY} beside photo.jpg")
+    add("--out", help="file for the overlay of a single image (.png, .pdf, .html, ...), folder for "
+        f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the cells of the attention grid")
@@ -134,128 +125,6 @@ def overlay_paths(paths, out, alone):
     return overlays
 
 
-@dataclass
-class Captioned:
-    """An image and what the model says of it."""
-    source: Any = field(repr=False)  # as it was given: a path, a PIL image or an array
-    words: list[str]  # T of them
-    attention: np.ndarray = field(repr=False)  # (T, P), what was seen for each; rows sum to 1
-    score: float  # total log-probability in nats
-    finished: bool  # whether the model ended the sentence, or max_len did
-    n_best: list[tuple[str, float]]  # texts and scores, the best first; this one is the first
-
-    @property
-    def text(self):
-        return " ".join(self.words)
-
-    @property
-    def name(self):
-        """The path if there is one, else "image"."""
-        return os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else "image"
-
-    @property
-    def image(self):
-        """The photograph, uint8 (H, W, 3); read anew, so that many take no memory."""
-        return read_any(self.source)
-
-    def save(self, path, smooth=True):
-        """
-        Draw where the model looked for each word. Returns the figure. smooth: blend the cells of
-        the attention grid. Raises ValueError for a suffix that is no picture's, OSError if the file
-        cannot be written.
-        """
-        import visualize  # only here: whoever wants captions alone does not wait for matplotlib
-
-        figure = visualize.attention_grid(self.image, self.words, self.attention, smooth)
-        visualize.save(figure, path)
-        return figure
-
-
-class Captioner:
-    """
-    A model that is ready to caption: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
-
-    model: a checkpoint; word_map: a WORDMAP file, for checkpoints that carry none
-    device, amp: as the options of caption.py
-    Raises UserError if the checkpoint is missing or is none.
-    """
-
-    def __init__(self, model, word_map=None, device=None, amp=None):
-        self.device, self.amp = find_device(device), amp
-        self.encoder, self.decoder, self.word_map, _ = load_captioner(
-            os.fspath(model), self.device, word_map)
-        self.words = {i: word for word, i in self.word_map.items()}
-
-    def __call__(self, images, **options):
-        """
-        images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
-        these, a list or an array (N, H, W, 3)
-        options: of `each`
-
-        Returns a Captioned, for several images a list. Raises UserError for one it cannot read.
-        """
-        several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
-            images, Image.Image)
-        found = list(self.each(list(images) if several else [images], **options))
-        for result in found:
-            if isinstance(result, UserError):
-                raise result
-        return found if several else found[0]
-
-    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
-        """
-        Yield a Captioned for each of a list of images in order, or the UserError that reading it
-        gave. While the model works on a batch, threads read the next one.
-
-        batch_size: images at a time; n_best and search: of beam_search
-        """
-        batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
-        with ThreadPoolExecutor() as pool:
-            following = pool.map(_try_read, batches[0] if batches else [])
-            for sources, after in zip(batches, [*batches[1:], []]):
-                pixels, following = list(following), pool.map(_try_read, after)
-                good = [image for image in pixels if isinstance(image, torch.Tensor)]
-                captions = iter(())
-                if good:
-                    with torch.inference_mode(), autocast(self.device, self.amp):
-                        features = self.encoder(torch.stack(good).to(self.device))
-                        captions = iter(beam_search(self.decoder, features, self.word_map,
-                                                    beam_size, n_best=n_best, **search))
-                for source, image in zip(sources, pixels):
-                    yield image if isinstance(image, UserError) else self._put_in_words(
-                        source, next(captions))
-
-    def _put_in_words(self, source, caption):
-        n_best = [(" ".join(self.words[i] for i in c.words), c.score)
-                  for c in (caption, *caption.runners_up)]
-        return Captioned(source, [self.words[i] for i in caption.words], caption.alphas,
-                         caption.score, caption.finished, n_best)
-
-
-def read_any(source):
-    """uint8 (H, W, 3) of a path, a PIL image or an array; UserError if it is none of them"""
-    if isinstance(source, (str, os.PathLike)):
-        return read_rgb(os.fspath(source))
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    source = np.asarray(source)
-    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
-            (), (1,), (3,), (4,)) or 0 in source.shape:
-        raise UserError(f"an array {source.dtype} of {source.shape} is no image; pass uint8 of "
-                        f"(H, W), (H, W, 3) or (H, W, 4)")
-    return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
-
-
-def _try_read(source):
-    """uint8 (3, 256, 256), or the UserError that says why there is none."""
-    try:
-        return torch.from_numpy(squash(read_any(source)))
-    except UserError as error:
-        return error
-    except Exception as error:  # whatever a broken file sets off, the others get their turn
-        return UserError(f"{source} is not a readable image: {error!r}")
-
-
 def describe(captioned, args, alone):
     """
     What is printed of an image: a line per caption, or a JSON object.
@@ -273,19 +142,22 @@ def describe(captioned, args, alone):
     return "\n".join(f"{prefix}{score:.3f}\t{text}" for text, score in captioned.n_best)
 
 
-def draw(captioned, overlay, args):
-    """Save an image's overlay, and show it if asked to; UserError if that can't be done."""
+@contextmanager
+def written(path):
+    """Makes the folder of a file to write; what fails in the context becomes a UserError."""
     try:
-        os.makedirs(os.path.dirname(overlay) or ".", exist_ok=True)
-        figure = captioned.save(overlay, args.smooth)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{overlay} cannot be written: {error}") from None
-    if args.show:
-        import visualize
-        try:
-            visualize.show(figure)
-        except RuntimeError as error:
-            raise UserError(f"--show: {error}; open {overlay} instead") from None
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def show(captioned, overlay, args):
+    import visualize
+    try:
+        visualize.show(captioned.figure(args.smooth))
+    except RuntimeError as error:
+        raise UserError(f"--show: {error}; open {overlay} instead") from None
 
 
 def main():
@@ -293,10 +165,11 @@ def main():
     check(args)
     paths = find_images(args.img)
     alone = paths == args.img[:1]  # one file was asked for, not a folder that happens to hold one
-    overlays = overlay_paths(paths, args.out, alone)
+    together = args.out and is_page(args.out) and not alone  # one page of all images
+    overlays = overlay_paths(paths, None if together else args.out, alone)
     captioner = Captioner(args.model or find_checkpoint(args.checkpoint_folder), args.word_map,
                           args.device, args.amp)
-    bad = 0
+    bad, captioned = 0, []
     results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **args.search)
     bar = tqdm(results, total=len(paths), unit="image", disable=alone or None)
     for overlay, result in zip(overlays, bar):
@@ -308,8 +181,18 @@ def main():
             continue
         tqdm.write(describe(result, args, alone), file=sys.stdout)
         sys.stdout.flush()
-        if not args.no_attention:
-            draw(result, overlay, args)
+        if args.no_attention:
+            continue
+        if together:
+            captioned.append(result)
+        else:
+            with written(overlay):
+                result.save(overlay, args.smooth)
+        if args.show:
+            show(result, overlay, args)
+    if captioned:
+        with written(args.out):
+            page.write_page(args.out, captioned, f"{len(captioned)} captions")
     if not args.no_attention and bad < len(paths):
         where = args.out or f"*{OVERLAY} beside the images"
         print(f"attention: {overlays[0] if alone else where}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import caption
+import captioner
 import checkpoints
 import utils
 import visualize
@@ -60,7 +62,7 @@ def photos(tmp_path):
 @pytest.fixture
 def run(model, monkeypatch, capsys):
     """Call the script; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(caption, "load_captioner", load_once)
+    monkeypatch.setattr(captioner, "load_captioner", load_once)
     def call(*arguments):
         argv = ["caption.py", f"--model={model}", "--max_len=6", "--device=cpu", "--img"]
         monkeypatch.setattr(sys, "argv", argv + [str(argument) for argument in arguments])
@@ -178,6 +180,27 @@ def test_out_is_a_file_for_one_image_and_a_folder_for_several(run, photos):
     assert overlays(photos) == []
 
 
+def test_a_page_holds_one_image_or_all(run, photos):
+    code, out, err = run(photos / "0.png", "--out", photos / "new" / "one.html", "--n_best=3")
+    assert code == 0 and f"attention: {photos / 'new' / 'one.html'}" in err
+    one = (photos / "new" / "one.html").read_text()
+    assert one.count("<article") == 1 and "3 best captions" in one
+    assert all(score.replace("-", "\u2212") in one for score in re.findall(r"-\d+\.\d{3}", out))
+    (photos / "1.png").write_bytes(b"no image at all")
+    code, out, err = run(photos, "--out", photos / "all.html")
+    assert code == 2 and "1 of 5 images" in err
+    page = (photos / "all.html").read_text()
+    assert page.count("<article") == 4 and "<title>4 captions</title>" in page
+    assert re.findall(r'<article[^>]* aria-label="(.*?)"', page) == [
+        f"{i}.png" for i in (0, 2, 3, 4)]
+    assert overlays(photos) == []
+
+
+def test_a_notebook_shows_the_view(model, photos):
+    captioned = caption.Captioner(model, device="cpu")(photos / "0.png", max_len=6)
+    assert "<article" in captioned._repr_html_() and captioned.text in captioned._repr_html_()
+
+
 def test_overlay_has_a_panel_per_word():
     image = np.zeros((30, 40, 3), dtype=np.uint8)
     for count in (0, 1, 4, 5, 50):
@@ -268,40 +291,40 @@ def test_works_without_a_display(model, photos):
 
 
 def test_captioner_takes_paths_pictures_arrays_and_lists_of_them(model, photos):
-    captioner = caption.Captioner(model, device="cpu")
+    model = caption.Captioner(model, device="cpu")
     paths = sorted(photos.glob("*.png"))
-    expected = captioner(paths, max_len=6, batch_size=2)
+    expected = model(paths, max_len=6, batch_size=2)
     assert [c.name for c in expected] == [str(path) for path in paths]
     assert len({c.text for c in expected}) > 1
     pictures = [Image.open(path) for path in paths]
     arrays = [np.asarray(picture) for picture in pictures]
     for kind in (list(map(str, paths)), tuple(pictures), arrays):
-        for found, one in zip(captioner(kind, max_len=6), expected):
+        for found, one in zip(model(kind, max_len=6), expected):
             assert (found.text, found.words, found.finished) == (one.text, one.words, one.finished)
             assert found.score == pytest.approx(one.score, abs=1e-4)
             np.testing.assert_allclose(found.attention, one.attention, atol=1e-5)
             np.testing.assert_array_equal(found.image, one.image)
-        alone = captioner(kind[3], max_len=6)
+        alone = model(kind[3], max_len=6)
         assert alone.text == expected[3].text and alone.attention.shape == (len(alone.words), 196)
-    batch = captioner(np.stack([np.asarray(p.resize((50, 40))) for p in pictures]), max_len=6)
+    batch = model(np.stack([np.asarray(p.resize((50, 40))) for p in pictures]), max_len=6)
     assert len(batch) == 5 and batch[0].image.shape == (40, 50, 3)
-    assert captioner([]) == []
-    grey = captioner(np.zeros((20, 30), np.uint8), max_len=6)
+    assert model([]) == []
+    grey = model(np.zeros((20, 30), np.uint8), max_len=6)
     assert grey.image.shape == (20, 30, 3) and grey.name == "image"
-    best = captioner(pictures[0], beam_size=4, n_best=4)
+    best = model(pictures[0], beam_size=4, n_best=4)
     scores = [score for _, score in best.n_best]
     assert best.n_best[0] == (best.text, best.score) and scores == sorted(scores, reverse=True)
     assert len(scores) == 4
 
 
 def test_captioner_says_what_it_cannot_read(model, photos, tmp_path):
-    captioner = caption.Captioner(str(model), device="cpu")
+    model = caption.Captioner(str(model), device="cpu")
     with pytest.raises(UserError, match="nowhere.jpg not found"):
-        captioner([photos / "0.png", "nowhere.jpg"])
+        model([photos / "0.png", "nowhere.jpg"])
     for array in (np.zeros((20, 30, 3)), np.zeros((20, 30, 2), np.uint8), np.zeros((0, 3), "u1")):
         with pytest.raises(UserError, match="is no image; pass uint8"):
-            captioner(array)
-    one = captioner(photos / "1.png", max_len=6)
+            model(array)
+    one = model(photos / "1.png", max_len=6)
     one.save(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size[0] > 100
 
