@@ -5,12 +5,14 @@ captions of two models.
     python eval.py --model BEST_checkpoint_X.pth.tar --beam_sizes 1 3 5
     python eval.py --model BEST_checkpoint_X.pth.tar --metrics all --bootstrap 1000
     torchrun --nproc_per_node=4 eval.py --model BEST_checkpoint_X.pth.tar
+    python eval.py --report report.html          # best, worst and random images, with attention
     python eval.py --compare A.json B.json
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,6 +24,7 @@ from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
 from files import Parser, UserError, read_json, write_json
 from metrics import attention_hits
+from report import write_report
 from search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
 
@@ -50,6 +53,11 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of the resamples")
     add("--results", metavar="FILE", help="write the captions of the last beam size as JSON, with "
         "each image's scores if --metrics is given")
+    add("--report", metavar="FILE", help="write a page of metrics with intervals, lengths, and "
+        "best, worst and random images at the last beam size; with all metrics and 1000 resamples "
+        "if not told otherwise")
+    add("--image_folder", help="where the photographs are, for --report; without it they are shown "
+        "as the model sees them, squashed to a square")
     add("--compare", nargs=2, metavar=("A.json", "B.json"),
         help="compare two files of --results, without model and data; all metrics if not given")
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
@@ -62,6 +70,9 @@ def get_args(argv=None):
         parser.error(f"--bootstrap is {args.bootstrap}, it must be at least 1")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, it must not be negative")
+    if args.report and not args.metrics:
+        args.metrics = ["all"]
+    args.bootstrap = args.bootstrap or (1000 if args.report else None)
     args.search = search_options(args)
     args.names = scorers.parse_names(args.metrics or ["all" if args.compare else "bleu"])
     # The plain table stays comparable with those of training, whatever is installed.
@@ -82,10 +93,12 @@ def main(argv=None):
 
 
 def evaluate(args, processes):
-    if args.results and not Path(args.results).resolve().parent.is_dir():
-        raise UserError(f"the folder of --results {args.results} does not exist; make it first")
-    if args.results and Path(args.results).is_dir():
-        raise UserError(f"--results {args.results} is a folder; name a file in it")
+    for option in ("results", "report"):
+        file = getattr(args, option)
+        if file and not Path(file).resolve().parent.is_dir():
+            raise UserError(f"the folder of --{option} {file} does not exist; make it first")
+        if file and Path(file).is_dir():
+            raise UserError(f"--{option} {file} is a folder; name a file in it")
     path = args.model or find_checkpoint(args.checkpoint_folder)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)
@@ -99,12 +112,19 @@ def evaluate(args, processes):
     if not processes.first:
         return
     references = [data.entry(i)["references"] for i in range(len(data))]
-    print(f"{path} on {len(data)} {args.split} images of {name}")
-    measured = report(list(zip(*found)), references, read_training(args, name), nouns, args)
+    title = f"{path} on {len(data)} {args.split} images of {name}"
+    print(title)
+    measured, notes = print_table(list(zip(*found)), references, read_training(args, name), nouns,
+                                  args)
     if args.results:
         write_results(args.results, data, [captions[-1] for captions in found],
                       scorers.scores_by_image(measured[-1]) if args.metrics else None)
         print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
+    if args.report:
+        write_report(args.report, title, args.beam_sizes, measured, args.names, notes,
+                     args.bootstrap, args.seed, data, [captions[-1] for captions in found],
+                     args.image_folder)
+        print(f"the report is {args.report}")
 
 
 def read_training(args, name):
@@ -119,10 +139,10 @@ def read_training(args, name):
                         f"create_input_files.py again") from None
 
 
-def report(by_beam, references, training, nouns, args):
+def print_table(by_beam, references, training, nouns, args):
     """
     Print the table. by_beam: per beam size the captions as `caption_split` gives them
-    Returns per beam size what `scorers.measure` does.
+    Returns per beam size what `scorers.measure` does, and the lines below the table.
     """
     systems = [[caption["words"] for caption in captions] for captions in by_beam]
     unseen = None if training is None else [[tuple(words) not in training for words in captions]
@@ -147,7 +167,7 @@ def report(by_beam, references, training, nouns, args):
         notes += scorers.bootstrap_note(args.names, args.bootstrap, args.seed)
     for note in notes:
         print(note)
-    return measured
+    return measured, notes
 
 
 def attention(captions):
@@ -176,7 +196,8 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     nouns: the words that name objects in this data set, if it knows any
 
     Returns, in every process, per image a list with one dictionary per beam size: words,
-    score (nats), and how many of its object words were looked at rightly (hits of object_words).
+    score (nats), how many of its object words were looked at rightly (hits of object_words) and,
+    for --report, the attention (T, P) of the last beam size.
     """
     words_of = {i: word for word, i in word_map.items()}
     batches = Batches(len(data), args.batch_size, False, 0, processes.rank, processes.world)
@@ -197,6 +218,8 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
                                              data.entry(i).get("objects", []), nouns)
                 found[-1][1].append({"words": words, "score": caption.score, "hits": hits,
                                      "object_words": total})
+            if args.report:
+                found[-1][1][-1]["attention"] = captions[-1].alphas.astype(np.float16)
     return [captions for _, captions in sorted(processes.gather(found), key=lambda row: row[0])]
 
 

@@ -47,8 +47,12 @@ def attention_page(captioned, title):
 
     Raises ValueError unless there is one row of attention per word and P is a square.
     """
-    views = [_view(one, "h2") for one in captioned]
-    count = "" if len(views) == 1 else f"{len(views)} photographs. "
+    count = "" if len(captioned) == 1 else f"{len(captioned)} photographs. "
+    return document(title, count + HINT, [view(one, "h2") for one in captioned])
+
+
+def document(title, lead, parts):
+    """A whole HTML document. title, lead: texts; parts: HTML, `view`'s among it"""
     # The browser itself sees to it that the page asks for nothing and runs no script but ours.
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -62,13 +66,13 @@ def attention_page(captioned, title):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
         '<link rel="icon" href="data:,">',  # without it, browsers ask a server for one
-        f"<title>{_escape(title)}</title>",
+        f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
         "</head>",
         "<body>",
-        f'<header><h1>{_escape(title)}</h1><p class="sat-quiet">{count}{HINT}</p></header>',
+        f'<header><h1>{escape(title)}</h1><p class="sat-quiet">{escape(lead)}</p></header>',
         "<main>",
-        *views,
+        *parts,
         "</main>",
         f"<script>{SCRIPT}</script>",
         "</body>",
@@ -82,7 +86,7 @@ def fragment(captioned):
     The same view of one image, for a notebook's cell. Style and script touch only such views, and
     any number of them may stand in one document.
     """
-    return f"<style>{STYLE}</style>\n{_view(captioned, 'p', HINT)}\n<script>{SCRIPT}</script>\n"
+    return f"<style>{STYLE}</style>\n{view(captioned, 'p', HINT)}\n<script>{SCRIPT}</script>\n"
 
 
 def write_page(path, captioned, title):
@@ -92,17 +96,17 @@ def write_page(path, captioned, title):
         file.write(content)
 
 
-def _view(captioned, heading, hint=""):
+def view(captioned, heading, hint=""):
     """The <article> of one image. heading: the tag around its name; hint: while no word is shown"""
     words, attention = captioned.words, np.asarray(captioned.attention, dtype=np.float32)
     side = math.isqrt(attention.shape[-1])
     if attention.shape != (len(words), side * side):
         raise ValueError(f"{len(words)} words, but attention of shape {attention.shape}")
-    image, name = captioned.image, _escape(os.path.basename(captioned.name) or captioned.name)
+    image, name = captioned.image, escape(os.path.basename(captioned.name) or captioned.name)
     # Only one word can be reached with the tab key, from there the arrow keys go on.
     options = " ".join(
         f'<span class="sat-word" role="option" aria-selected="false" tabindex="{-(i > 0)}" '
-        f'data-where="{_where(alpha)}">{_escape(word)}</span>'
+        f'data-where="{_where(alpha)}">{escape(word)}</span>'
         for i, (word, alpha) in enumerate(zip(words, attention.reshape(-1, side, side))))
     return "\n".join([
         f'<article class="sat" aria-label="{name}" data-side="{side}" '
@@ -110,7 +114,7 @@ def _view(captioned, heading, hint=""):
         f'<{heading} class="sat-name" dir="auto">{name}</{heading}>',
         '<div class="sat-view">',
         f'<div class="sat-picture" style="--ratio:{image.shape[1] / image.shape[0]:.5f}">'
-        f'<img alt="{_escape(" ".join(words))}" src="{_jpeg(image)}">'
+        f'<img alt="{escape(" ".join(words))}" src="{_jpeg(image)}">'
         '<canvas aria-hidden="true"></canvas></div>',
         '<div class="sat-text">',
         f'<div class="sat-words" role="listbox" aria-orientation="horizontal" '
@@ -133,7 +137,7 @@ def _candidates(captioned):
     return [
         f'<p class="sat-label sat-quiet">{label}</p>',
         f'<ol class="sat-list" aria-label="{label}">',
-        *(f'<li><div class="sat-row"><span dir="auto">{_escape(text)}</span> '
+        *(f'<li><div class="sat-row"><span dir="auto">{escape(text)}</span> '
           f'<span class="sat-nats">{_nats(score)}</span></div></li>'
           for text, score in captioned.n_best),
         "</ol>",
@@ -147,12 +151,12 @@ def _references(references):
     return [
         f'<details class="sat-references"><summary class="sat-quiet">{count}</summary>',
         '<ul class="sat-list">',
-        *(f'<li dir="auto">{_escape(text)}</li>' for text in references),
+        *(f'<li dir="auto">{escape(text)}</li>' for text in references),
         "</ul></details>",
     ]
 
 
-def _escape(text):
+def escape(text):
     """Text as HTML that shows it as it is. What UTF-8 cannot say, as in file names, is spelt."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return html.escape(text.replace("\0", "\N{REPLACEMENT CHARACTER}"))

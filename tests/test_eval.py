@@ -1,18 +1,22 @@
 """eval.py as a user runs it: every metric, intervals, comparing two files; nothing is trained."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scenes import NAME, write_scenes
 
 import eval as evaluation
 import jars
+import report
 import scorers
 from comparison import compare
+from datasets import CaptionDataset
 from files import UserError
 from metrics import bleu
 
@@ -31,8 +35,9 @@ def data(tmp_path_factory):
 def spoken(data, monkeypatch):
     """eval.py with a model that says the same of every image: main(*options) -> printed lines"""
     def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
-        return [[{"words": SAID.split()[:i + 2], "score": -1.0, "hits": 0, "object_words": 0}
-                 for _ in args.beam_sizes] for i in range(len(data))]
+        return [[{"words": SAID.split()[:i + 2], "score": -1.0, "hits": 0, "object_words": 0,
+                  "attention": np.eye(196)[:i + 2]} for _ in args.beam_sizes]
+                for i in range(len(data))]
 
     monkeypatch.setattr(evaluation, "caption_split", caption_split)
     monkeypatch.setattr(evaluation, "load_captioner", lambda *_: (None, None, {}, None))
@@ -204,3 +209,48 @@ def test_ptb_tokens_without_java_are_refused(spoken, no_java):
 def test_names_are_taken_in_any_case_and_put_in_order():
     assert scorers.parse_names(["cider-d", "Bleu"]) == [*scorers.BLEU, "CIDEr-D"]
     assert scorers.parse_names(["ALL"]) == list(scorers.NAMES)
+
+
+def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_images(
+        spoken, tmp_path, capsys, data, no_java, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", 3)
+    options = [*spoken, "--beam_sizes", "1", "2", "--bootstrap", "50"]
+    evaluation.main([*options, "--report", str(tmp_path / "r.html"),
+                     "--results", str(tmp_path / "r.json")])
+    printed = capsys.readouterr().out
+    html = (tmp_path / "r.html").read_text()
+    _, heading, one, low, high, *_ = printed.splitlines()
+    names = heading.replace("ROUGE-L", "ROUGE_L").split()[1:-1]  # the last is attention
+    cells = re.findall(r"<td>(.*?)<br><span class=\"sat-quiet\">(.*?)</span>", html)
+    assert len(cells) == 2 * len(names)
+    for (value, spread), a, b, c in zip(cells, one.split()[1:], low.split()[1:], high.split()[1:]):
+        assert value == a and (spread == f"{b}–{c}" or spread == "" and b == "–")
+    scores = {row["filename"]: row["scores"]["CIDEr-D"]
+              for row in json.loads((tmp_path / "r.json").read_text())}
+    shown = re.findall(r'<article[^>]* aria-label="(.*?) · CIDEr-D (.*?)"', html)
+    assert len(shown) == 9 and all(float(x) == pytest.approx(scores[name], abs=0.05)
+                                   for name, x in shown)
+    ranked = sorted(scores.values(), reverse=True)
+    assert [scores[name] for name, _ in shown[:6]] == ranked[:3] + ranked[:-4:-1]
+    assert len({name for name, _ in shown[6:]}) == 3
+    assert html.count("5 references") == 9 and "captions, 5.5 on average" in html  # 2 to 9 words
+    assert html.count("<title>") == 1 + 2 * max(10, 1 + max(
+        len(words) for i in range(8) for words in CaptionDataset(
+            data, NAME, "TEST").entry(i)["references"]))
+
+
+def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
+        spoken, tmp_path, data, no_java):
+    path = str(tmp_path / "r.html")
+    evaluation.main([*spoken, "--report", path, "--bootstrap", "5"])
+    assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"1.00000"}
+    (tmp_path / "wide").mkdir()
+    for picture in (data / "demo").glob("*.png"):
+        Image.open(picture).resize((60, 30)).save(tmp_path / "wide" / picture.name)
+    evaluation.main([*spoken, "--report", path, "--bootstrap", "5", "--image_folder",
+                     str(tmp_path / "wide")])
+    assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"2.00000"}
+    with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):
+        evaluation.main([*spoken, "--report", path, "--image_folder", str(tmp_path)])
+    with pytest.raises(UserError, match="--report .* is a folder"):
+        evaluation.main([*spoken, "--report", str(tmp_path)])
