@@ -30,7 +30,7 @@ def write_report(path, title, beam_sizes, measured, names, notes, bootstrap, see
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     some = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
     parts = [_table(beam_sizes, measured, names, bootstrap, seed),
-             *(f'<p class="sat-quiet">{page.escape(note)}</p>' for note in notes),
+             f'<p class="sat-quiet">{"<br>".join(map(page.escape, notes))}</p>',
              *_lengths(data, captions)]
     for heading, rows in ((f"Best by {by}", order[:SHOWN]),
                           (f"Worst by {by}", order[:-SHOWN - 1:-1]), ("At random", some)):
