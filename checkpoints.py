@@ -3,7 +3,8 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
 
 A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (what
 builds them), `word_map`, and in training also `options`, `progress`, `bleu4` and all that is
-needed to go on exactly where the run stood.
+needed to go on exactly where the run stood. With train.py's --ema, `encoder` and `decoder` are the
+averages, and the weights themselves stand in `trained`.
 
 Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without their
 code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORDMAP.json

@@ -50,7 +50,7 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
 
     with interrupts.held():
         step = first
-        for rows, batch in zip(loader.sampler, map(list, bar)):
+        for batch, rows in zip(map(list, bar), loader.sampler):
             # The loss is a mean over the words of the joint batch, whoever holds them.
             words, captions, stop, due = processes.sum(
                 int((batch[2] - 1).sum()), objective.captions(batch[2]), bool(interrupts.signum),
@@ -66,6 +66,7 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
             _set_learning_rate(optimizer, (epoch - 1) * steps + step, args.epochs * steps, args)
             share = Share(words / processes.world, captions / processes.world)
             optimizer.zero_grad(set_to_none=True)
+            step_loss = 0.0
             if args.augment:
                 batch[0] = augment(*batch[:2], word_map)
             for images, *part in _parts(rows, batch, args.accumulate):
@@ -74,21 +75,21 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
                                                 args.fine_tune_encoder)
                     loss, amount, right = objective(decoder, features, *part[1:], images, share)
                 scaler.scale(loss).backward()
-                loss = loss.detach()
-                bad = torch.where(loss.isfinite(), bad, bad.clamp(max=step))
+                step_loss = step_loss + loss.detach()
                 total, correct = total + amount, correct + right
+            bad = torch.where(step_loss.isfinite(), bad, bad.clamp(max=step))
             scaler.unscale_(optimizer)
             clip_grad_value_(parameters, args.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            average.update()
+            average.update((epoch - 1) * steps + step)
             objective.step_done(processes)
 
             words_seen, captions_seen = words_seen + int(words), captions_seen + int(captions)
             if step % 20 == 0 or processes.device.type == "cpu":
                 _check_finite(bad, (), epoch, step + 1)
                 if not bar.disable:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                    bar.set_postfix(loss=f"{step_loss.item():.3f}")
             step += 1
         keep_progress(step)
     total, correct, *_, seconds = progress["sums"]
@@ -155,7 +156,7 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
     free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
     all_words = int((data.lengths - 1).sum())
     bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.first else True)
-    for rows, (images, captions, lengths) in zip(batches, bar):
+    for (images, captions, lengths), rows in zip(bar, batches):
         with autocast(processes.device, args.amp):
             features, captions = _encode(encoder, images, captions, processes.device, False)
             scores, targets, alphas = decoder(features, captions, lengths)

@@ -46,6 +46,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the options")
 
+    def parse_args(self, *args, **kwargs):
+        """argparse does not look at choices of defaults, which may come from anybody's file."""
+        options = super().parse_args(*args, **kwargs)
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if action.choices and value is not None and value not in action.choices:
+                self.error(f"--{action.dest} is {ascii(value)[:50]}, not one of "
+                           f"{', '.join(action.choices)}")
+        return options
+
 
 def read_text(path, next_step=""):
     """

@@ -164,6 +164,17 @@ class _Energy(torch.autograd.Function):
         return d_query * weight, (d_query * query).sum((0, 1)), None, None, None
 
 
+def log_softmax_parts(scores, targets):
+    """
+    The two parts of a log-probability, target's score and logsumexp, each (W,) in float32 at least,
+    without a second tensor of the scores' size. scores (W, V), targets (W,)
+    """
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    rows = _at_a_time(scores, scores.shape[1])
+    totals = torch.cat([part.to(dtype).logsumexp(1) for part in scores.split(rows)])
+    return scores.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype), totals
+
+
 class CrossEntropy(torch.autograd.Function):
     """
     `CrossEntropy.apply(scores, targets, weights, smoothing)`: F.cross_entropy's sum over the words,
@@ -176,15 +187,13 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, targets, weights, smoothing):
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        rows = _at_a_time(scores, scores.shape[1])
-        totals = torch.cat([part.to(dtype).logsumexp(1) for part in scores.split(rows)])
+        chosen, totals = log_softmax_parts(scores, targets)
         ctx.save_for_backward(scores, targets, totals, weights)
         ctx.smoothing = smoothing
-        losses = totals - (1 - smoothing) * scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+        losses = totals - (1 - smoothing) * chosen
         if smoothing:
-            losses = losses - smoothing * scores.mean(1, dtype=dtype)
-        return losses.sum() if weights is None else losses @ weights.to(dtype)
+            losses = losses - smoothing * scores.mean(1, dtype=totals.dtype)
+        return losses.sum() if weights is None else losses @ weights.to(totals.dtype)
 
     @staticmethod
     @once_differentiable

@@ -152,9 +152,16 @@ def look_at_random(alpha, hard):
     Hard attention in training: a place drawn from alpha (n, R, P), equation 8, for the captions
     for which hard (N, R) is true; the others see the expectation.
     """
-    n, r, p = alpha.shape
-    places = alpha.detach().view(n * r, p).multinomial(1).view(n, r)
-    return torch.where(hard[:n, :r, None], look_at_one_place(alpha, places), alpha)
+    n, r, _ = alpha.shape
+    return torch.where(hard[:n, :r, None], look_at_one_place(alpha, draw(alpha.detach())), alpha)
+
+
+def draw(probabilities):
+    """
+    One place of each row (..., K), as often as its probability: (...) ids. The first to come of K
+    waiting times of these rates; of what is not finite any, for the loss to tell.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
 class DecoderWithAttention(nn.Module):
@@ -265,7 +272,7 @@ class DecoderWithAttention(nn.Module):
         goes on from a word drawn by the model itself. read (M, 4 H), of the true words; h (M, H)
         """
         with torch.no_grad():
-            drawn = draw(self.fc(h))
+            drawn = draw(self.fc(h).softmax(-1))
         own = torch.rand(len(h), device=h.device) < probability
         return torch.where(own.unsqueeze(1), self.read(drawn, image), read)
 
@@ -308,11 +315,6 @@ class DecoderWithAttention(nn.Module):
             0, plan.cells, x).view(shape) for x in map(torch.cat, (alphas, seen)[:1 + bool(hard)])]
         scores = self.scores(hidden.index_select(0, plan.by_caption))
         return scores, words[plan.words[plan.by_caption] + 1], *looks
-
-
-def draw(scores):
-    """One word for each row of scores (M, V), by their softmax: (M,) ids"""
-    return scores.float().softmax(-1).multinomial(1).squeeze(1)
 
 
 class Plan(NamedTuple):

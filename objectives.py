@@ -15,9 +15,8 @@ a scalar to go backward from. total and correct are tensors to be added up over 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from kernels import CrossEntropy
+from kernels import CrossEntropy, log_softmax_parts
 from metrics import CiderD, top_k_correct
 from search import sample
 
@@ -125,10 +124,10 @@ class HardAttention(TeacherForcing):
 
 def caption_log_probs(scores, targets, lengths):
     """(N, R): the log-probability of each caption in nats; the arguments are forward's"""
-    log_p = -F.cross_entropy(scores.float(), targets, reduction="none")
+    chosen, totals = log_softmax_parts(scores, targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
-    return log_p.new_zeros(lengths.numel()).index_add_(
-        0, caption.to(log_p.device), log_p).view(lengths.shape)
+    return chosen.new_zeros(lengths.numel()).index_add_(
+        0, caption.to(chosen.device, non_blocking=True), chosen - totals).view(lengths.shape)
 
 
 def choice(alphas, seen, reward, lambda_e):
@@ -164,8 +163,9 @@ class SelfCritical(Objective):
     def __call__(self, decoder, features, captions, lengths, images, share):
         captions, lengths = sample(getattr(decoder, "module", decoder), features.detach(),
                                    self.word_map, self.samples, self.max_len)
-        scores, targets, alphas = decoder(features, captions, lengths)  # a GPU is busy with it ...
-        rewards = self.reward(images, captions, lengths)  # ... while the CPU does this
+        drawn = captions.cpu()  # before the forward pass: a GPU is busy with that ...
+        scores, targets, alphas = decoder(features, captions, lengths)
+        rewards = self.reward(images, drawn, lengths)  # ... while the CPU does this
         loss = self_critical_loss(scores, targets, lengths, rewards.to(scores.device),
                                   share.captions)
         loss = loss + self.alpha_c * unbalance(alphas).sum() / share.captions

@@ -3,9 +3,10 @@ The model that a phase of training begins with, its learning rate from step to s
 average of its weights.
 """
 
+import copy
 import math
 
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
 
 import checkpoints
 from files import UserError
@@ -63,8 +64,8 @@ def from_checkpoint(checkpoint, args, word_map):
 def learning_rate(step, steps, warmup, cosine):
     """
     The factor of the learning rate at a step, counted from 0: it rises in a line over the warm-up,
-    then stays at 1 or, with cosine, falls to 0 at the last of so many steps, in half a cosine. None
-    where neither has a say.
+    then stays at 1 or, with cosine, falls in half a cosine that would reach 0 after so many steps.
+    None where neither has a say.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -75,34 +76,46 @@ def learning_rate(step, steps, warmup, cosine):
 
 class Average:
     """
-    The exponential moving average of the weights that are trained: `update()` after each step.
+    The exponential moving average of the weights that are trained: `update(step)` after each step.
 
-    decay: what the average keeps of itself at each step; 0: no average, its models are those that
+    decay: what the average keeps of itself at each step, at most (1 + step) / (10 + step): else it
+    would long be one of random weights; 0: no average, `encoder` and `decoder` are those that
     are trained
     """
 
     def __init__(self, encoder, decoder, decay):
-        self.trained = {"encoder": encoder, "decoder": decoder}
-        self.encoder, self.decoder, self._averages = encoder, decoder, []
+        self.encoder, self.decoder, self.decay = encoder, decoder, decay
+        self._trained, self._pairs = {"encoder": encoder, "decoder": decoder}, []
         if decay:
-            average = {"multi_avg_fn": get_ema_multi_avg_fn(decay)}
-            self._averages = [(AveragedModel(decoder, **average), decoder)]
-            self.decoder = self._averages[0][0].module
+            self.decoder = self._averaged(decoder)
             if any(p.requires_grad for p in encoder.parameters()):
-                self._averages.append((AveragedModel(encoder, **average), encoder))
-                self.encoder = self._averages[1][0].module
+                self.encoder = self._averaged(encoder)
 
-    def update(self):
-        for average, model in self._averages:
-            average.update_parameters(model)
+    def _averaged(self, model):
+        average = copy.deepcopy(model)
+        for mean, weight in zip(average.parameters(), model.parameters()):
+            if weight.requires_grad:
+                self._pairs.append((mean.requires_grad_(False), weight))
+        return average
+
+    @torch.no_grad()
+    def update(self, step):
+        """step: how many were done before this one"""
+        if self._pairs:
+            keep = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(*map(list, zip(*self._pairs)), 1 - keep)
 
     def state(self):
         """What a checkpoint keeps of it besides the average: the weights that are trained."""
-        return {name: model.state_dict() for name, model in self.trained.items()} \
-            if self._averages else None
+        return {name: model.state_dict() for name, model in self._trained.items()} \
+            if self.decay else None
 
     def load(self, state):
-        """Go on where `state` was taken, the models given at the start being the averages."""
-        for (average, model), name in zip(self._averages, ("decoder", "encoder")):
+        """
+        Go on where `state` was taken, the models given at the start being the averages. Raises
+        ValueError or RuntimeError unless it is of such models.
+        """
+        if not isinstance(state, dict) or state.keys() != self._trained.keys():
+            raise ValueError("it lacks the weights that its average is of")
+        for name, model in self._trained.items():
             model.load_state_dict(state[name])
-            average.n_averaged.fill_(1)  # at 0 the average would begin anew

@@ -54,6 +54,8 @@ def check_run(checkpoint, defaults, path):
     options, progress = checkpoint.get("options"), checkpoint.get("progress")
     if not isinstance(options, dict) or not isinstance(progress, dict):
         raise UserError(f"{path} is damaged: it has no options or no progress of a run")
+    if "best_bleu4" in progress:  # its name when BLEU-4 alone could decide
+        progress["best"] = progress.pop("best_bleu4")
     sums = progress.get("sums", new_progress()["sums"])
     numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0)]
     if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \

@@ -1,6 +1,5 @@
 """`beam_search` and `sample`: captions for a batch of images, on the decoder's device."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 
 from files import UserError
 from models import draw, look_at_likeliest
+
+MAX_LENGTH_PENALTY = 10  # beyond, only the length would count, and powers overflow
 
 
 def add_search_options(parser):
@@ -25,8 +26,9 @@ def search_options(args):
     """UserError unless they make sense."""
     if args.max_len < 1:
         raise UserError(f"--max_len is {args.max_len}, it must be at least 1")
-    if not 0 <= args.length_penalty < math.inf:
-        raise UserError(f"--length_penalty is {args.length_penalty}, it must be at least 0")
+    if not 0 <= args.length_penalty <= MAX_LENGTH_PENALTY:
+        raise UserError(f"--length_penalty is {args.length_penalty}, it must be 0 to "
+                        f"{MAX_LENGTH_PENALTY}")
     return {"max_len": args.max_len, "length_penalty": args.length_penalty, "no_unk": args.no_unk,
             "look": look_at_likeliest if args.attention == "hard" else None}
 
@@ -56,14 +58,15 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     after max_len words, the best unfinished one is returned.
 
     Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size, if
-    length_penalty < 0 or if the decoder's scores are not finite.
+    length_penalty is not 0..10 or if the decoder's scores are not finite.
     """
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}, it must be at least 1")
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"n_best is {n_best}, it must be 1 to beam_size = {beam_size}")
-    if not length_penalty >= 0:
-        raise ValueError(f"length_penalty is {length_penalty}, it must be at least 0")
+    if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
+        raise ValueError(f"length_penalty is {length_penalty}, it must be 0 to "
+                         f"{MAX_LENGTH_PENALTY}")
     n, device = len(features), features.device
     if n == 0:
         return []
@@ -207,7 +210,7 @@ def sample(decoder, features, word_map, samples, max_len=50):
     for t in range(1, max_len + 1):
         read = decoder.read(words, image)
         state, *_ = decoder.step(read, state, image, (n, samples), open_)
-        words = draw(decoder.scores(state[0]))
+        words = draw(decoder.scores(state[0]).softmax(-1))
         captions[open_, t] = words
         going = (words != word_map["<end>"]).nonzero().squeeze(1)
         open_, words, state = open_[going], words[going], tuple(x[going] for x in state)

@@ -129,8 +129,9 @@ def get_args(argv=None, **defaults):
     if not args.sampling_max <= 1:
         parser.error(f"--sampling_max is {args.sampling_max}, it must be at most 1")
     if args.self_critical:
-        for name in ("attention", "sampling_max", "smoothing", "single_captions"):
-            if getattr(args, name) != parser.get_default(name):
+        for name, without in (("attention", "soft"), ("sampling_max", 0), ("smoothing", 0),
+                              ("single_captions", False)):
+            if getattr(args, name) != without:
                 parser.error(f"--{name} is of training on true captions, which --self_critical "
                              f"does without; leave one of the two out")
         if not args.checkpoint and not args.resume:
@@ -170,13 +171,15 @@ def get_run(argv):
         path = checkpoints.find_latest(args.checkpoint_folder)
     checkpoint = checkpoints.load(path)
     checkpoints.check_model(checkpoint, path)
-    check_run(checkpoint, vars(get_args([])), path)
+    check_run(checkpoint, vars(get_args([])), path)  # also brings older runs up to date
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
     kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings",
             "self_critical", "ema", "augment"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
         kept += ["batch_size", "single_captions", "seed", "attention", "accumulate"]
+    if options["warmup"] or options["cosine"]:  # which count steps
+        kept += ["batch_size", "single_captions", "warmup", "cosine"]
     for option in kept:
         if getattr(args, option) != options[option]:
             raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
@@ -252,12 +255,13 @@ def train(args, checkpoint, processes):
             load_optimizer(optimizer, checkpoint["optimizer"], progress["epoch"] > 0)
             scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
             if args.ema:
-                average.load(checkpoint["trained"])
+                average.load(checkpoint.get("trained"))
             objective.baseline = torch.tensor(progress["baseline"])
             if progress["step"] > batches.batches:
                 raise ValueError(f"{progress['step']} of {batches.batches} batches are done")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{args.resume} does not fit this run: {str(error)[:200]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{args.resume} does not fit this run: {reason}") from None
     log = open_log(args, name, progress["epoch"], processes)
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)

@@ -94,12 +94,19 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     decoder, features = tiny_decoder(dropout=0.5), torch.randn(1, 4, 3, dtype=torch.float64)
     rewards = {words: 3 * math.sin(7 * i) for i, words in enumerate(every_caption(2))}
     decoder.eval()  # without dropout, which the objective asks for
-    expected = sum(log_prob(decoder, features, words).exp() * reward
-                   for words, reward in rewards.items())
-    exact = -flat_gradient(expected, decoder)
+    expected, unbalanced = 0.0, 0.0
+    for words, reward in rewards.items():
+        p = log_prob(decoder, features, words).exp()
+        *_, alphas = decoder(features, torch.tensor([[[START, *words]]]),
+                             torch.tensor([[len(words) + 1]]))
+        expected = expected + p * reward
+        # Attention has a gradient of its own, in the captions drawn.
+        unbalanced = unbalanced + p.detach() * ((1 - alphas.sum(2)) ** 2).mean()
+    exact = flat_gradient(0.5 * unbalanced - expected, decoder)
 
-    objective = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.0,
+    objective = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
                              samples=3, max_len=2)
+    assert objective.captions(torch.zeros(400, 1)) == 1200
     assert not objective.dropout
     objective.reward = lambda images, captions, lengths: torch.tensor(
         [[rewards[tuple(c[1:n])] for c, n in zip(*rows)]
@@ -282,25 +289,28 @@ def test_reward_is_cider_d_on_words_end_included():
 def test_the_average_of_weights_equals_a_loop_by_hand():
     torch.manual_seed(0)
     decoder, encoder = make_decoder(), torch.nn.Linear(3, 3).requires_grad_(False)
-    average, expected = Average(encoder, decoder, 0.9), None
+    decoder.fine_tune_embeddings(False)
+    average = Average(encoder, decoder, 0.7)
     assert average.encoder is encoder and average.decoder is not decoder
-    for _ in range(6):
+    expected = [p.detach().clone() for p in decoder.parameters()]
+    for step in range(30):
+        keep = min(0.7, (1 + step) / (10 + step))  # 0.1, 0.18, ... from step 20 on 0.7
         with torch.no_grad():
-            for p in decoder.parameters():
-                p.add_(torch.randn_like(p))
-        average.update()
-        weights = [p.detach().clone() for p in decoder.parameters()]
-        expected = weights if expected is None else [
-            0.9 * a + 0.1 * w for a, w in zip(expected, weights)]
-        for ours, theirs in zip(average.decoder.parameters(), expected):
-            torch.testing.assert_close(ours, theirs)
-    assert not torch.equal(next(average.decoder.parameters()), next(decoder.parameters()))
+            for i, p in enumerate(decoder.parameters()):
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p))
+                expected[i] = keep * expected[i] + (1 - keep) * p
+        average.update(step)
+    for ours, theirs in zip(average.decoder.parameters(), expected):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(average.decoder.fc.weight, decoder.fc.weight)
+    assert torch.equal(average.decoder.embedding.weight, decoder.embedding.weight)
 
 
 def test_without_an_average_the_models_are_those_that_are_trained():
     decoder, encoder = make_decoder(), torch.nn.Linear(3, 3)
     average = Average(encoder, decoder, 0.0)
-    average.update()
+    average.update(0)
     assert average.decoder is decoder and average.encoder is encoder and average.state() is None
 
 

@@ -151,8 +151,9 @@ def test_wrong_beam_sizes_are_errors():
     for beam_size, n_best in ((0, 1), (-1, 1), (3, 4), (3, 0)):
         with pytest.raises(ValueError, match="it must be"):
             beam_search(decoder, features, WORD_MAP, beam_size, n_best=n_best)
-    with pytest.raises(ValueError, match="length_penalty is -1"):
-        beam_search(decoder, features, WORD_MAP, length_penalty=-1)
+    for length_penalty in (-1, 1000, float("nan")):
+        with pytest.raises(ValueError, match="length_penalty is .*, it must be 0 to 10"):
+            beam_search(decoder, features, WORD_MAP, length_penalty=length_penalty)
 
 
 def test_scores_that_are_not_numbers_are_an_error():

@@ -270,6 +270,115 @@ def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, 
         f"all saved; go on with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar")
 
 
+@pytest.mark.parametrize("options", [
+    ["--attention", "hard"], ["--sampling_max", "0.5", "--sampling_every", "1"],
+    ["--self_critical"]], ids=" ".join)
+def test_weights_that_are_not_finite_end_every_objective_in_one_line(
+        data, tmp_path, monkeypatch, options):
+    train.main(train_args(data, tmp_path / "1", "--epochs", "2"))
+    if "--self_critical" in options:
+        options = [*options, "--checkpoint", str(tmp_path / "1" / f"checkpoint_{NAME}.pth.tar")]
+    clip, calls = epochs.clip_grad_value_, itertools.count(1)
+
+    def lose(parameters, *args):
+        clip(parameters, *args)
+        if next(calls) == 4:  # the first batch of the second epoch
+            parameters[0].grad.fill_(math.nan)
+
+    monkeypatch.setattr(epochs, "clip_grad_value_", lose)
+    monkeypatch.setattr(epochs, "validate", lambda *args: {"bleu4": 1.0, "cider_d": 1.0})
+    with pytest.raises(train.UserError, match="epoch 2, batch .: .* is not finite"):
+        train.main(train_args(data, tmp_path / "2", "--epochs", "3", "--batch_size", "40",
+                              *options))
+
+
+def test_a_run_of_before_cider_d_could_decide_is_resumed(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    path = tmp_path / f"checkpoint_{NAME}.pth.tar"
+    checkpoint = torch.load(path, weights_only=True)
+    for new in ("trained", "baseline"):
+        checkpoint.pop(new, None), checkpoint["progress"].pop(new, None)
+    for option in ("attention", "self_critical", "ema", "warmup", "cosine", "augment"):
+        checkpoint["options"].pop(option)
+    checkpoint["progress"]["best_bleu4"] = checkpoint["progress"].pop("best") + 50
+    torch.save(checkpoint, path)
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
+    assert load(tmp_path)["progress"]["best"] >= 50 and load(tmp_path)["progress"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"self_critical": True, "single_captions": True}, "--single_captions is of training on true"),
+    ({"attention": "purple"}, "--attention is 'purple', not one of soft, hard"),
+    ({"ema": 0.5}, "it lacks the weights that its average is of"),
+    ({"cosine": True, "batch_size": 40}, "was run with batch_size 40, which a resumed run keeps"),
+])
+def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, options, message):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    path = tmp_path / f"checkpoint_{NAME}.pth.tar"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["options"] |= options
+    torch.save(checkpoint, path)
+    with pytest.raises(train.UserError, match=message) as error:
+        train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
+                    *["--batch_size", "80"] * ("batch_size" in options)])
+    assert "\n" not in str(error.value)
+
+
+def test_each_option_reaches_its_objective(data):
+    """Numbers that all differ, so that none can take another's place."""
+    images = train.CaptionDataset(data, NAME, "TRAIN")
+
+    def objective(*options):
+        return vars(train._objective(train.get_args(["--alpha_c", "0.5", *options]), images))
+
+    assert objective("--smoothing", "0.1") == {"alpha_c": 0.5, "smoothing": 0.1, "own": 0}
+    hard = objective("--attention", "hard", "--smoothing", "0.1", "--lambda_r", "0.2",
+                     "--lambda_e", "0.3")
+    assert {"alpha_c": 0.5, "smoothing": 0.1, "lambda_r": 0.2, "lambda_e": 0.3,
+            "sampled": 0.5}.items() <= hard.items()
+    critical = objective("--self_critical", "--checkpoint", "x", "--samples", "3")
+    assert {"alpha_c": 0.5, "samples": 3, "max_len": 50}.items() <= critical.items()
+
+
+def test_schedule_is_that_of_the_options_and_the_plateau_rule_stays_out_of_it(
+        data, tmp_path, monkeypatch):
+    seen, clip = [], epochs.clip_grad_value_
+
+    def keep_rate(*args):
+        clip(*args)
+        seen.append(optimizers[-1].param_groups[0]["lr"])
+
+    optimizers, adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kwargs: optimizers.append(
+        adam(*args, **kwargs)) or optimizers[-1])
+    monkeypatch.setattr(epochs, "clip_grad_value_", keep_rate)
+    train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "40", "--warmup", "2",
+                          "--cosine", "--decay_after", "1", "--decoder_lr", "1e-9"))
+    steps = len(seen)
+    assert steps == 9  # 3 an epoch
+    assert seen == pytest.approx([1e-9 * (0.5 if i == 0 else 0.5 + 0.5 * math.cos(
+        math.pi * max(0, i - 2) / (steps - 2))) for i in range(steps)])
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx(seen[2::3])
+
+
+def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(data, tmp_path):
+    """With no reward and no place drawn at random: what is left is the log-probability."""
+    script = tmp_path / "none_drawn.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train, objectives\n"
+                      "objectives.HardAttention.__init__.__defaults__ = (1e-12,)\ntrain.main()\n")
+    baselines = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        result = run_script(script, *train_args(
+            data, folder, "--epochs", "1", "--attention", "hard", "--dropout", "0", "--lambda_r",
+            "0", "--batch_size", "40", "--decoder_lr", "1e-6"), processes=processes)
+        assert result.returncode == 0, result.stderr
+        baselines.append(load(folder)["progress"]["baseline"])
+    assert baselines[0] == pytest.approx(baselines[1], rel=1e-4)
+    # About 11 words of 1 in 34 each, of which the average has seen 1 - 0.9 ** 3.
+    assert -20 < baselines[0] < -6
+
+
 @pytest.mark.parametrize("broken", ["loss", "weight"])
 def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
         data, tmp_path, monkeypatch, broken):
@@ -548,7 +657,8 @@ def test_self_critical_training_raises_the_reward_and_saves_the_best_cider_d(
 
 @pytest.mark.parametrize("options", [
     ["--attention", "hard", "--sampling_max", "0.2", "--sampling_every", "1", "--ema", "0.9"],
-    ["--self_critical"], ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
+    ["--self_critical", "--amp", "bf16", "--samples", "3"],
+    ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
     ids=" ".join)
 def test_every_objective_trains_in_two_processes(data, tmp_path, options):
     args = train_args(data, tmp_path / "1", "--epochs", "1")
@@ -560,14 +670,36 @@ def test_every_objective_trains_in_two_processes(data, tmp_path, options):
     assert result.returncode == 0, result.stderr
     figures = rows(tmp_path / "2")
     assert len(figures) == 2 and all(math.isfinite(x) for row in figures for x in row.values())
+    before, after = load(tmp_path / "1")["decoder"], load(tmp_path / "2")["decoder"]
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still in ([], ["attention.full_att.bias"])  # which no softmax can feel
 
 
-def test_the_average_of_the_weights_is_what_is_saved_and_validated(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path, "--epochs", "3", "--ema", "0.8"))
+def test_the_average_of_the_weights_is_what_is_saved_and_validated(
+        data, tmp_path, capsys, monkeypatch):
+    means, step = [], torch.optim.Adam.step
+
+    def average_by_hand(optimizer, *args, **kwargs):
+        weights = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        means[:] = means or weights
+        result = step(optimizer, *args, **kwargs)
+        keep = min(0.8, (1 + len(counted)) / (10 + len(counted)))
+        counted.append(1)
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            means[i] = keep * means[i] + (1 - keep) * p.detach()
+        return result
+
+    counted = []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.Adam, "step", average_by_hand)
+        train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "40",
+                              "--ema", "0.8"))
     last = load(tmp_path)
+    for ours, theirs in zip(last["decoder"].values(), means):  # no buffers: the same order
+        torch.testing.assert_close(ours, theirs)
     assert not same(last["decoder"], last["trained"]["decoder"])
     assert same(last["encoder"], last["trained"]["encoder"])
-    train.main(train_args(data, tmp_path / "plain", "--epochs", "3"))
+    train.main(train_args(data, tmp_path / "plain", "--epochs", "3", "--batch_size", "40"))
     assert same(load(tmp_path / "plain")["decoder"], last["trained"]["decoder"])
     assert load(tmp_path / "plain")["trained"] is None
     capsys.readouterr()
@@ -742,7 +874,7 @@ def test_single_captions_train_too(data, tmp_path):
     ("train.py", ["--self_critical"], "needs a trained model to start from, --checkpoint FILE"),
     ("train.py", ["--self_critical", "--attention", "hard", "--checkpoint", "x"],
      "--attention is of training on true captions, which --self_critical does without"),
-    ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be at least 0"),
+    ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be 0 to 10"),
     ("eval.py", ["--max_len", "0"], "--max_len is 0, it must be at least 1"),
     ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
     ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
