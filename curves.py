@@ -1,0 +1,148 @@
+"""How training went: the figures that train.py logs after each epoch, as small multiples."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from files import UserError, read_text
+
+# The panels: what stands above, and the keys of a row with their names and line styles.
+PANELS = [
+    ("Loss, nats per word", {"train_loss": ("training", "--"), "val_loss": ("validation", "-")}),
+    ("Reward: CIDEr-D / 100 of drawn captions", {"train_reward": ("", "-")}),
+    ("BLEU-4 of validation", {"bleu4": ("free-running", "-"),
+                              "teacher_forced_bleu4": ("teacher-forced", "--")}),
+    ("CIDEr-D of validation", {"cider_d": ("", "-")}),
+    ("Learning rate", {"lr": ("", "-")}),
+    ("Captions per second of training", {"captions_per_second": ("", "-")}),
+]
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#444444", "#e69f00"]
+WIDTH, HEIGHT = 4.0, 2.5  # inches, of a panel
+DPI = 120  # pixels per inch
+LONGEST = 45  # letters of a name
+
+
+class Run(NamedTuple):
+    name: str
+    epochs: list  # counted on from phase to phase, increasing
+    rows: list  # a dictionary of numbers for each
+    starts: list  # indices of the rows that begin a phase
+
+
+def read_run(path, name):
+    """
+    A Run from the JSON lines of log_NAME.jsonl. A line that a kill has cut off is skipped, and
+    said so on stderr; UserError for a file without any row.
+    """
+    rows, starts, epochs, skipped = [], [], [], []
+    before = last = 0  # epochs of the phases before, the last epoch of this one
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        row = _row(line)
+        if row is None:
+            skipped += [str(number)] * bool(line.strip())
+            continue
+        if row["epoch"] <= last or not rows:
+            starts.append(len(rows))
+            before, last = before + last, 0
+        last = row["epoch"]
+        epochs.append(before + last)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no row of a training log; pass a log_NAME.jsonl of train.py")
+    if skipped:
+        print(f"{path}: no row of a log, skipped: line {', '.join(skipped)}", file=sys.stderr)
+    return Run(name, epochs, rows, starts)
+
+
+def _row(line):
+    """The finite numbers of a line by their keys; None unless it has an epoch and one of ours."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int or not 0 < row["epoch"] < 1e9:
+        return None
+    row = {key: value for key, value in row.items()
+           if type(value) in (int, float) and abs(value) < 1e12}  # nan is no less either
+    return row if any(key in row for _, keys in PANELS for key in keys) else None
+
+
+def name_runs(paths):
+    """What tells the runs apart: their folders if these differ, else their files, else paths."""
+    paths = [Path(path).absolute() for path in paths]
+    for names in ([path.parent.name for path in paths], [path.stem for path in paths]):
+        if len(set(names)) == len(paths):
+            return names
+    return [str(path) for path in paths]
+
+
+def draw_curves(runs):
+    """
+    A matplotlib Figure with a panel for each figure that some Run has: a line for each run, broken
+    where a new phase begins, at a thin upright line.
+    """
+    panels = [(title, keys) for title, keys in PANELS
+              if any(key in row for run in runs for row in run.rows for key in keys)]
+    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure((columns * WIDTH, lines * HEIGHT), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, keys) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, i)
+        keys = {key: style for key, style in keys.items()
+                if any(key in row for run in runs for row in run.rows)}
+        _draw_panel(axes, title, keys, runs)
+        if i > len(panels) - columns:
+            axes.set_xlabel("epoch", fontsize=9)
+    if len(runs) > 1:
+        names = [run.name if len(run.name) <= LONGEST else "…" + run.name[1 - LONGEST:]
+                 for run in runs]
+        beside = max(1, int(columns * WIDTH / (0.7 + 0.085 * max(map(len, names)))))
+        figure.set_figheight(lines * HEIGHT + 0.25 * math.ceil(len(runs) / beside))
+        _legend(figure, [Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(runs))],
+                names, loc="outside upper left", ncols=beside)
+    return figure
+
+
+def _draw_panel(axes, title, keys, runs):
+    for i, run in enumerate(runs):
+        colour = COLOURS[i % len(COLOURS)]
+        for start, end in zip(run.starts, [*run.starts[1:], len(run.rows)]):
+            if start:
+                axes.axvline((run.epochs[start - 1] + run.epochs[start]) / 2, color=colour,
+                             alpha=0.6, linewidth=0.7)
+            for key, (_, style) in keys.items():
+                values = [row.get(key, math.nan) for row in run.rows[start:end]]
+                axes.plot(run.epochs[start:end], values, style, color=colour, linewidth=1.4,
+                          marker="o", markersize=2.5 if len(run.rows) <= 40 else 0)
+    if len(keys) > 1:
+        lines = [Line2D([], [], color="0.3", linestyle=style) for _, style in keys.values()]
+        _legend(axes, lines, [name for name, _ in keys.values()])
+    numbers = [row[key] for run in runs for row in run.rows for key in keys if key in row]
+    if "lr" in keys and min(numbers) > 0 and max(numbers) > 20 * min(numbers):
+        axes.set_yscale("log")
+    elif min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
+        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # shares of a speed are seen from nothing up
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlim(min(run.epochs[0] for run in runs) - 0.5, max(r.epochs[-1] for r in runs) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.tick_params(labelsize=9, length=2, color="0.6")
+    axes.grid(axis="y", color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.6")
+
+
+def _legend(parent, lines, names, **options):
+    legend = parent.legend(lines, ["-"] * len(lines), fontsize=9, framealpha=1,
+                           edgecolor="none", **options)
+    for text, name in zip(legend.get_texts(), names):
+        text.set_parse_math(False)  # whatever a folder's name looks like
+        text.set_text(name)
