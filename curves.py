@@ -126,10 +126,8 @@ def _draw_panel(axes, title, keys, runs):
         lines = [Line2D([], [], color="0.3", linestyle=style) for _, style in keys.values()]
         _legend(axes, lines, [name for name, _ in keys.values()])
     numbers = [row[key] for run in runs for row in run.rows for key in keys if key in row]
-    if "lr" in keys and min(numbers) > 0 and max(numbers) > 20 * min(numbers):
-        axes.set_yscale("log")
-    elif min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
-        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # shares of a speed are seen from nothing up
+    if min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
+        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # half a speed is half as high
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(min(run.epochs[0] for run in runs) - 0.5, max(r.epochs[-1] for r in runs) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

@@ -316,6 +316,14 @@ def test_lines_show_the_figures_of_the_log(tmp_path):
     assert lines(axes["Captions per second of training"]) == [([1, 2, 3], [200.0] * 3)]
 
 
+def test_rates_are_seen_from_nothing_up_though_cosine_ends_near_it(tmp_path):
+    rows = [row(1), row(2, lr=2e-4, captions_per_second=190), row(3, lr=3e-10)]
+    axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))
+    for title, top in [("Learning rate", 4e-4), ("Captions per second of training", 200)]:
+        assert axes[title].get_ylim() == pytest.approx((0, 1.1 * top))
+        assert axes[title].get_yscale() == "linear"
+
+
 def test_phases_follow_each_other_with_a_line_between(tmp_path):
     run = read_log(tmp_path, FIRST + SECOND)
     assert run.epochs == [1, 2, 3, 4, 5] and run.starts == [0, 3]
