@@ -6,6 +6,8 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
+    python caption.py --img photo.jpg --out photo.gif     # or .mp4: the gaze moving
+    python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
 On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
 file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
@@ -49,9 +51,12 @@ def get_args(argv=None):
     add_search_options(parser)
     add("--batch_size", type=int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
-    add("--out", help="file for the overlay of a single image (.png, .pdf, .html, ...), folder for "
-        f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg")
+    add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
+        "folder for those of several, or one .html for all; if not given, "
+        f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
+    add("--beam_tree", metavar="FILE.svg", help="draw what the search for a single image "
+        "considered, kept and dropped")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the cells of the attention grid")
     add("--show", action="store_true", help="show overlays in a window too")
@@ -70,6 +75,8 @@ def check(args):
                         f"it is {args.beam_size}")
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
+    if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
+        raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
     args.search = search_options(args)
     find_device(args.device)
 
@@ -165,6 +172,8 @@ def main():
     check(args)
     paths = find_images(args.img)
     alone = paths == args.img[:1]  # one file was asked for, not a folder that happens to hold one
+    if args.beam_tree and not alone:
+        raise UserError("--beam_tree is of one image; pass a single file as --img")
     together = args.out and is_page(args.out) and not alone  # one page of all images
     overlays = overlay_paths(paths, None if together else args.out, alone)
     captioner = Captioner(args.model or find_checkpoint(args.checkpoint_folder), args.word_map,
@@ -190,6 +199,11 @@ def main():
                 result.save(overlay, args.smooth)
         if args.show:
             show(result, overlay, args)
+    if args.beam_tree:
+        from beam_tree import draw_tree  # fonts are measured: only here
+        with written(args.beam_tree):
+            draw_tree(captioner.grow_tree(paths[0], args.beam_size, **args.search), args.beam_tree)
+        print(f"beam tree: {args.beam_tree}", file=sys.stderr)
     if captioned:
         with written(args.out):
             page.write_page(args.out, captioned, f"{len(captioned)} captions")

@@ -5,7 +5,7 @@
     captioner = Captioner("BEST_checkpoint_X.pth.tar")
     captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
     print(captioned.text, captioned.score)
-    captioned.save("photo_attention.png")       # or .html; a notebook shows that view by itself
+    captioned.save("photo_attention.png")       # or .html, .gif, .mp4; a notebook shows the page
 """
 
 import os
@@ -59,11 +59,15 @@ class Captioned:
     def save(self, path, smooth=True):
         """
         Show where the model looked for each word, in the form that the path's suffix says: .html,
-        or a picture. Raises ValueError for a suffix that is none of these, OSError if the file
-        cannot be written.
+        .gif or .mp4, or a picture. Raises ValueError for a suffix that is none of these, OSError if
+        the file cannot be written.
         """
         if is_page(path):
             page.write_page(path, [self], self.text)
+        elif os.fspath(path).lower().endswith((".gif", ".mp4")):
+            import movie
+
+            movie.write_movie(path, self.image, self.words, self.attention, smooth)
         else:
             import visualize
 
@@ -127,6 +131,18 @@ class Captioner:
                 for source, image in zip(sources, pixels):
                     yield image if isinstance(image, UserError) else self._put_in_words(
                         source, next(captions))
+
+    def grow_tree(self, image, beam_size=5, **search):
+        """
+        What the search for an image's caption kept and dropped, a `beam_tree.Tree`, which
+        `beam_tree.draw_tree` draws. Raises UserError for an image it cannot read.
+        """
+        import beam_tree
+
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            pixels = torch.from_numpy(squash(read_any(image)))
+            features = self.encoder(pixels[None].to(self.device))
+            return beam_tree.grow_tree(self.decoder, features, self.word_map, beam_size, **search)
 
     def _put_in_words(self, source, caption):
         n_best = [(" ".join(self.words[i] for i in c.words), c.score)

@@ -43,7 +43,7 @@ class Caption(NamedTuple):
 
 @torch.inference_mode()
 def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
-                length_penalty=0.0, no_unk=False, look=None):
+                length_penalty=0.0, no_unk=False, look=None, watch=None):
     """
     Caption a batch of images; beam_size=1 is greedy decoding.
 
@@ -52,6 +52,9 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     <end> counted; at 1 that is the mean per word
     no_unk: never choose <unk>; probabilities stay as they are
     look: hard attention, see `Attention`; `look_at_likeliest` is the one for tests
+    watch: called after each word, for the n images still at work, with the totals and word ids of
+    each slot's best continuations, (n, K, C), -inf where there is none, and with the beams kept of
+    them: their scores, -inf beyond the beam's width, words and parents, (n, K)
 
     The rule is the tutorial's: a beam that reaches <end> is set aside and the beam shrinks
     by one; of those set aside the best total log-probability wins. If none has finished
@@ -89,7 +92,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         log_probs = decoder.scores(state[0]).log_softmax(-1)
         if no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
-        scores, words, parents = _extend(scores, log_probs, slots, width)
+        scores, words, parents = _extend(scores, log_probs, slots, width, watch)
         history.append((rows, words, parents, scores, _by_slot(seen, slots, words.shape)))
 
         ended = words == end
@@ -120,7 +123,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     return _trace(history, end, n, n_best, length_penalty)
 
 
-def _extend(scores, log_probs, slots, width):
+def _extend(scores, log_probs, slots, width, watch=None):
     """
     The best continuations of each image's open slots, `width` of them.
 
@@ -136,7 +139,10 @@ def _extend(scores, log_probs, slots, width):
     words = _by_slot(words, slots, (n, k))
     top, index = total.view(n, -1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
-    return top, words.flatten(1).gather(1, index), index // each
+    kept = top, words.flatten(1).gather(1, index), index // each
+    if watch:
+        watch(total.view(n, k, each), words, *kept)
+    return kept
 
 
 def _by_slot(x, slots, shape):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -194,6 +195,17 @@ def test_a_page_holds_one_image_or_all(run, photos):
     assert re.findall(r'<article[^>]* aria-label="(.*?)"', page) == [
         f"{i}.png" for i in (0, 2, 3, 4)]
     assert overlays(photos) == []
+
+
+def test_a_movie_and_a_beam_tree_are_drawn_of_one_image(run, photos):
+    code, out, err = run(photos / "0.png", "--out", photos / "x.gif", "--beam_size=2",
+                         "--beam_tree", photos / "tree.svg")
+    assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
+    tree = ElementTree.parse(photos / "tree.svg")
+    drawn = "".join(tree.getroot().itertext())
+    assert all(word in drawn for word in out.split()) and f"beam tree: {photos}/tree.svg" in err
+    assert "beam_tree is of one image" in run(photos, "--beam_tree", photos / "tree.svg")[2]
+    assert "must end in .svg" in run(photos / "0.png", "--beam_tree", photos / "tree.png")[2]
 
 
 def test_a_notebook_shows_the_view(model, photos):
