@@ -50,10 +50,11 @@ class Parser(argparse.ArgumentParser):
         """argparse does not look at choices of defaults, which may come from anybody's file."""
         options = super().parse_args(*args, **kwargs)
         for action in self._actions:
-            value = getattr(options, action.dest, None)
-            if action.choices and value is not None and value not in action.choices:
-                self.error(f"--{action.dest} is {ascii(value)[:50]}, not one of "
-                           f"{', '.join(action.choices)}")
+            values = getattr(options, action.dest, None)
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if action.choices and value is not None and value not in action.choices:
+                    self.error(f"--{action.dest} is {ascii(value)[:50]}, not one of "
+                               f"{', '.join(action.choices)}")
         return options
 
 

@@ -47,8 +47,9 @@ def attention_page(captioned, title):
 
     Raises ValueError unless there is one row of attention per word and P is a square.
     """
-    count = "" if len(captioned) == 1 else f"{len(captioned)} photographs. "
-    return document(title, count + HINT, [view(one, "h2") for one in captioned])
+    views = [view(one, "h2") for one in captioned]
+    count = "" if len(views) == 1 else f"{len(views)} photographs. "
+    return document(title, count + HINT, views)
 
 
 def document(title, lead, parts):
