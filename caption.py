@@ -34,6 +34,7 @@ from utils import AMP, run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 OVERLAY = "_attention.png"
+ONE_FILE = (".png", ".jpg", ".pdf", ".svg", ".gif", ".mp4")  # what --out of several images is not
 
 
 def get_args(argv=None):
@@ -118,6 +119,9 @@ def overlay_paths(paths, out, alone):
         return [out]
     if out and os.path.isfile(out):
         raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
+    if out and out.lower().endswith(ONE_FILE):
+        raise UserError(f"--out {out} is one file, but there are {len(paths)} images; pass a "
+                        f"folder or an .html")
     taken, overlays = set(paths), []
     for path in paths:
         stem, count = os.path.splitext(path)[0], 1

@@ -147,6 +147,7 @@ def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photo
     (["0.png", "--out=0.png"], "--out 0.png is the image itself"),
     (["0.png", "1.png", "--out=2.png"], "--out 2.png is a file"),
     (["0.png", "--out=x.abc"], "x.abc cannot be written"),
+    (["0.png", "1.png", "--out=x.gif"], "x.gif is one file, but there are 2 images; pass a folder"),
     (["0.png", "--show", "--no_attention"], "--no_attention leaves nothing to save or show"),
 ])
 def test_mistakes_of_the_user_take_one_line(run, photos, monkeypatch, arguments, said):
