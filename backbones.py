@@ -30,8 +30,8 @@ class Backbone(NamedTuple):
 def load_backbone(name, weights):
     """
     name: a convolutional classifier of torchvision, else of timm
-    weights: "imagenet" (downloaded once), "none" (random), the path of a state dict, or None
-    where a checkpoint will be loaded into it
+    weights: "imagenet" (downloaded once), "none" (random), the path of a state dict or of one of
+    our checkpoints, or None where a checkpoint will be loaded into it
 
     Raises UserError for an unknown name, a failed download or weights that do not fit.
     """
@@ -41,8 +41,10 @@ def load_backbone(name, weights):
         model, mean, std = _from_torchvision(name, weights)
     else:
         model, mean, std = _from_timm(name, weights)
-    if weights not in ("imagenet", "none", None):
-        _load_file(model, name, weights)
+    state = None if weights in ("imagenet", "none", None) else _read_file(weights, name)
+    captioner = isinstance(state, dict) and "encoder_args" in state
+    if state is not None and not captioner:
+        _load_classifier(model, state, name, weights)
 
     body = []
     for child, module in model.named_children():
@@ -62,6 +64,8 @@ def load_backbone(name, weights):
     if probed is None:
         raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
                         f"try resnet101, vgg19 or tf_efficientnet_lite0")
+    if captioner:
+        _load_encoder(body, state, name, weights)
     if weights == "none":
         _settle(body)
     return Backbone(body, *probed, mean, std)
@@ -108,26 +112,49 @@ def _from_timm(name, weights):
     return model, config.mean, config.std
 
 
-def _load_file(model, name, path):
-    """Load a state dict with the classifier's own keys; it may lack the head's."""
+def _read_file(path, name):
+    """A state dict, or a checkpoint of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # what timm's hub serves; timm requires it
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _unfit(path, name, error) from None
+
+
+def _load_encoder(body, checkpoint, name, path):
+    """The encoder of a trained captioner."""
+    try:
+        theirs = checkpoint["encoder_args"]["name"]
+        if theirs != name:
+            raise UserError(f"{path} has the encoder {theirs}, not {name}; pass --encoder {theirs}")
+        body.load_state_dict({key.removeprefix("resnet."): tensor
+                              for key, tensor in checkpoint["encoder"].items()})
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unfit(path, name, error) from None
+
+
+def _load_classifier(model, state, name, path):
+    """A state dict with the classifier's own keys; it may lack the head's."""
+    try:
         report = model.load_state_dict(state, strict=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} holds no weights of {name}: {reason}") from None
+        raise _unfit(path, name, error) from None
     lacking = [key for key in report.missing_keys
                if not _HEADS.fullmatch(key.partition(".")[0])
                and not key.endswith("num_batches_tracked")]
     if lacking or report.unexpected_keys:
         key, what = ((lacking[0], "lacks") if lacking else (report.unexpected_keys[0], "also has"))
         raise UserError(f"{path} does not fit {name}: it {what} {key}")
+
+
+def _unfit(path, name, error):
+    return UserError(f"{path} holds no weights of {name}: {' '.join(str(error).split())[:200]}")
 
 
 @torch.no_grad()

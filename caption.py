@@ -21,12 +21,13 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 
 import page
 from captioner import Captioner, is_page
-from checkpoints import find_checkpoint
+from checkpoints import find_model
 from distributed import find_device
 from files import Parser, UserError
 from search import add_search_options, search_options
@@ -44,8 +45,9 @@ def get_args(argv=None):
     )
     add = parser.add_argument
     add("--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB", help="what to caption")
-    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder")
-    add("--checkpoint_folder", default=".", help="where to look for it")
+    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder or the "
+        "current folder, else the one that comes with the program")
+    add("--checkpoint_folder", help="where to look for it")
     add("--word_map", help="for checkpoints that carry none")
     add("--beam_size", type=int, default=5, help="1 is greedy decoding")
     add("--n_best", type=int, default=1, help="captions per image")
@@ -180,8 +182,8 @@ def main():
         raise UserError("--beam_tree is of one image; pass a single file as --img")
     together = args.out and is_page(args.out) and not alone  # one page of all images
     overlays = overlay_paths(paths, None if together else args.out, alone)
-    captioner = Captioner(args.model or find_checkpoint(args.checkpoint_folder), args.word_map,
-                          args.device, args.amp)
+    model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
+    captioner = Captioner(model, args.word_map, args.device, args.amp)
     bad, captioned = 0, []
     results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **args.search)
     bar = tqdm(results, total=len(paths), unit="image", disable=alone or None)

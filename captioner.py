@@ -2,7 +2,7 @@
 `Captioner`: a trained model as a library, for paths, pictures and arrays alike.
 
     from caption import Captioner
-    captioner = Captioner("BEST_checkpoint_X.pth.tar")
+    captioner = Captioner()                     # or Captioner("BEST_checkpoint_X.pth.tar")
     captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
     print(captioned.text, captioned.score)
     captioned.save("photo_attention.png")       # or .html, .gif, .mp4; a notebook shows the page
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import page
-from checkpoints import load_captioner
+from checkpoints import PRETRAINED, load_captioner
 from datasets import read_rgb, squash, to_rgb
 from distributed import find_device
 from files import UserError
@@ -82,12 +82,13 @@ class Captioner:
     """
     A model that is ready to caption: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
 
-    model: a checkpoint; word_map: a WORDMAP file, for checkpoints that carry none
+    model: a checkpoint; the one that comes with the program if not given
+    word_map: a WORDMAP file, for checkpoints that carry none
     device, amp: as the options of caption.py
     Raises UserError if the checkpoint is missing or is none.
     """
 
-    def __init__(self, model, word_map=None, device=None, amp=None):
+    def __init__(self, model=PRETRAINED, word_map=None, device=None, amp=None):
         self.device, self.amp = find_device(device), amp
         self.encoder, self.decoder, self.word_map, _ = load_captioner(
             os.fspath(model), self.device, word_map)

@@ -8,6 +8,8 @@ averages, and the weights themselves stand in `trained`.
 
 Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without their
 code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORDMAP.json
+To pass a model on: python checkpoints.py BEST NEW --half
+The mean of the weights of two phases: python checkpoints.py BEST NEW --average BEST_BEFORE
 """
 
 import os
@@ -23,6 +25,7 @@ from files import Parser, UserError, check_word_map, read_json, whole
 from models import DecoderWithAttention, Encoder
 
 FORMAT = 1
+PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # beyond it a file asks for memory, not for a model
 OURS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")  # save's own
 
@@ -32,6 +35,10 @@ def get_args(argv=None):
     parser.add_argument("old", help="a checkpoint of whole modules, or one of ours")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to go inside")
+    parser.add_argument("--average", metavar="OTHER", help="take the mean of its weights "
+        "and those of this checkpoint, of a phase before or after: often better than either")
+    parser.add_argument("--half", action="store_true", help="matrices and convolutions in float16, "
+        "without what only --resume needs: for passing a model on")
     return parser.parse_args(argv)
 
 
@@ -43,9 +50,37 @@ def main(argv=None):
     encoder, decoder = build(checkpoint, args.old)
     word_map = find_word_map(checkpoint, args.old, args.word_map, required=False)
     rest = {key: value for key, value in checkpoint.items() if key not in OURS}
+    if args.average:
+        _average(encoder, decoder, word_map, args)
+        rest = {"options": rest.get("options", {})}  # it is no longer where the run stands
+    if args.half:
+        # Files by their names: where they lay is nobody's business.
+        rest = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
+                            for option, value in rest.get("options", {}).items()}}
+        for model in (encoder, decoder):
+            for weight in model.parameters():
+                if weight.dim() > 1:  # the others are small, and statistics span more than float16
+                    weight.data = weight.data.half()
     save(args.new, encoder, decoder, word_map, **rest)
     carries = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
     print(f"wrote {args.new} ({encoder.args['name']}, {carries})")
+
+
+@torch.no_grad()
+def _average(encoder, decoder, word_map, args):
+    """
+    Make the weights the mean of theirs and those of another checkpoint: Wortsman et al. 2021,
+    arXiv 2109.01903. UserError unless it is of the same model and words.
+    """
+    other = load(args.average)
+    for ours, theirs in zip((encoder, decoder), build(other, args.average)):
+        if ours.args != theirs.args or word_map != other.get("word_map"):
+            raise UserError(f"{args.average} is of another model or other words than {args.old}; "
+                            f"pass a phase of the same training")
+        theirs = theirs.state_dict()
+        for name, weight in ours.state_dict().items():
+            if weight.is_floating_point():
+                weight.lerp_(theirs[name], 0.5)
 
 
 def save(path, encoder, decoder, word_map, **rest):
@@ -182,6 +217,20 @@ def load_captioner(path, device, word_map_path=None):
     encoder, decoder = build(checkpoint, path)
     word_map = find_word_map(checkpoint, path, word_map_path)
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
+
+
+def find_model(model, folder, say):
+    """
+    The checkpoint that options name: `model`, else the only BEST one in `folder`. Where neither is
+    given, the only BEST one in the current folder, else the one that comes with the program, which
+    is then told by `say`.
+    """
+    if model:
+        return model
+    if folder or any(Path().glob("BEST_checkpoint_*.pth.tar")):
+        return find_checkpoint(folder or ".")
+    say(f"model: {PRETRAINED}, which comes with the program; --model takes another")
+    return str(PRETRAINED)
 
 
 def find_checkpoint(folder):

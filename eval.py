@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import distributed
 import scorers
-from checkpoints import find_checkpoint, load_captioner
+from checkpoints import find_model, load_captioner
 from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
 from files import Parser, UserError, read_json, write_json
@@ -33,8 +33,9 @@ def get_args(argv=None):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder")
-    add("--checkpoint_folder", default=".", help="where to look for it")
+    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder or the "
+        "current folder, else the one that comes with the program")
+    add("--checkpoint_folder", help="where to look for it")
     add("--word_map", help="for checkpoints that carry none")
     add("--data_folder", default="data", help="what create_input_files.py wrote")
     add("--data_name", help="which data set, if the folder has several")
@@ -99,7 +100,7 @@ def evaluate(args, processes):
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
             raise UserError(f"--{option} {file} is a folder; name a file in it")
-    path = args.model or find_checkpoint(args.checkpoint_folder)
+    path = find_model(args.model, args.checkpoint_folder, processes.print)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)
     data = CaptionDataset(args.data_folder, name, args.split.upper())

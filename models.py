@@ -28,8 +28,8 @@ class Encoder(nn.Module):
     A convolutional classifier without its head: images -> annotation vectors (N, P, E).
 
     name: any convolutional classifier of torchvision or timm
-    weights: "imagenet", "none" (random), a state-dict file with the classifier's own keys, or
-    None where a checkpoint will be loaded into it
+    weights: "imagenet", "none" (random), a file (a state dict with the classifier's own keys, or
+    one of our checkpoints), or None where a checkpoint will be loaded into it
 
     A feature map coarser than 14 x 14 is left on its own grid: the decoder spreads it
     (see `Annotations`), which gives the same numbers for less work.

@@ -60,7 +60,8 @@ def get_args(argv=None, **defaults):
         help="where to read it from while training; the fastest in which it fits")
     # Model; with --checkpoint and --resume these come from the file
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
-    add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file")
+    add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
+        "a state dict, or a checkpoint to take the encoder of")
     add("--emb_dim", type=int, help="word embeddings; 512, or the size of --embeddings")
     add("--attention_dim", type=int, default=512)
     add("--decoder_dim", type=int, default=512)

@@ -1,7 +1,10 @@
 """The small demo data set that several tests train on or score."""
 
+from checkpoints import PRETRAINED
 from demo import make_demo
 from utils import create_input_files
+
+ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
 NAME = "demo_5_cap_per_img_0_min_word_freq"
 

@@ -2,7 +2,6 @@
 
 import http.client
 import re
-from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 import torchvision
 
 from backbones import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from checkpoints import PRETRAINED, save
 from datasets import UserError
-from models import Encoder
-
-LITE0 = Path(__file__).resolve().parent.parent / "pretrained/tf_efficientnet_lite0.pth"
+from models import DecoderWithAttention, Encoder
 
 
 @pytest.fixture(autouse=True)
@@ -236,11 +234,27 @@ def test_imagenet_weights_are_the_tutorials(monkeypatch):
 # --- what the repository ships ---
 
 
-def test_shipped_weights_load_and_expect_images_of_minus_1_to_1():
-    encoder = Encoder(name="tf_efficientnet_lite0", weights=LITE0)
+def test_shipped_encoder_loads_and_expects_images_of_minus_1_to_1():
+    encoder = Encoder(name="tf_efficientnet_lite2", weights=PRETRAINED)
     assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5] * 3
-    stored = torch.load(LITE0, weights_only=True)
-    assert torch.equal(encoder.resnet[0].weight.half(), stored["conv_stem.weight"].half())
+    stored = torch.load(PRETRAINED, weights_only=True)["encoder"]
+    loaded = encoder.state_dict()
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key].to(loaded[key].dtype)) for key in stored)
     image = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(encoder(image), encoder(torch.ones(1, 3, 64, 64)))
+
+
+def test_weights_may_be_a_checkpoint_with_that_encoder(tmp_path):
+    trained = Encoder(name="mobilenetv3_small_050", weights="none")
+    path = tmp_path / "x.pth.tar"
+    save(path, trained, DecoderWithAttention(5, 4, 6, 9, trained.encoder_dim), None)
+    encoder = Encoder(name="mobilenetv3_small_050", weights=str(path))
+    for key, tensor in trained.state_dict().items():
+        assert torch.equal(encoder.state_dict()[key], tensor)
+    with pytest.raises(UserError, match="pass --encoder mobilenetv3_small_050"):
+        Encoder(name="resnet18", weights=str(path))
+    torch.save({"encoder_args": {"name": "resnet18"}, "encoder": {"resnet.0.weight": 3}}, path)
+    with pytest.raises(UserError, match="holds no weights of resnet18"):
+        Encoder(name="resnet18", weights=str(path))

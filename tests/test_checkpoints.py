@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, builds the same model, and runs no code."""
 
+import copy
 import json
 import os
 import pickle
@@ -13,7 +14,17 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import build, find_checkpoint, find_latest, load, load_captioner, main, save
+from checkpoints import (
+    PRETRAINED,
+    build,
+    find_checkpoint,
+    find_latest,
+    find_model,
+    load,
+    load_captioner,
+    main,
+    save,
+)
 from files import UserError
 from models import DecoderWithAttention, Encoder
 
@@ -292,6 +303,65 @@ def test_only_best_checkpoint_is_found(tmp_path):
     for name in ("BEST_checkpoint_a.pth.tar", "checkpoint_a.pth.tar", "BEST_checkpoint_a.txt"):
         (tmp_path / name).touch()
     assert find_checkpoint(tmp_path) == str(tmp_path / "BEST_checkpoint_a.pth.tar")
+
+
+def test_model_is_the_one_named_else_the_folders_else_the_one_here_else_the_shipped(
+        tmp_path, monkeypatch):
+    said, here, folder = [], tmp_path / "here", tmp_path / "folder"
+    for path in (here, folder):
+        path.mkdir()
+    (folder / "BEST_checkpoint_a.pth.tar").touch()
+    monkeypatch.chdir(here)
+    assert find_model("x.pth.tar", folder, said.append) == "x.pth.tar"
+    assert find_model(None, folder, said.append) == str(folder / "BEST_checkpoint_a.pth.tar")
+    with pytest.raises(UserError, match="run python train.py first"):
+        find_model(None, ".", said.append)  # a folder that was named is not passed over
+    assert not said
+    assert find_model(None, None, said.append) == str(PRETRAINED)
+    assert len(said) == 1 and str(PRETRAINED) in said[0]
+    (here / "BEST_checkpoint_b.pth.tar").touch()
+    assert find_model(None, None, said.append) == "BEST_checkpoint_b.pth.tar" and len(said) == 1
+
+
+def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_needs(
+        tmp_path, models):
+    old, new, models = tmp_path / "old.pth.tar", tmp_path / "new.pth.tar", copy.deepcopy(models)
+    next(m for m in models[0].modules() if isinstance(m, torch.nn.BatchNorm2d)).running_var.fill_(
+        1e6)  # more than float16 holds
+    save(old, *models, WORD_MAP, optimizer={"state": {0: torch.zeros(99)}}, trained=None,
+         options={"epochs": 3, "checkpoint": "/home/me/BEST.pth.tar", "amp": None})
+    main([str(old), str(new), "--half"])
+    checkpoint = torch.load(new, weights_only=True)
+    assert checkpoint.keys() == {"format", "encoder", "encoder_args", "decoder", "decoder_args",
+                                 "word_map", "options"}
+    assert checkpoint["options"] == {"epochs": 3, "checkpoint": "BEST.pth.tar", "amp": None}
+    for model, ours in zip(models, load_captioner(new, "cpu")):
+        for name, weight in model.state_dict().items():
+            loaded = ours.state_dict()[name]
+            small = weight.dim() < 2
+            assert loaded.dtype == weight.dtype
+            assert torch.equal(loaded, weight if small else weight.half().to(weight.dtype)), name
+
+
+def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys):
+    paths = [tmp_path / f"{name}.pth.tar" for name in ("a", "b", "mean", "other")]
+    save(paths[0], *models, WORD_MAP, options={"epochs": 3}, progress={"epoch": 2})
+    later = [copy.deepcopy(model) for model in models]
+    with torch.no_grad():
+        for weight in (*later[0].parameters(), *later[1].parameters()):
+            weight.add_(torch.randn_like(weight))
+    save(paths[1], *later, WORD_MAP)
+    main([*map(str, (paths[0], paths[2], "--average", paths[1]))])
+    assert "progress" not in torch.load(paths[2], weights_only=True)  # nothing to resume
+    for a, b, mean in zip(models, later, load_captioner(paths[2], "cpu")):
+        for name, weight in mean.state_dict().items():
+            torch.testing.assert_close(weight, ((a.state_dict()[name].double() +
+                b.state_dict()[name].double()) / 2).to(weight.dtype), msg=name)
+    other = {word: i for i, word in enumerate(reversed(WORD_MAP))}
+    save(paths[3], *later, other | {"<pad>": 0, "<end>": other["<pad>"]})
+    with pytest.raises(UserError, match="other words than"):
+        main([*map(str, (paths[0], tmp_path / "new", "--average", paths[3]))])
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_checkpoint_names_the_folder(tmp_path):

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenes import write_scenes
+from scenes import ENCODER, write_scenes
 
 from demo import make_demo
 
 ROOT = Path(__file__).resolve().parent.parent
-ENCODER = ["--encoder", "tf_efficientnet_lite0",
-           "--encoder_weights", str(ROOT / "pretrained/tf_efficientnet_lite0.pth")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenes import NAME, write_scenes
+from scenes import ENCODER, NAME, write_scenes
 
 import epochs
 import eval as evaluation
@@ -26,8 +26,6 @@ from objectives import doubly_stochastic_loss
 from utils import create_input_files
 
 ROOT = Path(__file__).resolve().parent.parent
-LITE0 = ["--encoder", "tf_efficientnet_lite0",
-         "--encoder_weights", str(ROOT / "pretrained/tf_efficientnet_lite0.pth")]
 SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
          "--device", "cpu", "--decoder_lr", "5e-3"]
 
@@ -39,7 +37,7 @@ def data(tmp_path_factory):
 
 
 def train_args(data, folder, *options):
-    return ["--data_folder", str(data), "--checkpoint_folder", str(folder), *LITE0, *SMALL,
+    return ["--data_folder", str(data), "--checkpoint_folder", str(folder), *ENCODER, *SMALL,
             *options]
 
 
@@ -553,7 +551,7 @@ def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_pat
         for name in one[part]:
             torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-4, atol=1e-6)
     if "--fine_tune_encoder" in options:
-        whole = Encoder(name="tf_efficientnet_lite0", weights=LITE0[3]).state_dict()
+        whole = Encoder(name="tf_efficientnet_lite2", weights=ENCODER[3]).state_dict()
         assert not same(one["encoder"], whole)
     a, b = rows(tmp_path / "1")[0], rows(tmp_path / "2")[0]
     for key in a:
