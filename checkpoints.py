@@ -222,13 +222,16 @@ def load_captioner(path, device, word_map_path=None):
 def find_model(model, folder, say):
     """
     The checkpoint that options name: `model`, else the only BEST one in `folder`. Where neither is
-    given, the only BEST one in the current folder, else the one that comes with the program, which
-    is then told by `say`.
+    given, the only BEST one in the current folder, else the one that comes with the program; which
+    of these it is, is told by `say`.
     """
     if model:
         return model
-    if folder or any(Path().glob("BEST_checkpoint_*.pth.tar")):
-        return find_checkpoint(folder or ".")
+    if folder:
+        return find_checkpoint(folder)
+    if any(Path().glob("BEST_checkpoint_*.pth.tar")):
+        say(f"model: {find_checkpoint('.')}, the only one in this folder; --model takes another")
+        return find_checkpoint(".")
     say(f"model: {PRETRAINED}, which comes with the program; --model takes another")
     return str(PRETRAINED)
 

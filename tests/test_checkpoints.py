@@ -320,7 +320,8 @@ def test_model_is_the_one_named_else_the_folders_else_the_one_here_else_the_ship
     assert find_model(None, None, said.append) == str(PRETRAINED)
     assert len(said) == 1 and str(PRETRAINED) in said[0]
     (here / "BEST_checkpoint_b.pth.tar").touch()
-    assert find_model(None, None, said.append) == "BEST_checkpoint_b.pth.tar" and len(said) == 1
+    assert find_model(None, None, said.append) == "BEST_checkpoint_b.pth.tar"
+    assert len(said) == 2 and "model: BEST_checkpoint_b.pth.tar" in said[1]
 
 
 def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_needs(

@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 def test_shipped_model_says_of_the_photograph_what_the_readme_says(here):
     done = subprocess.run([sys.executable, ROOT / "caption.py", "--img", "photo.jpg", "--device",
                            "cpu"], capture_output=True, text=True, check=True)
-    block = re.search(r"```\n(.+)\nmodel: .*\nattention: photo_attention.png\n```", README)
+    block = re.search(r"```\nmodel: .*\n(.+)\nattention: photo_attention.png\n```", README)
     assert done.stdout == f"{block[1]}\n"
     assert str(PRETRAINED) in done.stderr  # it says which model that was
     assert (here / "photo_attention.png").stat().st_size > 10_000
