@@ -230,8 +230,9 @@ def find_model(model, folder, say):
     if folder:
         return find_checkpoint(folder)
     if any(Path().glob("BEST_checkpoint_*.pth.tar")):
-        say(f"model: {find_checkpoint('.')}, the only one in this folder; --model takes another")
-        return find_checkpoint(".")
+        found = find_checkpoint(".")
+        say(f"model: {found}, the only one in this folder; --model takes another")
+        return found
     say(f"model: {PRETRAINED}, which comes with the program; --model takes another")
     return str(PRETRAINED)
 
