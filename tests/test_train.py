@@ -637,14 +637,14 @@ def test_self_critical_training_raises_the_reward_and_saves_the_best_cider_d(
     capsys.readouterr()
     train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"), "--device",
                 "cpu", "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
-                "--self_critical", "--epochs", "12", "--workers", "0", "--decoder_lr", "2e-3",
+                "--self_critical", "--epochs", "18", "--workers", "0", "--decoder_lr", "2e-3",
                 "--samples", "7", "--batch_size", "30"])
     printed, figures = capsys.readouterr().out, rows(tmp_path / "2")
     rewards = [row["train_reward"] for row in figures]
-    assert sum(rewards[-3:]) > 1.1 * sum(rewards[:3]), rewards
+    assert min(rewards[-3:]) > 1.2 * rewards[0], rewards
     assert f"epoch   1   reward {rewards[0]:.3f} in " in printed
     best = max(row["cider_d"] for row in figures)
-    assert f"done: best validation CIDEr-D {best:.2f} after 12 epochs" in printed
+    assert f"done: best validation CIDEr-D {best:.2f} after 18 epochs" in printed
     assert load(tmp_path / "2")["progress"]["best"] == pytest.approx(best)
     assert {"train_reward", "cider_d", "bleu4", "val_loss"} <= figures[0].keys()
     evaluation.main(["--checkpoint_folder", str(tmp_path / "2"), "--data_folder", str(data),
