@@ -12,10 +12,10 @@ Times are medians, after one run to warm up. Memory is the peak of live tensors 
 both versions hold before and after: features, parameters and their gradients.
 """
 
-import argparse
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; its log is no table
+# The profiler counts memory; its log is no table.
+os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 
 from benchmarks.files import loading, preprocessing
@@ -31,8 +31,7 @@ STAGES = {stage.__name__: stage for stage in (
 
 
 def get_args(argv=None):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to run")
     add("--repeats", type=int, default=5, help="timed runs of each version")

@@ -26,7 +26,7 @@ from functools import partial
 from tqdm import tqdm
 
 import page
-from captioner import Captioner, is_page
+from captioner import Captioner, check_suffix, is_page
 from checkpoints import find_model
 from distributed import find_device
 from files import Parser, UserError
@@ -39,10 +39,7 @@ ONE_FILE = (".png", ".jpg", ".pdf", ".svg", ".gif", ".mp4")  # what --out of sev
 
 
 def get_args(argv=None):
-    parser = Parser(
-        description="Caption images, and draw where the model looked for each word.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Caption images, and draw where the model looked for each word.")
     add = parser.add_argument
     add("--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB", help="what to caption")
     add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder or the "
@@ -118,6 +115,10 @@ def overlay_paths(paths, out, alone):
     if out and alone and os.path.basename(out) and not os.path.isdir(out):
         if os.path.realpath(out) == os.path.realpath(paths[0]):
             raise UserError(f"--out {out} is the image itself; pass another file")
+        try:
+            check_suffix(out)  # now: it is drawn only when all the work is done
+        except ValueError as error:
+            raise UserError(f"--out {out} cannot be written: {error}") from None
         return [out]
     if out and os.path.isfile(out):
         raise UserError(f"--out {out} is a file; the overlays of several images need a folder")

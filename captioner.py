@@ -64,7 +64,7 @@ class Captioned:
         """
         if is_page(path):
             page.write_page(path, [self], self.text)
-        elif os.fspath(path).lower().endswith((".gif", ".mp4")):
+        elif is_movie(path):
             import movie
 
             movie.write_movie(path, self.image, self.words, self.attention, smooth)
@@ -178,3 +178,15 @@ def _try_read(source):
 
 def is_page(path):
     return os.fspath(path).lower().endswith((".html", ".htm"))
+
+
+def is_movie(path):
+    return os.fspath(path).lower().endswith((".gif", ".mp4"))
+
+
+def check_suffix(path):
+    """ValueError where `Captioned.save` would raise it."""
+    if not is_page(path) and not is_movie(path):
+        import visualize
+
+        visualize.find_format(path)

@@ -7,7 +7,6 @@ is interrupted, or killed, the same command goes on where it stood.
     python create_input_files.py --dataset mine --captions captions.csv --image_folder photos
 """
 
-import argparse
 import os
 import sys
 
@@ -18,9 +17,7 @@ from utils import create_input_files, run
 def get_args(argv=None):
     parser = Parser(
         description="Turn captioned photographs into the files for training; without options, "
-        "those of a small demo data set that is drawn first.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+        "those of a small demo data set that is drawn first.")
     add = parser.add_argument
     add("--dataset", default="demo", help="coco, flickr8k, flickr30k, demo or a name of yours")
     add("--karpathy_json", help="captions and splits in Karpathy's form")

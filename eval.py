@@ -9,7 +9,6 @@ captions of two models.
     python eval.py --compare A.json B.json
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +27,12 @@ from report import write_report
 from search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
 
+ATTENTION = ("attention: share of object words at which the most attended place lies in the "
+             "object's box")
+
 
 def get_args(argv=None):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder or the "
         "current folder, else the one that comes with the program")
@@ -100,6 +101,9 @@ def evaluate(args, processes):
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
             raise UserError(f"--{option} {file} is a folder; name a file in it")
+    if args.image_folder and not Path(args.image_folder).is_dir():
+        raise UserError(f"--image_folder {args.image_folder} is no folder; pass the one of "
+                        f"create_input_files.py")
     path = find_model(args.model, args.checkpoint_folder, processes.print)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)
@@ -115,14 +119,15 @@ def evaluate(args, processes):
     references = [data.entry(i)["references"] for i in range(len(data))]
     title = f"{path} on {len(data)} {args.split} images of {name}"
     print(title)
-    measured, notes = print_table(list(zip(*found)), references, read_training(args, name), nouns,
-                                  args)
+    by_beam = list(zip(*found))
+    looked = [attention(captions) for captions in by_beam] if nouns else None
+    measured, notes = print_table(by_beam, references, read_training(args, name), looked, args)
     if args.results:
         write_results(args.results, data, [captions[-1] for captions in found],
                       scorers.scores_by_image(measured[-1]) if args.metrics else None)
         print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
     if args.report:
-        write_report(args.report, title, args.beam_sizes, measured, args.names, notes,
+        write_report(args.report, title, args.beam_sizes, measured, args.names, looked, notes,
                      args.bootstrap, args.seed, data, [captions[-1] for captions in found],
                      args.image_folder)
         print(f"the report is {args.report}")
@@ -140,9 +145,10 @@ def read_training(args, name):
                         f"create_input_files.py again") from None
 
 
-def print_table(by_beam, references, training, nouns, args):
+def print_table(by_beam, references, training, looked, args):
     """
-    Print the table. by_beam: per beam size the captions as `caption_split` gives them
+    Print the table. by_beam: per beam size the captions as `caption_split` gives them; looked:
+    per beam size the cell of attention accuracy, None if the data set has no boxes of objects
     Returns per beam size what `scorers.measure` does, and the lines below the table.
     """
     systems = [[caption["words"] for caption in captions] for captions in by_beam]
@@ -152,18 +158,17 @@ def print_table(by_beam, references, training, nouns, args):
     measured, missing = scorers.measure(systems, references, args.names, unseen)
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
-    print("beam" + scorers.heading(args.names) + "  attention" * bool(nouns))
-    for beam_size, captions, metrics in zip(args.beam_sizes, by_beam, measured):
+    print("beam" + scorers.heading(args.names) + "  attention" * bool(looked))
+    for i, (beam_size, metrics) in enumerate(zip(args.beam_sizes, measured)):
         line = scorers.row(args.names, {name: m.total for name, m in metrics.items()})
-        print(f"{beam_size:4d}{line}" + (attention(captions) if nouns else ""))
+        print(f"{beam_size:4d}{line}" + (f"{looked[i]:>11}" if looked else ""))
         if args.bootstrap:
             for end, line in zip(("low", "high"), scorers.interval_rows(
                     args.names, metrics, args.bootstrap, args.seed)):
                 print(f"{end:>4}{line}")
-    if nouns:
-        print("attention: share of object words at which the most attended place lies in the "
-              "object's box")
-    notes = scorers.footnotes(args.names, tokens, missing) if args.metrics else []
+    notes = [ATTENTION] if looked else []
+    if args.metrics:
+        notes += scorers.footnotes(args.names, tokens, missing)
     if args.bootstrap:
         notes += scorers.bootstrap_note(args.names, args.bootstrap, args.seed)
     for note in notes:
@@ -174,7 +179,7 @@ def print_table(by_beam, references, training, nouns, args):
 def attention(captions):
     """The cell of attention accuracy, a dash where no object was named"""
     hits, total = (sum(c[key] for c in captions) for key in ("hits", "object_words"))
-    return f"{100 * hits / total:9.2f} %" if total else "          –"
+    return f"{100 * hits / total:.2f} %" if total else "–"
 
 
 def write_results(path, data, captions, scores):

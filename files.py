@@ -40,8 +40,19 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand, and the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Its errors are a UserError like any other: one line, without the list of all options."""
+
+    def __init__(self, *args, formatter_class=Help, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the options")

@@ -275,7 +275,7 @@ def create_input_files(
     options = {"min_word_freq": min_word_freq, "max_len": max_len, "seed": seed}
     splits, missing, key = _look_up(
         read_splits(karpathy, source, image_folder, max_len), [captions_per_image, options])
-    _check_left(splits, missing, skip_bad_images)
+    _check_left(splits, missing, skip_bad_images, "; the others have not been looked into yet")
     workers = os.cpu_count() or 1 if workers is None else workers
     rows = {split: len(images) for split, images in splits.items()}
     work = Work(output_folder, name, rows, key, captions_per_image)

@@ -14,11 +14,12 @@ from files import UserError, whole
 SHOWN = 24  # images of each kind
 
 
-def write_report(path, title, beam_sizes, measured, names, notes, bootstrap, seed, data, captions,
-                 image_folder=None):
+def write_report(path, title, beam_sizes, measured, names, looked, notes, bootstrap, seed, data,
+                 captions, image_folder=None):
     """
     measured: per beam size {name: scorers.Metric}, the last of which ranks the images; names: the
-    metrics; notes: lines below the table; bootstrap: resamples of the intervals, seed theirs
+    metrics; looked: per beam size the cell of attention accuracy, or None; notes: lines below the
+    table; bootstrap: resamples of the intervals, seed theirs
     data: the CaptionDataset; captions: per image what `eval.caption_split` found at the last beam
     image_folder: where the photographs are; without it they are shown as the model sees them,
     squashed to a square
@@ -29,7 +30,7 @@ def write_report(path, title, beam_sizes, measured, names, notes, bootstrap, see
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     some = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
-    parts = [_table(beam_sizes, measured, names, bootstrap, seed),
+    parts = [_table(beam_sizes, measured, names, looked, bootstrap, seed),
              f'<p class="sat-quiet">{"<br>".join(map(page.escape, notes))}</p>',
              *_lengths(data, captions)]
     for heading, rows in ((f"Best by {by}", order[:SHOWN]),
@@ -58,10 +59,10 @@ def _photograph(data, i, folder):
     return read_rgb(path)
 
 
-def _table(beam_sizes, measured, names, bootstrap, seed):
+def _table(beam_sizes, measured, names, looked, bootstrap, seed):
     """A row per beam size: each metric with its 95 % interval below"""
     rows = []
-    for beam_size, metrics in zip(beam_sizes, measured):
+    for i, (beam_size, metrics) in enumerate(zip(beam_sizes, measured)):
         ends = {name: scorers.interval(values) for name, values in
                 scorers.resample(metrics, bootstrap, seed).items()} if bootstrap else {}
         cells = []
@@ -69,8 +70,10 @@ def _table(beam_sizes, measured, names, bootstrap, seed):
             value = scorers.cell(name, metrics[name].total if name in metrics else None).strip()
             spread = "–".join(f"{end:.2f}" for end in ends[name]) if name in ends else ""
             cells.append(f'<td>{value}<br><span class="sat-quiet">{spread}</span></td>')
+        cells += [f"<td>{looked[i]}</td>"] if looked else []
         rows.append(f'<tr><th scope="row">{beam_size}</th>{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col">{page.escape(name)}</th>' for name in ("beam", *names))
+    heads = ("beam", *names, *(["attention"] if looked else []))
+    heads = "".join(f'<th scope="col">{page.escape(name)}</th>' for name in heads)
     return (f'<div class="sat-scroll"><table class="sat-table"><thead><tr>{heads}</tr></thead>'
             f'<tbody>{"".join(rows)}</tbody></table></div>')
 

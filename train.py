@@ -42,8 +42,7 @@ from utils import AMP, autocast, run, set_seed
 
 
 def get_args(argv=None, **defaults):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # Data
     add("--data_folder", default="data", help="what create_input_files.py wrote")
@@ -63,14 +62,15 @@ def get_args(argv=None, **defaults):
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
         "a state dict, or a checkpoint to take the encoder of")
     add("--emb_dim", type=int, help="word embeddings; 512, or the size of --embeddings")
-    add("--attention_dim", type=int, default=512)
-    add("--decoder_dim", type=int, default=512)
-    add("--dropout", type=float, default=0.5)
+    add("--attention_dim", type=int, default=512, help="layer that scores each place")
+    add("--decoder_dim", type=int, default=512, help="state of the LSTM")
+    add("--dropout", type=float, default=0.5, help="of the state that scores the words")
     add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
-    add("--fine_tune_embeddings", action=flag, default=True)
+    add("--fine_tune_embeddings", action=flag, default=True,
+        help="train the embeddings too, those of --embeddings as well")
     # Training
     add("--epochs", type=int, default=120, help="stop here if not stopped earlier")
-    add("--decoder_lr", type=float, default=4e-4)
+    add("--decoder_lr", type=float, default=4e-4, help="learning rate of Adam")
     add("--encoder_lr", type=float, default=1e-4, help="with --fine_tune_encoder")
     add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
     add("--augment", action="store_true", help="train on random crops and mirror images; not with "
@@ -97,10 +97,10 @@ def get_args(argv=None, **defaults):
         "a cosine, whatever validation says")
     add("--lr_decay", type=float, default=0.8, help="factor after each --decay_after epochs "
         "without better validation BLEU-4 (--self_critical: CIDEr-D)")
-    add("--decay_after", type=int, default=8)
+    add("--decay_after", type=int, default=8, help="see --lr_decay")
     add("--stop_after", type=int, default=20, help="epochs without a better one that end the run")
     add("--val_beam_size", type=int, default=1, help="beam of the free-running validation")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, dropout and the order of batches")
     add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     # Files

@@ -33,6 +33,7 @@ from features import cache_features, keep_features
 from files import write_json
 from interrupts import Interrupts
 from models import DecoderWithAttention, Encoder
+from phases import Average
 from runs import new_progress
 from search import beam_search
 from utils import autocast
@@ -65,18 +66,20 @@ class Step:
         self.processes = Processes(args.device, 0, 1)
         self.args = train.get_args(options(args, "."))
         self.args.fine_tune_encoder = fine_tune
-        self.encoder, self.decoder = encoder, DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB)
-        self.decoder.to(args.device)
+        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
+        self.encoder, self.decoder = encoder, decoder.to(args.device)
         parameters = [p for m in (encoder, self.decoder) for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, fused=True)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        self.average = Average(encoder, decoder, self.args.ema)
+        self.objective = train._objective(self.args, data)
         self.loader = train._loader(data, Batches(len(data), 16), self.args, self.processes)
         if prepared:
             self.loader = [(images.to(args.device).float(), *rest) for images, *rest in self.loader]
 
     def run(self):
-        train_one_epoch(self.encoder, self.decoder, self.loader, self.optimizer, self.scaler,
-                        self.args, self.processes, new_progress(),
+        train_one_epoch(self.encoder, self.decoder, self.average, self.objective, self.loader,
+                        self.optimizer, self.scaler, self.args, self.processes, new_progress(),
                         Interrupts(self.args.save_minutes), lambda: None)
 
 

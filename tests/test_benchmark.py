@@ -1,5 +1,6 @@
 """benchmark.py: what it counts, and that it runs; nothing here is timed."""
 
+import copy
 import json
 import statistics
 import subprocess
@@ -12,8 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmarks import measuring, model
-from models import DecoderWithAttention
+from benchmarks import measuring, model, whole
+from datasets import CaptionDataset
+from models import DecoderWithAttention, Encoder
 from objectives import doubly_stochastic_loss
 from search import beam_search
 
@@ -95,6 +97,25 @@ def test_textbook_and_ours_compute_the_same(small):
     expected = [p.grad.clone() for p in decoder.parameters()]
     ours()
     torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, tmp_path):
+    """They train the decoder, and the encoder only if asked to, on every batch."""
+    whole.write_data_set(tmp_path, TRAIN=20)
+    args = benchmark.get_args([])
+    args.device = torch.device("cpu")
+    encoder = Encoder(name="resnet18", weights="none")
+    encoder.fine_tune(fine_tune)
+    steps = whole.Step(encoder, CaptionDataset(tmp_path, "x", "TRAIN"), args, fine_tune)
+    before = [copy.deepcopy(model.state_dict()) for model in (encoder, steps.decoder)]
+    steps.run()
+    for model_before, model_after, trained in zip(before, (encoder, steps.decoder),
+                                                  (fine_tune, True)):
+        changed = [not torch.equal(model_before[name], weight)
+                   for name, weight in model_after.state_dict().items()]
+        assert any(changed) == trained
+    assert {int(state["step"]) for state in steps.optimizer.state.values()} == {2}
 
 
 @pytest.mark.parametrize("script", ["train", "eval", "search", "metrics"])
