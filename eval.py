@@ -23,12 +23,13 @@ from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
 from files import Parser, UserError, read_json, write_json
 from metrics import attention_hits
-from report import write_report
+from report import check_photographs, write_report
 from search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
 
 ATTENTION = ("attention: share of object words at which the most attended place lies in the "
-             "object's box")
+             "object's box; then, at most 15 pixels of 256 beside it (the pointing game)")
+MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
 
 
 def get_args(argv=None):
@@ -101,15 +102,14 @@ def evaluate(args, processes):
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
             raise UserError(f"--{option} {file} is a folder; name a file in it")
-    if args.image_folder and not Path(args.image_folder).is_dir():
-        raise UserError(f"--image_folder {args.image_folder} is no folder; pass the one of "
-                        f"create_input_files.py")
     path = find_model(args.model, args.checkpoint_folder, processes.print)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)
     data = CaptionDataset(args.data_folder, name, args.split.upper())
     if len(data) == 0:
         raise UserError(f"{data.path} has no images; choose the other --split")
+    if args.report:
+        check_photographs(data, args.image_folder)
     # The model speaks its own words; the data set's are not needed, since references are words.
     nouns = {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
              for noun in thing["words"]}
@@ -158,10 +158,10 @@ def print_table(by_beam, references, training, looked, args):
     measured, missing = scorers.measure(systems, references, args.names, unseen)
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
-    print("beam" + scorers.heading(args.names) + "  attention" * bool(looked))
+    print("beam" + scorers.heading(args.names) + "          attention" * bool(looked))
     for i, (beam_size, metrics) in enumerate(zip(args.beam_sizes, measured)):
         line = scorers.row(args.names, {name: m.total for name, m in metrics.items()})
-        print(f"{beam_size:4d}{line}" + (f"{looked[i]:>11}" if looked else ""))
+        print(f"{beam_size:4d}{line}" + (f"{looked[i]:>19}" if looked else ""))
         if args.bootstrap:
             for end, line in zip(("low", "high"), scorers.interval_rows(
                     args.names, metrics, args.bootstrap, args.seed)):
@@ -177,9 +177,9 @@ def print_table(by_beam, references, training, looked, args):
 
 
 def attention(captions):
-    """The cell of attention accuracy, a dash where no object was named"""
-    hits, total = (sum(c[key] for c in captions) for key in ("hits", "object_words"))
-    return f"{100 * hits / total:.2f} %" if total else "–"
+    """The cell of attention accuracy, without and with margin; a dash if no object was named"""
+    *hits, total = (sum(c[key] for c in captions) for key in ("hits", "near", "object_words"))
+    return "  ".join(f"{100 * hit / total:.2f} %" for hit in hits) if total else "–"
 
 
 def write_results(path, data, captions, scores):
@@ -202,8 +202,8 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     nouns: the words that name objects in this data set, if it knows any
 
     Returns, in every process, per image a list with one dictionary per beam size: words,
-    score (nats), how many of its object words were looked at rightly (hits of object_words) and,
-    for --report, the attention (T, P) of the last beam size.
+    score (nats), how many of its object words were looked at rightly (hits of object_words, near
+    with the pointing game's margin) and, for --report, the attention (T, P) of the last beam size.
     """
     words_of = {i: word for word, i in word_map.items()}
     batches = Batches(len(data), args.batch_size, False, 0, processes.rank, processes.world)
@@ -220,10 +220,11 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
             found.append((i, []))
             for caption in captions:
                 words = [words_of[word] for word in caption.words]
-                hits, total = attention_hits(words, caption.alphas,
-                                             data.entry(i).get("objects", []), nouns)
+                (hits, total), (near, _) = (
+                    attention_hits(words, caption.alphas, data.entry(i).get("objects", []), nouns,
+                                   margin) for margin in (0, MARGIN))
                 found[-1][1].append({"words": words, "score": caption.score, "hits": hits,
-                                     "object_words": total})
+                                     "near": near, "object_words": total})
             if args.report:
                 found[-1][1][-1]["attention"] = captions[-1].alphas.astype(np.float16)
     return [captions for _, captions in sorted(processes.gather(found), key=lambda row: row[0])]

@@ -188,7 +188,7 @@ def top_k_correct(scores, targets, k=5):
     return (scores.topk(min(k, scores.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
 
 
-def attention_hits(words, alphas, objects, nouns):
+def attention_hits(words, alphas, objects, nouns, margin=0.0):
     """
     Attention accuracy of one caption: at each word that names an object, does the most
     attended place lie in that object's box?
@@ -197,6 +197,7 @@ def attention_hits(words, alphas, objects, nouns):
     objects: [{"box": [left, top, right, bottom] as fractions of the image, "words": [...]}]
     nouns: all words that name objects in the data set; one that names nothing in this
     image is a miss.
+    margin: how far beside the box the place may lie, as a fraction of the image
 
     Returns hits and object words, two counts.
     """
@@ -209,6 +210,7 @@ def attention_hits(words, alphas, objects, nouns):
         row, column = divmod(int(np.argmax(alpha)), side)
         x, y = (column + 0.5) / side, (row + 0.5) / side
         hits += any(word in thing["words"]
-                    and thing["box"][0] <= x <= thing["box"][2]
-                    and thing["box"][1] <= y <= thing["box"][3] for thing in objects)
+                    and thing["box"][0] - margin <= x <= thing["box"][2] + margin
+                    and thing["box"][1] - margin <= y <= thing["box"][3] + margin
+                    for thing in objects)
     return hits, total

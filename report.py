@@ -48,15 +48,20 @@ def write_report(path, title, beam_sizes, measured, names, looked, notes, bootst
         file.write(content)
 
 
+def check_photographs(data, folder):
+    """UserError unless the photographs that `write_report` will show are there."""
+    names = [data.entry(i)["filename"] for i in range(len(data))] if folder else []
+    for path in (Path(folder) / name for name in names if name):
+        if not path.exists():
+            raise UserError(f"{path} not found; pass the --image_folder of create_input_files.py")
+
+
 def _photograph(data, i, folder):
     """uint8 (H, W, 3)"""
     name = data.entry(i)["filename"]
     if folder is None or name is None:
         return np.ascontiguousarray(data[i][0].numpy().transpose(1, 2, 0))
-    path = Path(folder) / name
-    if not path.exists():
-        raise UserError(f"{path} not found; pass the --image_folder of create_input_files.py")
-    return read_rgb(path)
+    return read_rgb(Path(folder) / name)
 
 
 def _table(beam_sizes, measured, names, looked, bootstrap, seed):

@@ -157,6 +157,13 @@ def test_mistakes_of_the_user_take_one_line(run, photos, monkeypatch, arguments,
     assert code == 2 and err.count("\n") == 1 and said in err
 
 
+def test_an_overlay_of_no_known_format_is_refused_before_the_model_is_read(
+        run, photos, monkeypatch):
+    monkeypatch.setattr(caption, "Captioner", None)
+    code, _, err = run(photos / "0.png", f"--out={photos / 'x.abc'}")
+    assert code == 2 and "x.abc cannot be written: Format 'abc' is not supported" in err
+
+
 def test_the_only_checkpoint_is_found(model, photos, monkeypatch, capsys):
     monkeypatch.chdir(model.parent)
     monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(photos / "0.png")])

@@ -13,6 +13,7 @@ from scenes import NAME, write_scenes
 
 import eval as evaluation
 import jars
+import page
 import report
 import scorers
 from comparison import compare
@@ -35,8 +36,8 @@ def data(tmp_path_factory):
 def spoken(data, monkeypatch):
     """eval.py with a model that says the same of every image: main(*options) -> printed lines"""
     def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
-        return [[{"words": SAID.split()[:i + 2], "score": -1.0, "hits": 0, "object_words": 0,
-                  "attention": np.eye(196)[:i + 2]} for _ in args.beam_sizes]
+        return [[{"words": SAID.split()[:i + 2], "score": -1.0, "hits": 1, "near": 2,
+                  "object_words": 3, "attention": np.eye(196)[:i + 2]} for _ in args.beam_sizes]
                 for i in range(len(data))]
 
     monkeypatch.setattr(evaluation, "caption_split", caption_split)
@@ -63,12 +64,19 @@ def result(image, caption="a red dog runs fast", references=("a red dog runs", "
 def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(spoken, tmp_path, capsys, data):
     evaluation.main([*spoken, "--results", str(tmp_path / "r.json")])
     _, heading, row, *_ = capsys.readouterr().out.splitlines()
-    assert heading == "beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4  attention"
+    assert heading == "beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4          attention"
     rows = json.loads((tmp_path / "r.json").read_text())
     expected = bleu([[text.split() for text in row["references"]] for row in rows],
                     [row["caption"].split() for row in rows])
-    assert row == "   1" + "".join(f"{value:8.2f}" for value in expected) + "          –"
+    assert row == "   1" + "".join(f"{value:8.2f}" for value in expected) + "   33.33 %  66.67 %"
     assert rows[0].keys() == {"image_id", "filename", "caption", "score", "references"}
+
+
+def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
+    some, none = ({"hits": 1, "near": 2, "object_words": 4}, dict.fromkeys(
+        ("hits", "near", "object_words"), 0))
+    assert evaluation.attention([some, some, none]) == "25.00 %  50.00 %"
+    assert evaluation.attention([none]) == "–"
 
 
 def test_without_java_meteor_is_a_dash_and_the_rest_comes(spoken, no_java, tmp_path, capsys):
@@ -225,6 +233,10 @@ def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_i
     assert len(cells) == 2 * len(names)
     for (value, spread), a, b, c in zip(cells, one.split()[1:], low.split()[1:], high.split()[1:]):
         assert value == a and (spread == f"{b}–{c}" or spread == "" and b == "–")
+    looked = [line.split()[-4:] for line in printed.splitlines() if re.match("   [12] ", line)]
+    assert [cell.split() for cell in re.findall("<td>([0-9.% ]+)</td></tr>", html)] == looked
+    assert len(looked) == 2 and 'scope="col">attention<' in html
+    assert page.escape(evaluation.ATTENTION) in html
     scores = {row["filename"]: row["scores"]["CIDEr-D"]
               for row in json.loads((tmp_path / "r.json").read_text())}
     shown = re.findall(r'<article[^>]* aria-label="(.*?) · CIDEr-D (.*?)"', html)
@@ -240,7 +252,7 @@ def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_i
 
 
 def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
-        spoken, tmp_path, data, no_java):
+        spoken, tmp_path, data, no_java, monkeypatch):
     path = str(tmp_path / "r.html")
     evaluation.main([*spoken, "--report", path, "--bootstrap", "5"])
     assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"1.00000"}
@@ -250,6 +262,7 @@ def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
     evaluation.main([*spoken, "--report", path, "--bootstrap", "5", "--image_folder",
                      str(tmp_path / "wide")])
     assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"2.00000"}
+    monkeypatch.setattr(evaluation, "caption_split", None)  # said before any work
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):
         evaluation.main([*spoken, "--report", path, "--image_folder", str(tmp_path)])
     with pytest.raises(UserError, match="--report .* is a folder"):

@@ -376,6 +376,14 @@ def test_centre_of_the_cell_decides_at_the_edge_of_a_box():
         assert attention_hits(["cat"], looking_at(0, 1)[None], [thing], {"cat"}) == (hit, 1)
 
 
+@pytest.mark.parametrize("box", [[0, 0, 0.3, 1], [0.45, 0, 1, 1], [0, 0, 1, 0.3], [0, 0.45, 1, 1]])
+def test_a_place_counts_as_far_beside_the_box_as_the_margin_says(box):
+    # The cell's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
+    for margin, hit in {0: 0, 0.07: 0, 0.08: 1}.items():
+        assert attention_hits(["cat"], looking_at(1, 1)[None], [{"box": box, "words": ["cat"]}],
+                              {"cat"}, margin) == (hit, 1)
+
+
 def test_word_that_names_nothing_here_is_a_miss():
     alphas = np.stack([looking_at(0, 0)] * 3)
     assert attention_hits(["dog", "kitten", "the"], alphas, [LEFT_HALF],

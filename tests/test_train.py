@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -895,3 +896,17 @@ def test_a_checkpoint_that_differs_from_the_options_says_in_what(data, tmp_path)
             train.main(["--resume", checkpoint, *option])
     with pytest.raises(train.UserError, match="leave --embeddings out"):
         train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--embeddings", "x"])
+
+
+@pytest.mark.parametrize("script, told", [
+    ("train.py", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
+    ("eval.py", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
+    ("caption.py", {"--beam_size": "5", "--max_len": "50"}),
+])
+def test_help_tells_the_defaults(script, told):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    options = {text.split()[0]: " ".join(text.split())
+               for text in re.split("\n  (?=-)", done.stdout)}
+    assert "None" not in done.stdout and "False" not in done.stdout
+    for option, default in told.items():
+        assert options[option].endswith(f"(default: {default})")
