@@ -35,7 +35,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to run")
     add("--repeats", type=int, default=5, help="timed runs of each version")
-    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
+        "where there is one, else the CPU")
     add("--amp", choices=AMP, help="our version in half precision; the textbook stays in float32")
     add("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args(argv)

@@ -60,7 +60,8 @@ def get_args(argv=None):
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the cells of the attention grid")
     add("--show", action="store_true", help="show overlays in a window too")
-    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
+        "where there is one, else the CPU")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     return parser.parse_args(argv)
 

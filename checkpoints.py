@@ -31,7 +31,8 @@ OURS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_ma
 
 
 def get_args(argv=None):
-    parser = Parser(description="Make a checkpoint of this program of an old one.")
+    parser = Parser(description="Convert an old checkpoint, or make a smaller one or "
+                    "the mean of two.")
     parser.add_argument("old", help="a checkpoint of whole modules, or one of ours")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to go inside")

@@ -63,7 +63,8 @@ def get_args(argv=None):
         "as the model sees them, squashed to a square")
     add("--compare", nargs=2, metavar=("A.json", "B.json"),
         help="compare two files of --results, without model and data; all metrics if not given")
-    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
+        "where there is one, else the CPU")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     args = parser.parse_args(argv)
     for value in (*args.beam_sizes, args.batch_size):

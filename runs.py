@@ -1,6 +1,7 @@
 """What a training run keeps besides its weights: where it stands, its data's state, its log."""
 
 import json
+import os
 import shlex
 import zlib
 from contextlib import nullcontext
@@ -116,7 +117,12 @@ def only_run(args, processes):
 
 
 def resume_command(args, name, processes):
-    program = "python" if processes.world == 1 else f"torchrun --nproc_per_node={processes.world}"
+    program, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", processes.world))
+    if processes.world > 1:
+        program = f"torchrun --nproc_per_node={here}"
+    if processes.world > here:  # and on each machine
+        program += (f" --nnodes={processes.world // here} --rdzv_backend=c10d "
+                    f"--rdzv_endpoint=HOST:PORT")
     path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
     return f"{program} train.py --resume {shlex.quote(str(path))}"
 

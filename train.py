@@ -60,7 +60,8 @@ def get_args(argv=None, **defaults):
     # Model; with --checkpoint and --resume these come from the file
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
-        "a state dict, or a checkpoint to take the encoder of")
+        "a state dict, or a checkpoint to take the encoder of; --checkpoint and --resume "
+        "bring their own")
     add("--emb_dim", type=int, help="word embeddings; 512, or the size of --embeddings")
     add("--attention_dim", type=int, default=512, help="layer that scores each place")
     add("--decoder_dim", type=int, default=512, help="state of the LSTM")
@@ -101,7 +102,8 @@ def get_args(argv=None, **defaults):
     add("--stop_after", type=int, default=20, help="epochs without a better one that end the run")
     add("--val_beam_size", type=int, default=1, help="beam of the free-running validation")
     add("--seed", type=int, default=0, help="of weights, dropout and the order of batches")
-    add("--device", help="cuda, cuda:1, cpu, mps; the GPU if there is one")
+    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
+        "where there is one, else the CPU")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     # Files
     add("--checkpoint", help="start a new phase from this model")

@@ -19,8 +19,10 @@ from scenes import ENCODER, NAME, write_scenes
 import epochs
 import eval as evaluation
 import objectives
+import runs
 import train
 from demo import make_demo
+from distributed import Processes
 from interrupts import leave_signals_to_parent
 from models import Encoder, look_at_likeliest
 from objectives import doubly_stochastic_loss
@@ -910,3 +912,18 @@ def test_help_tells_the_defaults(script, told):
     assert "None" not in done.stdout and "False" not in done.stdout
     for option, default in told.items():
         assert options[option].endswith(f"(default: {default})")
+
+
+@pytest.mark.parametrize("world, local, command", [
+    (1, None, "python train.py"),
+    (4, "4", "torchrun --nproc_per_node=4 train.py"),
+    (8, "4", "torchrun --nproc_per_node=4 --nnodes=2 --rdzv_backend=c10d "
+             "--rdzv_endpoint=HOST:PORT train.py"),
+])
+def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, world, local, command):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:  # what torchrun tells each of its processes
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    args = train.get_args(["--checkpoint_folder", "my runs"])
+    assert runs.resume_command(args, "x", Processes(torch.device("cpu"), 0, world)) == (
+        f"{command} --resume 'my runs/checkpoint_x.pth.tar'")
