@@ -78,6 +78,8 @@ def check(args):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
         raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
+    if args.out and is_page(args.out) and not args.smooth:
+        raise UserError(f"--no-smooth is for pictures; {args.out} blends cells")
     args.search = search_options(args)
     find_device(args.device)
 
@@ -179,7 +181,7 @@ def main():
     args = get_args()
     check(args)
     paths = find_images(args.img)
-    alone = paths == args.img[:1]  # one file was asked for, not a folder that happens to hold one
+    alone = len(paths) == 1 and paths == args.img  # one file was asked for, not a folder that happens to hold one
     if args.beam_tree and not alone:
         raise UserError("--beam_tree is of one image; pass a single file as --img")
     together = args.out and is_page(args.out) and not alone  # one page of all images
@@ -210,7 +212,8 @@ def main():
     if args.beam_tree:
         from beam_tree import draw_tree  # fonts are measured: only here
         with written(args.beam_tree):
-            draw_tree(captioner.grow_tree(paths[0], args.beam_size, **args.search), args.beam_tree)
+            draw_tree(captioner.grow_tree(paths[0], args.beam_size, n_best=args.n_best,
+                                          **args.search), args.beam_tree)
         print(f"beam tree: {args.beam_tree}", file=sys.stderr)
     if captioned:
         with written(args.out):

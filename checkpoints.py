@@ -74,8 +74,9 @@ def _average(encoder, decoder, word_map, args):
     arXiv 2109.01903. UserError unless it is of the same model and words.
     """
     other = load(args.average)
+    words = find_word_map(other, args.average, args.word_map, required=False)
     for ours, theirs in zip((encoder, decoder), build(other, args.average)):
-        if ours.args != theirs.args or word_map != other.get("word_map"):
+        if word_map != words or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
             raise UserError(f"{args.average} is of another model or other words than {args.old}; "
                             f"pass a phase of the same training")
         theirs = theirs.state_dict()

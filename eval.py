@@ -72,6 +72,10 @@ def get_args(argv=None):
             parser.error(f"{value} is no beam size or batch size; give 1 or more")
     if args.bootstrap is not None and args.bootstrap < 1:
         parser.error(f"--bootstrap is {args.bootstrap}, it must be at least 1")
+    if args.compare and (args.report or args.results):
+        parser.error("--compare prints a table; leave --report and --results out")
+    if args.image_folder and not args.report:
+        parser.error("--image_folder is for --report; pass both or neither")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, it must not be negative")
     if args.report and not args.metrics:
@@ -125,7 +129,7 @@ def evaluate(args, processes):
     measured, notes = print_table(by_beam, references, read_training(args, name), looked, args)
     if args.results:
         write_results(args.results, data, [captions[-1] for captions in found],
-                      scorers.scores_by_image(measured[-1]) if args.metrics else None)
+                      scorers.scores_by_image(measured[-1], len(data)) if args.metrics else None)
         print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
     if args.report:
         write_report(args.report, title, args.beam_sizes, measured, args.names, looked, notes,

@@ -193,7 +193,7 @@ class CrossEntropy(torch.autograd.Function):
         losses = totals - (1 - smoothing) * chosen
         if smoothing:
             losses = losses - smoothing * scores.mean(1, dtype=totals.dtype)
-        return losses.sum() if weights is None else losses @ weights.to(totals.dtype)
+        return losses.sum() if weights is None else (losses * weights).sum()
 
     @staticmethod
     @once_differentiable

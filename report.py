@@ -26,7 +26,10 @@ def write_report(path, title, beam_sizes, measured, names, looked, notes, bootst
 
     Raises UserError if a photograph cannot be read, OSError if the page cannot be written.
     """
-    scores = scorers.scores_by_image(measured[-1])
+    scores = scorers.scores_by_image(measured[-1], len(data))
+    if not scores[0]:
+        raise UserError("--report ranks images, which the metrics asked for don't score; "
+                        "add one, such as --metrics CIDEr-D")
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     some = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))

@@ -17,12 +17,12 @@ PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
 def new_progress():
     """
     Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best score (of
-    the metric that decides), epochs since it; the baseline of hard attention; and of the epoch
-    begun the batches, with what they add up to: loss or reward, words right, words, captions and
-    seconds.
+    the metric that decides), epochs since it; rows of the log that are of phases before; the
+    baseline of hard attention; and of the epoch begun the batches, with what they add up to: loss
+    or reward, words right, words, captions and seconds.
     """
-    return {"epoch": 0, "bleu4": None, "best": None, "stale": 0, "baseline": 0.0, "step": 0,
-            "sums": [0.0, 0, 0, 0, 0.0]}
+    return {"epoch": 0, "bleu4": None, "best": None, "stale": 0, "rows": 0, "baseline": 0.0,
+            "step": 0, "sums": [0.0, 0, 0, 0, 0.0]}
 
 
 def decisive(args):
@@ -37,7 +37,8 @@ def epoch_done(progress, row, optimizer, args, processes):
     stale = 0 if better else progress["stale"] + 1
     progress |= new_progress() | {
         "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
-        "best": score if better else progress["best"], "baseline": progress["baseline"]}
+        "best": score if better else progress["best"], "rows": progress["rows"],
+        "baseline": progress["baseline"]}
     if stale and stale % args.decay_after == 0 and not args.cosine:
         for group in optimizer.param_groups:
             group["lr"] *= args.lr_decay
@@ -58,7 +59,8 @@ def check_run(checkpoint, defaults, path):
     if "best_bleu4" in progress:  # its name when BLEU-4 alone could decide
         progress["best"] = progress.pop("best_bleu4")
     sums = progress.get("sums", new_progress()["sums"])
-    numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0)]
+    numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0),
+               progress.get("rows", 0)]
     if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \
             or progress["epoch"] and progress.get("best") is None \
             or len(sums) != 5 or not all(type(n) in (int, float) for n in sums) \
@@ -150,10 +152,16 @@ def _run_files(args, name):
     return [folder / f"{prefix}checkpoint_{name}.pth.tar" for prefix in ("", "BEST_")]
 
 
+def _goes_on(args):
+    """Whether what the run begins with lies in its folder: it adds to what is there."""
+    source = args.resume or args.checkpoint
+    return bool(source) and Path(source).resolve().parent == Path(args.checkpoint_folder).resolve()
+
+
 def check_folder(args, name):
-    """UserError if a run is in the folder already that is not to be replaced."""
+    """UserError if another run is in the folder already that is not to be replaced."""
     for path in _run_files(args, name):
-        if path.exists() and not args.overwrite:
+        if path.exists() and not args.overwrite and not _goes_on(args):
             raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
                             f"--overwrite to replace it, or another --checkpoint_folder")
 
@@ -167,36 +175,44 @@ def _epoch(line):
     return epoch if type(epoch) is int else float("inf")
 
 
-def open_log(args, name, done, processes):
-    """A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to."""
+def open_log(args, name, progress, processes):
+    """
+    A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to. From
+    here on the folder is this run's: another one that was there is gone.
+    """
     folder = Path(args.checkpoint_folder)
     path, writer = folder / f"log_{name}.jsonl", None
     if not processes.first:
         return lambda row: None
-    folder.mkdir(parents=True, exist_ok=True)
-    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
-    goes_on = path.exists() and (args.resume or args.checkpoint)
-    kept = path.read_text(errors="replace").splitlines() if goes_on else []
-    if args.resume:
-        while kept and not _epoch(kept[-1]) <= done:
-            kept.pop()
-    with whole(path) as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in kept))
-    if not args.resume and not args.checkpoint:  # a new run begins here, where all is ready for it
-        for file in _run_files(args, name):
-            file.unlink(missing_ok=True)
     if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard needs a package; run pip install tensorboard") from None
-        writer = SummaryWriter(folder / f"tensorboard_{name}", purge_step=done + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
+    goes_on = path.exists() and _goes_on(args)
+    kept = path.read_text(errors="replace").splitlines() if goes_on else []
+    if args.resume:
+        while len(kept) > progress["rows"] and not _epoch(kept[-1]) <= progress["epoch"]:
+            kept.pop()
+    else:
+        progress["rows"] = len(kept)
+    with whole(path) as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in kept))
+    if not _goes_on(args):
+        for file in _run_files(args, name):
+            file.unlink(missing_ok=True)
+    before = progress["rows"]
+    if args.tensorboard:
+        writer = SummaryWriter(folder / f"tensorboard_{name}",
+                               purge_step=before + progress["epoch"] + 1)
 
     def log(row):
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if writer:
             for key, value in row.items():
-                writer.add_scalar(key, value, row["epoch"])
+                writer.add_scalar(key, value, before + row["epoch"])
             writer.flush()
     return log

@@ -133,11 +133,13 @@ def _by_image(systems, references, names):
                **{name: _mean(row[name], 100) for name in row if name != "BLEU" and row[name]}}
 
 
-def scores_by_image(measured):
-    """Per image {name: value}, as if the image were all there is; no vocabulary"""
+def scores_by_image(measured, images):
+    """
+    Per image {name: value}, as if the image were all there is; no vocabulary. images: how many
+    """
     columns = {name: metric.value(metric.sums).round(4).tolist()
                for name, metric in measured.items() if metric.sums is not None}
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return [{name: column[i] for name, column in columns.items()} for i in range(images)]
 
 
 def resample(measured, resamples, seed=0):

@@ -60,8 +60,8 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     by one; of those set aside the best total log-probability wins. If none has finished
     after max_len words, the best unfinished one is returned.
 
-    Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size, if
-    length_penalty is not 0..10 or if the decoder's scores are not finite.
+    Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size or if
+    length_penalty is not 0..10, UserError if the decoder's scores are not finite.
     """
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}, it must be at least 1")
@@ -174,7 +174,8 @@ def _trace(history, end, n, n_best, length_penalty):
             lasts = np.array([(steps - 1, slot) for slot in range(words.shape[2])
                               if scores[-1, i, slot] > -np.inf])
         if not len(lasts):
-            raise ValueError("the decoder's scores are not finite")
+            raise UserError("the model's scores are not finite: it is damaged, or too large for "
+                            "--amp fp16; leave that out, or pass another --model")
         ranks = scores[lasts[:, 0], i, lasts[:, 1]] / (lasts[:, 0] + 1.0) ** length_penalty
         best = np.argsort(-ranks, kind="stable")[:n_best]
         first, *others = (_path(words[:, i], parents[:, i], scores[:, i], alphas[:, i], end, *last)

@@ -178,11 +178,13 @@ def get_run(argv):
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
     kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings",
-            "self_critical", "ema", "augment"]
+            "self_critical", "ema", "augment", "embeddings"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
         kept += ["batch_size", "single_captions", "seed", "attention", "accumulate"]
     if options["warmup"] or options["cosine"]:  # which count steps
         kept += ["batch_size", "single_captions", "warmup", "cosine"]
+    if options["cosine"]:  # whose end is that of the last epoch
+        kept += ["epochs"]
     for option in kept:
         if getattr(args, option) != options[option]:
             raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
@@ -204,8 +206,7 @@ def train(args, checkpoint, processes):
                         f"{processes.world} processes")
     if args.resume:
         check_data(checkpoint, train_data, name, args.resume)
-    elif not args.checkpoint:
-        check_folder(args, name)
+    check_folder(args, name)
     set_seed(args.seed)
     if checkpoint:
         encoder, decoder = from_checkpoint(checkpoint, args, train_data.word_map)
@@ -256,7 +257,8 @@ def train(args, checkpoint, processes):
                         f"{progress['step']} batches are done")
         try:
             load_optimizer(optimizer, checkpoint["optimizer"], progress["epoch"] > 0)
-            scaler.load_state_dict(checkpoint.get("scaler", {}))  # older runs had none
+            if checkpoint.get("scaler"):  # there is none of other precisions and of older runs
+                scaler.load_state_dict(checkpoint["scaler"])
             if args.ema:
                 average.load(checkpoint.get("trained"))
             objective.baseline = torch.tensor(progress["baseline"])
@@ -265,7 +267,7 @@ def train(args, checkpoint, processes):
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{args.resume} does not fit this run: {reason}") from None
-    log = open_log(args, name, progress["epoch"], processes)
+    log = open_log(args, name, progress, processes)
     if args.checkpoint and not args.resume:
         scores = validate(encoder, decoder, val_loader, val_batches, val_data, args, processes)
         processes.print(f"start   {_show(scores)}")

@@ -59,6 +59,14 @@ def options(args, folder, *more):
             "none", "--device", str(args.device), *amp, *more]
 
 
+class Prepared(list):
+    """The batches of a loader of features, where and as the decoder wants them."""
+
+    def __init__(self, loader, device):
+        super().__init__((features.to(device).float(), *rest) for features, *rest in loader)
+        self.dataset, self.sampler = loader.dataset, loader.sampler
+
+
 class Step:
     """Steps of train.py on this data: run() goes through all batches once."""
 
@@ -75,7 +83,7 @@ class Step:
         self.objective = train._objective(self.args, data)
         self.loader = train._loader(data, Batches(len(data), 16), self.args, self.processes)
         if prepared:
-            self.loader = [(images.to(args.device).float(), *rest) for images, *rest in self.loader]
+            self.loader = Prepared(self.loader, args.device)
 
     def run(self):
         train_one_epoch(self.encoder, self.decoder, self.average, self.objective, self.loader,

@@ -99,15 +99,18 @@ def test_textbook_and_ours_compute_the_same(small):
     torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
-def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, tmp_path):
+@pytest.mark.parametrize("fine_tune, cached", [(False, False), (True, False), (False, True)])
+def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, cached, tmp_path):
     """They train the decoder, and the encoder only if asked to, on every batch."""
     whole.write_data_set(tmp_path, TRAIN=20)
     args = benchmark.get_args([])
     args.device = torch.device("cpu")
     encoder = Encoder(name="resnet18", weights="none")
     encoder.fine_tune(fine_tune)
-    steps = whole.Step(encoder, CaptionDataset(tmp_path, "x", "TRAIN"), args, fine_tune)
+    data = CaptionDataset(tmp_path, "x", "TRAIN")
+    if cached:
+        data.use_features(torch.rand(20, model.CELLS, encoder.encoder_dim).half())
+    steps = whole.Step(encoder, data, args, fine_tune, prepared=cached)
     before = [copy.deepcopy(model.state_dict()) for model in (encoder, steps.decoder)]
     steps.run()
     for model_before, model_after, trained in zip(before, (encoder, steps.decoder),

@@ -147,6 +147,7 @@ def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photo
     (["0.png", "--out=0.png"], "--out 0.png is the image itself"),
     (["0.png", "1.png", "--out=2.png"], "--out 2.png is a file"),
     (["0.png", "--out=x.abc"], "x.abc cannot be written"),
+    (["0.png", "--out=x.html", "--no-smooth"], "--no-smooth is for pictures"),
     (["0.png", "1.png", "--out=x.gif"], "x.gif is one file, but there are 2 images; pass a folder"),
     (["0.png", "--show", "--no_attention"], "--no_attention leaves nothing to save or show"),
 ])
@@ -168,7 +169,7 @@ def test_the_only_checkpoint_is_found(model, photos, monkeypatch, capsys):
     monkeypatch.chdir(model.parent)
     monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(photos / "0.png")])
     caption.main()
-    assert capsys.readouterr().out
+    assert f"model: {model.name}, the only one in this folder" in capsys.readouterr().err
 
 
 def test_no_two_overlays_share_a_file_and_none_is_an_image():

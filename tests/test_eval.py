@@ -203,6 +203,8 @@ def test_unknown_metric_lists_the_valid_ones():
     (["--seed", "-1"], "--seed is -1"),
     (["--compare", "none.json", "none.json"], "none.json not found; write it with eval.py"),
     (["--compare", "none.json"], "expected 2 arguments"),
+    (["--compare", "a.json", "b.json", "--report", "r.html"], "leave --report and --results out"),
+    (["--image_folder", "photos"], "--image_folder is for --report"),
 ])
 def test_mistakes_are_the_users(args, message):
     with pytest.raises(UserError, match=message):

@@ -194,7 +194,7 @@ def test_500_caption_sets_score_as_pycocoevalcap_scores_them():
                 assert value < 1e-3, name  # its 0 is a root of 1e-15
                 continue
             assert measured[name].total / 100 == pytest.approx(value, abs=5e-5), name
-        rows = scores_by_image(measured)
+        rows = scores_by_image(measured, len(captions))
         assert [row["ROUGE-L"] for row in rows] == pytest.approx(100 * rouge, abs=1e-3)
         assert [row["CIDEr-D"] for row in rows] == pytest.approx(100 * cider_d, abs=1e-3)
 
@@ -301,7 +301,9 @@ def test_meteor_of_500_caption_sets_is_pycocoevalcaps():
     references, captions = (sum(part, []) for part in zip(*sets))
     firsts = [texts[0] for texts in references]  # a second system
     [measured, same], _ = measure([captions, firsts], references, ["METEOR"])
-    assert scores_by_image({"METEOR": same["METEOR"]}) == [{"METEOR": 100}] * len(firsts)
+    n = len(firsts)
+    assert scores_by_image({"METEOR": same["METEOR"]}, n) == [{"METEOR": 100}] * n
+    assert scores_by_image({}, n) == [{}] * n  # of the vocabulary alone, say
     counts, start = measured["METEOR"].sums, 0
     for texts, found in sets:
         part = counts[start:start + len(found)]

@@ -6,6 +6,7 @@ import reference
 import torch
 from test_models import make_decoder
 
+from files import UserError
 from models import look_at_likeliest
 from search import beam_search
 
@@ -158,7 +159,7 @@ def test_wrong_beam_sizes_are_errors():
 
 def test_scores_that_are_not_numbers_are_an_error():
     decoder, features = make_case(0, 0)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         beam_search(decoder, features * float("nan"), WORD_MAP, 2)
 
 
