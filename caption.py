@@ -181,7 +181,7 @@ def main():
     args = get_args()
     check(args)
     paths = find_images(args.img)
-    alone = len(paths) == 1 and paths == args.img  # one file was asked for, not a folder that happens to hold one
+    alone = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
     if args.beam_tree and not alone:
         raise UserError("--beam_tree is of one image; pass a single file as --img")
     together = args.out and is_page(args.out) and not alone  # one page of all images

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from files import UserError
 from metrics import CiderD, bleu, top_k_correct
 from objectives import Share, doubly_stochastic_loss
-from phases import learning_rate
+from phases import half_cosine
 from search import beam_search
 from utils import autocast
 
@@ -122,10 +122,9 @@ def augment(images, captions, word_map):
 
 
 def _set_learning_rate(optimizer, step, steps, args):
-    factor = learning_rate(step, steps, args.warmup, args.cosine)
-    if factor is not None:  # else it is where the plateau rule has left it
+    if args.cosine:  # else it is where the plateau rule has left it
         for group, peak in zip(optimizer.param_groups, (args.decoder_lr, args.encoder_lr)):
-            group["lr"] = peak * factor
+            group["lr"] = peak * half_cosine(step, steps)
 
 
 def _check_finite(bad, parameters, epoch, done):

@@ -177,22 +177,18 @@ def log_softmax_parts(scores, targets):
 
 class CrossEntropy(torch.autograd.Function):
     """
-    `CrossEntropy.apply(scores, targets, weights, smoothing)`: F.cross_entropy's sum over the words,
-    in float32 at least, but without a second and third tensor of the scores' size: the gradient is
-    the only one.
+    `CrossEntropy.apply(scores, targets, weights)`: F.cross_entropy's sum over the words, in float32
+    at least, but without a second and third tensor of the scores' size: the gradient is the only
+    one.
 
-    scores (W, V), targets (W,); weights (W,) of the words, or None; smoothing: the share of each
-    target's probability that is spread over all V words
+    scores (W, V), targets (W,); weights (W,) of the words, or None
     """
 
     @staticmethod
-    def forward(ctx, scores, targets, weights, smoothing):
+    def forward(ctx, scores, targets, weights):
         chosen, totals = log_softmax_parts(scores, targets)
         ctx.save_for_backward(scores, targets, totals, weights)
-        ctx.smoothing = smoothing
-        losses = totals - (1 - smoothing) * chosen
-        if smoothing:
-            losses = losses - smoothing * scores.mean(1, dtype=totals.dtype)
+        losses = totals - chosen
         return losses.sum() if weights is None else (losses * weights).sum()
 
     @staticmethod
@@ -205,9 +201,6 @@ class CrossEntropy(torch.autograd.Function):
                 *(x.split(rows) for x in (scores, targets, totals, d_scores, grads))):
             # Rounded to the scores' precision only when all is done: p - 1 is small.
             d_part = (part - total.unsqueeze(1)).exp_()
-            if ctx.smoothing:
-                d_part -= ctx.smoothing / scores.shape[1]
-            d_part.scatter_add_(1, target.unsqueeze(1),
-                                torch.full_like(total, ctx.smoothing - 1).unsqueeze(1))
+            d_part.scatter_add_(1, target.unsqueeze(1), torch.full_like(total, -1).unsqueeze(1))
             out.copy_(d_part.mul_(d_loss.unsqueeze(1)))
-        return d_scores, None, None, None
+        return d_scores, None, None

@@ -34,20 +34,18 @@ class Share(NamedTuple):
     captions: float
 
 
-def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None,
-                           smoothing=0.0):
+def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None):
     """
     Cross-entropy plus doubly stochastic attention, equation 14: the attention that a
     caption pays to a pixel should come to 1 over all its words.
 
     scores (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
-    smoothing: the share of each target's probability that is spread over all V words
 
     Returns the loss, a scalar in nats: a mean over words plus alpha_c times a mean over
     captions and pixels. `words` and `captions` divide instead of W and N * R where this
     batch is one process's share of a larger one.
     """
-    cross_entropy = CrossEntropy.apply(scores, targets, None, smoothing) / (words or len(targets))
+    cross_entropy = CrossEntropy.apply(scores, targets, None) / (words or len(targets))
     captions = captions or alphas.shape[0] * alphas.shape[1]
     return cross_entropy + alpha_c * unbalance(alphas).sum() / captions
 
@@ -79,12 +77,12 @@ class TeacherForcing(Objective):
     instead; train.py raises it from epoch to epoch.
     """
 
-    def __init__(self, alpha_c=1.0, smoothing=0.0):
-        self.alpha_c, self.smoothing, self.own = alpha_c, smoothing, 0.0
+    def __init__(self, alpha_c=1.0):
+        self.alpha_c, self.own = alpha_c, 0.0
 
     def __call__(self, decoder, features, captions, lengths, images, share):
         scores, targets, alphas = decoder(features, captions, lengths, self.own)
-        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share, self.smoothing)
+        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share)
         return loss, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
 
     @staticmethod
@@ -101,14 +99,14 @@ class HardAttention(TeacherForcing):
     lambda_r, lambda_e: the weights of reward and of alpha's entropy, as in the paper
     """
 
-    def __init__(self, alpha_c, smoothing, lambda_r, lambda_e, sampled=SAMPLED):
-        super().__init__(alpha_c, smoothing)
+    def __init__(self, alpha_c, lambda_r, lambda_e, sampled=SAMPLED):
+        super().__init__(alpha_c)
         self.lambda_r, self.lambda_e, self.sampled = lambda_r, lambda_e, sampled
         self.log_p, self.count = 0.0, 0  # of this step so far
 
     def __call__(self, decoder, features, captions, lengths, images, share):
         scores, targets, alphas, seen = decoder(features, captions, lengths, self.own, self.sampled)
-        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share, self.smoothing)
+        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share)
         log_p = caption_log_probs(scores.detach(), targets, lengths)
         reward = self.lambda_r * (log_p - self.baseline)
         places = choice(alphas, seen, reward, self.lambda_e) / share.words
@@ -191,7 +189,7 @@ def self_critical_loss(scores, targets, lengths, rewards, captions=None):
     advantage = (rewards - others).flatten()
     ends = (lengths - 1).flatten().to(advantage.device)
     weights = advantage.repeat_interleave(ends, output_size=len(targets))
-    return CrossEntropy.apply(scores, targets, weights, 0.0) / (captions or rewards.numel())
+    return CrossEntropy.apply(scores, targets, weights) / (captions or rewards.numel())
 
 
 class Reward:

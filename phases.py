@@ -61,17 +61,9 @@ def from_checkpoint(checkpoint, args, word_map):
     return checkpoints.build(checkpoint, path)
 
 
-def learning_rate(step, steps, warmup, cosine):
-    """
-    The factor of the learning rate at a step, counted from 0: it rises in a line over the warm-up,
-    then stays at 1 or, with cosine, falls in half a cosine that would reach 0 after so many steps.
-    None where neither has a say.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if cosine:
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-    return 1.0 if step == warmup > 0 else None
+def half_cosine(step, steps):
+    """The factor of the learning rate at a step, counted from 0: it would be 0 after all steps."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
 
 class Average:

@@ -89,11 +89,8 @@ def get_args(argv=None, **defaults):
     add("--self_critical", action="store_true",
         help="with --checkpoint: train on the CIDEr-D of captions that the model draws")
     add("--samples", type=int, default=5, help="--self_critical: captions drawn per image")
-    add("--smoothing", type=float, default=0.0, help="label smoothing: each true word's share of "
-        "probability that all words get")
     add("--ema", type=float, default=0.0, help="validate and save the exponential moving average "
         "of the weights, which keeps this of itself at each step (0.999); 0: none")
-    add("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0")
     add("--cosine", action="store_true", help="the learning rate falls to 0 over --epochs, in half "
         "a cosine, whatever validation says")
     add("--lr_decay", type=float, default=0.8, help="factor after each --decay_after epochs "
@@ -120,19 +117,18 @@ def get_args(argv=None, **defaults):
                          (1, "batch_size epochs val_beam_size decay_after stop_after attention_dim "
                              "decoder_dim emb_dim accumulate sampling_every"),
                          (0, "workers seed dropout decoder_lr encoder_lr grad_clip alpha_c "
-                             "save_minutes lambda_r lambda_e sampling_max sampling_step smoothing "
-                             "ema warmup")):
+                             "save_minutes lambda_r lambda_e sampling_max sampling_step ema")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not value >= least:  # not a number is neither
                 parser.error(f"--{name} is {value}, it must be at least {least}")
-    for name in ("dropout", "smoothing", "ema"):
+    for name in ("dropout", "ema"):
         if not getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, it must be below 1")
     if not args.sampling_max <= 1:
         parser.error(f"--sampling_max is {args.sampling_max}, it must be at most 1")
     if args.self_critical:
-        for name, without in (("attention", "soft"), ("sampling_max", 0), ("smoothing", 0),
+        for name, without in (("attention", "soft"), ("sampling_max", 0),
                               ("single_captions", False)):
             if getattr(args, name) != without:
                 parser.error(f"--{name} is of training on true captions, which --self_critical "
@@ -178,13 +174,11 @@ def get_run(argv):
     options = {**vars(get_args([])), **checkpoint["options"]}
     args = get_args(argv, **{**options, "checkpoint_folder": str(Path(path).parent)})
     kept = ["decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings",
-            "self_critical", "ema", "augment", "embeddings"]
+            "self_critical", "ema", "augment", "embeddings", "cosine"]
     if checkpoint["progress"].get("step"):  # what the order of the epoch's other batches follows
         kept += ["batch_size", "single_captions", "seed", "attention", "accumulate"]
-    if options["warmup"] or options["cosine"]:  # which count steps
-        kept += ["batch_size", "single_captions", "warmup", "cosine"]
-    if options["cosine"]:  # whose end is that of the last epoch
-        kept += ["epochs"]
+    if options["cosine"]:  # which counts steps, to the last epoch's end
+        kept += ["batch_size", "single_captions", "epochs"]
     for option in kept:
         if getattr(args, option) != options[option]:
             raise UserError(f"{path} was run with {option} {options[option]}, which a resumed run "
@@ -330,8 +324,8 @@ def _objective(args, data):
     if args.self_critical:
         return SelfCritical(data, args.alpha_c, args.samples)
     if args.attention == "hard":
-        return HardAttention(args.alpha_c, args.smoothing, args.lambda_r, args.lambda_e)
-    return TeacherForcing(args.alpha_c, args.smoothing)
+        return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
+    return TeacherForcing(args.alpha_c)
 
 
 def _loader(data, batches, args, processes):

@@ -24,7 +24,7 @@ from objectives import (
     caption_log_probs,
     doubly_stochastic_loss,
 )
-from phases import Average, learning_rate
+from phases import Average, half_cosine
 from search import sample
 
 WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
@@ -162,7 +162,7 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(sampled
                          - lambda_e * entropy / 2, decoder)
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
-    objective = HardAttention(0.0, 0.0, lambda_r=1.0, lambda_e=lambda_e, sampled=sampled)
+    objective = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, sampled=sampled)
     objective.baseline = torch.tensor(-2.0)  # whatever it is, the mean is the same
     one_in_half = Share(2 * 600, 600)
 
@@ -189,7 +189,7 @@ def test_hard_attention_draws_for_the_share_of_captions_it_is_told_and_for_all_t
 def test_baseline_is_the_moving_average_of_log_probabilities():
     decoder, (captions, lengths) = make_decoder(), make_captions(4, 3)
     features = torch.randn(4, 64, 9, dtype=torch.float64)
-    objective, processes = HardAttention(0.0, 0.0, 0.1, 0.0), Namespace(sum=lambda *x: x)
+    objective, processes = HardAttention(0.0, 0.1, 0.0), Namespace(sum=lambda *x: x)
     share, baseline = Share(int((lengths - 1).sum()), 12), 0.0
     for step in range(3):
         log_p = []
@@ -314,9 +314,6 @@ def test_without_an_average_the_models_are_those_that_are_trained():
     assert average.decoder is decoder and average.encoder is encoder and average.state() is None
 
 
-def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    assert [learning_rate(i, 10, 4, True) for i in range(4)] == [0.25, 0.5, 0.75, 1]
-    falling = [learning_rate(i, 10, 4, True) for i in range(4, 11)]
-    np.testing.assert_allclose(falling, [1, 0.933013, 0.75, 0.5, 0.25, 0.066987, 0], atol=1e-6)
-    assert [learning_rate(i, 10, 2, False) for i in range(4)] == [0.5, 1, 1, None]
-    assert learning_rate(0, 10, 0, False) is None
+def test_half_a_cosine_falls_from_one_to_zero():
+    np.testing.assert_allclose([half_cosine(i, 6) for i in range(7)],
+                               [1, 0.933013, 0.75, 0.5, 0.25, 0.066987, 0], atol=1e-6)

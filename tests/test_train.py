@@ -111,8 +111,7 @@ def signal_at(monkeypatch, call, signum, function="_set_learning_rate"):
     (3, "SIGINT", "clip_grad_value_", ["--amp", "fp16", "--decay_after", "1"]),
     (3, "SIGINT", "clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
     (2, "SIGINT", "epoch_done", []),
-    (6, "SIGINT", "clip_grad_value_", ["--ema", "0.9", "--warmup", "3", "--cosine",
-                                       "--smoothing", "0.1", "--accumulate", "2"]),
+    (6, "SIGINT", "clip_grad_value_", ["--ema", "0.9", "--cosine", "--accumulate", "2"]),
     (7, "SIGTERM", "clip_grad_value_", ["--attention", "hard", "--sampling_max", "0.5",
                                         "--sampling_step", "0.3", "--sampling_every", "1"]),
 ], ids=str)
@@ -319,7 +318,7 @@ def test_a_run_of_before_cider_d_could_decide_is_resumed(data, tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     for new in ("trained", "baseline"):
         checkpoint.pop(new, None), checkpoint["progress"].pop(new, None)
-    for option in ("attention", "self_critical", "ema", "warmup", "cosine", "augment"):
+    for option in ("attention", "self_critical", "ema", "cosine", "augment"):
         checkpoint["options"].pop(option)
     checkpoint["progress"]["best_bleu4"] = checkpoint["progress"].pop("best") + 50
     torch.save(checkpoint, path)
@@ -355,11 +354,9 @@ def test_each_option_reaches_its_objective(data):
     def objective(*options):
         return vars(train._objective(train.get_args(["--alpha_c", "0.5", *options]), images))
 
-    assert objective("--smoothing", "0.1") == {"alpha_c": 0.5, "smoothing": 0.1, "own": 0}
-    hard = objective("--attention", "hard", "--smoothing", "0.1", "--lambda_r", "0.2",
-                     "--lambda_e", "0.3")
-    assert {"alpha_c": 0.5, "smoothing": 0.1, "lambda_r": 0.2, "lambda_e": 0.3,
-            "sampled": 0.5}.items() <= hard.items()
+    assert objective() == {"alpha_c": 0.5, "own": 0}
+    hard = objective("--attention", "hard", "--lambda_r", "0.2", "--lambda_e", "0.3")
+    assert {"alpha_c": 0.5, "lambda_r": 0.2, "lambda_e": 0.3, "sampled": 0.5}.items() <= hard.items()
     critical = objective("--self_critical", "--checkpoint", "x", "--samples", "3")
     assert {"alpha_c": 0.5, "samples": 3, "max_len": 50}.items() <= critical.items()
 
@@ -376,12 +373,12 @@ def test_schedule_is_that_of_the_options_and_the_plateau_rule_stays_out_of_it(
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kwargs: optimizers.append(
         adam(*args, **kwargs)) or optimizers[-1])
     monkeypatch.setattr(epochs, "clip_grad_value_", keep_rate)
-    train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "40", "--warmup", "2",
-                          "--cosine", "--decay_after", "1", "--decoder_lr", "1e-9"))
+    train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "40", "--cosine",
+                          "--decay_after", "1", "--decoder_lr", "1e-9"))
     steps = len(seen)
     assert steps == 9  # 3 an epoch
-    assert seen == pytest.approx([1e-9 * (0.5 if i == 0 else 0.5 + 0.5 * math.cos(
-        math.pi * max(0, i - 2) / (steps - 2))) for i in range(steps)])
+    assert seen == pytest.approx([1e-9 * (0.5 + 0.5 * math.cos(math.pi * i / steps))
+                                  for i in range(steps)])
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx(seen[2::3])
 
 
