@@ -356,7 +356,8 @@ def test_each_option_reaches_its_objective(data):
 
     assert objective() == {"alpha_c": 0.5, "own": 0}
     hard = objective("--attention", "hard", "--lambda_r", "0.2", "--lambda_e", "0.3")
-    assert {"alpha_c": 0.5, "lambda_r": 0.2, "lambda_e": 0.3, "sampled": 0.5}.items() <= hard.items()
+    assert {"alpha_c": 0.5, "lambda_r": 0.2, "lambda_e": 0.3,
+            "sampled": 0.5}.items() <= hard.items()
     critical = objective("--self_critical", "--checkpoint", "x", "--samples", "3")
     assert {"alpha_c": 0.5, "samples": 3, "max_len": 50}.items() <= critical.items()
 
