@@ -31,7 +31,7 @@ demo: .venv/demo
 
 test: .venv/test
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -q -s -m slow
