@@ -26,7 +26,7 @@ from functools import partial
 from tqdm import tqdm
 
 import page
-from captioner import Captioner, check_suffix, is_page
+from captioner import Captioner, check_suffix
 from checkpoints import find_model
 from distributed import find_device
 from files import Parser, UserError
@@ -78,7 +78,7 @@ def check(args):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
         raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
-    if args.out and is_page(args.out) and not args.smooth:
+    if args.out and page.is_page(args.out) and not args.smooth:
         raise UserError(f"--no-smooth is for pictures; {args.out} blends cells")
     args.search = search_options(args)
     find_device(args.device)
@@ -184,7 +184,7 @@ def main():
     alone = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
     if args.beam_tree and not alone:
         raise UserError("--beam_tree is of one image; pass a single file as --img")
-    together = args.out and is_page(args.out) and not alone  # one page of all images
+    together = args.out and page.is_page(args.out) and not alone  # one page of all images
     overlays = overlay_paths(paths, None if together else args.out, alone)
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
@@ -199,6 +199,9 @@ def main():
             bad += 1
             continue
         tqdm.write(describe(result, args, alone), file=sys.stdout)
+        if not result.words:
+            tqdm.write(f"{result.name}: the model has no words for it; it may need more training",
+                       file=sys.stderr)
         sys.stdout.flush()
         if args.no_attention:
             continue

@@ -62,7 +62,7 @@ class Captioned:
         .gif or .mp4, or a picture. Raises ValueError for a suffix that is none of these, OSError if
         the file cannot be written.
         """
-        if is_page(path):
+        if page.is_page(path):
             page.write_page(path, [self], self.text)
         elif is_movie(path):
             import movie
@@ -176,17 +176,13 @@ def _try_read(source):
         return UserError(f"{source} is not a readable image: {error!r}")
 
 
-def is_page(path):
-    return os.fspath(path).lower().endswith((".html", ".htm"))
-
-
 def is_movie(path):
     return os.fspath(path).lower().endswith((".gif", ".mp4"))
 
 
 def check_suffix(path):
     """ValueError where `Captioned.save` would raise it."""
-    if not is_page(path) and not is_movie(path):
+    if not page.is_page(path) and not is_movie(path):
         import visualize
 
         visualize.find_format(path)

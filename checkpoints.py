@@ -256,8 +256,8 @@ def find_latest(folder):
 def _checkpoints(folder, prefix, option):
     found = sorted(Path(folder).glob(f"{prefix}checkpoint_*.pth.tar"))
     if not found:
-        raise UserError(f"no {prefix}checkpoint_*.pth.tar in {folder}; run python train.py first "
-                        f"or pass {option} FILE")
+        raise UserError(f"no {prefix}checkpoint_*.pth.tar in {folder}; pass {option} FILE, or "
+                        f"--checkpoint_folder, where train.py wrote it")
     return found
 
 

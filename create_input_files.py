@@ -58,6 +58,7 @@ def main():
         from demo import make_demo
 
         image_folder = os.path.join(args.output_folder, "demo")
+        print(f"no --captions and no --karpathy_json: the demo's scenes, in {image_folder}")
         captions = make_demo(image_folder)
     else:
         raise UserError("where are the captions? give --karpathy_json FILE or --captions FILE")

@@ -110,7 +110,8 @@ def find_data_name(data_folder):
     names = sorted(path.stem.removeprefix("WORDMAP_")
                    for path in Path(data_folder).glob("WORDMAP_*.json"))
     if not names:
-        raise UserError(f"no data set in {data_folder}; run python create_input_files.py first")
+        raise UserError(f"no data set in {data_folder}; pass the --data_folder of "
+                        f"create_input_files.py")
     if len(names) > 1:
         raise UserError(f"several data sets in {data_folder}; pass --data_name, one of: "
                         + ", ".join(names))

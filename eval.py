@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+import page
 import scorers
 from checkpoints import find_model, load_captioner
 from comparison import compare
@@ -67,15 +68,16 @@ def get_args(argv=None):
         "where there is one, else the CPU")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
     args = parser.parse_args(argv)
-    for value in (*args.beam_sizes, args.batch_size):
+    for option, value in (("batch_size", args.batch_size),
+                          *(("beam_sizes", size) for size in args.beam_sizes)):
         if value < 1:
-            parser.error(f"{value} is no beam size or batch size; give 1 or more")
+            parser.error(f"--{option} is {value}, it must be at least 1")
     if args.bootstrap is not None and args.bootstrap < 1:
         parser.error(f"--bootstrap is {args.bootstrap}, it must be at least 1")
     if args.compare and (args.report or args.results):
         parser.error("--compare prints a table; leave --report and --results out")
     if args.image_folder and not args.report:
-        parser.error("--image_folder is for --report; pass both or neither")
+        parser.error("--image_folder is for --report; add --report FILE or leave it out")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, it must not be negative")
     if args.report and not args.metrics:
@@ -107,6 +109,8 @@ def evaluate(args, processes):
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
             raise UserError(f"--{option} {file} is a folder; name a file in it")
+    if args.report and not page.is_page(args.report):
+        raise UserError(f"--report {args.report} is a web page; let its name end in .html")
     path = find_model(args.model, args.checkpoint_folder, processes.print)
     encoder, decoder, word_map, _ = load_captioner(path, processes.device, args.word_map)
     name = args.data_name or find_data_name(args.data_folder)

@@ -49,10 +49,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are a UserError like any other: one line, without the list of all options."""
+    """
+    Its errors are a UserError like any other: one line, without the list of all options. These are
+    not abbreviated: --lr would be --lr_decay.
+    """
 
-    def __init__(self, *args, formatter_class=Help, **kwargs):
-        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the options")

@@ -90,6 +90,10 @@ def fragment(captioned):
     return f"<style>{STYLE}</style>\n{view(captioned, 'p', HINT)}\n<script>{SCRIPT}</script>\n"
 
 
+def is_page(path):
+    return os.fspath(path).lower().endswith((".html", ".htm"))
+
+
 def write_page(path, captioned, title):
     """Write `attention_page` to a file, which is there whole or not at all; OSError if it can't."""
     content = attention_page(captioned, title)

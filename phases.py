@@ -50,7 +50,9 @@ def from_checkpoint(checkpoint, args, word_map):
                    if theirs.get(word) != word_map.get(word))
         raise UserError(f"{path} was trained with another word map ({len(theirs)} words) than "
                         f"that of the data ({len(word_map)} words); the word {word!r} is number "
-                        f"{theirs.get(word)} there and {word_map.get(word)} here")
+                        f"{theirs.get(word)} there and {word_map.get(word)} here; to begin with "
+                        f"its encoder alone, pass it as --encoder_weights, with --encoder "
+                        f"{checkpoint['encoder_args']['name']}")
     for option, value in model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
             raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "

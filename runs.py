@@ -147,9 +147,12 @@ def check_data(checkpoint, data, name, path):
                         f"or --checkpoint {path} for a new phase")
 
 
+def best_file(args, name):
+    return Path(args.checkpoint_folder) / f"BEST_checkpoint_{name}.pth.tar"
+
+
 def _run_files(args, name):
-    folder = Path(args.checkpoint_folder)
-    return [folder / f"{prefix}checkpoint_{name}.pth.tar" for prefix in ("", "BEST_")]
+    return [Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar", best_file(args, name)]
 
 
 def _goes_on(args):

@@ -26,6 +26,7 @@ from objectives import HardAttention, SelfCritical, TeacherForcing
 from phases import Average, from_checkpoint, model_options, new_model
 from runs import (
     PASSING_OPTIONS,
+    best_file,
     check_data,
     check_folder,
     check_run,
@@ -135,8 +136,8 @@ def get_args(argv=None, **defaults):
                              f"does without; leave one of the two out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
-    if not args.lr_decay > 0:
-        parser.error(f"--lr_decay is {args.lr_decay}, it must be above 0")
+    if not 0 < args.lr_decay <= 1:
+        parser.error(f"--lr_decay is {args.lr_decay}, it must be above 0 and at most 1")
     return args
 
 
@@ -284,6 +285,8 @@ def train(args, checkpoint, processes):
         try:
             if args.checkpoint and not args.resume:
                 with interrupts.held():
+                    if not best_file(args, name).exists():
+                        save("BEST_")  # in a folder of its own, the model it begins with is one
                     save()  # from here on --resume goes on with this phase
             while progress["epoch"] < args.epochs and progress["stale"] < args.stop_after:
                 epoch = batches.epoch = progress["epoch"] + 1
@@ -315,9 +318,12 @@ def train(args, checkpoint, processes):
             raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
                           f"{progress['step']} of {batches.batches} batches, all saved; go on "
                           f"with: {resume_command(args, name, processes)}") from None
-    name = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[decisive(args)]
-    processes.print(f"done: best validation {name} {progress['best']:.2f} after "
-                    f"{progress['epoch']} epochs")
+    metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[decisive(args)]
+    best = progress["epoch"] - progress["stale"]
+    processes.print(f"done after epoch {progress['epoch']}: best validation {metric} "
+                    f"{progress['best']:.2f}, of "
+                    f"{f'epoch {best}' if best else 'the model that the phase began with'}, in "
+                    f"{best_file(args, name)}")
 
 
 def _objective(args, data):

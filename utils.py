@@ -81,13 +81,16 @@ def load_embeddings(emb_file, word_map):
                     continue  # glove.840B has words with spaces inside, like "at name@domain.com"
                 if not size or len(values) != size:
                     where = f"{emb_file}, line {line_number}"
-                    raise UserError(f"{where}: {len(values)} numbers where line 1 has {size}")
+                    there = f", as many as line 1 has: {size}" if size else ""
+                    raise UserError(f"{where}: {len(values)} numbers; it should be a word and its "
+                                    f"numbers{there}")
                 if word in word_map:
                     vectors[word] = _numbers(values)
                     if vectors[word] is None:
                         raise UserError(f"{emb_file}, line {line_number}: not a finite number")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{emb_file} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{emb_file} cannot be read: {reason}") from None
     if not size:
         raise UserError(f"{emb_file} is empty")
     embeddings = torch.empty(len(word_map), size)

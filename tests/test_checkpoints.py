@@ -314,7 +314,7 @@ def test_model_is_the_one_named_else_the_folders_else_the_one_here_else_the_ship
     monkeypatch.chdir(here)
     assert find_model("x.pth.tar", folder, said.append) == "x.pth.tar"
     assert find_model(None, folder, said.append) == str(folder / "BEST_checkpoint_a.pth.tar")
-    with pytest.raises(UserError, match="run python train.py first"):
+    with pytest.raises(UserError, match="pass --model FILE, or --checkpoint_folder"):
         find_model(None, ".", said.append)  # a folder that was named is not passed over
     assert not said
     assert find_model(None, None, said.append) == str(PRETRAINED)
@@ -367,7 +367,7 @@ def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys
 
 
 def test_no_checkpoint_names_the_folder(tmp_path):
-    with pytest.raises(UserError, match=f"in {tmp_path}; run python train.py first"):
+    with pytest.raises(UserError, match=f"in {tmp_path}; pass --"):
         find_checkpoint(tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_latest_run_is_found_whatever_its_name(tmp_path):
             path.touch()
             os.utime(path, (seconds + later,) * 2)
     assert find_latest(tmp_path) == str(tmp_path / "checkpoint_b.pth.tar")
-    with pytest.raises(UserError, match="or pass --resume FILE"):
+    with pytest.raises(UserError, match="none; pass --resume FILE, or --checkpoint_folder"):
         find_latest(tmp_path / "none")
 
 

@@ -376,7 +376,7 @@ def test_only_data_set_is_found(tmp_path):
 
 def test_no_data_set_names_the_folder(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"no data set in {folder}; run python create_input"):
+        with pytest.raises(UserError, match=f"no data set in {folder}; pass the --data_folder"):
             find_data_name(folder)
 
 

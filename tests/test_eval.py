@@ -267,5 +267,7 @@ def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
     monkeypatch.setattr(evaluation, "caption_split", None)  # said before any work
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):
         evaluation.main([*spoken, "--report", path, "--image_folder", str(tmp_path)])
+    with pytest.raises(UserError, match="--report r.txt is a web page; let its name end in .html"):
+        evaluation.main([*spoken, "--report", "r.txt"])
     with pytest.raises(UserError, match="--report .* is a folder"):
         evaluation.main([*spoken, "--report", str(tmp_path)])

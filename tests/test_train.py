@@ -668,7 +668,7 @@ def test_self_critical_training_raises_the_reward_and_saves_the_best_cider_d(
     assert min(rewards[-3:]) > 1.2 * rewards[0], rewards
     assert f"epoch   1   reward {rewards[0]:.3f} in " in printed
     best = max(row["cider_d"] for row in figures)
-    assert f"done: best validation CIDEr-D {best:.2f} after 18 epochs" in printed
+    assert f"done after epoch 18: best validation CIDEr-D {best:.2f}, of " in printed
     assert load(tmp_path / "2")["progress"]["best"] == pytest.approx(best)
     assert {"train_reward", "cider_d", "bleu4", "val_loss"} <= figures[0].keys()
     evaluation.main(["--checkpoint_folder", str(tmp_path / "2"), "--data_folder", str(data),
@@ -879,7 +879,7 @@ def test_single_captions_train_too(data, tmp_path):
 
 
 @pytest.mark.parametrize("script, args, message", [
-    ("train.py", ["--data_folder", "nowhere"], "no data set in nowhere; run python create_input"),
+    ("train.py", ["--data_folder", "nowhere"], "no data set in nowhere; pass the --data_folder of"),
     ("eval.py", ["--model", "missing.pth.tar"], "missing.pth.tar not found"),
     ("train.py", ["--resume", "--data_folder", "{data}", "--checkpoint_folder", "{tmp}"],
      "no checkpoint_*.pth.tar in"),
@@ -899,7 +899,7 @@ def test_single_captions_train_too(data, tmp_path):
     ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be 0 to 10"),
     ("eval.py", ["--max_len", "0"], "--max_len is 0, it must be at least 1"),
     ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
-    ("eval.py", ["--beam_sizes", "0"], "0 is no beam size"),
+    ("eval.py", ["--beam_sizes", "0"], "--beam_sizes is 0"),
     ("eval.py", ["--results", "{tmp}"], "is a folder; name a file in it"),
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(data, tmp_path, script, args, message):
@@ -948,3 +948,20 @@ def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, world, l
     args = train.get_args(["--checkpoint_folder", "my runs"])
     assert runs.resume_command(args, "x", Processes(torch.device("cpu"), 0, world)) == (
         f"{command} --resume 'my runs/checkpoint_x.pth.tar'")
+
+
+def test_options_are_not_abbreviated():
+    with pytest.raises(train.UserError, match="unrecognized arguments: --lr 3"):
+        train.get_args(["--lr", "3"])
+
+
+def test_a_phase_in_a_folder_of_its_own_begins_with_the_best_model_known(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path / "one", "--epochs", "3"))
+    best = tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"
+    # So small a rate that no epoch is better.
+    train.main(train_args(data, tmp_path / "two", "--epochs", "1", "--checkpoint", str(best),
+                          "--decoder_lr", "1e-12"))
+    assert same(*(load(tmp_path / folder, "BEST_")["decoder"] for folder in ("one", "two")))
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("done after epoch 1: best validation BLEU-4 ") and printed.endswith(
+        f"of the model that the phase began with, in {tmp_path / 'two' / best.name}")
