@@ -898,7 +898,7 @@ def test_single_captions_train_too(data, tmp_path):
      "--attention is of training on true captions, which --self_critical does without"),
     ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be 0 to 10"),
     ("eval.py", ["--max_len", "0"], "--max_len is 0, it must be at least 1"),
-    ("train.py", ["--epoch", "x"], "invalid int value: 'x'; --help lists the options"),
+    ("train.py", ["--epochs", "x"], "invalid int value: 'x'; --help lists the options"),
     ("eval.py", ["--beam_sizes", "0"], "--beam_sizes is 0"),
     ("eval.py", ["--results", "{tmp}"], "is a folder; name a file in it"),
 ])
