@@ -25,13 +25,13 @@ from functools import partial
 
 from tqdm import tqdm
 
-import page
 from captioner import Captioner, check_suffix
 from checkpoints import find_model
 from distributed import find_device
 from files import Parser, UserError
-from search import add_search_options, search_options
+from modeling.beam_search import add_search_options, search_options
 from utils import AMP, run
+from visualization import page
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 OVERLAY = "_attention.png"
@@ -170,7 +170,7 @@ def written(path):
 
 
 def show(captioned, overlay, args):
-    import visualize
+    from visualization import attention as visualize
     try:
         visualize.show(captioned.figure(args.smooth))
     except RuntimeError as error:
@@ -213,7 +213,7 @@ def main():
         if args.show:
             show(result, overlay, args)
     if args.beam_tree:
-        from beam_tree import draw_tree  # fonts are measured: only here
+        from visualization.beam_tree import draw_tree  # fonts are measured: only here
         with written(args.beam_tree):
             draw_tree(captioner.grow_tree(paths[0], args.beam_size, n_best=args.n_best,
                                           **args.search), args.beam_tree)

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import page
 from checkpoints import PRETRAINED, load_captioner
 from datasets import read_rgb, squash, to_rgb
 from distributed import find_device
 from files import UserError
-from search import beam_search
+from modeling.beam_search import beam_search
 from utils import autocast
+from visualization import page
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Captioned:
         if page.is_page(path):
             page.write_page(path, [self], self.text)
         elif is_movie(path):
-            import movie
+            from visualization import animation as movie
 
             movie.write_movie(path, self.image, self.words, self.attention, smooth)
         else:
-            import visualize
+            from visualization import attention as visualize
 
             visualize.save(self.figure(smooth), path)
 
@@ -138,7 +138,7 @@ class Captioner:
         What the search for an image's caption kept and dropped, a `beam_tree.Tree`, which
         `beam_tree.draw_tree` draws. Raises UserError for an image it cannot read.
         """
-        import beam_tree
+        from visualization import beam_tree
 
         with torch.inference_mode(), autocast(self.device, self.amp):
             pixels = torch.from_numpy(squash(read_any(image)))
@@ -183,6 +183,6 @@ def is_movie(path):
 def check_suffix(path):
     """ValueError where `Captioned.save` would raise it."""
     if not page.is_page(path) and not is_movie(path):
-        import visualize
+        from visualization import attention as visualize
 
         visualize.find_format(path)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-import old_checkpoints
 from files import Parser, UserError, check_word_map, read_json, whole
+from modeling import legacy_checkpoints as old_checkpoints
 from models import DecoderWithAttention, Encoder
 
 FORMAT = 1

@@ -48,14 +48,14 @@ def main():
         raise UserError("--karpathy_json and --captions exclude each other")
     image_folder = args.image_folder
     if args.captions:
-        from captions import read_captions
+        from preprocessing.own_captions import read_captions
 
         captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
         warn_of_empty_splits(args.captions, captions["images"])
     elif args.karpathy_json:
         captions = args.karpathy_json
     elif args.dataset == "demo" and not image_folder:
-        from demo import make_demo
+        from preprocessing.demo import make_demo
 
         image_folder = os.path.join(args.output_folder, "demo")
         print(f"no --captions and no --karpathy_json: the demo's scenes, in {image_folder}")

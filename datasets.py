@@ -14,8 +14,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
-from captions import are_objects
 from files import UserError, read_json, read_word_map
+from preprocessing.own_captions import are_objects
 
 # A picture that can be read is read without a word about what is odd in it.
 warnings.filterwarnings("ignore", module=r"PIL\.")

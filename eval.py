@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-import page
-import scorers
 from checkpoints import find_model, load_captioner
-from comparison import compare
 from datasets import Batches, CaptionDataset, find_data_name
+from evaluation import scores as scorers
+from evaluation.compare import compare
+from evaluation.metrics import attention_hits
+from evaluation.report import check_photographs, write_report
 from files import Parser, UserError, read_json, write_json
-from metrics import attention_hits
-from report import check_photographs, write_report
-from search import add_search_options, beam_search, search_options
+from modeling.beam_search import add_search_options, beam_search, search_options
 from utils import AMP, autocast, run
+from visualization import page
 
 ATTENTION = ("attention: share of object words at which the most attended place lies in the "
              "object's box; then, at most 15 pixels of 256 beside it (the pointing game)")

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import load_backbone
-from kernels import AttentionEnergy, LinearPerWord
+from modeling.autograd import AttentionEnergy, LinearPerWord
+from modeling.backbones import load_backbone
 
 ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 grid (section 4.3)
 

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 import checkpoints
 import distributed
 from datasets import Batches, CaptionDataset, find_data_name
-from epochs import train_one_epoch, validate
-from features import cache_features, keep_features
 from files import Parser, UserError
-from interrupts import Interrupts, Stopped, leave_signals_to_parent
-from objectives import HardAttention, SelfCritical, TeacherForcing
-from phases import Average, from_checkpoint, model_options, new_model
-from runs import (
+from preprocessing.feature_cache import cache_features, keep_features
+from training.build import Average, from_checkpoint, model_options, new_model
+from training.engine import train_one_epoch, validate
+from training.interrupts import Interrupts, Stopped, leave_signals_to_parent
+from training.losses import HardAttention, SelfCritical, TeacherForcing
+from training.run import (
     PASSING_OPTIONS,
     best_file,
     check_data,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from files import UserError
-from preparation import create_input_files  # noqa: F401, `from utils import` is its old place
+from preprocessing.input_files import create_input_files  # noqa: F401, `from utils import` is its old place
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

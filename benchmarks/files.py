@@ -16,8 +16,8 @@ from PIL import Image
 from benchmarks.measuring import compare, in_a_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from files import write_json
-from preparation import create_input_files
-from unfinished import create_images, find_images, write_images
+from preprocessing.input_files import create_input_files
+from preprocessing.resumable_hdf5 import create_images, find_images, write_images
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
 

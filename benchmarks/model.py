@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import compare, exponent, matmul_rate, seconds
+from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
-from objectives import doubly_stochastic_loss
-from search import beam_search
+from training.losses import doubly_stochastic_loss
 from utils import autocast
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -28,14 +28,14 @@ from benchmarks.model import (
 )
 from datasets import Batches, CaptionDataset
 from distributed import Processes
-from epochs import train_one_epoch
-from features import cache_features, keep_features
 from files import write_json
-from interrupts import Interrupts
+from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
-from phases import Average
-from runs import new_progress
-from search import beam_search
+from preprocessing.feature_cache import cache_features, keep_features
+from training.build import Average
+from training.engine import train_one_epoch
+from training.interrupts import Interrupts
+from training.run import new_progress
 from utils import autocast
 
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 from benchmarks import measuring, model, whole
 from datasets import CaptionDataset
+from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
-from objectives import doubly_stochastic_loss
-from search import beam_search
+from training.losses import doubly_stochastic_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,9 +18,9 @@ import caption
 import captioner
 import checkpoints
 import utils
-import visualize
 from files import UserError
 from models import DecoderWithAttention, Encoder
+from visualization import attention as visualize
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import checkpoints
-from captions import read_captions
 from datasets import read_image, read_word_ids
 from files import UserError, read_json, read_word_map
 from models import DecoderWithAttention, Encoder
+from preprocessing.own_captions import read_captions
 from utils import create_input_files
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, database=None,

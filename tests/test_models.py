@@ -5,30 +5,13 @@ import weakref
 import pytest
 import reference
 import torch
+from factories import make_captions, make_decoder
 from torch import nn
 
-from kernels import AttentionEnergy, CrossEntropy, LinearPerWord
+from modeling.autograd import AttentionEnergy, CrossEntropy, LinearPerWord
 from models import DecoderWithAttention, Encoder, pooling_matrix
-from objectives import doubly_stochastic_loss
+from training.losses import doubly_stochastic_loss
 from utils import autocast
-
-
-def make_decoder(vocab_size=23, dropout=0.0, seed=0, scale=3.0):
-    """A small random decoder in float64, its weights large enough for sharp attention."""
-    torch.manual_seed(seed)
-    decoder = DecoderWithAttention(7, 5, 6, vocab_size, encoder_dim=9, dropout=dropout).double()
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p.mul_(scale)
-    return decoder
-
-
-def make_captions(n, r, vocab_size=23, longest=9, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, longest + 1, (n, r), generator=g)
-    captions = torch.randint(1, vocab_size, (n, r, longest + 3), generator=g)
-    captions[torch.arange(longest + 3) >= lengths.unsqueeze(2)] = 0
-    return captions, lengths
 
 
 def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):

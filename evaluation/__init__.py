@@ -1,0 +1,1 @@
+"""What eval.py measures, and how it shows it."""

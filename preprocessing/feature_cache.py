@@ -1,0 +1,160 @@
+"""
+Features of a frozen encoder: each image is encoded once, for all epochs and all its captions,
+and kept on disk, in RAM or on the GPU.
+"""
+
+import copy
+import hashlib
+import os
+import time
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from files import UserError, sync_folder
+from preprocessing.resumable_hdf5 import check_space, set_aside
+
+SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
+
+
+def cache_features(dataset, encoder, device, amp=None, batch_size=32):
+    """
+    Encode each image of the dataset and keep the annotation vectors in an HDF5 file beside its
+    images: "features" (I, G, E) float16. Returns the file's path.
+
+    The name carries a hash of the image file's state, of the encoder and its weights and of
+    amp (see utils.autocast), so a cache never serves other images or another encoder; a whole
+    one is used again. What an interrupted call has made stands in a .partial file, with which
+    the next one goes on.
+    Raises UserError if the disk is too small or a feature too large for float16.
+    """
+    path = _path(dataset, encoder, amp)
+    if path.exists():
+        _check(path, dataset.images, encoder)
+        return path
+    images = copy.copy(dataset)
+    images.by_image = True
+    with torch.inference_mode():
+        encoded = encoder(images[np.arange(1)][0].to(device))
+    shape, partial = (len(images), *encoded.shape[1:]), path.with_suffix(".partial")
+    if not _is_partial(partial, shape):
+        check_space(path.parent, 2 * int(np.prod(shape)), " or pass --no-cache_features")
+        _create(partial, shape)
+    try:
+        _encode_rest(partial, images, encoder, device, batch_size)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be written: {str(error).partition(chr(10))[0]}; what is "
+                        f"done is kept, the same command goes on") from None
+    os.replace(partial, path)
+    sync_folder(path.parent)
+    return path
+
+
+def _encode_rest(partial, images, encoder, device, batch_size):
+    """Encode the images that the partial file lacks; SAVE_SECONDS of it are lost by a kill."""
+    with h5py.File(partial, "r+") as file, open(partial, "rb") as descriptor, \
+            torch.inference_mode():
+        done = int(file["done"][0])
+        saved = time.monotonic()
+
+        def save():  # first the features, then the word that they are there
+            file.flush()
+            os.fsync(descriptor.fileno())
+            file["done"][0] = done
+            file.flush()
+
+        bar = tqdm(total=len(images), initial=done, desc=f"encoding {partial.stem}", unit="image",
+                   disable=None)
+        try:
+            for i in range(done, len(images), batch_size):
+                rows = np.arange(i, min(i + batch_size, len(images)))
+                encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
+                if not np.isfinite(encoded).all():
+                    partial.unlink()
+                    raise UserError(f"features of {encoder.args['name']} are too large for "
+                                    f"float16; pass --no-cache_features")
+                file["features"][rows[0]:rows[-1] + 1] = encoded
+                done = int(rows[-1]) + 1
+                bar.update(len(rows))
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
+        bar.close()
+        os.fsync(descriptor.fileno())
+
+
+def _check(path, images, encoder):
+    """UserError unless the file holds features of so many images of this encoder's."""
+    try:
+        with h5py.File(path, "r") as file:
+            features = file["features"]
+            sound = features.dtype == np.float16 and features.ndim == 3 \
+                and len(features) == images and features.shape[2] == encoder.encoder_dim
+    except Exception:  # what HDF5 makes of foreign bytes is of all sorts
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is damaged; delete it, and it is made anew")
+
+
+def _path(dataset, encoder, amp):
+    stat, weights = os.stat(dataset.path), hashlib.sha256()
+    weights.update(repr((encoder.args, amp, stat.st_size, stat.st_mtime_ns)).encode())
+    for name, tensor in encoder.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+    stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
+    return dataset.path.with_name(
+        f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
+
+
+def _create(partial, shape):
+    with h5py.File(partial, "w") as file:
+        set_aside(file, "features", shape, np.float16)
+        set_aside(file, "done", (1,), np.int64)[0] = 0
+
+
+def _is_partial(partial, shape):
+    """Whether the file is one to go on with; one killed as it was created is not."""
+    try:
+        with h5py.File(partial, "r") as file:
+            return file["features"].shape == shape and file["features"].dtype == np.float16 \
+                and file["done"].shape == (1,) and 0 <= file["done"][0] <= shape[0]
+    except BlockingIOError:  # HDF5 locks what it writes
+        raise UserError(f"{partial} is being written by another process; wait for it, or pass "
+                        f"--no-cache_features") from None
+    except Exception:  # killed as it was created, or of somebody else's
+        return False
+
+
+def keep_features(path, where, device):
+    """
+    Where training reads cached features from: the path itself ("disk"), or a tensor
+    (I, G, E) float16 in RAM ("ram") or on the device ("device"). None chooses the fastest that
+    fits with as much room again to spare.
+    """
+    with h5py.File(path, "r") as file:
+        features = file["features"]
+        if where is None:
+            where = _roomiest(features.nbytes, device)
+        if where == "disk":
+            return path
+        tensor = torch.empty(features.shape, dtype=torch.float16,
+                             device=device if where == "device" else "cpu")
+        step = max(1, (64 << 20) // max(1, features.nbytes // max(1, len(features))))
+        for i in range(0, len(features), step):  # never a second copy of them all
+            tensor[i:i + step] = torch.from_numpy(features[i:i + step]).to(tensor.device)
+    return tensor
+
+
+def _roomiest(size, device):
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 2 * size:
+        return "device"
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # macOS does not tell
+        return "disk"
+    return "ram" if free > 2 * size else "disk"

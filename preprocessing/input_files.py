@@ -1,0 +1,308 @@
+"""create_input_files(): captioned photographs -> the files that we train on."""
+
+import hashlib
+import json
+import os
+import random
+import stat
+import time
+from collections import Counter, deque
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+
+import h5py
+from tqdm import tqdm
+
+from datasets import read_image
+from files import UserError, read_json, write_json
+from preprocessing.own_captions import read_splits
+from preprocessing.processes import alone, open_pool
+from preprocessing.resumable_hdf5 import (
+    IMAGE_BYTES,
+    IMAGE_SIZE,
+    Work,
+    check_space,
+    find_images,
+    write_images,
+)
+
+CHUNK = 4  # images that a process reads at a time: few, since an interrupt waits for them
+SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
+
+
+def create_word_map(captions, min_word_freq):
+    """
+    Word -> id: <pad> is 0, then the words that occur more than min_word_freq times, in the order
+    of their first appearance, then <unk>, <start> and <end>.
+    """
+    frequency = Counter(word for caption in captions for word in caption)
+    words = [word for word, count in frequency.items() if count > min_word_freq]
+    return {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
+
+
+def _sample(captions, n, rng):
+    """n of the captions without replacement; if there are fewer, all, filled up by repetition."""
+    missing = max(n - len(captions), 0)
+    return rng.sample(captions, n - missing) + rng.choices(captions, k=missing)
+
+
+def _encode(caption, word_map, max_len):
+    """<start>, the words and <end> as ids, padded to max_len + 2 of them."""
+    ids = [word_map.get(word, word_map["<unk>"]) for word in caption]
+    padding = [word_map["<pad>"]] * (max_len - len(caption))
+    return [word_map["<start>"], *ids, word_map["<end>"], *padding]
+
+
+def _look_up(splits, options):
+    """
+    Look for the files of the CaptionedImages {split: list}. Returns those that are there, why the
+    others are not, and a hash of the options, the captions and each file's size and time.
+    """
+    found, missing = {split: [] for split in splits}, []
+    digest = hashlib.sha256(json.dumps(options).encode())
+    for split, images in splits.items():
+        for image in images:
+            state = None
+            try:
+                status = os.stat(image.path)
+                if stat.S_ISREG(status.st_mode):
+                    state = status.st_size, status.st_mtime_ns
+                    found[split].append(image)
+                else:
+                    missing.append(f"{image.path} is not a file")
+            except FileNotFoundError:
+                missing.append(f"{image.path} not found")
+            except OSError as error:  # a name too long, a folder that is closed to us
+                missing.append(f"{image.path}: {error.strerror}")
+            digest.update(json.dumps([split, image.record, state]).encode())
+    return found, missing, digest.hexdigest()
+
+
+def _bad_images(reasons, next_step):
+    lines = [f"{len(reasons)} bad images; {next_step}:", *reasons]
+    return UserError("\n  ".join(lines))
+
+
+def _check_left(splits, bad, skip_bad_images, skipping=""):
+    """UserError if there are bad images that may not be skipped, or none but those to train on."""
+    if bad and not skip_bad_images:
+        raise _bad_images(
+            bad, f"repair them, remove their captions or pass --skip_bad_images{skipping}")
+    if not splits["TRAIN"]:
+        raise _bad_images(bad, "no image to train on is left")
+
+
+def _try_read(path):
+    """The (3, 256, 256) uint8 image, or as a str why it can't be read."""
+    try:
+        return read_image(path, IMAGE_SIZE)
+    except Exception as error:  # whatever a broken file sets off, the other files get their turn
+        return str(error) if path in str(error) else f"{path}: {error!r}"
+
+
+def _transfer(target, start, paths):
+    """Read images and write them into the file `target`; returns the bad ones as write_images."""
+    return write_images(target, start, map(_try_read, paths))
+
+
+def _transfer_all(chunks, workers):
+    """Yield _transfer(*chunk) in order. The processes write the pixels: none passes through us."""
+    if workers <= 1:
+        yield from (_transfer(*chunk) for chunk in chunks)
+        return
+    waiting = deque()
+    try:
+        with open_pool(workers) as pool:
+            for chunk in chunks:
+                waiting.append(pool.submit(_transfer, *chunk))
+                if len(waiting) == 64 * workers:  # that they have work while we wait for the disk
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a reading process died, out of memory? The same command goes on where it "
+                        "stood; with --workers 1 it needs less") from None
+
+
+def _read_all(work, splits, workers):
+    """Read all images that are not done yet into the files of `work`."""
+    starts = {split: find_images(work.path(split))[1] for split in splits}
+    places = [(split, row) for split, images in splits.items()
+              for row in range(work.done[split], len(images), CHUNK)]
+    chunks = ((work.path(split), starts[split] + row * IMAGE_BYTES,
+               [image.path for image in splits[split][row:row + CHUNK]]) for split, row in places)
+    total, before = sum(work.rows.values()), sum(work.done.values())
+    start = saved = time.monotonic()
+    with (
+        closing(_transfer_all(chunks, workers)) as transferred,
+        tqdm(desc="reading", unit="image", initial=before, total=total, disable=None) as bar,
+    ):
+        try:
+            for (split, row), bad in zip(places, transferred):
+                work.bad[split] += [[row + i, reason] for i, reason in bad]
+                work.done[split] = min(row + CHUNK, len(splits[split]))
+                bar.update(sum(work.done.values()) - bar.n)
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    work.save()
+                    saved = time.monotonic()
+        finally:
+            work.save()
+    seconds = time.monotonic() - start
+    print(f"{total - before} images read in {seconds:.1f} s, "
+          f"{(total - before) / max(seconds, 1e-9):.0f} images/s")
+
+
+def _without_bad(splits, bad):
+    rows = {split: {row for row, _ in bad[split]} for split in splits}
+    return {split: [image for row, image in enumerate(images) if row not in rows[split]]
+            for split, images in splits.items()}
+
+
+def _write_captions(work, splits, min_word_freq, max_len, seed):
+    """The word map, and of each split the captions drawn, their lengths and the references."""
+    trained_on = (caption for image in splits["TRAIN"] for caption in image.captions)
+    word_map, rng = create_word_map(trained_on, min_word_freq), random.Random(seed)
+    for split, images in splits.items():
+        captions = [caption for image in images
+                    for caption in _sample(image.captions, work.captions_per_image, rng)]
+        for kind, content in {
+            "CAPTIONS": [_encode(caption, word_map, max_len) for caption in captions],
+            "CAPLENS": [len(caption) + 2 for caption in captions],
+            "REFERENCES": [image.record for image in images],
+        }.items():
+            write_json(work.path(split, kind), content)
+        print(f"{split}: {len(images)} images, {len(captions)} captions")
+    write_json(work.word_map, word_map)
+
+
+def _is_there(work):
+    """
+    Whether the very files that we would make are in the output folder already. Raises UserError
+    if there are others of the same names.
+    """
+    paths = [os.path.join(work.output, file) for file in work.files]
+    there = [path for path in paths if os.path.exists(path)]
+    if not there:
+        return False
+    try:
+        with h5py.File(paths[0], "r") as file:
+            same = file.attrs.get("made_from") == work.key.encode()
+    except OSError:  # missing or damaged
+        same = False
+    if same and there == paths:
+        return True
+    raise UserError(f"{there[0]} is there already, of other images, captions or options or without "
+                    "the files beside it; pass --overwrite, another --output_folder or --dataset")
+
+
+def _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
+    """All but the last step: the complete files in the work folder; False if there is no need."""
+    resumed = work.resume(overwrite)
+    if resumed and work.complete:
+        return True
+    if not overwrite and _is_there(work):
+        work.remove()  # what a killed run with --overwrite has left
+        return False
+    if resumed:
+        print(f"{sum(work.done.values())} of {sum(work.rows.values())} images are in {work.folder} "
+              "already; going on")
+    else:
+        work.remove()
+    left = sum(work.rows.values()) - sum(work.done.values())
+    check_space(work.output, left * IMAGE_BYTES)
+    if not resumed:
+        work.begin(overwrite)
+    _read_all(work, splits, workers)
+    bad = missing + [reason for split in splits for _, reason in work.bad[split]]
+    splits = _without_bad(splits, work.bad)
+    if not splits["TRAIN"]:
+        work.remove()
+    _check_left(splits, bad, skip_bad_images, ", which does not read the others again")
+    work.drop_bad()
+    _write_captions(work, splits, **options)
+    work.complete = True
+    work.save()
+    if bad:
+        print("\n  ".join([f"{len(bad)} bad images dropped:", *bad]))
+    return True
+
+
+def create_input_files(
+    dataset,
+    karpathy_json_path,
+    image_folder,
+    captions_per_image=5,
+    min_word_freq=5,
+    output_folder="data",
+    max_len=50,
+    workers=None,
+    seed=123,
+    overwrite=False,
+    skip_bad_images=False,
+):
+    """
+    Write the files that train.py and eval.py read; all appear together at the end, or none does.
+
+    For SPLIT in TRAIN (train and restval), VAL, TEST and N_c = captions_per_image:
+      {SPLIT}_IMAGES_{NAME}.hdf5      "images" (I, 3, 256, 256) uint8, attribute captions_per_image
+      {SPLIT}_CAPTIONS_{NAME}.json    N_c * I lists of max_len + 2 word ids; i is of image i // N_c
+      {SPLIT}_CAPLENS_{NAME}.json     N_c * I lengths in words, with <start> and <end>
+      {SPLIT}_REFERENCES_{NAME}.json  I entries: filename, image_id, all the captions as words, and
+                                      the objects of the picture if the data set has them
+      WORDMAP_{NAME}.json             word -> id
+    NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq. TRAIN_IMAGES has an attribute
+    made_from, a hash of what all this is made from: if it is there already, nothing is done.
+
+    What a run that is killed has read stands in .unfinished_{NAME} in the output folder, and the
+    next one goes on with it.
+
+    karpathy_json_path: a file in Karpathy's form, or what captions.read_captions returns
+    image_folder: an image is at image_folder/filepath/filename; filepath may be missing
+    min_word_freq: a word is known if the captions trained on have it more often than this
+    max_len: longer captions, in words, are references only
+    workers: processes that decode images; all CPUs if None; 0 and 1 do it here
+    seed: of the choice among an image's captions
+    overwrite: make the files anew, whatever there is
+    skip_bad_images: do without images that are missing or can't be read
+
+    Raises UserError for anything wrong with the data, with all the bad images in one go, and for
+    files of the same names that are made from something else.
+    """
+    name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+    for option, value, least in (("captions_per_image", captions_per_image, 1),
+                                 ("max_len", max_len, 1), ("min_word_freq", min_word_freq, 0)):
+        if value < least:
+            raise UserError(f"--{option} is {value}, it must be at least {least}")
+    if os.path.basename(name) != name:
+        raise UserError(f"no files can be named {name}; pass another --dataset")
+    if isinstance(karpathy_json_path, dict):
+        karpathy, source = karpathy_json_path, karpathy_json_path["source"]
+    else:
+        karpathy, source = read_json(karpathy_json_path), karpathy_json_path
+    options = {"min_word_freq": min_word_freq, "max_len": max_len, "seed": seed}
+    splits, missing, key = _look_up(
+        read_splits(karpathy, source, image_folder, max_len), [captions_per_image, options])
+    _check_left(splits, missing, skip_bad_images, "; the others have not been looked into yet")
+    workers = os.cpu_count() or 1 if workers is None else workers
+    rows = {split: len(images) for split, images in splits.items()}
+    work = Work(output_folder, name, rows, key, captions_per_image)
+    busy = f"another process is making {name} in {output_folder}; wait for it"
+    try:
+        os.makedirs(output_folder, exist_ok=True)
+        with alone(f"{work.folder}.lock", busy):
+            if not _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
+                print(f"{name} in {output_folder} is complete already; --overwrite makes it anew")
+                return
+            work.move()
+    except BrokenPipeError:  # of what we print
+        raise
+    except OSError as error:
+        kept = "; what is done is kept, the same command goes on" if work.begun else ""
+        raise UserError(f"cannot write to {output_folder}: {error}{kept}") from error
+    except KeyboardInterrupt:
+        if not work.begun:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {sum(work.done.values())} images are kept in "
+                                f"{work.folder}, the same command goes on") from None
+    word_map = os.path.join(output_folder, work.files[-1])
+    print(f"{len(read_json(word_map))} words in {word_map}")

@@ -1,0 +1,62 @@
+"""What several tests need: small decoders, captions and data sets."""
+
+import torch
+
+from checkpoints import PRETRAINED
+from models import DecoderWithAttention
+from preprocessing.demo import make_demo
+from utils import create_input_files
+
+ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
+
+VOCAB = 11
+WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB - 1}
+NAME = "demo_5_cap_per_img_0_min_word_freq"
+
+
+def write_scenes(folder, train, val, test):
+    """So many scenes and their input files in this folder, which is returned."""
+    create_input_files("demo", make_demo(folder / "demo", train, val, test), folder / "demo",
+                       min_word_freq=0, output_folder=folder, workers=1)
+    return folder
+
+
+def make_decoder(vocab_size=23, dropout=0.0, seed=0, scale=3.0):
+    """A small random decoder in float64, its weights large enough for sharp attention."""
+    torch.manual_seed(seed)
+    decoder = DecoderWithAttention(7, 5, 6, vocab_size, encoder_dim=9, dropout=dropout).double()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(scale)
+    return decoder
+
+
+def make_captions(n, r, vocab_size=23, longest=9, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (n, r), generator=g)
+    captions = torch.randint(1, vocab_size, (n, r, longest + 3), generator=g)
+    captions[torch.arange(longest + 3) >= lengths.unsqueeze(2)] = 0
+    return captions, lengths
+
+
+def make_case(seed, end_bias):
+    """
+    A random decoder and 8 images; end_bias says how soon captions end.
+
+    Left to itself a random LSTM falls into a loop and ends at once or never. So unit 0 is made
+    a clock: it rises at each step, from a value that depends on the image, and pulls at <end>.
+    """
+    decoder = make_decoder(VOCAB, seed=seed).eval()
+    end, size = WORD_MAP["<end>"], 6
+    lstm = decoder.decode_step
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(20)
+        for gate, bias in enumerate((9.0, 9.0, 0.25, 9.0)):  # input, forget, candidate, output
+            row = gate * size
+            lstm.weight_ih[row] = lstm.weight_hh[row] = lstm.bias_hh[row] = 0
+            lstm.bias_ih[row] = bias
+        decoder.fc.weight[:, 0] = 0
+        decoder.fc.weight[end, 0] = 8
+        decoder.fc.bias[end] += end_bias
+    torch.manual_seed(seed)
+    return decoder, torch.randn(8, 4, 9, dtype=torch.float64)

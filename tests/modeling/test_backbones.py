@@ -1,0 +1,260 @@
+"""The cut through a classifier, its weights from a file, and what goes wrong on the way."""
+
+import http.client
+import re
+from urllib.error import URLError
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from checkpoints import PRETRAINED, save
+from datasets import UserError
+from modeling.backbones import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from models import DecoderWithAttention, Encoder
+
+
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a test wants to download")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
+
+
+@torch.no_grad()
+def features_of(monkeypatch, module, maker, name, features):
+    """What the whole classifier, before it is cut, and its body make of one image."""
+    make, image, seen = getattr(module, maker), torch.rand(1, 3, 128, 128), []
+
+    def watched(*args, **kwargs):
+        model = make(*args, **kwargs)
+        seen.append(features(model.eval(), image))
+        return model
+
+    monkeypatch.setattr(module, maker, watched)
+    backbone = load_backbone(name, None)  # "none" changes the BatchNorms after the cut
+    return seen[0], backbone.body.eval()(image), backbone
+
+
+def before_pooling(model, image):
+    seen = []
+    model.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    model(image)
+    return seen[0]
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+@pytest.mark.parametrize("name, features", [
+    ("resnet18", before_pooling),
+    ("squeezenet1_1", lambda model, image: model.features(image)),
+    ("mobilenet_v2", lambda model, image: model.features(image)),
+    ("mobilenet_v3_small", before_pooling),
+    ("densenet121", lambda model, image: model.features(image)),
+    ("shufflenet_v2_x0_5", lambda model, image: model.conv5(model.stage4(model.stage3(
+        model.stage2(model.maxpool(model.conv1(image))))))),
+    ("regnet_x_400mf", before_pooling),
+    ("googlenet", before_pooling),  # its auxiliary classifiers stand between the blocks
+    ("vgg19", lambda model, image: model.features[:-1](image)),
+])
+def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
+    expected, got, backbone = features_of(
+        monkeypatch, torchvision.models, "get_model", name, features)
+    torch.testing.assert_close(got, expected)
+    assert got.shape[1] == backbone.channels
+    if name == "googlenet":  # its weights want -1..1
+        assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    else:
+        assert backbone.mean == IMAGENET_MEAN and backbone.std == IMAGENET_STD
+
+
+@pytest.mark.parametrize("name", [
+    "resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto",
+    "repvgg_a0", "dla34", "efficientvit_b0"])  # dla34 is no chain of its children
+def test_body_gives_timms_own_features(monkeypatch, name):
+    expected, got, backbone = features_of(
+        monkeypatch, timm, "create_model", name, lambda model, image: model.forward_features(image))
+    torch.testing.assert_close(got, expected)
+    config = timm.get_pretrained_cfg(name)
+    assert got.shape[1] == backbone.channels
+    assert (backbone.mean, backbone.std) == (config.mean, config.std)
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("resnet18", (64, 512)), ("mobilenet_v2", (64, 1280)), ("tf_efficientnet_lite0", (64, 1280)),
+    ("squeezenet1_1", (196, 512))])  # 15 x 15 of its own, pooled to 14 x 14
+def test_annotation_vectors_of_a_256_pixel_image(name, shape):
+    with torch.no_grad():
+        got = Encoder(name=name, weights="none")(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
+    assert got.shape == (1, *shape)
+
+
+def test_blocks_2_to_4_of_a_resnet_are_fine_tuned():
+    encoder = Encoder(name="resnet18", weights="none")
+    assert not any(p.requires_grad for p in encoder.parameters())
+    encoder.fine_tune()
+    trained = {name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trained == {"5", "6", "7"}  # of conv1, bn1, relu, maxpool, layer1, ..., layer4
+    assert all(p.requires_grad for block in list(encoder.resnet)[5:] for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
+                                  "mixer_s32_224"])
+def test_classifier_without_a_feature_map_is_a_user_error(name):
+    with pytest.raises(UserError, match=f"{name} is not a convolutional classifier"):
+        load_backbone(name, "none")
+
+
+def test_unknown_name_lists_similar_ones():
+    with pytest.raises(UserError, match="unknown encoder efficientnet_lite; .*tf_efficientnet_l"):
+        load_backbone("efficientnet_lite", "none")
+    with pytest.raises(UserError, match=r"unknown encoder resnet-xyz; see torchvision.*\(\)$"):
+        load_backbone("resnet-xyz", "none")
+
+
+# --- weights from a file ---
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(5)
+    model = torchvision.models.mobilenet_v2(weights=None).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+    return model
+
+
+def body_of(classifier):
+    return {key: value for key, value in classifier.state_dict().items()
+            if not key.startswith("classifier")}
+
+
+@pytest.mark.parametrize("content", ["whole", "without head", "half", "safetensors"])
+def test_weights_file_gives_the_classifiers_features(tmp_path, classifier, content):
+    path = tmp_path / ("w.safetensors" if content == "safetensors" else "w.pth")
+    state = classifier.state_dict() if content == "whole" else body_of(classifier)
+    if content == "half":  # as pretrained/ stores them: convolutions in 16 bits, the rest in 32
+        state = {k: v.half() if v.dim() == 4 else v for k, v in state.items()}
+    if content == "safetensors":
+        from safetensors.torch import save_file
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    body, image = load_backbone("mobilenet_v2", path).body.eval(), torch.rand(1, 3, 96, 96)
+    assert {p.dtype for p in body.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected, got = classifier.features(image), body(image)
+    if content == "half":
+        assert (got - expected).norm() < 0.01 * expected.norm()
+    else:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+KEY = "features.3.conv.0.0.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop(KEY), f"lacks {KEY}"),
+    (lambda state: state.update({"decoder.fc": torch.zeros(1)}), "also has decoder.fc"),
+    (lambda state: state.update({KEY: torch.zeros(3)}), f"holds no weights of .*{KEY}"),
+])
+def test_weights_that_do_not_fit_name_file_and_key(tmp_path, classifier, change, message):
+    state = body_of(classifier)
+    change(state)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=f"{tmp_path}/w.pth .*{message}") as error:
+        load_backbone("mobilenet_v2", str(tmp_path / "w.pth"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 no zip"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_file_without_weights_is_named(tmp_path, content, suffix):
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} holds no weights of squeezenet1_1"):
+        load_backbone("squeezenet1_1", path)
+
+
+def test_missing_weights_file_is_named(tmp_path):
+    for path in (tmp_path / "w.pth", tmp_path):
+        with pytest.raises(UserError, match=f"{path} not found; --encoder_weights takes"):
+            load_backbone("squeezenet1_1", path)
+
+
+# --- downloads ---
+
+PROBLEMS = [URLError("no network"), TimeoutError("timed out"),
+            RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
+@pytest.mark.parametrize("module, maker, name, url", [
+    (torchvision.models, "get_model", "resnet18",
+     "https://download.pytorch.org/models/resnet18-f37072fd.pth"),
+    (timm, "create_model", "resnet18d", r"https://\S*resnet18d\S*")])
+def test_failed_download_names_url_and_option(monkeypatch, problem, module, maker, name, url):
+    def fail(*args, **kwargs):
+        raise problem
+
+    monkeypatch.setattr(module, maker, fail)
+    with pytest.raises(UserError) as error:
+        load_backbone(name, "imagenet")
+    message = str(error.value)
+    assert re.match(rf"could not download {url} \(", message), message
+    assert "--encoder_weights FILE" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("module, maker, name", [(torchvision.models, "get_model", "resnet18"),
+                                                 (timm, "create_model", "resnet18d")])
+def test_error_without_a_download_is_not_called_one(monkeypatch, module, maker, name):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, maker, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_backbone(name, "none")
+
+
+def test_imagenet_weights_are_the_tutorials(monkeypatch):
+    asked, make = [], torchvision.models.get_model
+
+    def note(name, weights):
+        asked.append(weights)
+        return make(name, weights=None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", note)
+    load_backbone("mobilenet_v2", "imagenet")
+    assert asked == [torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1]
+
+
+# --- what the repository ships ---
+
+
+def test_shipped_encoder_loads_and_expects_images_of_minus_1_to_1():
+    encoder = Encoder(name="tf_efficientnet_lite2", weights=PRETRAINED)
+    assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5] * 3
+    stored = torch.load(PRETRAINED, weights_only=True)["encoder"]
+    loaded = encoder.state_dict()
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key].to(loaded[key].dtype)) for key in stored)
+    image = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(image), encoder(torch.ones(1, 3, 64, 64)))
+
+
+def test_weights_may_be_a_checkpoint_with_that_encoder(tmp_path):
+    trained = Encoder(name="mobilenetv3_small_050", weights="none")
+    path = tmp_path / "x.pth.tar"
+    save(path, trained, DecoderWithAttention(5, 4, 6, 9, trained.encoder_dim), None)
+    encoder = Encoder(name="mobilenetv3_small_050", weights=str(path))
+    for key, tensor in trained.state_dict().items():
+        assert torch.equal(encoder.state_dict()[key], tensor)
+    with pytest.raises(UserError, match="pass --encoder mobilenetv3_small_050"):
+        Encoder(name="resnet18", weights=str(path))
+    torch.save({"encoder_args": {"name": "resnet18"}, "encoder": {"resnet.0.weight": 3}}, path)
+    with pytest.raises(UserError, match="holds no weights of resnet18"):
+        Encoder(name="resnet18", weights=str(path))

@@ -1,0 +1,206 @@
+"""The cache of a frozen encoder's features."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_datasets import CAPTIONS, IMAGES, NAME, R, write_tutorial_files
+
+from datasets import CaptionDataset
+from files import UserError
+from models import Encoder
+from preprocessing import feature_cache as features
+from preprocessing.feature_cache import cache_features, keep_features
+
+
+def encoder_of(seed):
+    torch.manual_seed(seed)
+    return Encoder(name="resnet18", weights="none").eval()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return encoder_of(0)
+
+
+@pytest.fixture
+def small(tmp_path):
+    pixels = write_tutorial_files(tmp_path)
+    return CaptionDataset(tmp_path, NAME, "TRAIN"), torch.from_numpy(pixels)
+
+
+def beside(dataset):
+    return sorted(os.listdir(dataset.path.parent))
+
+
+def test_cached_features_equal_the_encoders(small, encoder):
+    dataset, pixels = small
+    with torch.no_grad():
+        expected = encoder(pixels)
+    dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
+    features, captions, _ = dataset[np.arange(IMAGES)]
+    assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
+    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
+    assert captions.reshape(-1, 6).tolist() == CAPTIONS
+
+
+def test_cache_serves_caption_items_too(small, encoder):
+    dataset, pixels = small
+    by_caption = CaptionDataset(dataset.path.parent, NAME, "TRAIN", by_image=False)
+    path = cache_features(by_caption, encoder, "cpu", batch_size=2)
+    assert path == cache_features(dataset, encoder, "cpu") and not by_caption.by_image
+    by_caption.use_features(path)
+    with torch.no_grad():
+        expected = encoder(pixels)
+    for i in range(IMAGES * R):
+        features, captions, _ = by_caption[i]
+        torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
+        assert captions.tolist() == [CAPTIONS[i]]
+
+
+def test_second_call_uses_the_file_again(small, encoder):
+    path = cache_features(small[0], encoder, "cpu")
+    before, files = path.stat(), beside(small[0])
+    assert cache_features(small[0], encoder_of(0), "cpu") == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
+    assert beside(small[0]) == files
+
+
+def test_other_weights_and_other_images_have_their_own_file(small, encoder):
+    dataset, _ = small
+    paths = {cache_features(dataset, encoder, "cpu"), cache_features(dataset, encoder_of(1), "cpu")}
+    with h5py.File(dataset.path, "r+") as file:
+        file["images"][0] = 0
+    stat = dataset.path.stat()
+    os.utime(dataset.path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))  # on coarse clocks too
+    paths.add(cache_features(dataset, encoder, "cpu"))
+    assert len(paths) == 3 and all(path.exists() for path in paths)
+
+
+def test_interrupted_call_leaves_no_whole_file_and_the_next_one_goes_on(small, encoder,
+                                                                       monkeypatch):
+    dataset, calls, forward = small[0], [], encoder.forward
+    whole = cache_features(dataset, encoder, "cpu", batch_size=2)
+    expected = whole.read_bytes()
+    whole.unlink()
+
+    def fail(images):
+        calls.append(len(images))
+        if len(calls) == 4:  # one image tells the size, then batches of two
+            raise KeyboardInterrupt
+        return forward(images)
+
+    files = beside(dataset)
+    monkeypatch.setattr(encoder, "forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(dataset, encoder, "cpu", batch_size=2)
+    [left] = set(beside(dataset)) - set(files)
+    assert calls == [1, 2, 2, 1] and left.endswith(".partial")
+    del calls[:]
+    assert cache_features(dataset, encoder, "cpu", batch_size=2) == whole
+    assert calls == [1, 1] and whole.read_bytes() == expected
+    assert set(beside(dataset)) - set(files) == {whole.name}
+
+
+@pytest.mark.parametrize("damage", [b"", b"no HDF5", "half"])
+def test_a_partial_file_that_is_damaged_is_begun_anew(small, encoder, damage):
+    path = cache_features(small[0], encoder, "cpu")
+    expected = path.read_bytes()
+    path.unlink()
+    damage = expected[:len(expected) // 2] if damage == "half" else damage
+    path.with_suffix(".partial").write_bytes(damage)
+    assert cache_features(small[0], encoder, "cpu").read_bytes() == expected
+
+
+def test_a_killed_process_is_resumed(small, encoder):
+    """SIGKILL in the middle of the second batch: what was written before it counts."""
+    path = cache_features(small[0], encoder, "cpu", batch_size=2)
+    expected = path.read_bytes()
+    path.unlink()
+    if (child := os.fork()) == 0:
+        forward, calls = encoder.forward, []
+        features.SAVE_SECONDS = 0
+
+        def die(images):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return forward(images)
+
+        encoder.forward = die
+        cache_features(small[0], encoder, "cpu", batch_size=2)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not path.exists()
+    with h5py.File(path.with_suffix(".partial"), "r") as file:
+        assert file["done"][0] == 2
+    assert cache_features(small[0], encoder, "cpu", batch_size=2).read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "other file"])
+def test_a_cache_that_is_damaged_is_named(small, encoder, damage):
+    path = cache_features(small[0], encoder, "cpu")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        with h5py.File(path, "w") as file:
+            file["features" if damage == "other shape" else "x"] = np.zeros((2, 3, 4), np.float16)
+    with pytest.raises(UserError, match=f"{path} is damaged; delete it"):
+        cache_features(small[0], encoder, "cpu")
+
+
+def test_a_cache_that_another_process_is_writing_is_left_alone(small, encoder):
+    path = cache_features(small[0], encoder, "cpu").with_suffix(".partial")
+    path.with_suffix(".hdf5").rename(path)
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(UserError, match="being written by another process"):
+            cache_features(small[0], encoder, "cpu")
+        writer.communicate(b"\n")
+    assert cache_features(small[0], encoder, "cpu").exists()
+
+
+@pytest.mark.parametrize("where", ["disk", "ram", "device"])
+def test_features_are_the_same_wherever_they_are_kept(small, encoder, where):
+    path = cache_features(small[0], encoder, "cpu")
+    small[0].use_features(keep_features(path, where, torch.device("cpu")))
+    assert small[0].in_memory == (where != "disk")
+    with h5py.File(path, "r") as file:
+        expected = torch.from_numpy(file["features"][:])
+    index = np.array([3, 0, 4])
+    assert torch.equal(small[0][index][0], expected[torch.from_numpy(index)])
+    assert torch.equal(small[0][2][0], expected[2])
+
+
+def test_features_go_to_ram_where_it_has_room_and_stay_on_disk_otherwise(small, encoder,
+                                                                         monkeypatch):
+    path, cpu = cache_features(small[0], encoder, "cpu"), torch.device("cpu")
+    for free, kept in ((1 << 40, True), (0, False)):
+        monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
+        assert isinstance(keep_features(path, None, cpu), torch.Tensor) == kept
+
+
+def test_amp_has_a_cache_of_its_own(small, encoder):
+    assert cache_features(*small[:1], encoder, "cpu") != cache_features(
+        *small[:1], encoder, "cpu", "bf16")
+
+
+def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch):
+    files = beside(small[0])
+    monkeypatch.setattr(encoder, "forward", lambda images: torch.full((len(images), 4, 512), 1e5))
+    with pytest.raises(UserError, match="resnet18 are too large for float16"):
+        cache_features(small[0], encoder, "cpu")
+    assert beside(small[0]) == files
+
+
+def test_full_disk_is_refused_beforehand(small, encoder, monkeypatch):
+    files = beside(small[0])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match="make room or pass --no-cache_features"):
+        cache_features(small[0], encoder, "cpu")
+    assert beside(small[0]) == files

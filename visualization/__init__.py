@@ -1,0 +1,1 @@
+"""Pictures, pages and animations of attention, curves and beam search."""
