@@ -22,9 +22,7 @@ from benchmarks.files import loading, preprocessing
 from benchmarks.measuring import matmul_rate
 from benchmarks.model import encoding, scaling, search, training
 from benchmarks.whole import cache, coco, start_up
-from distributed import find_device
-from files import Parser, write_json
-from utils import AMP, run
+from utils import AMP, Parser, find_device, run_script, write_json
 
 STAGES = {stage.__name__: stage for stage in (
     training, search, encoding, cache, preprocessing, loading, start_up, coco, scaling)}
@@ -79,4 +77,4 @@ def show(row):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -27,10 +27,8 @@ from tqdm import tqdm
 
 from captioner import Captioner, check_suffix
 from checkpoints import find_model
-from distributed import find_device
-from files import Parser, UserError
 from modeling.beam_search import add_search_options, search_options
-from utils import AMP, run
+from utils import AMP, Parser, UserError, find_device, run_script
 from visualization import page
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
@@ -230,4 +228,4 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
-    run(main)
+    run_script(main)

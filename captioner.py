@@ -18,11 +18,9 @@ import torch
 from PIL import Image
 
 from checkpoints import PRETRAINED, load_captioner
-from datasets import read_rgb, squash, to_rgb
-from distributed import find_device
-from files import UserError
 from modeling.beam_search import beam_search
-from utils import autocast
+from preprocessing.images import read_rgb, resize_square, to_rgb
+from utils import UserError, autocast, find_device
 from visualization import page
 
 
@@ -141,14 +139,14 @@ class Captioner:
         from visualization import beam_tree
 
         with torch.inference_mode(), autocast(self.device, self.amp):
-            pixels = torch.from_numpy(squash(read_any(image)))
+            pixels = torch.from_numpy(resize_square(read_any(image)))
             features = self.encoder(pixels[None].to(self.device))
             return beam_tree.grow_tree(self.decoder, features, self.word_map, beam_size, **search)
 
     def _put_in_words(self, source, caption):
-        n_best = [(" ".join(self.words[i] for i in c.words), c.score)
-                  for c in (caption, *caption.runners_up)]
-        return Captioned(source, [self.words[i] for i in caption.words], caption.alphas,
+        n_best = [(" ".join(self.words[i] for i in c.tokens), c.score)
+                  for c in (caption, *caption.alternatives)]
+        return Captioned(source, [self.words[i] for i in caption.tokens], caption.alphas,
                          caption.score, caption.finished, n_best)
 
 
@@ -169,7 +167,7 @@ def read_any(source):
 def _try_read(source):
     """uint8 (3, 256, 256), or the UserError that says why there is none."""
     try:
-        return torch.from_numpy(squash(read_any(source)))
+        return torch.from_numpy(resize_square(read_any(source)))
     except UserError as error:
         return error
     except Exception as error:  # whatever a broken file sets off, the others get their turn

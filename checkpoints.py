@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from files import Parser, UserError, check_word_map, read_json, whole
+from datasets import check_word_map
 from modeling import legacy_checkpoints as old_checkpoints
 from models import DecoderWithAttention, Encoder
+from utils import Parser, UserError, atomic_write, read_json
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
@@ -95,7 +96,7 @@ def save(path, encoder, decoder, word_map, **rest):
              "decoder": decoder.state_dict(), "decoder_args": decoder.args,
              "word_map": word_map, **rest}
     try:
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's zip writer has no OSErrors
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
@@ -262,6 +263,6 @@ def _checkpoints(folder, prefix, option):
 
 
 if __name__ == "__main__":
-    from utils import run  # here, since utils need not be there to load a model
+    from utils import run_script  # here, since utils need not be there to load a model
 
-    run(main)
+    run_script(main)

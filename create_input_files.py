@@ -10,8 +10,8 @@ is interrupted, or killed, the same command goes on where it stood.
 import os
 import sys
 
-from files import Parser, UserError
-from utils import create_input_files, run
+from preprocessing.input_files import create_input_files
+from utils import Parser, UserError, run_script
 
 
 def get_args(argv=None):
@@ -80,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

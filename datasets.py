@@ -1,6 +1,6 @@
 """
-From files to batches: reading an image, `CaptionDataset` over the files that
-create_input_files.py writes, and the order in which it is gone through.
+From files to batches: `CaptionDataset` over the files that create_input_files.py writes, its word
+map, and `ResumableBatchSampler`, which says in what order the batches come.
 """
 
 import os
@@ -11,98 +11,36 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
-from files import UserError, read_json, read_word_map
-from preprocessing.own_captions import are_objects
+from utils import UserError, read_json
 
-# A picture that can be read is read without a word about what is odd in it.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-ROWS = 256  # of a picture that are worked on at a time, where floats take 8 times the memory
-PIECE = 4 << 20  # bytes of a caption file that are read at a time
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
+CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
 
 
-def read_rgb(path):
+def check_word_map(word_map, path):
     """
-    Read any picture as upright RGB: uint8 (height, width, 3).
-
-    EXIF rotation is applied, transparency laid over white, 16 bits and floats are
-    brought to 8, and of an animation the first frame is taken.
-    Raises UserError if the file is missing, not a readable picture or of more than 179 million
-    pixels, which would take gigabytes (Pillow's limit against decompression bombs).
+    UserError unless the word map of this file is one: words -> ids from 0 up, each once, with
+    <pad> 0 and the other special words.
     """
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder, not an image")
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise UserError(f"{path} not found") from None
-    except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
-        raise UserError(f"{path} is not a readable image: {_reason(error)}") from None
-
-
-def to_rgb(image):
-    """The same for a PIL image in memory, which stays as it is."""
-    if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
-        return np.asarray(_upright(image).convert("RGB"))  # most photographs
-    if image.mode.startswith("I") or image.mode == "F":
-        # More than 8 bits, which PIL would clip to 0..255 instead of scaling.
-        rgba = _to_8_bits(np.asarray(_upright(image)))
+    if not isinstance(word_map, dict) or not all(type(i) is int for i in word_map.values()):
+        wrong = "it is no object of words and whole numbers"
+    elif missing := [word for word in SPECIAL_TOKENS if word not in word_map]:
+        wrong = f"it lacks {', '.join(missing)}"
+    elif word_map["<pad>"] != 0:
+        wrong = f"<pad> is {word_map['<pad>']}, not 0"
+    elif gaps := set(range(len(word_map))).symmetric_difference(word_map.values()):
+        wrong = (f"its {len(word_map)} words do not have the ids 0 to {len(word_map) - 1} once "
+                 f"each, see {min(gaps)}")
     else:
-        # Through RGBA, since converting straight to RGB shows whatever colour stands
-        # under a transparent pixel.
-        rgba = np.asarray(_upright(image).convert("RGBA"))
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min() < 255:
-        rgb = rgb.copy()
-        for i in range(0, len(rgb), ROWS):
-            part, opaque = rgb[i:i + ROWS], alpha[i:i + ROWS] / 255
-            part[:] = np.round(255 + (part / 1.0 - 255) * opaque)
-    return rgb
+        return word_map
+    raise UserError(f"{path} is no word map: {wrong}; pass the WORDMAP file of the training data")
 
 
-def _upright(image):
-    """As its EXIF says; a picture that says nothing is not copied."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
-def _reason(error):
-    """In one line why a picture could not be read."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is in none of the formats that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _to_8_bits(image):
-    """(height, width) or (height, width, channels) of more than 8 bits -> RGBA uint8"""
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError("it has values that are not finite")
-    white = image.max(initial=1) if image.dtype.kind == "f" else 65535
-    grey = np.empty(image.shape, np.uint8)
-    for i in range(0, len(image), ROWS):
-        grey[i:i + ROWS] = np.clip(np.round(image[i:i + ROWS] / white * 255), 0, 255)
-    return np.asarray(Image.fromarray(grey).convert("RGBA"))
-
-
-def read_image(path, size=256):
-    """
-    Read a picture for the encoder: uint8 (3, size, size), squashed to a square as in the
-    tutorial. PIL's bilinear filter widens as it shrinks, so nothing is aliased.
-    Raises UserError as `read_rgb` does.
-    """
-    return squash(read_rgb(path), size)
-
-
-def squash(rgb, size=256):
-    """uint8 (height, width, 3) -> (3, size, size)"""
-    image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+def read_word_map(path, next_step=""):
+    """Word -> id from a WORDMAP file; UserError as `read_json` and `check_word_map`."""
+    return check_word_map(read_json(path, next_step), path)
 
 
 def find_data_name(data_folder):
@@ -133,7 +71,7 @@ def read_word_ids(path, words):
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("error")  # NumPy only warns where text is no number
-            while chunk := file.read(PIECE):
+            while chunk := file.read(CHUNK_BYTES):
                 opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
                 whole, bracket, rest = (rest + chunk).rpartition(b"]")
                 rows = [row.partition(b"]")[0] for row in (whole + bracket).split(b"[") if
@@ -169,7 +107,7 @@ def _read_lengths(path):
 def _is_entry(entry):
     return isinstance(entry, dict) and isinstance(entry.get("references"), list) \
         and {"filename", "image_id"} <= entry.keys() \
-        and are_objects(entry.get("objects", [])) and all(
+        and all(
             isinstance(caption, list) and all(isinstance(word, str) for word in caption)
             for caption in entry["references"])
 
@@ -203,7 +141,7 @@ class CaptionDataset(Dataset):
                 if self.captions_per_image < 1:
                     raise UserError(f"{self.path} has {self.captions_per_image} captions an image; "
                                     f"run create_input_files.py again")
-                self.images, *shape = file["images"].shape
+                self.num_images, *shape = file["images"].shape
                 if shape != [3, 256, 256] or file["images"].dtype != np.uint8:
                     raise UserError(
                         f"{self.path} holds {file['images'].dtype} of {(self.images, *shape)}, not "
@@ -220,10 +158,10 @@ class CaptionDataset(Dataset):
             raise UserError(
                 f"{self.path}: its CAPTIONS file has {len(self.captions)} captions, but CAPLENS "
                 f"has {len(self.lengths)}; run create_input_files.py again")
-        if len(self.lengths) != self.images * self.captions_per_image:
+        if len(self.lengths) != self.num_images * self.captions_per_image:
             raise UserError(
-                f"{self.path} has {self.images} images of {self.captions_per_image} captions, but "
-                f"its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
+                f"{self.path} has {self.num_images} images of {self.captions_per_image} captions, "
+                f"but its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
         self._check_captions(captions)
         self._references = self._file(data_folder, split, "REFERENCES", data_name, "json")
 
@@ -248,23 +186,23 @@ class CaptionDataset(Dataset):
             if not isinstance(entries, list) or not all(map(_is_entry, entries)):
                 raise UserError(f"{self._references} is no list of images with references, lists "
                                 f"of words; run create_input_files.py again")
-            if len(entries) != self.images:
+            if len(entries) != self.num_images:
                 raise UserError(f"{self._references} is of {len(entries)} images, {self.path} has "
-                                f"{self.images}; run create_input_files.py again")
+                                f"{self.num_images}; run create_input_files.py again")
             return entries
         words = {i: word for word, i in self.word_map.items()}
         captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
                     zip(self.captions.tolist(), self.lengths.tolist())]
         n = self.captions_per_image
         return [{"filename": None, "image_id": i, "references": captions[i * n:(i + 1) * n]}
-                for i in range(self.images)]
+                for i in range(self.num_images)]
 
     @staticmethod
     def _file(folder, split, kind, name, suffix):
         return Path(folder) / f"{split}_{kind}_{name}.{suffix}"
 
     def __len__(self):
-        return self.images if self.by_image else len(self.lengths)
+        return self.num_images if self.by_image else len(self.lengths)
 
     def __getitem__(self, index):
         index, r = np.asarray(index), self.captions_per_image
@@ -311,30 +249,30 @@ class CaptionDataset(Dataset):
         return self.entries[image]
 
 
-class Batches(Sampler):
+class ResumableBatchSampler(Sampler):
     """
     The order of an epoch, as index arrays for `CaptionDataset`: `DataLoader(dataset,
-    sampler=Batches(...), batch_size=None)`.
+    sampler=ResumableBatchSampler(...), batch_size=None)`.
 
     It follows from seed and epoch alone, so a resumed run goes on in the same order. Batches
     differ by one item at most: there is no small last one whose gradient is noisier. Each
     process takes its share of every batch, so K processes train on the batches of one.
     """
 
-    def __init__(self, items, batch_size, shuffle=True, seed=0, rank=0, world=1):
-        self.items, self.shuffle, self.seed = items, shuffle, seed
-        self.rank, self.world = rank, world
+    def __init__(self, num_items, batch_size, shuffle=True, seed=0, rank=0, world_size=1):
+        self.num_items, self.shuffle, self.seed = num_items, shuffle, seed
+        self.rank, self.world_size = rank, world_size
         self.epoch, self.start = 0, 0  # start: batches of the epoch that are done already
-        self.batches = max(1, min(-(-items // batch_size), items // world))
+        self.num_batches = max(1, min(-(-num_items // batch_size), num_items // world_size))
 
     def __len__(self):
-        return self.batches - self.start
+        return self.num_batches - self.start
 
     def __iter__(self):
-        order = np.arange(self.items)
+        order = np.arange(self.num_items)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for batch in np.array_split(order, self.batches)[self.start:]:
-            share = np.array_split(batch, self.world)[self.rank]
+        for batch in np.array_split(order, self.num_batches)[self.start:]:
+            share = np.array_split(batch, self.world_size)[self.rank]
             if len(share):
                 yield share

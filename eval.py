@@ -16,16 +16,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import distributed
 from checkpoints import find_model, load_captioner
-from datasets import Batches, CaptionDataset, find_data_name
+from datasets import CaptionDataset, ResumableBatchSampler, find_data_name
 from evaluation import scores as scorers
 from evaluation.compare import compare
 from evaluation.metrics import attention_hits
 from evaluation.report import check_photographs, write_report
-from files import Parser, UserError, read_json, write_json
 from modeling.beam_search import add_search_options, beam_search, search_options
-from utils import AMP, autocast, run
+from utils import AMP, Parser, UserError, autocast, distributed, read_json, run_script, write_json
 from visualization import page
 
 ATTENTION = ("attention: share of object words at which the most attended place lies in the "
@@ -95,11 +93,8 @@ def main(argv=None):
     if args.compare:
         compare(*args.compare, args.names, args.tokens, args.bootstrap or 1000, args.seed)
         return
-    processes = distributed.start(args.device)
-    try:
+    with distributed(args.device) as processes:
         evaluate(args, processes)
-    finally:
-        distributed.stop()
 
 
 def evaluate(args, processes):
@@ -123,7 +118,7 @@ def evaluate(args, processes):
     nouns = {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
              for noun in thing["words"]}
     found = caption_split(encoder, decoder, word_map, data, nouns, args, processes)
-    if not processes.first:
+    if not processes.is_main:
         return
     references = [data.entry(i)["references"] for i in range(len(data))]
     title = f"{path} on {len(data)} {args.split} images of {name}"
@@ -215,11 +210,12 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
     with the pointing game's margin) and, for --report, the attention (T, P) of the last beam size.
     """
     words_of = {i: word for word, i in word_map.items()}
-    batches = Batches(len(data), args.batch_size, False, 0, processes.rank, processes.world)
+    batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, processes.rank,
+                                    processes.world_size)
     loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
                         pin_memory=processes.device.type == "cuda")
     found = []
-    bar = tqdm(loader, desc=args.split, unit="batch", disable=None if processes.first else True)
+    bar = tqdm(loader, desc=args.split, unit="batch", disable=None if processes.is_main else True)
     for rows, (images, _, _) in zip(batches, bar):
         with autocast(processes.device, args.amp):
             features = encoder(images.to(processes.device, non_blocking=True))
@@ -228,7 +224,7 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
         for i, captions in zip(rows.tolist(), zip(*searches)):
             found.append((i, []))
             for caption in captions:
-                words = [words_of[word] for word in caption.words]
+                words = [words_of[word] for word in caption.tokens]
                 (hits, total), (near, _) = (
                     attention_hits(words, caption.alphas, data.entry(i).get("objects", []), nouns,
                                    margin) for margin in (0, MARGIN))
@@ -236,8 +232,8 @@ def caption_split(encoder, decoder, word_map, data, nouns, args, processes):
                                      "near": near, "object_words": total})
             if args.report:
                 found[-1][1][-1]["attention"] = captions[-1].alphas.astype(np.float16)
-    return [captions for _, captions in sorted(processes.gather(found), key=lambda row: row[0])]
+    return [captions for _, captions in sorted(processes.all_gather(found), key=lambda row: row[0])]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

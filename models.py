@@ -2,8 +2,8 @@
 The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044):
 `Encoder`, `Attention`, soft or hard, and `DecoderWithAttention`.
 
-# N images   R captions per image   P pixels (paper: L)   E encoder size (paper: D)
-# H decoder size   A attention size   V vocabulary (paper: K)   T words (paper: C)   K beams
+# N images   R captions per image   P locations (paper: L)   E encoder size (paper: D)
+# H decoder size   A attention size   V vocabulary (paper: K)   T time steps (paper: C)   K beams
 # G cells of the backbone's own grid: 8 x 8 at 256 x 256 pixels, where P is 14 x 14
 
 Captions that share an image (the R captions of a batch, the K beams of a search) stand
@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.autograd import AttentionEnergy, LinearPerWord
+from modeling.autograd import AttentionEnergy, DeferredLinear
 from modeling.backbones import load_backbone
+from modeling.packed_captions import PackedCaptions
+from modeling.sampling import sample_categorical, sample_location
 
 ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 grid (section 4.3)
 
@@ -85,15 +87,15 @@ class Annotations(NamedTuple):
 
     Pooling from the backbone's grid to 14 x 14 is a fixed linear map, so it commutes with
     every other one: attention is projected on G cells and pooled only for the ReLU, and the
-    context vector is a sum over G cells instead of P.
+    context vector is a sum over G cells instead of P locations.
     """
     features: torch.Tensor  # (N, G, E) annotation vectors on the backbone's grid
     pool: torch.Tensor  # (P, G) pooling weights; each row sums to 1
-    keys: torch.Tensor  # (N, P, A) the features' projection for attention, pooled to P pixels
+    keys: torch.Tensor  # (N, P, A) encoder_att of the features, pooled to P locations
     energy: AttentionEnergy  # of those keys
-    from_h: LinearPerWord  # H -> A + E + 4 H: all that a step wants to know of h, stacked
-    from_context: LinearPerWord  # E -> 4 H: what the context adds to the LSTM's gates
-    from_word: torch.Tensor  # (4 H, embed_dim): the same for a word's embedding
+    hidden_layers: DeferredLinear  # H -> A + E + 4 H: decoder_att, f_beta and weight_hh stacked
+    context_to_gates: DeferredLinear  # E -> 4 H: the context's columns of weight_ih
+    embedding_to_gates: torch.Tensor  # (4 H, embed_dim): the embedding's columns of weight_ih
 
     def __getitem__(self, images):
         """The same for some of the images, without gradients."""
@@ -114,7 +116,7 @@ def pooling_matrix(cells, size, device, dtype):
 
 
 class Attention(nn.Module):
-    """Soft attention, paper section 4.2: a small network scores each pixel against h."""
+    """Soft attention, paper section 4.2: a small network scores each location against h."""
 
     def __init__(self, encoder_dim, decoder_dim, attention_dim):
         super().__init__()
@@ -122,51 +124,25 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, image, query, look=None):
+    def forward(self, annotations, query, hard_attention=None):
         """
-        image: Annotations; query: (n, R, A), decoder_att(h) of R captions of its first n images
-        look: hard attention, a function that makes of alpha what is seen of each pixel; without
-        it that is alpha itself
+        annotations: Annotations; query: (n, R, A), decoder_att(h) of R captions of its first n
+        images
+        hard_attention: a function that turns alpha into the weights of the context vector, such
+        as `modeling.sampling.most_likely_location`; without it they are alpha itself
 
-        Returns context (n, R, E), the annotation vectors weighted by what is seen: with alpha their
-        expectation (equation 13); alpha (n, R, P), whose rows sum to 1 (equations 4 and 5); and
-        what is seen (n, R, P).
+        Returns the context (n, R, E), a weighted sum of the annotation vectors, which with alpha is
+        their expectation (equation 13); alpha (n, R, P), whose rows sum to 1 (equations 4 and 5);
+        and the weights (n, R, P).
         """
-        alpha = (image.energy(query) + self.full_att.bias).softmax(-1)
-        seen = alpha if look is None else look(alpha)
-        return (seen @ image.pool) @ image.features[:len(query)], alpha, seen
-
-
-def look_at_one_place(alpha, places):
-    """(..., P) of zeros and a 1 where the places (...) are: paper section 4.1, equation 9"""
-    return torch.zeros_like(alpha).scatter(-1, places.unsqueeze(-1), 1)
-
-
-def look_at_likeliest(alpha):
-    """Hard attention at test time: all that is seen is the most attended place."""
-    return look_at_one_place(alpha, alpha.argmax(-1))
-
-
-def look_at_random(alpha, hard):
-    """
-    Hard attention in training: a place drawn from alpha (n, R, P), equation 8, for the captions
-    for which hard (N, R) is true; the others see the expectation.
-    """
-    n, r, _ = alpha.shape
-    return torch.where(hard[:n, :r, None], look_at_one_place(alpha, draw(alpha.detach())), alpha)
-
-
-def draw(probabilities):
-    """
-    One place of each row (..., K), as often as its probability: (...) ids. The first to come of K
-    waiting times of these rates; of what is not finite any, for the loss to tell.
-    """
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+        alpha = (annotations.energy(query) + self.full_att.bias).softmax(-1)
+        weights = alpha if hard_attention is None else hard_attention(alpha)
+        return (weights @ annotations.pool) @ annotations.features[:len(query)], alpha, weights
 
 
 class DecoderWithAttention(nn.Module):
     """
-    An LSTM that looks at the image anew for every word (paper section 3.1.2).
+    An LSTM that attends to the image anew for every token (paper section 3.1.2).
 
     `encoded_image_size` is the side of the attention grid: P = encoded_image_size ** 2.
     """
@@ -201,9 +177,9 @@ class DecoderWithAttention(nn.Module):
     def fine_tune_embeddings(self, fine_tune=True):
         self.embedding.weight.requires_grad = fine_tune
 
-    def annotate(self, features):
+    def encode_memory(self, features):
         """
-        All that a batch of images needs computing once.
+        `Annotations`: all that a batch of images needs computing once.
 
         features: (N, G, E) annotation vectors on a square grid, or (N, h, w, E)
         """
@@ -213,142 +189,117 @@ class DecoderWithAttention(nn.Module):
         attention, lstm = self.attention, self.decode_step
         # The rows of pool sum to 1, so the bias passes through it unchanged.
         keys = pool @ attention.encoder_att(features)
-        read_h = attention.decoder_att, self.f_beta
-        from_h = LinearPerWord(torch.cat([layer.weight for layer in read_h] + [lstm.weight_hh]),
-                               torch.cat([layer.bias for layer in read_h] + [lstm.bias_hh]))
-        from_word, from_context = lstm.weight_ih.split(
+        of_hidden = attention.decoder_att, self.f_beta
+        hidden_layers = DeferredLinear(
+            torch.cat([layer.weight for layer in of_hidden] + [lstm.weight_hh]),
+            torch.cat([layer.bias for layer in of_hidden] + [lstm.bias_hh]))
+        embedding_to_gates, context_to_gates = lstm.weight_ih.split(
             (self.args["embed_dim"], self.args["encoder_dim"]), 1)
         return Annotations(
             features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
-            from_h, LinearPerWord(from_context, lstm.bias_ih), from_word)
+            hidden_layers, DeferredLinear(context_to_gates, lstm.bias_ih), embedding_to_gates)
 
-    def init_hidden_state(self, image):
+    def init_hidden_state(self, annotations):
         """h and c from the mean annotation vector, section 3.1.2: two of (N, H)"""
-        mean = image.pool.mean(0) @ image.features  # (N, E)
-        # The LSTM's memory is a sum over many words: never in half precision.
+        mean = annotations.pool.mean(0) @ annotations.features  # (N, E)
+        # c is a sum over many steps: never in half precision.
         return tuple(init(mean).to(init.weight.dtype) for init in (self.init_h, self.init_c))
 
-    def read(self, words, image):
-        """What the words' embeddings add to the LSTM's gates: (...) ids -> (..., 4 H)"""
-        return F.linear(self.embedding(words), image.from_word)
+    def embed_to_gates(self, tokens, annotations):
+        """What the tokens' embeddings add to the LSTM's gates: ids (...) -> (..., 4 H)"""
+        return F.linear(self.embedding(tokens), annotations.embedding_to_gates)
 
-    def step(self, read, state, image, grid, slots=None, look=None):
+    def step(self, token_gates, state, annotations, grid, slots=None, hard_attention=None):
         """
-        Read one word and look once, for M captions: equations 1 to 3 of the paper.
+        Attend once and read one token, for M captions: equations 1 to 3 of the paper.
 
-        read: (M, 4 H), their words as `read` gives them; state: h and c, each (M, H)
-        grid: (n, R), they are captions of the first n images, R at most of each
-        slots: (M,), the place of each in the grid, image by image; without it all are there,
-        in this order
-        look: of hard attention, see `Attention`
+        token_gates: (M, 4 H), from `embed_to_gates`; state: h and c, each (M, H)
+        grid: (n, R), the captions are of the first n images, at most R of each
+        slots: (M,), the index of each caption in the flattened grid; without it the grid is full
+        and they are in its order
+        hard_attention: as in `Attention`
 
-        Returns the new state, alpha (M, P), where the model looked for the next word, and what it
-        saw (M, P), which is alpha too unless a look says otherwise.
+        Returns the new state, alpha (M, P), the attention paid for the next token, and the weights
+        (M, P) of the context vector, which are alpha unless hard_attention says otherwise.
         """
         h, c = state
         sizes = self.args["attention_dim"], self.args["encoder_dim"], 4 * h.shape[1]
-        query, beta, gates = image.from_h(h).split(sizes, 1)
+        query, beta, gates = annotations.hidden_layers(h).split(sizes, 1)
         if slots is not None:
             query = query.new_zeros(grid[0] * grid[1], sizes[0]).index_copy(0, slots, query)
-        context, alpha, seen = self.attention(image, query.view(*grid, -1), look)
-        looks = (context, alpha) if look is None else (context, alpha, seen)
-        looks = [x.flatten(0, 1) for x in looks]
+        context, alpha, weights = self.attention(annotations, query.view(*grid, -1),
+                                                 hard_attention)
+        attended = (context, alpha) if hard_attention is None else (context, alpha, weights)
+        attended = [x.flatten(0, 1) for x in attended]
         if slots is not None:
-            looks = [x.index_select(0, slots) for x in looks]
-        context, alpha, seen = looks[0], looks[1], looks[-1]
+            attended = [x.index_select(0, slots) for x in attended]
+        context, alpha, weights = attended[0], attended[1], attended[-1]
         context = beta.sigmoid() * context  # beta * z_hat, section 4.2.1
-        gates = gates.to(c.dtype) + read + image.from_context(context)
-        write, keep, new, show = gates.chunk(4, 1)  # the LSTM's i, f, g, o
-        c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
-        return (show.sigmoid() * c.tanh(), c), alpha, seen
+        gates = gates.to(c.dtype) + token_gates + annotations.context_to_gates(context)
+        i, f, g, o = gates.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return (o.sigmoid() * c.tanh(), c), alpha, weights
 
-    def scores(self, h):
-        """(..., H) hidden states -> (..., V) scores of the next word, before the softmax"""
+    def logits(self, h):
+        """Hidden states (..., H) -> logits of the next token (..., V)"""
         return self.fc(self.dropout(h))
 
-    def _read_own(self, read, h, image, probability):
+    def _scheduled_sampling(self, token_gates, h, annotations, sampling_prob):
         """
-        Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): with this probability a caption
-        goes on from a word drawn by the model itself. read (M, 4 H), of the true words; h (M, H)
+        Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): with probability sampling_prob a
+        caption goes on from a token that the model draws itself, not from the true one.
+
+        token_gates (M, 4 H), of the true tokens; h (M, H)
         """
         with torch.no_grad():
-            drawn = draw(self.fc(h).softmax(-1))
-        own = torch.rand(len(h), device=h.device) < probability
-        return torch.where(own.unsqueeze(1), self.read(drawn, image), read)
+            sampled = sample_categorical(self.fc(h).softmax(-1))
+        use_sampled = torch.rand(len(h), device=h.device) < sampling_prob
+        return torch.where(use_sampled.unsqueeze(1), self.embed_to_gates(sampled, annotations),
+                           token_gates)
 
-    def forward(self, features, captions, lengths, own=0.0, hard=0.0):
+    def forward(self, features, captions, lengths, sampling_prob=0.0, hard_fraction=0.0):
         """
-        Teacher forcing: every word is predicted from the true ones before it.
+        Teacher forcing: every token is predicted from the true ones before it.
 
         features: (N, G, E) annotation vectors
-        captions: (N, R, L) word ids, <start> ... <end> <pad>
+        captions: (N, R, L) token ids, <start> ... <end> <pad>
         lengths: (N, R) true lengths, <start> and <end> counted; best on the CPU, which needs them
-        own: scheduled sampling, the probability of a word of the model's own in place of the true
-        hard: hard attention, the share of captions that see places drawn from alpha
+        sampling_prob: scheduled sampling, see `_scheduled_sampling`
+        hard_fraction: hard attention, the share of captions that look at sampled locations
 
-        Returns, for the W words to predict (all but <start>), image by image, caption by
-        caption: scores (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end. With
-        hard attention also what was seen, likewise (N, R, T, P).
+        Returns, for the W tokens to predict (all but <start>), image by image, caption by
+        caption: logits (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end. With
+        hard attention also the weights of the context vectors, likewise (N, R, T, P).
         """
-        plan = Plan.of(lengths.cpu(), captions.shape[2], features.device)
-        image = self.annotate(features.index_select(0, plan.images))
-        state = tuple(x.index_select(0, plan.image_of) for x in self.init_hidden_state(image))
-        words = captions.flatten()
-        read = self.read(words[plan.words], image).split(plan.captions)
-        slots = plan.slots.split(plan.captions)
-        look = hard and partial(look_at_random, hard=torch.rand(
-            lengths.shape, device=features.device) < hard) or None
-        hidden, alphas, seen = [], [], []
-        for t, m in enumerate(plan.captions):
-            state, true = tuple(x[:m] for x in state), read[t]
-            if own and t > 0:
-                true = self._read_own(true, state[0], image, own)
-            # One caption an image: the grid is full, and everything in its place.
-            state, *looks = self.step(true, state, image, plan.grids[t],
-                                      slots[t] if captions.shape[1] > 1 else None, look)
+        packed = PackedCaptions.of(lengths.cpu(), captions.shape[2], features.device)
+        annotations = self.encode_memory(features.index_select(0, packed.images))
+        state = tuple(x.index_select(0, packed.image_of)
+                      for x in self.init_hidden_state(annotations))
+        tokens = captions.flatten()
+        token_gates = self.embed_to_gates(tokens[packed.tokens], annotations)
+        token_gates = token_gates.split(packed.batch_sizes)
+        slots = packed.slots.split(packed.batch_sizes)
+        hard_attention = None
+        if hard_fraction:
+            hard = torch.rand(lengths.shape, device=features.device) < hard_fraction
+            hard_attention = partial(sample_location, hard=hard)
+        hidden, alphas, weights = [], [], []
+        for t, m in enumerate(packed.batch_sizes):
+            state, gates = tuple(x[:m] for x in state), token_gates[t]
+            if sampling_prob and t > 0:
+                gates = self._scheduled_sampling(gates, state[0], annotations, sampling_prob)
+            # With one caption an image the grid is full and in order.
+            state, alpha, weight = self.step(
+                gates, state, annotations, packed.grids[t],
+                slots[t] if captions.shape[1] > 1 else None, hard_attention)
             hidden.append(state[0])
-            alphas.append(looks[0])
-            seen.append(looks[1])
-        hidden = torch.cat(hidden)  # (W, H), word by word
-        shape = *lengths.shape, len(plan.captions), -1
-        looks = [x.new_zeros(lengths.numel() * shape[2], x.shape[1]).index_copy(
-            0, plan.cells, x).view(shape) for x in map(torch.cat, (alphas, seen)[:1 + bool(hard)])]
-        scores = self.scores(hidden.index_select(0, plan.by_caption))
-        return scores, words[plan.words[plan.by_caption] + 1], *looks
-
-
-class Plan(NamedTuple):
-    """
-    The way through a batch of captions, word by word, the longest first: the captions that go
-    on after t words are a prefix of all, and their images one of all images. Made on the CPU,
-    so that the loop never waits for a GPU's answer.
-    """
-    images: torch.Tensor  # (N,) the images, longest first
-    image_of: torch.Tensor  # (N R,) for each caption, longest first, the place of its image there
-    captions: list  # T numbers M: the captions that go on
-    grids: list  # T pairs (n, R), what `step` wants to know
-    # Word by word, (W,) each:
-    slots: torch.Tensor  # a caption's place in the grid of its step
-    words: torch.Tensor  # where in captions (N, R, L) the word is that is read
-    cells: torch.Tensor  # its place (image, caption, step) in a tensor (N, R, T)
-    by_caption: torch.Tensor  # the order that turns word by word into caption by caption
-
-    @staticmethod
-    def of(lengths, width, device):
-        """lengths: (N, R) on the CPU; width: L"""
-        ends = lengths - 1  # words to predict
-        longest_first = dict(descending=True, stable=True)
-        images = ends.max(1).values.argsort(dim=0, **longest_first)
-        captions = ends.flatten().argsort(dim=0, **longest_first)
-        image_of = images.argsort()[captions // ends.shape[1]]
-        rank = ends.argsort(dim=1, **longest_first).argsort(1).flatten()[captions]  # in its image
-        steps = torch.arange(int(ends.max())).unsqueeze(1)
-        goes_on = ends.flatten()[captions] > steps  # (T, N R)
-        n, r = ((goes_on * (x + 1)).max(1).values for x in (image_of, rank))
-        step, caption = goes_on.nonzero(as_tuple=True)
-        cells = captions[caption] * len(steps) + step
-        slots = image_of[caption] * r[step] + rank[caption]
-        per_word = torch.stack([slots, captions[caption] * width + step, cells, cells.argsort()])
-        to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
-        return Plan(to_device(images), to_device(image_of), goes_on.sum(1).tolist(),
-                    list(zip(n.tolist(), r.tolist())), *to_device(per_word))
+            alphas.append(alpha)
+            weights.append(weight)
+        hidden = torch.cat(hidden)  # (W, H), step by step
+        logits = self.logits(hidden.index_select(0, packed.by_caption))
+        targets = tokens[packed.tokens[packed.by_caption] + 1]
+        shape = *lengths.shape, len(packed.batch_sizes), -1
+        attention = [x.new_zeros(lengths.numel() * shape[2], x.shape[1]).index_copy(
+            0, packed.steps, x).view(shape)
+            for x in map(torch.cat, (alphas, weights) if hard_fraction else (alphas,))]
+        return logits, targets, *attention

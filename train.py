@@ -16,16 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import checkpoints
-import distributed
-from datasets import Batches, CaptionDataset, find_data_name
-from files import Parser, UserError
-from preprocessing.feature_cache import cache_features, keep_features
+from datasets import CaptionDataset, ResumableBatchSampler, find_data_name
+from preprocessing.feature_cache import cache_features, load_features
 from training.build import Average, from_checkpoint, model_options, new_model
 from training.engine import train_one_epoch, validate
-from training.interrupts import Interrupts, Stopped, leave_signals_to_parent
+from training.interrupts import Interrupted, Interrupts, leave_signals_to_parent
 from training.losses import HardAttention, SelfCritical, TeacherForcing
 from training.run import (
-    PASSING_OPTIONS,
+    TRANSIENT_OPTIONS,
     best_file,
     check_data,
     check_folder,
@@ -34,12 +32,12 @@ from training.run import (
     decisive,
     epoch_done,
     load_optimizer,
+    lock_run,
     new_progress,
-    only_run,
     open_log,
     resume_command,
 )
-from utils import AMP, autocast, run, set_seed
+from utils import AMP, Parser, UserError, autocast, distributed, run_script, set_seed
 
 
 def get_args(argv=None, **defaults):
@@ -143,13 +141,10 @@ def get_args(argv=None, **defaults):
 
 def main(argv=None):
     args, checkpoint = get_run(argv)
-    processes = distributed.start(args.device)
-    try:
+    with distributed(args.device) as processes:
         args.data_name = args.data_name or find_data_name(args.data_folder)
-        with only_run(args, processes):
+        with lock_run(args, processes):
             train(args, checkpoint, processes)
-    finally:
-        distributed.stop()
 
 
 def get_run(argv):
@@ -196,9 +191,9 @@ def train(args, checkpoint, processes):
         raise UserError(f"{name} has no validation images, which say when to stop; give some the "
                         f"split 'val', or create_input_files.py a larger --val_fraction")
     val_data.entries  # noqa: B018  read now: whether it can be is no matter to learn an epoch later
-    if len(train_data) < processes.world:
+    if len(train_data) < processes.world_size:
         raise UserError(f"{name} has {len(train_data)} training images; too few for "
-                        f"{processes.world} processes")
+                        f"{processes.world_size} processes")
     if args.resume:
         check_data(checkpoint, train_data, name, args.resume)
     check_folder(args, name)
@@ -216,18 +211,20 @@ def train(args, checkpoint, processes):
                         "--no-cache_features")
     if cached:
         for data in (train_data, val_data):
-            if not processes.first:
-                processes.wait()  # for the first to make it
+            if not processes.is_main:
+                processes.barrier()  # for the first to make it
             with autocast(processes.device, args.amp):
                 path = cache_features(data, encoder, processes.device, args.amp)
-            if processes.first:
-                processes.wait()
-            data.use_features(keep_features(path, args.cache_in, processes.device))
+            if processes.is_main:
+                processes.barrier()
+            data.use_features(load_features(path, args.cache_in, processes.device))
     items = args.batch_size if args.single_captions else max(
         1, args.batch_size // train_data.captions_per_image)
-    batches = Batches(len(train_data), items, True, args.seed, processes.rank, processes.world)
-    val_batches = Batches(len(val_data), 64, False, 0, processes.rank, processes.world)
-    smallest = len(train_data) // batches.batches // processes.world
+    batches = ResumableBatchSampler(len(train_data), items, True, args.seed, processes.rank,
+                                    processes.world_size)
+    val_batches = ResumableBatchSampler(len(val_data), 64, False, 0, processes.rank,
+                                        processes.world_size)
+    smallest = len(train_data) // batches.num_batches // processes.world_size
     if args.accumulate > smallest:
         raise UserError(f"--accumulate {args.accumulate} is more parts than some steps have "
                         f"{'captions' if args.single_captions else 'images'} in a process, "
@@ -257,8 +254,8 @@ def train(args, checkpoint, processes):
             if args.ema:
                 average.load(checkpoint.get("trained"))
             objective.baseline = torch.tensor(progress["baseline"])
-            if progress["step"] > batches.batches:
-                raise ValueError(f"{progress['step']} of {batches.batches} batches are done")
+            if progress["step"] > batches.num_batches:
+                raise ValueError(f"{progress['step']} of {batches.num_batches} batches are done")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{args.resume} does not fit this run: {reason}") from None
@@ -269,8 +266,8 @@ def train(args, checkpoint, processes):
         progress["best"] = scores[decisive(args)]  # the mark to beat
 
     def save(prefix=""):
-        if processes.first:
-            options = {k: v for k, v in vars(args).items() if k not in PASSING_OPTIONS}
+        if processes.is_main:
+            options = {k: v for k, v in vars(args).items() if k not in TRANSIENT_OPTIONS}
             path = Path(args.checkpoint_folder) / f"{prefix}checkpoint_{name}.pth.tar"
             checkpoints.save(path, average.encoder, average.decoder, train_data.word_map,
                              trained=average.state(), options=options,
@@ -310,13 +307,13 @@ def train(args, checkpoint, processes):
                         save("BEST_")
                     log(row)
                     save()  # last: without it, none of the above has happened
-        except Stopped as stopped:
+        except Interrupted as stopped:
             interrupts.hold()  # impatience must not cost what this is all about
             save()
-            if not processes.first:
+            if not processes.is_main:
                 raise SystemExit(stopped.code) from None
-            raise Stopped(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
-                          f"{progress['step']} of {batches.batches} batches, all saved; go on "
+            raise Interrupted(stopped.signum, f"stopped in epoch {progress['epoch'] + 1} after "
+                          f"{progress['step']} of {batches.num_batches} batches, all saved; go on "
                           f"with: {resume_command(args, name, processes)}") from None
     metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[decisive(args)]
     best = progress["epoch"] - progress["stale"]
@@ -344,7 +341,7 @@ def _loader(data, batches, args, processes):
 
 
 def _parallel(module, processes):
-    if processes.world == 1:
+    if processes.world_size == 1:
         return module
     return DistributedDataParallel(module)
 
@@ -356,4 +353,4 @@ def _show(row):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,34 +1,229 @@
 """
-What the scripts share: seeds, errors of the user, half precision and pretrained embeddings. Also
-create_input_files(), whose own module is preparation.py.
+The ground floor, which imports nothing of ours: errors that a user sees, the options that scripts
+share, files written whole or not at all, devices and processes.
 """
 
-import math
+import argparse
+import json
 import os
 import random
+import re
 import sys
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from files import UserError
-from preprocessing.input_files import create_input_files  # noqa: F401, `from utils import` is its old place
+import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run(main):
+class UserError(Exception):
+    """A user's mistake: one line that names the file, the value and the next step."""
+
+
+def run_script(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     try:
         main()
-    except BrokenPipeError:  # `| head` has seen enough; Python's last flush shall not complain
+    except BrokenPipeError:  # `| head` has seen enough: Python's last flush must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for one
-        stopped = isinstance(error, KeyboardInterrupt)
+        interrupted = isinstance(error, KeyboardInterrupt)
         message = str(error) or "interrupted"
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 130) if stopped else 2)
+        sys.exit(getattr(error, "code", 130) if interrupted else 2)
+
+
+# Options
+
+
+class Number:
+    """
+    An argparse type: an int or a float within bounds. NaN is within none.
+
+    least, most: inclusive bounds; above, below: exclusive ones
+    """
+
+    def __init__(self, kind, least=None, most=None, above=None, below=None):
+        self.kind, self.__name__ = kind, kind.__name__  # argparse names it in "invalid int value"
+        self.bounds = [(words, bound, holds) for words, bound, holds in (
+            ("at least", least, lambda value: value >= least),
+            ("above", above, lambda value: value > above),
+            ("at most", most, lambda value: value <= most),
+            ("below", below, lambda value: value < below)) if bound is not None]
+
+    def __call__(self, text):
+        return self.check(self.kind(text))
+
+    def check(self, value):
+        """The value; argparse.ArgumentTypeError if it is out of bounds."""
+        if not all(holds(value) for _, _, holds in self.bounds):
+            wanted = " and ".join(f"{words} {bound}" for words, bound, _ in self.bounds)
+            raise argparse.ArgumentTypeError(f"is {value}, it must be {wanted}")
+        return value
+
+
+positive_int = Number(int, least=1)
+non_negative_int = Number(int, least=0)
+non_negative_float = Number(float, least=0)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand, and the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    An ArgumentParser whose errors are UserErrors of one line and that checks defaults as it does
+    arguments, since those of a resumed run come from a file. Options are not abbreviated: `--lr`
+    would silently be `--lr_decay`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        message = re.sub(r"^argument (?:\S+/)?(--?\w+):? ", r"\1 ", message)
+        raise UserError(f"{message}; --help lists the options")
+
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if one is not None:
+                    self._check_option(action, one)
+        return options
+
+    def _check_option(self, action, value):
+        if action.choices and value not in action.choices:
+            self.error(f"--{action.dest} is {ascii(value)[:50]}, not one of "
+                       f"{', '.join(action.choices)}")
+        if isinstance(action.type, Number):
+            try:
+                action.type.check(value)
+            except argparse.ArgumentTypeError as error:
+                self.error(f"--{action.dest} {error}")
+
+
+def add_device_options(parser):
+    """--device, which `find_device` takes, and --amp, which `autocast` takes"""
+    parser.add_argument("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
+                        "where there is one, else the CPU")
+    parser.add_argument("--amp", choices=AMP,
+                        help="multiply matrices in half precision; float32 if not given")
+
+
+# Files
+
+
+@contextmanager
+def atomic_write(path):
+    """
+    `with atomic_write(path) as temporary:` write to `temporary`; the file then stands at `path`
+    whole, even after a power failure, or not at all if an error is raised.
+    """
+    temporary = f"{path}.tmp"  # same folder, since os.replace stays within a file system
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def sync_folder(folder):
+    """Flush a folder to disk: a renamed file is safe only once its folder is."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_text(path, next_step=""):
+    """
+    The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises UserError if it cannot be read; `next_step` says what to do about a missing file.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"{path} not found" + f"; {next_step}" * bool(next_step)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except (OSError, ValueError) as error:  # a folder, no permission; a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def read_json(path, next_step=""):
+    """The object in a JSON file; UserError if the file is missing or broken."""
+    text = read_text(path, next_step)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise broken_json(path, error) from None
+
+
+def broken_json(path, error, line=None):
+    """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
+    deep, line = isinstance(error, RecursionError), line or getattr(error, "lineno", None)
+    reason = "nested too deeply" if deep else getattr(error, "msg", error)
+    return UserError(f"{path}" + f", line {line}" * bool(line) + f": broken JSON: {reason}")
+
+
+def write_json(path, content):
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content))  # json.dump would take the slow encoder
+
+
+@contextmanager
+def exclusive_lock(path, busy, timeout=0.5):
+    """
+    Hold the lock file `path` while the block runs; the system releases it if the process dies.
+    Raises UserError(busy) if another process still holds it after `timeout` seconds.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)  # workers of a killed run hold it a moment longer
+    except Timeout:
+        raise UserError(busy) from None
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # while we still have it: afterwards it may be another's
+            with suppress(FileNotFoundError):
+                os.remove(path)
+        lock.release()
+        if os.name != "posix":  # Windows keeps a file that is open, ours or another's
+            with suppress(OSError):
+                os.remove(path)
+
+
+# Devices and processes
+
+
+def set_seed(seed):
+    """Seed every generator that we draw from: Python's, NumPy's and torch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def autocast(device, amp):
@@ -39,63 +234,81 @@ def autocast(device, amp):
     return torch.autocast(device.type, AMP.get(amp), enabled=amp is not None)
 
 
-def set_seed(seed):
-    """Seed every generator that we draw from: Python's, NumPy's and torch's on all devices."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def init_embedding(embeddings):
-    """Fill a (V, D) tensor in place from U(-sqrt(3/D), sqrt(3/D)), whose variance is 1/D."""
-    limit = math.sqrt(3 / embeddings.size(1))
-    torch.nn.init.uniform_(embeddings, -limit, limit)
-
-
-def _numbers(texts):
-    """The float32 array of some texts, None unless all are finite numbers."""
-    try:
-        numbers = np.array(texts, dtype=np.float32)
-    except ValueError:
-        return None
-    return numbers if np.isfinite(numbers).all() else None
-
-
-def load_embeddings(emb_file, word_map):
+def find_device(name=None):
     """
-    Pretrained word vectors from a file in GloVe's text format: a word and D numbers per line.
-
-    Words are compared as they stand: ours and those of glove.6B are lower-case. A word that the
-    file lacks gets init_embedding's random vector.
-
-    Returns the (V, D) float32 embeddings, row i for word id i, and D.
-    Raises UserError, with the line number, for a line without exactly D finite numbers.
+    torch.device by its name, by default the GPU if there is one; UserError if it isn't there.
+    From here on torch computes as all our scripts do.
     """
-    vectors, size = {}, None
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; nothing on others
+    # Numbers below 1e-38 become 0: sharp attention is full of them, and they cost a CPU 10 times
+    # as long as others.
+    torch.set_flush_denormal(True)
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with open(emb_file, encoding="utf-8") as file:
-            for line_number, line in enumerate(file, 1):
-                word, *values = line.rstrip().split(" ")
-                size = size or len(values)
-                if len(values) > size and _numbers(values[:1]) is None:
-                    continue  # glove.840B has words with spaces inside, like "at name@domain.com"
-                if not size or len(values) != size:
-                    where = f"{emb_file}, line {line_number}"
-                    there = f", as many as line 1 has: {size}" if size else ""
-                    raise UserError(f"{where}: {len(values)} numbers; it should be a word and its "
-                                    f"numbers{there}")
-                if word in word_map:
-                    vectors[word] = _numbers(values)
-                    if vectors[word] is None:
-                        raise UserError(f"{emb_file}, line {line_number}: not a finite number")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{emb_file} cannot be read: {reason}") from None
-    if not size:
-        raise UserError(f"{emb_file} is empty")
-    embeddings = torch.empty(len(word_map), size)
-    init_embedding(embeddings)
-    for word, vector in vectors.items():
-        embeddings[word_map[word]] = torch.from_numpy(vector)
-    print(f"{len(vectors)} of {len(word_map)} words have a vector in {emb_file}")
-    return embeddings, size
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+
+
+class Distributed(NamedTuple):
+    """One process of those that `torchrun --nproc_per_node=K` started, or the only one."""
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *args):
+        if self.is_main:
+            print(*args, flush=True)
+
+    def all_gather(self, items):
+        """The items of all processes in one list, rank by rank, in every process."""
+        if self.world_size == 1:
+            return list(items)
+        shares = [None] * self.world_size
+        dist.all_gather_object(shares, list(items))
+        return [item for share in shares for item in share]
+
+    def all_reduce(self, *numbers):
+        """Each number summed over all processes, in float64."""
+        if self.world_size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def distributed(device=None):
+    """
+    `with distributed(device) as processes:` join the processes that torchrun started, or be the
+    only one. device: as in `find_device`; under torchrun each process takes a GPU of its own.
+    """
+    device = find_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield Distributed(device)
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "
+                            f"--nproc_per_node or pass --device cpu")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # Rank 0 may take long over the feature cache while the others wait.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=4))
+    try:
+        yield Distributed(device, rank, world_size)
+    finally:
+        dist.destroy_process_group()

@@ -15,9 +15,9 @@ from PIL import Image
 
 from benchmarks.measuring import compare, in_a_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
-from files import write_json
 from preprocessing.input_files import create_input_files
 from preprocessing.resumable_hdf5 import create_images, find_images, write_images
+from utils import write_json
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
 
@@ -94,7 +94,7 @@ def memory_of_preprocessing(n):
     with tempfile.TemporaryDirectory() as folder:
         write_karpathy(Path(folder, "k.json"), draw_photographs(Path(folder), n))
         return in_a_process(f"""
-            from utils import create_input_files
+            from preprocessing.input_files import create_input_files
             create_input_files("p", {folder!r} + "/k.json", {folder!r}, output_folder={folder!r})
         """)["bytes"]
 
@@ -132,13 +132,14 @@ def opening(folder, images):
     for method in ("fork", "spawn"):
         workers = in_a_process(f"""
             from torch.utils.data import DataLoader
-            from datasets import Batches, CaptionDataset
+            from datasets import ResumableBatchSampler, CaptionDataset
             data = CaptionDataset({folder!r}, "x", "TRAIN")
             private = lambda pid: sum(int(line.split()[1]) for line in
                 open(f"/proc/{{pid}}/smaps_rollup") if line.startswith("Private")) * 1024
             start = time.perf_counter()
-            batches = iter(DataLoader(data, sampler=Batches(len(data), 16), batch_size=None,
-                                      num_workers=2, multiprocessing_context={method!r}))
+            sampler = ResumableBatchSampler(len(data), 16)
+            batches = iter(DataLoader(data, sampler=sampler, batch_size=None, num_workers=2,
+                                      multiprocessing_context={method!r}))
             next(batches)
             result["start"] = time.perf_counter() - start
             result["private"] = [private(w.pid) for w in batches._workers]

@@ -131,9 +131,9 @@ def search(args):
                 results["ours"] = beam_search(decoder, features, WORD_MAP, beam_size)
 
         row = compare(f"beam search, beam {beam_size}, 100 images", textbook, ours, args)
-        same = sum([WORD_MAP["<start>"], *a.words, WORD_MAP["<end>"]] == b[0]
+        same = sum([WORD_MAP["<start>"], *a.tokens, WORD_MAP["<end>"]] == b[0]
                    for a, b in zip(results["ours"], results["textbook"]))
-        length = statistics.mean(len(caption.words) for caption in results["ours"])
+        length = statistics.mean(len(caption.tokens) for caption in results["ours"])
         yield row | {"identical": same, "words": length,
                      "note": f"{same} of 100 captions identical, {length:.1f} words"}
 

@@ -26,17 +26,15 @@ from benchmarks.model import (
     reference,
     talkative_decoder,
 )
-from datasets import Batches, CaptionDataset
-from distributed import Processes
-from files import write_json
+from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
-from preprocessing.feature_cache import cache_features, keep_features
+from preprocessing.feature_cache import cache_features, load_features
 from training.build import Average
 from training.engine import train_one_epoch
 from training.interrupts import Interrupts
 from training.run import new_progress
-from utils import autocast
+from utils import Distributed, autocast, write_json
 
 
 def write_data_set(folder, **images):
@@ -71,7 +69,7 @@ class Step:
     """Steps of train.py on this data: run() goes through all batches once."""
 
     def __init__(self, encoder, data, args, fine_tune=False, prepared=False):
-        self.processes = Processes(args.device, 0, 1)
+        self.processes = Distributed(args.device, 0, 1)
         self.args = train.get_args(options(args, "."))
         self.args.fine_tune_encoder = fine_tune
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
@@ -81,7 +79,8 @@ class Step:
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
         self.average = Average(encoder, decoder, self.args.ema)
         self.objective = train._objective(self.args, data)
-        self.loader = train._loader(data, Batches(len(data), 16), self.args, self.processes)
+        self.loader = train._loader(data, ResumableBatchSampler(len(data), 16), self.args,
+                                    self.processes)
         if prepared:
             self.loader = Prepared(self.loader, args.device)
 
@@ -108,7 +107,7 @@ def cache(args):
         data = CaptionDataset(folder, "x", "TRAIN")
         with autocast(args.device, args.amp):
             path = cache_features(data, encoder, args.device, args.amp)
-        data.use_features(keep_features(path, None, args.device))
+        data.use_features(load_features(path, None, args.device))
         steps = Step(encoder, data, args, prepared=True)
         steps.run()
         own = min(seconds(steps.run, args.device) for _ in range(3))

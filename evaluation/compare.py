@@ -3,7 +3,7 @@
 import numpy as np
 
 from evaluation import scores as scorers
-from files import UserError, read_json
+from utils import UserError, read_json
 
 
 def read_results(path):

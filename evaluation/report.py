@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from datasets import read_rgb
 from evaluation import scores as scorers
-from files import UserError, whole
+from preprocessing.images import read_rgb
+from utils import UserError, atomic_write
 from visualization import page
 
 SHOWN = 24  # images of each kind
@@ -47,8 +47,8 @@ def write_report(path, title, beam_sizes, measured, names, looked, notes, bootst
                 attention=captions[i]["attention"], score=captions[i]["score"], n_best=[],
                 references=[" ".join(words) for words in entry["references"]]), "h3"))
     content = page.document(title, page.HINT, parts)
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(content)
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(content, encoding="utf-8", newline="\n")
 
 
 def check_photographs(data, folder):

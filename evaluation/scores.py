@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from evaluation import coco_caption as jars
 from evaluation.metrics import Cider, CiderD, bleu_counts, bleu_of_counts, ngrams, rouge_l
-from files import UserError
+from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")

@@ -1,10 +1,10 @@
 """
-Two pieces of the decoder's loop and its cross-entropy with gradients of their own: the same
-numbers as the plain expressions, faster and smaller. `models.py` can be read without them.
+Autograd functions for the decoder's loop and its cross-entropy: the same numbers as the plain
+expressions, faster and in less memory. `models.py` can be read without them.
 
-A layer that runs once per word has one gradient of its weight per word, and autograd adds
-them up as they come. Here each word only leaves behind what its share is made of; when the
-last word has gone backward, one large product makes the sum (`Afterwards`).
+A layer that runs once per time step has one weight gradient per step, and autograd adds them up
+one by one. Here each step only keeps the factors of its gradient; when the last step has gone
+backward, one large matrix product makes the sum (`DeferredGradients`).
 """
 
 from functools import partial
@@ -13,29 +13,29 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-class Afterwards(torch.autograd.Function):
+class DeferredGradients(torch.autograd.Function):
     """
-    `token = Afterwards.apply(gradients, *tensors)`: once everything that took the token has
-    gone backward, gradients() makes the gradients of the tensors.
+    `anchor = DeferredGradients.apply(make_gradients, *tensors)`: once every function that takes the
+    anchor as an input has gone backward, make_gradients() returns the gradients of the tensors.
     """
 
     @staticmethod
-    def forward(ctx, gradients, *tensors):
-        ctx.gradients = gradients
+    def forward(ctx, make_gradients, *tensors):
+        ctx.make_gradients = make_gradients
         return tensors[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        return None, *ctx.gradients()
+        return None, *ctx.make_gradients()
 
 
-class LinearPerWord:
+class DeferredLinear:
     """
-    `layer = LinearPerWord(weight, bias)` for one batch, then `layer(x)` once per word.
+    `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
 
     weight (O, I), bias (O,), x (M, I) with another M each time. Under autocast the weight is
-    cast once, not at every word.
+    cast once, not at every step.
     """
 
     def __init__(self, weight, bias):
@@ -44,25 +44,25 @@ class LinearPerWord:
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), bias.to(dtype)
         self.weight, self.bias = weight.detach(), bias.detach()
-        self.inputs, self.grads = [], []  # what the words leave behind
-        self.token = Afterwards.apply(partial(self._gradients, self.inputs, self.grads),
-                                      weight, bias)
+        self.inputs, self.grads = [], []  # one of each per step
+        self.anchor = DeferredGradients.apply(
+            partial(self._make_gradients, self.inputs, self.grads), weight, bias)
 
     @staticmethod
-    def _gradients(inputs, grads):
+    def _make_gradients(inputs, grads):
         x, grad = torch.cat(inputs), torch.cat(grads)
         inputs.clear()
         grads.clear()
         return grad.t() @ x, grad.sum(0)
 
     def __call__(self, x):
-        return _Linear.apply(x.to(self.weight.dtype), self.token, self.weight, self.bias,
+        return _Linear.apply(x.to(self.weight.dtype), self.anchor, self.weight, self.bias,
                              self.inputs, self.grads)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, token, weight, bias, inputs, grads):
+    def forward(ctx, x, anchor, weight, bias, inputs, grads):
         ctx.save_for_backward(x, weight)
         ctx.inputs, ctx.grads = inputs, grads
         return torch.addmm(bias, x, weight.t())
@@ -78,14 +78,14 @@ class _Linear(torch.autograd.Function):
 
 class AttentionEnergy:
     """
-    `energy = AttentionEnergy(keys, weight)` for one batch, then energy(query) once per word:
+    `energy = AttentionEnergy(keys, weight)` for one batch, then energy(query) once per time step:
 
         energy[n, r, p] = sum_a weight[a] * relu(keys[n, p, a] + query[n, r, a])
 
     keys (N, P, A), weight (A,), query (n, R, A) for the first n <= N images; returns (n, R, P).
 
-    The sum over (N, R, P, A) is the decoder's largest tensor by far. It is never stored: some
-    images at a time, small enough for the processor's cache, it is made, used and made again
+    The sum over (N, R, P, A) is the decoder's largest tensor by far. It is never stored: it is
+    computed for a few images at a time, small enough for the processor's cache, and computed again
     in the backward pass.
     """
 
@@ -93,49 +93,49 @@ class AttentionEnergy:
         weight = weight.to(keys.dtype)
         self.keys, self.weight = keys.detach(), weight
         self.d_keys = []  # one tensor from the first backward on, still without factor `weight`
-        self.token = Afterwards.apply(
-            partial(self._gradients, self.keys, weight.detach(), self.d_keys), keys, weight)
+        self.anchor = DeferredGradients.apply(
+            partial(self._make_gradients, self.keys, weight.detach(), self.d_keys), keys, weight)
 
     @staticmethod
-    def _gradients(keys, weight, d_keys):
-        # relu(x) = x where it is open, so the gradient of the weight follows from those of keys
+    def _make_gradients(keys, weight, d_keys):
+        # relu(x) = x where x > 0, so the gradient of the weight follows from those of keys
         # (here) and query (in _Energy), and needs no pass over the large tensor.
         total = d_keys.pop()
         return total * weight, (total * keys).sum((0, 1))
 
     def __call__(self, query):
         query = query.to(self.keys.dtype)
-        return _Energy.apply(query, self.weight, self.token, self.keys, self.d_keys)
+        return _Energy.apply(query, self.weight, self.anchor, self.keys, self.d_keys)
 
 
-def _at_a_time(tensor, numbers):
-    """How many items of so many numbers each to take at a time, at least 1."""
-    # What the caches of a few cores hold; on a GPU, what keeps it busy.
+def _chunk_size(tensor, numbers):
+    """How many items of so many numbers each to process at a time, at least 1."""
+    # What the caches of a few cores hold; on a GPU, enough to keep it busy.
     budget = 4 << 20 if tensor.device.type == "cpu" else 1 << 30
     return max(1, budget // max(1, numbers * tensor.element_size()))
 
 
 def _blocks(keys, query):
-    """Some images at a time: their place, and room for (images, R, P, A) numbers."""
+    """Slices of a few images each, and a buffer (images, R, P, A) for them."""
     shape = query.shape[1], *keys.shape[1:]
-    step = min(len(query), _at_a_time(keys, shape[0] * shape[1] * shape[2]))
-    room = keys.new_empty(step, *shape)
+    step = min(len(query), _chunk_size(keys, shape[0] * shape[1] * shape[2]))
+    buffer = keys.new_empty(step, *shape)
     for i in range(0, len(query), max(1, step)):
         block = slice(i, min(i + step, len(query)))
-        yield block, room[:block.stop - i]
+        yield block, buffer[:block.stop - i]
 
 
 class _Energy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, weight, token, keys, d_keys):
+    def forward(ctx, query, weight, anchor, keys, d_keys):
         ctx.save_for_backward(query, keys, weight)
         ctx.d_keys = d_keys
         energy = keys.new_empty(*query.shape[:2], keys.shape[1])
         opposite = (-query).unsqueeze(2)
-        for block, room in _blocks(keys, query):
+        for block, buffer in _blocks(keys, query):
             # relu(k + q) = max(k, -q) + q: one pass over the block instead of two
-            torch.maximum(keys[block, None], opposite[block], out=room)
-            torch.matmul(room, weight, out=energy[block])
+            torch.maximum(keys[block, None], opposite[block], out=buffer)
+            torch.matmul(buffer, weight, out=energy[block])
         return energy + (query @ weight).unsqueeze(2)
 
     @staticmethod
@@ -144,63 +144,63 @@ class _Energy(torch.autograd.Function):
         query, keys, weight = ctx.saved_tensors
         grad, d_query = grad.contiguous(), torch.empty_like(query)
         if not ctx.d_keys:
-            # At least float32: it is a sum over all words.
+            # At least float32: it is a sum over all steps.
             ctx.d_keys.append(keys.new_zeros(
                 keys.shape, dtype=torch.promote_types(keys.dtype, torch.float32)))
         [d_keys] = ctx.d_keys
         ones = keys.new_ones(1, 1, query.shape[1])
-        for block, room in _blocks(keys, query):
-            torch.add(keys[block, None], query[block].unsqueeze(2), out=room)
-            # grad where the ReLU is open, 0 elsewhere
-            open_ = torch.ops.aten.threshold_backward(grad[block].unsqueeze(3).expand_as(room),
-                                                      room, 0)
-            torch.sum(open_, 2, out=d_query[block])
-            n, r, p, a = open_.shape
+        for block, buffer in _blocks(keys, query):
+            torch.add(keys[block, None], query[block].unsqueeze(2), out=buffer)
+            # grad where the ReLU's input is positive, 0 elsewhere
+            relu_grad = torch.ops.aten.threshold_backward(
+                grad[block].unsqueeze(3).expand_as(buffer), buffer, 0)
+            torch.sum(relu_grad, 2, out=d_query[block])
+            n, r, p, a = relu_grad.shape
             if r == 1:
-                d_keys[block] += open_.squeeze(1)
+                d_keys[block] += relu_grad.squeeze(1)
             else:
                 d_keys[block] += torch.bmm(ones.expand(n, 1, r),
-                                           open_.view(n, r, p * a)).view(n, p, a)
+                                           relu_grad.view(n, r, p * a)).view(n, p, a)
         return d_query * weight, (d_query * query).sum((0, 1)), None, None, None
 
 
-def log_softmax_parts(scores, targets):
+def log_softmax_parts(logits, targets):
     """
-    The two parts of a log-probability, target's score and logsumexp, each (W,) in float32 at least,
-    without a second tensor of the scores' size. scores (W, V), targets (W,)
+    The two parts of a log-probability, the target's logit and the logsumexp, each (W,) in float32
+    at least, without a second tensor of the logits' size. logits (W, V), targets (W,)
     """
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    rows = _at_a_time(scores, scores.shape[1])
-    totals = torch.cat([part.to(dtype).logsumexp(1) for part in scores.split(rows)])
-    return scores.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype), totals
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = _chunk_size(logits, logits.shape[1])
+    totals = torch.cat([part.to(dtype).logsumexp(1) for part in logits.split(rows)])
+    return logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype), totals
 
 
 class CrossEntropy(torch.autograd.Function):
     """
-    `CrossEntropy.apply(scores, targets, weights)`: F.cross_entropy's sum over the words, in float32
-    at least, but without a second and third tensor of the scores' size: the gradient is the only
-    one.
+    `CrossEntropy.apply(logits, targets, weights)`: F.cross_entropy's sum over the tokens, in
+    float32 at least, but without a second and third tensor of the logits' size: the gradient is the
+    only one.
 
-    scores (W, V), targets (W,); weights (W,) of the words, or None
+    logits (W, V), targets (W,); weights (W,) of the tokens, or None
     """
 
     @staticmethod
-    def forward(ctx, scores, targets, weights):
-        chosen, totals = log_softmax_parts(scores, targets)
-        ctx.save_for_backward(scores, targets, totals, weights)
+    def forward(ctx, logits, targets, weights):
+        chosen, totals = log_softmax_parts(logits, targets)
+        ctx.save_for_backward(logits, targets, totals, weights)
         losses = totals - chosen
         return losses.sum() if weights is None else (losses * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        scores, targets, totals, weights = ctx.saved_tensors
-        d_scores, rows = torch.empty_like(scores), _at_a_time(scores, scores.shape[1])
+        logits, targets, totals, weights = ctx.saved_tensors
+        d_logits, rows = torch.empty_like(logits), _chunk_size(logits, logits.shape[1])
         grads = grad.expand_as(totals) if weights is None else grad * weights.to(totals.dtype)
         for part, target, total, out, d_loss in zip(
-                *(x.split(rows) for x in (scores, targets, totals, d_scores, grads))):
-            # Rounded to the scores' precision only when all is done: p - 1 is small.
+                *(x.split(rows) for x in (logits, targets, totals, d_logits, grads))):
+            # Rounded to the logits' precision only at the end: p - 1 is small.
             d_part = (part - total.unsqueeze(1)).exp_()
             d_part.scatter_add_(1, target.unsqueeze(1), torch.full_like(total, -1).unsqueeze(1))
             out.copy_(d_part.mul_(d_loss.unsqueeze(1)))
-        return d_scores, None, None
+        return d_logits, None, None

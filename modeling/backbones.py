@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from files import UserError
+from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -67,7 +67,7 @@ def load_backbone(name, weights):
     if captioner:
         _load_encoder(body, state, name, weights)
     if weights == "none":
-        _settle(body)
+        calibrate_batchnorm(body)
     return Backbone(body, *probed, mean, std)
 
 
@@ -158,7 +158,7 @@ def _unfit(path, name, error):
 
 
 @torch.no_grad()
-def _settle(body):
+def calibrate_batchnorm(body):
     """
     Give a random network's BatchNorms the statistics of noise. Without any, activations of a
     deep residual network grow with every block, to 1e5 in a ResNet-101.

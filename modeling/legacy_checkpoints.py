@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from files import UserError
 from modeling.pickles import Machine, Refused, Storage, Stream, Stub, Tensor, shown
+from utils import UserError
 
 ZIP_START = b"PK\3\4"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file from before the zip format begins with

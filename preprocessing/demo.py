@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from files import Parser, UserError, whole, write_json
-from preprocessing.processes import alone, open_pool
+from preprocessing.processes import open_pool
+from utils import Parser, UserError, atomic_write, exclusive_lock, write_json
 
 DRAWING = 1  # count on whenever the same scene is drawn differently: old pictures are drawn anew
 SIDE = 256  # pixels, width and height of a picture
@@ -188,7 +188,7 @@ def draw_scene(scene, seed, path):
     info = PngInfo()
     info.add_text("scene", about)
     info.add_text("boxes", json.dumps(boxes))
-    with whole(path) as temporary:  # noise hardly packs; be quick
+    with atomic_write(path) as temporary:  # noise hardly packs; be quick
         draw(background, objects).save(temporary, "png", compress_level=1, pnginfo=info)
     return boxes
 
@@ -208,7 +208,7 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / ".lock", f"another process draws into {folder}; wait for it"):
+    with exclusive_lock(folder / ".lock", f"another process draws into {folder}; wait for it"):
         return _make_demo(folder, train, val, test, seed)
 
 
@@ -237,11 +237,11 @@ def _make_demo(folder, train, val, test, seed):
 
 
 if __name__ == "__main__":
-    from utils import run  # here, since torch need not be there to draw
+    from utils import run_script  # here, since torch need not be there to draw
 
     parser = Parser(description="Draw a captioned demo data set.")
     parser.add_argument("folder")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=int, default=n, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
-    run(lambda: print(make_demo(**vars(parser.parse_args()))))
+    run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import UserError, sync_folder
-from preprocessing.resumable_hdf5 import check_space, set_aside
+from preprocessing.resumable_hdf5 import check_space, preallocate
+from utils import UserError, sync_folder
 
 SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
 
@@ -32,7 +32,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
     """
     path = _path(dataset, encoder, amp)
     if path.exists():
-        _check(path, dataset.images, encoder)
+        _check(path, dataset.num_images, encoder)
         return path
     images = copy.copy(dataset)
     images.by_image = True
@@ -113,8 +113,8 @@ def _path(dataset, encoder, amp):
 
 def _create(partial, shape):
     with h5py.File(partial, "w") as file:
-        set_aside(file, "features", shape, np.float16)
-        set_aside(file, "done", (1,), np.int64)[0] = 0
+        preallocate(file, "features", shape, np.float16)
+        preallocate(file, "done", (1,), np.int64)[0] = 0
 
 
 def _is_partial(partial, shape):
@@ -130,7 +130,7 @@ def _is_partial(partial, shape):
         return False
 
 
-def keep_features(path, where, device):
+def load_features(path, where, device):
     """
     Where training reads cached features from: the path itself ("disk"), or a tensor
     (I, G, E) float16 in RAM ("ram") or on the device ("device"). None chooses the fastest that
@@ -139,7 +139,7 @@ def keep_features(path, where, device):
     with h5py.File(path, "r") as file:
         features = file["features"]
         if where is None:
-            where = _roomiest(features.nbytes, device)
+            where = _choose_storage(features.nbytes, device)
         if where == "disk":
             return path
         tensor = torch.empty(features.shape, dtype=torch.float16,
@@ -150,7 +150,7 @@ def keep_features(path, where, device):
     return tensor
 
 
-def _roomiest(size, device):
+def _choose_storage(size, device):
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 2 * size:
         return "device"
     try:

@@ -13,10 +13,9 @@ from contextlib import closing
 import h5py
 from tqdm import tqdm
 
-from datasets import read_image
-from files import UserError, read_json, write_json
-from preprocessing.own_captions import read_splits
-from preprocessing.processes import alone, open_pool
+from preprocessing.images import read_image
+from preprocessing.karpathy import read_splits
+from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import (
     IMAGE_BYTES,
     IMAGE_SIZE,
@@ -25,6 +24,7 @@ from preprocessing.resumable_hdf5 import (
     find_images,
     write_images,
 )
+from utils import UserError, exclusive_lock, read_json, write_json
 
 CHUNK = 4  # images that a process reads at a time: few, since an interrupt waits for them
 SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
@@ -289,7 +289,7 @@ def create_input_files(
     busy = f"another process is making {name} in {output_folder}; wait for it"
     try:
         os.makedirs(output_folder, exist_ok=True)
-        with alone(f"{work.folder}.lock", busy):
+        with exclusive_lock(f"{work.folder}.lock", busy):
             if not _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
                 print(f"{name} in {output_folder} is complete already; --overwrite makes it anew")
                 return

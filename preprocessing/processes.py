@@ -1,4 +1,4 @@
-"""Processes side by side: helpers that end with their parent, and runs that exclude each other."""
+"""Worker processes that end with their parent."""
 
 import multiprocessing
 import os
@@ -6,11 +6,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-
-from filelock import FileLock, Timeout
-
-from files import UserError
+from contextlib import contextmanager
 
 # Forked helpers start at once and share the memory of what is imported already (torch); macOS has
 # fork too, but its system libraries do not survive it.
@@ -26,7 +22,7 @@ def open_pool(processes):
     context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(processes, context, initializer=_begin)
     try:
-        with interrupt_afterwards():  # os.fork would swallow it
+        with defer_interrupt():  # os.fork would swallow it
             pool.submit(int)  # starts the processes
         yield pool
     finally:
@@ -47,39 +43,16 @@ def _end_with_parent():
 
 
 @contextmanager
-def interrupt_afterwards():
-    """Hold a Ctrl-C back until the block has ended."""
+def defer_interrupt():
+    """Defer a Ctrl-C until the block has ended."""
     if threading.current_thread() is not threading.main_thread():  # only that one gets it
         yield
         return
-    held = []
-    handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if held:
+    if interrupted:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def alone(path, busy, patience=0.5):
-    """
-    Hold the lock that is the file `path` while the block runs; the system takes it from a process
-    that dies. Raises UserError(busy) if another process has it still after `patience` seconds.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=patience)  # helpers of a killed run hold it for a moment more
-    except Timeout:
-        raise UserError(busy) from None
-    try:
-        yield
-    finally:
-        if os.name == "posix":  # while we still have it, since afterwards it may be another's
-            with suppress(FileNotFoundError):
-                os.remove(path)
-        lock.release()
-        if os.name != "posix":  # Windows keeps a file that is open, ours or another's
-            with suppress(OSError):
-                os.remove(path)

@@ -10,15 +10,15 @@ from contextlib import suppress
 import h5py
 import numpy as np
 
-from files import UserError, read_json, sync_folder, write_json
-from preprocessing.processes import interrupt_afterwards
+from preprocessing.processes import defer_interrupt
+from utils import UserError, read_json, sync_folder, write_json
 
 IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
 IMAGE_BYTES = 3 * IMAGE_SIZE**2
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 
 
-def set_aside(file, name, shape, dtype):
+def preallocate(file, name, shape, dtype):
     """
     A dataset of an HDF5 file whose structure never changes again: the place of every number is
     set aside now, so a process that is killed while it writes them leaves a sound file.
@@ -34,7 +34,7 @@ def create_images(path, n, **attributes):
     """An HDF5 file with room for "images" (n, 3, 256, 256) uint8, which write_images() fills."""
     with h5py.File(path, "w") as file:
         file.attrs.update(attributes)
-        set_aside(file, "images", (n, 3, IMAGE_SIZE, IMAGE_SIZE), "uint8")
+        preallocate(file, "images", (n, 3, IMAGE_SIZE, IMAGE_SIZE), "uint8")
     _sync_file(path)
 
 
@@ -204,7 +204,7 @@ class Work:
     def move(self):
         """The files to where they belong; a killed call can be repeated."""
         *files, word_map = self.files
-        with interrupt_afterwards():
+        with defer_interrupt():
             if os.path.exists(self.word_map):  # that of other files must not stand beside ours
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.output, word_map))

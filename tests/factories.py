@@ -1,11 +1,15 @@
 """What several tests need: small decoders, captions and data sets."""
 
+import json
+
+import h5py
+import numpy as np
 import torch
 
 from checkpoints import PRETRAINED
 from models import DecoderWithAttention
 from preprocessing.demo import make_demo
-from utils import create_input_files
+from preprocessing.input_files import create_input_files
 
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
@@ -60,3 +64,27 @@ def make_case(seed, end_bias):
         decoder.fc.bias[end] += end_bias
     torch.manual_seed(seed)
     return decoder, torch.randn(8, 4, 9, dtype=torch.float64)
+
+
+# Files as the tutorial's code writes them
+TUTORIAL_NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
+IMAGES, R = 5, 2
+TUTORIAL_WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "sits": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
+TUTORIAL_CAPTIONS = [[5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0]
+                     for i in range(IMAGES * R)]
+TUTORIAL_LENGTHS = [4 if i % 2 else 5 for i in range(IMAGES * R)]
+
+
+def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LENGTHS, size=256):
+    """As the tutorial's create_input_files() does; there is no REFERENCES file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, size, size), np.uint8)
+    with h5py.File(folder / f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5", "a") as h:
+        h.attrs["captions_per_image"] = R
+        images = h.create_dataset("images", (IMAGES, 3, size, size), dtype="uint8")
+        for i, image in enumerate(pixels):
+            images[i] = image
+    for kind, content in {"TRAIN_CAPTIONS": captions, "TRAIN_CAPLENS": lengths,
+                          "WORDMAP": TUTORIAL_WORD_MAP}.items():
+        with open(folder / f"{kind}_{TUTORIAL_NAME}.json", "w") as j:
+            json.dump(content, j)
+    return pixels

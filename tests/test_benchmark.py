@@ -47,7 +47,7 @@ def test_captions_of_the_benchmarks_decoder_are_as_long_as_real_ones(beam_size):
     decoder = model.talkative_decoder(torch.device("cpu"))
     captions = beam_search(decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM),
                            model.WORD_MAP, beam_size)
-    lengths = [len(caption.words) for caption in captions]
+    lengths = [len(caption.tokens) for caption in captions]
     assert 9 < statistics.mean(lengths) < 12.5 and statistics.stdev(lengths) > 2
     assert all(caption.finished for caption in captions)
 

@@ -18,8 +18,8 @@ import caption
 import captioner
 import checkpoints
 import utils
-from files import UserError
 from models import DecoderWithAttention, Encoder
+from utils import UserError
 from visualization import attention as visualize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,8 @@ from checkpoints import (
     main,
     save,
 )
-from files import UserError
 from models import DecoderWithAttention, Encoder
+from utils import UserError
 
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 ENCODER = "mobilenetv3_small_050"  # timm's smallest: 1.2 MB without its head

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import checkpoints
-from datasets import read_image, read_word_ids
-from files import UserError, read_json, read_word_map
+from datasets import read_word_ids, read_word_map
 from models import DecoderWithAttention, Encoder
+from preprocessing.images import read_image
+from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import read_captions
-from utils import create_input_files
+from utils import UserError, read_json
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, database=None,
                 derandomize="FUZZ" not in os.environ,

@@ -8,7 +8,7 @@ import torch
 from factories import make_captions, make_decoder
 from torch import nn
 
-from modeling.autograd import AttentionEnergy, CrossEntropy, LinearPerWord
+from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
 from models import DecoderWithAttention, Encoder, pooling_matrix
 from training.losses import doubly_stochastic_loss
 from utils import autocast
@@ -76,7 +76,7 @@ def test_attention_energy_of_two_words_has_the_gradients_that_finite_differences
 
 def test_linear_per_word_has_the_gradients_that_finite_differences_find():
     def two_words(weight, bias, first, second):
-        layer = LinearPerWord(weight, bias)
+        layer = DeferredLinear(weight, bias)
         return layer(second * layer(first))
 
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -208,7 +208,7 @@ def test_a_batch_that_never_goes_backward_leaves_nothing_behind():
     decoder, (captions, lengths) = make_decoder(), make_captions(4, 2)
     keys = []
     for _ in range(2):
-        image = decoder.annotate(torch.randn(4, 64, 9, dtype=torch.float64))
+        image = decoder.encode_memory(torch.randn(4, 64, 9, dtype=torch.float64))
         keys.append(weakref.ref(image.keys))
         decoder(torch.randn(4, 64, 9, dtype=torch.float64), captions, lengths)
         del image

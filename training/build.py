@@ -9,9 +9,9 @@ import math
 import torch
 
 import checkpoints
-from files import UserError
 from models import DecoderWithAttention, Encoder
-from utils import load_embeddings
+from training.embeddings import load_embeddings
+from utils import UserError
 
 
 def new_model(args, word_map):

@@ -10,11 +10,10 @@ from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
 from evaluation.metrics import CiderD, bleu, top_k_correct
-from files import UserError
 from modeling.beam_search import beam_search
 from training.build import half_cosine
 from training.losses import Share, doubly_stochastic_loss
-from utils import autocast
+from utils import UserError, autocast
 
 SIDES = ("left", "right")  # what mirror images exchange
 
@@ -27,24 +26,24 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
     and captions/s.
 
     Raises UserError where a loss or a weight is not finite, before anything of it is saved, and
-    Stopped after a signal.
+    Interrupted after a signal.
     """
     decoder.train(objective.dropout)
     word_map = loader.dataset.word_map
     epoch, first, start = progress["epoch"] + 1, progress["step"], time.perf_counter()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total, correct, words_seen, captions_seen, before = progress["sums"]
-    if not processes.first:  # those sums are all processes'
+    if not processes.is_main:  # those sums are all processes'
         total, correct = 0.0, 0
     steps = first + len(loader)
     # The first batch whose loss is not finite, kept on the device: reading it waits for a GPU.
     bad = torch.full((), steps, device=processes.device)
     bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", initial=first, total=steps,
-               disable=None if processes.first else True)
+               disable=None if processes.is_main else True)
 
     def keep_progress(step):
         _check_finite(bad, parameters, epoch, step)
-        sums = [*processes.sum(float(total), int(correct)), words_seen, captions_seen,
+        sums = [*processes.all_reduce(float(total), int(correct)), words_seen, captions_seen,
                 before + time.perf_counter() - start]
         progress.update(step=step, sums=sums, baseline=float(objective.baseline))
 
@@ -52,9 +51,9 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
         step = first
         for batch, rows in zip(map(list, bar), loader.sampler):
             # The loss is a mean over the words of the joint batch, whoever holds them.
-            words, captions, stop, due = processes.sum(
+            words, captions, stop, due = processes.all_reduce(
                 int((batch[2] - 1).sum()), objective.captions(batch[2]), bool(interrupts.signum),
-                processes.first and interrupts.due())
+                processes.is_main and interrupts.due())
             if stop:  # whichever process got the signal, all stop here
                 interrupts.signum = interrupts.signum or signal.SIGTERM
                 break
@@ -64,7 +63,7 @@ def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, sca
             # Dropout follows from these alone, so a resumed run draws the same.
             torch.manual_seed(_mix(args.seed, epoch, step, processes.rank))
             _set_learning_rate(optimizer, (epoch - 1) * steps + step, args.epochs * steps, args)
-            share = Share(words / processes.world, captions / processes.world)
+            share = Share(words / processes.world_size, captions / processes.world_size)
             optimizer.zero_grad(set_to_none=True)
             step_loss = 0.0
             if args.augment:
@@ -154,7 +153,7 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
     words_of = {i: word for word, i in data.word_map.items()}
     free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
     all_words = int((data.lengths - 1).sum())
-    bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.first else True)
+    bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.is_main else True)
     for (images, captions, lengths), rows in zip(bar, batches):
         with autocast(processes.device, args.amp):
             features, captions = _encode(encoder, images, captions, processes.device, False)
@@ -171,10 +170,10 @@ def validate(encoder, decoder, loader, batches, data, args, processes):
         r = captions.shape[1]
         forced += [(references[i - i % r:i - i % r + r], hypothesis)
                    for i, hypothesis in enumerate(hypotheses)]
-        free += [(data.entry(int(i))["references"], [words_of[word] for word in caption.words])
+        free += [(data.entry(int(i))["references"], [words_of[word] for word in caption.tokens])
                  for i, caption in zip(rows, found)]
-    loss_sum, correct, words = processes.sum(float(loss_sum), int(correct), words)
-    free, forced = processes.gather(free), processes.gather(forced)
+    loss_sum, correct, words = processes.all_reduce(float(loss_sum), int(correct), words)
+    free, forced = processes.all_gather(free), processes.all_gather(forced)
     references, captions = zip(*free)
     cider_d = CiderD(references).score(captions, references)
     return {"val_loss": loss_sum, "val_top5": 100 * correct / words,

@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 3  # seconds: torchrun passes on the Ctrl-C that the terminal has sent to all anyway
 
 
-class Stopped(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """Raised by a signal; its text says how to go on, its exit code is the shell's: 130, 143."""
 
     def __init__(self, signum, message=""):
@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
 
 class Interrupts:
     """
-    `with Interrupts(minutes) as interrupts:` a signal raises Stopped, but within
+    `with Interrupts(minutes) as interrupts:` a signal raises Interrupted, but within
     `with interrupts.held():` only at its end. A second signal, if it comes more than PATIENCE
     seconds after the first, has its usual effect at once.
     """
@@ -44,7 +44,7 @@ class Interrupts:
             self.signum, self._since = signum, time.monotonic()
             if not self._holding:
                 self._holding = True  # until whoever catches it has saved
-                raise Stopped(signum)
+                raise Interrupted(signum)
         elif time.monotonic() - self._since > self._patience:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -59,7 +59,7 @@ class Interrupts:
         yield
         self._holding = False
         if self.signum:
-            raise Stopped(self.signum)
+            raise Interrupted(self.signum)
 
     def due(self):
         """Whether it is time to save; if so, the clock starts anew."""

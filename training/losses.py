@@ -18,7 +18,7 @@ import torch
 
 from evaluation.metrics import CiderD, top_k_correct
 from modeling.autograd import CrossEntropy, log_softmax_parts
-from modeling.beam_search import sample
+from modeling.sampling import sample_captions
 
 SAMPLED = 0.5  # hard attention: the share of captions whose places are drawn, section 4.1
 MEMORY = 0.9  # hard attention: what the baseline keeps of itself at each step, section 4.1
@@ -47,10 +47,10 @@ def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, cap
     """
     cross_entropy = CrossEntropy.apply(scores, targets, None) / (words or len(targets))
     captions = captions or alphas.shape[0] * alphas.shape[1]
-    return cross_entropy + alpha_c * unbalance(alphas).sum() / captions
+    return cross_entropy + alpha_c * doubly_stochastic_penalty(alphas).sum() / captions
 
 
-def unbalance(alphas):
+def doubly_stochastic_penalty(alphas):
     """(N, R, T, P) -> (N, R): how far each pixel's attention is from 1 over a caption, squared"""
     return ((1 - alphas.sum(2)) ** 2).mean(-1)
 
@@ -115,7 +115,7 @@ class HardAttention(TeacherForcing):
         return loss - places, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
 
     def step_done(self, processes):
-        log_p, count = processes.sum(self.log_p, self.count)
+        log_p, count = processes.all_reduce(self.log_p, self.count)
         self.baseline = MEMORY * self.baseline + (1 - MEMORY) * log_p / count
         self.log_p, self.count = 0.0, 0
 
@@ -159,14 +159,14 @@ class SelfCritical(Objective):
         self.alpha_c, self.samples, self.max_len = alpha_c, samples, max_len
 
     def __call__(self, decoder, features, captions, lengths, images, share):
-        captions, lengths = sample(getattr(decoder, "module", decoder), features.detach(),
+        captions, lengths = sample_captions(getattr(decoder, "module", decoder), features.detach(),
                                    self.word_map, self.samples, self.max_len)
         drawn = captions.cpu()  # before the forward pass: a GPU is busy with that ...
         scores, targets, alphas = decoder(features, captions, lengths)
         rewards = self.reward(images, drawn, lengths)  # ... while the CPU does this
         loss = self_critical_loss(scores, targets, lengths, rewards.to(scores.device),
                                   share.captions)
-        loss = loss + self.alpha_c * unbalance(alphas).sum() / share.captions
+        loss = loss + self.alpha_c * doubly_stochastic_penalty(alphas).sum() / share.captions
         return loss, rewards.sum(), torch.zeros((), dtype=torch.long)
 
     def captions(self, lengths):

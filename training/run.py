@@ -7,11 +7,10 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from files import UserError, whole
-from preprocessing.processes import alone
+from utils import UserError, atomic_write, exclusive_lock
 
 # Options that are about one start of the program, not about the run.
-PASSING_OPTIONS = ("resume", "checkpoint", "overwrite")
+TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
 
 
 def new_progress():
@@ -76,7 +75,7 @@ def check_run(checkpoint, defaults, path):
             kinds = {str, int, type(None)}
         elif type(default) is float:
             kinds = {int, float}
-        if name not in PASSING_OPTIONS and type(value) not in kinds:
+        if name not in TRANSIENT_OPTIONS and type(value) not in kinds:
             raise UserError(f"{path} is damaged: its option {name} is {ascii(value)[:50]}")
 
 
@@ -106,24 +105,24 @@ def load_optimizer(optimizer, state, trained):
                 raise ValueError("its averages of gradients have other sizes than the weights")
 
 
-def only_run(args, processes):
+def lock_run(args, processes):
     """A context in which no other run may write to the checkpoint folder; UserError if one does."""
-    if not processes.first:
+    if not processes.is_main:
         return nullcontext()
     folder = Path(args.checkpoint_folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Loading processes of a run that was killed take some seconds to see it.
-    return alone(str(folder / f".train_{args.data_name}.lock"),
+    return exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
                  f"another run of {args.data_name} is training in {folder}; wait for it or pass "
-                 f"another --checkpoint_folder", patience=15)
+                 f"another --checkpoint_folder", timeout=15)
 
 
 def resume_command(args, name, processes):
-    program, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", processes.world))
-    if processes.world > 1:
+    program, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
+    if processes.world_size > 1:
         program = f"torchrun --nproc_per_node={here}"
-    if processes.world > here:  # and on each machine
-        program += (f" --nnodes={processes.world // here} --rdzv_backend=c10d "
+    if processes.world_size > here:  # and on each machine
+        program += (f" --nnodes={processes.world_size // here} --rdzv_backend=c10d "
                     f"--rdzv_endpoint=HOST:PORT")
     path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
     return f"{program} train.py --resume {shlex.quote(str(path))}"
@@ -131,7 +130,7 @@ def resume_command(args, name, processes):
 
 def data_state(data, name):
     """What a resumed run must find unchanged, since the order of its batches follows from it."""
-    return {"name": name, "images": data.images, "captions_per_image": data.captions_per_image,
+    return {"name": name, "images": data.num_images, "captions_per_image": data.captions_per_image,
             "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
 
 
@@ -185,7 +184,7 @@ def open_log(args, name, progress, processes):
     """
     folder = Path(args.checkpoint_folder)
     path, writer = folder / f"log_{name}.jsonl", None
-    if not processes.first:
+    if not processes.is_main:
         return lambda row: None
     if args.tensorboard:
         try:
@@ -201,7 +200,7 @@ def open_log(args, name, progress, processes):
             kept.pop()
     else:
         progress["rows"] = len(kept)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Path(temporary).write_text("".join(line + "\n" for line in kept))
     if not _goes_on(args):
         for file in _run_files(args, name):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from files import UserError, whole
-from visualization.attention import FONT_FILE, lit_photographs, resized
+from utils import UserError, atomic_write
+from visualization.attention import FONT_FILE, attention_overlays, resized
 
 TICK = 0.08  # seconds; GIF counts time in hundredths
 GLIDE, STAY, END = 4, 4, 30  # ticks from word to word, on a word, on the whole sentence
@@ -43,7 +43,7 @@ def write_movie(path, image, words, alphas, smooth=True):
     write = {".gif": _write_gif, ".mp4": _write_mp4}.get(Path(path).suffix.lower())
     if write is None:
         raise ValueError(f"{path} ends neither in .gif nor in .mp4")
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         write(temporary, make_frames(image, words, alphas, smooth))
 
 
@@ -55,7 +55,7 @@ def make_frames(image, words, alphas, smooth=True):
     scale = SIZE / max(image.shape[:2])
     plain = resized(image, round(image.shape[1] * scale), round(image.shape[0] * scale))
     still, sentence = plain / np.float32(255), Sentence(words)
-    looks = chain([still], lit_photographs(plain, words, alphas, smooth), [still])
+    looks = chain([still], attention_overlays(plain, words, alphas, smooth), [still])
     stays = [STAY] * len(words) + [END]
     for t, ((before, now), stay) in enumerate(zip(pairwise(looks), stays), 1):
         for step in range(1, GLIDE + 1):

@@ -1,15 +1,11 @@
 """
-Where the model looked, word by word, as a figure; and how training went, as a script:
-
-    python visualize.py curves log_NAME.jsonl -o curves.png
-    python visualize.py curves runs/*/log_*.jsonl -o curves.png    # several runs, a line for each
+Where the model looked, word by word, as a figure.
 
 Matplotlib is used without pyplot and its windows, so figures are drawn on machines that have no
 display.
 """
 
 import math
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from files import Parser, UserError, whole
+from utils import atomic_write
 
 SHAPE = 1.4  # width over height that a figure comes near to, as screens and pages have
 DPI = 120  # pixels per inch
@@ -43,11 +39,11 @@ def attention_grid(image, words, alphas, smooth=True):
     """
     width, height = _panel(image)
     photograph = resized(image, round(width * DPI), round(height * DPI))
-    panels = [photograph, *lit_photographs(photograph, words, alphas, smooth)]
+    panels = [photograph, *attention_overlays(photograph, words, alphas, smooth)]
     return _grid(panels, ["<start>", *words], width, height)
 
 
-def lit_photographs(photograph, words, alphas, smooth=True):
+def attention_overlays(photograph, words, alphas, smooth=True):
     """
     Yield the photograph once per word, lit up where the model looked for it: float32 (H, W, 3),
     from 0 to 1.
@@ -148,7 +144,7 @@ def save(figure, path):
     kind = find_format(path)
     # PNG's level 3 takes a third of the time of the usual 6 for a tenth more bytes.
     options = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, **options)
 
 
@@ -165,32 +161,3 @@ def show(figure):
     axes.set_axis_off()
     plt.show()
     plt.close(window)
-
-
-def get_args(argv=None):
-    parser = Parser(description="Draw how training went.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser(
-        "curves", help="loss, reward, BLEU-4, CIDEr-D, learning rate and speed by epoch",
-        description="Draw the figures that train.py logged after each epoch, a panel for each.")
-    curves.add_argument("logs", nargs="+", metavar="log_NAME.jsonl", help="a line for each file")
-    curves.add_argument("-o", "--out", default="curves.png", help="PNG, PDF or SVG; curves.png")
-    return parser.parse_args(argv)
-
-
-def main():
-    args = get_args()
-    from visualization.curves import draw_curves, name_runs, read_run
-
-    runs = [read_run(path, name) for path, name in zip(args.logs, name_runs(args.logs))]
-    try:
-        save(draw_curves(runs), args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.out} cannot be written: {error}") from None
-    print(f"curves: {args.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    from utils import run  # only here: it takes torch along
-
-    run(main)

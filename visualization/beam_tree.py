@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 from PIL import ImageFont
 
-from files import whole
 from modeling.beam_search import beam_search
+from utils import atomic_write
 from visualization.attention import FONT_FILE
 
 SIZE, SMALL = 13, 10.5  # pixels, the letters of words and of scores
@@ -74,8 +74,8 @@ def grow_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
                         beams[place] = nodes[-1]
         steps.append(sorted(nodes, key=lambda node: (-node.total, not node.kept)))
 
-    [best] = beam_search(decoder, features, word_map, beam_size, max_len, watch=watch, **options)
-    tree = Tree(beam_size, steps, [names[i] for i in best.words], best.score, best.finished)
+    [best] = beam_search(decoder, features, word_map, beam_size, max_len, callback=watch, **options)
+    tree = Tree(beam_size, steps, [names[i] for i in best.tokens], best.score, best.finished)
     said = tree.words + ["<end>"] * best.finished
     for node in steps[len(said) - 1]:
         path = node.path()
@@ -122,7 +122,7 @@ style="color-scheme: light">
 {chr(10).join(columns)}
 </svg>
 """
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(svg)
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from files import UserError, read_text
+from utils import UserError, read_text
 
 # The panels: what stands above, and the keys of a row with their names and line styles.
 PANELS = [

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import whole
+from utils import atomic_write
 
 LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
@@ -97,8 +97,8 @@ def is_page(path):
 def write_page(path, captioned, title):
     """Write `attention_page` to a file, which is there whole or not at all; OSError if it can't."""
     content = attention_page(captioned, title)
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(content)
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(content, encoding="utf-8", newline="\n")
 
 
 def view(captioned, heading, hint=""):

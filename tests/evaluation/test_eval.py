@@ -18,7 +18,7 @@ from evaluation import report
 from evaluation import scores as scorers
 from evaluation.compare import compare
 from evaluation.metrics import bleu
-from files import UserError
+from utils import UserError
 from visualization import page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,18 +6,18 @@ import reference
 import torch
 from factories import WORD_MAP, make_case
 
-from files import UserError
 from modeling.beam_search import beam_search
-from models import look_at_likeliest
+from modeling.sampling import most_likely_location
+from utils import UserError
 
 
 def expect_equal(ours, textbook):
     words, alphas, score = textbook
     finished = words[-1] == WORD_MAP["<end>"]
-    assert ours.words == words[1:len(words) - finished]
+    assert ours.tokens == words[1:len(words) - finished]
     assert ours.finished == finished
     assert ours.score == pytest.approx(score, abs=1e-9)
-    expected = torch.stack(alphas)[:len(ours.words)]
+    expected = torch.stack(alphas)[:len(ours.tokens)]
     assert ours.alphas.shape == expected.shape
     np.testing.assert_allclose(ours.alphas, expected, atol=1e-6)
 
@@ -31,7 +31,7 @@ def test_batched_search_equals_one_image_at_a_time(beam_size):
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expect_equal(caption, reference.search(decoder, image, WORD_MAP, beam_size, 12)[0])
             finished.append(caption.finished)
-            lengths.add(len(caption.words))
+            lengths.add(len(caption.tokens))
     assert len(finished) == 96 and len(lengths) > 5  # a real mixture ...
     assert 0.02 < np.mean(finished) < 0.98  # ... of finished and unfinished captions
 
@@ -43,7 +43,7 @@ def test_n_best_are_the_finished_beams_in_order_of_score(beam_size):
         captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, n_best=beam_size)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expected = reference.search(decoder, image, WORD_MAP, beam_size, 12)
-            found = [caption, *caption.runners_up]
+            found = [caption, *caption.alternatives]
             assert len(found) == len(expected)
             for ours, textbook in zip(found, expected):
                 expect_equal(ours, textbook)
@@ -59,11 +59,11 @@ def test_length_penalty_ranks_the_finished_beams(length_penalty):
                                length_penalty=length_penalty)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expected = reference.search(decoder, image, WORD_MAP, 4, 12, length_penalty)
-            found = [caption, *caption.runners_up]
+            found = [caption, *caption.alternatives]
             assert len(found) == min(3, len(expected))
             for ours, textbook in zip(found, expected):
                 expect_equal(ours, textbook)
-        changed += sum(a.words != b.words for a, b in zip(plain, captions))
+        changed += sum(a.tokens != b.tokens for a, b in zip(plain, captions))
     assert changed > 3 or length_penalty < 0.5
 
 
@@ -74,11 +74,11 @@ def test_no_unk_never_chooses_it(beam_size):
         decoder, features = make_case(seed, end_bias=-3)
         with torch.no_grad():
             decoder.fc.bias[WORD_MAP["<unk>"]] += 4
-        unks += sum(WORD_MAP["<unk>"] in caption.words
+        unks += sum(WORD_MAP["<unk>"] in caption.tokens
                     for caption in beam_search(decoder, features, WORD_MAP, beam_size, 12))
         captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_unk=True)
         for caption, image in zip(captions, reference.encode(features).split(1)):
-            assert WORD_MAP["<unk>"] not in caption.words
+            assert WORD_MAP["<unk>"] not in caption.tokens
             expect_equal(caption, reference.search(
                 decoder, image, WORD_MAP, beam_size, 12, no_unk=True)[0])
     assert unks > 10
@@ -86,7 +86,7 @@ def test_no_unk_never_chooses_it(beam_size):
 
 def test_hard_attention_looks_at_the_likeliest_place_alone(monkeypatch):
     decoder, features = make_case(3, end_bias=-3)
-    ours = beam_search(decoder, features, WORD_MAP, 3, 12, look=look_at_likeliest)
+    ours = beam_search(decoder, features, WORD_MAP, 3, 12, hard_attention=most_likely_location)
     soft = beam_search(decoder, features, WORD_MAP, 3, 12)
     attend = reference.attend
 
@@ -106,14 +106,14 @@ def test_a_search_that_never_finishes_returns_its_best_beam_with_its_attention()
     decoder, features = make_case(0, end_bias=-1e4)
     for caption in beam_search(decoder, features, WORD_MAP, 3, max_len=7):
         assert not caption.finished
-        assert len(caption.words) == 7
+        assert len(caption.tokens) == 7
         np.testing.assert_allclose(caption.alphas.sum(1), 1, atol=1e-6)
 
 
 def test_a_caption_can_be_empty():
     decoder, features = make_case(0, end_bias=1e4)
     for caption in beam_search(decoder, features, WORD_MAP, 3):
-        assert caption.words == [] and caption.finished and caption.alphas.shape == (0, 196)
+        assert caption.tokens == [] and caption.finished and caption.alphas.shape == (0, 196)
 
 
 def test_a_beam_wider_than_the_vocabulary_is_no_error():

@@ -27,9 +27,9 @@ from torch import nn
 import checkpoints
 import models
 from checkpoints import load, load_captioner
-from files import UserError
 from modeling.legacy_checkpoints import MAGIC, PROTOCOL
 from modeling.pickles import MAX_STEPS
+from utils import UserError
 
 FORMS = ("zip", "old")
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}

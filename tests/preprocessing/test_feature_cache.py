@@ -9,13 +9,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_datasets import CAPTIONS, IMAGES, NAME, R, write_tutorial_files
+from factories import IMAGES, TUTORIAL_CAPTIONS, TUTORIAL_NAME, R, write_tutorial_files
 
 from datasets import CaptionDataset
-from files import UserError
 from models import Encoder
 from preprocessing import feature_cache as features
-from preprocessing.feature_cache import cache_features, keep_features
+from preprocessing.feature_cache import cache_features, load_features
+from utils import UserError
 
 
 def encoder_of(seed):
@@ -31,7 +31,7 @@ def encoder():
 @pytest.fixture
 def small(tmp_path):
     pixels = write_tutorial_files(tmp_path)
-    return CaptionDataset(tmp_path, NAME, "TRAIN"), torch.from_numpy(pixels)
+    return CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN"), torch.from_numpy(pixels)
 
 
 def beside(dataset):
@@ -46,12 +46,12 @@ def test_cached_features_equal_the_encoders(small, encoder):
     features, captions, _ = dataset[np.arange(IMAGES)]
     assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
     torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
-    assert captions.reshape(-1, 6).tolist() == CAPTIONS
+    assert captions.reshape(-1, 6).tolist() == TUTORIAL_CAPTIONS
 
 
 def test_cache_serves_caption_items_too(small, encoder):
     dataset, pixels = small
-    by_caption = CaptionDataset(dataset.path.parent, NAME, "TRAIN", by_image=False)
+    by_caption = CaptionDataset(dataset.path.parent, TUTORIAL_NAME, "TRAIN", by_image=False)
     path = cache_features(by_caption, encoder, "cpu", batch_size=2)
     assert path == cache_features(dataset, encoder, "cpu") and not by_caption.by_image
     by_caption.use_features(path)
@@ -60,7 +60,7 @@ def test_cache_serves_caption_items_too(small, encoder):
     for i in range(IMAGES * R):
         features, captions, _ = by_caption[i]
         torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
-        assert captions.tolist() == [CAPTIONS[i]]
+        assert captions.tolist() == [TUTORIAL_CAPTIONS[i]]
 
 
 def test_second_call_uses_the_file_again(small, encoder):
@@ -168,7 +168,7 @@ def test_a_cache_that_another_process_is_writing_is_left_alone(small, encoder):
 @pytest.mark.parametrize("where", ["disk", "ram", "device"])
 def test_features_are_the_same_wherever_they_are_kept(small, encoder, where):
     path = cache_features(small[0], encoder, "cpu")
-    small[0].use_features(keep_features(path, where, torch.device("cpu")))
+    small[0].use_features(load_features(path, where, torch.device("cpu")))
     assert small[0].in_memory == (where != "disk")
     with h5py.File(path, "r") as file:
         expected = torch.from_numpy(file["features"][:])
@@ -182,7 +182,7 @@ def test_features_go_to_ram_where_it_has_room_and_stay_on_disk_otherwise(small, 
     path, cpu = cache_features(small[0], encoder, "cpu"), torch.device("cpu")
     for free, kept in ((1 << 40, True), (0, False)):
         monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
-        assert isinstance(keep_features(path, None, cpu), torch.Tensor) == kept
+        assert isinstance(load_features(path, None, cpu), torch.Tensor) == kept
 
 
 def test_amp_has_a_cache_of_its_own(small, encoder):

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from create_input_files import get_args
-from files import UserError, read_json, write_json
 from preprocessing import demo
 from preprocessing import input_files as preparation
 from preprocessing import processes as workers
+from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import read_captions, split_words
-from preprocessing.processes import alone
 from preprocessing.resumable_hdf5 import Work
-from utils import create_input_files, load_embeddings
+from training.embeddings import load_embeddings
+from utils import UserError, exclusive_lock, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -713,7 +713,8 @@ def test_second_run_at_the_same_time_is_refused_at_once(tmp_path):
     (tmp_path / "out").mkdir()
     work = Work(tmp_path / "out", "x_2_cap_per_img_0_min_word_freq", {}, "", 2)
     start = time.monotonic()
-    with alone(f"{work.folder}.lock", ""), pytest.raises(UserError, match="another process"):
+    lock = exclusive_lock(f"{work.folder}.lock", "")
+    with lock, pytest.raises(UserError, match="another process"):
         create(tmp_path, SPLITS)
     assert time.monotonic() - start < 3
     create(tmp_path, SPLITS)

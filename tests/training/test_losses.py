@@ -14,7 +14,7 @@ import torch
 from factories import make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
-from modeling.beam_search import sample
+from modeling.sampling import sample_captions
 from models import DecoderWithAttention
 from training.build import Average, half_cosine
 from training.losses import (
@@ -77,7 +77,8 @@ def flat_gradient(loss, decoder):
 def test_captions_are_drawn_as_often_as_they_are_probable():
     decoder, features = tiny_decoder().eval(), torch.randn(1, 4, 3, dtype=torch.float64)
     torch.manual_seed(0)
-    captions, lengths = sample(decoder, features.expand(50, -1, -1), WORD_MAP, 400, max_len=3)
+    captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, 400,
+                                        max_len=3)
     found = [tuple(caption[1:length]) for caption, length in
              zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())]
     assert (captions[:, :, 0] == START).all() and len(found) == 20000

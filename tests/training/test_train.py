@@ -18,15 +18,16 @@ from factories import ENCODER, NAME, write_scenes
 
 import eval as evaluation
 import train
-from distributed import Processes
-from models import Encoder, look_at_likeliest
+from modeling.sampling import most_likely_location
+from models import Encoder
 from preprocessing.demo import make_demo
+from preprocessing.input_files import create_input_files
 from training import engine as epochs
 from training import losses as objectives
 from training import run as runs
 from training.interrupts import leave_signals_to_parent
 from training.losses import doubly_stochastic_loss
-from utils import create_input_files
+from utils import Distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
@@ -122,7 +123,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
     train.main(train_args(data, whole, *options))
     with monkeypatch.context() as patched:
         signal_at(patched, call, getattr(signal, signum), function)
-        with pytest.raises(train.Stopped) as stopped:
+        with pytest.raises(train.Interrupted) as stopped:
             train.main(train_args(data, parts, *options))
     assert stopped.value.code == 128 + getattr(signal, signum)
     last = parts / f"checkpoint_{NAME}.pth.tar"
@@ -150,7 +151,7 @@ def test_a_second_signal_does_not_cost_the_save_that_the_first_began(data, tmp_p
 
     monkeypatch.setattr(train.checkpoints, "save", impatient)
     signal_at(monkeypatch, 3, signal.SIGINT)
-    with pytest.raises(train.Stopped, match="after 3 of 4 batches, all saved"):
+    with pytest.raises(train.Interrupted, match="after 3 of 4 batches, all saved"):
         train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "30"))
     assert steps == [3] and load(tmp_path)["progress"]["step"] == 3
 
@@ -208,11 +209,11 @@ def test_two_runs_do_not_train_in_one_folder(data, tmp_path, monkeypatch):
         [sys.executable, "-c", f"""if True:
             import sys; sys.path.insert(0, {str(ROOT)!r})
             from training import run as runs; from argparse import Namespace
-            one = Namespace(first=True, checkpoint_folder={str(tmp_path)!r}, data_name={NAME!r})
-            original = runs.alone
-            runs.alone = lambda path, busy, patience: original(path, busy, 0.1)
+            one = Namespace(is_main=True, checkpoint_folder={str(tmp_path)!r}, data_name={NAME!r})
+            original = runs.exclusive_lock
+            runs.exclusive_lock = lambda path, busy, timeout: original(path, busy, 0.1)
             try:
-                with runs.only_run(one, one): print("both")
+                with runs.lock_run(one, one): print("both")
             except runs.UserError as error: print(error)
         """], stdout=(tmp_path / "said").open("w"), check=True))
     train.main(train_args(data, tmp_path))
@@ -442,7 +443,7 @@ def test_a_run_is_replaced_only_if_asked_to(data, tmp_path):
 def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         signal_at(patched, 2, signal.SIGINT)
-        with pytest.raises(train.Stopped):
+        with pytest.raises(train.Interrupted):
             train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
     resume = ["--checkpoint_folder", str(tmp_path), "--resume"]
     for option in (["--batch_size", "40"], ["--seed", "3"], ["--single_captions"]):
@@ -623,7 +624,7 @@ def test_augmented_fine_tuning_goes_on_bit_for_bit_and_cached_features_are_refus
     train.main(train_args(data, tmp_path / "whole", *options))
     with monkeypatch.context() as patched:
         signal_at(patched, 3, signal.SIGINT)
-        with pytest.raises(train.Stopped):
+        with pytest.raises(train.Interrupted):
             train.main(train_args(data, tmp_path / "parts", *options))
     train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume"])
     a, b = load(tmp_path / "whole"), load(tmp_path / "parts")
@@ -645,7 +646,7 @@ def test_stopped_self_critical_training_goes_on_bit_for_bit(data, tmp_path, monk
     train.main([*options, str(tmp_path / "whole")])
     with monkeypatch.context() as patched:
         signal_at(patched, 6, signal.SIGINT)
-        with pytest.raises(train.Stopped):
+        with pytest.raises(train.Interrupted):
             train.main([*options, str(tmp_path / "parts")])
     with pytest.raises(train.UserError, match="was run with ema 0.0, which a resumed run keeps"):
         train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume", "--ema", "0.9"])
@@ -761,7 +762,7 @@ def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeyp
     for found in asked:
         assert found.pop("n_best", 1) == 1
         assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
-                         "look": look_at_likeliest}
+                         "hard_attention": most_likely_location}
     assert len(asked) == 2
 
 
@@ -947,7 +948,7 @@ def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, world, l
     if local:  # what torchrun tells each of its processes
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     args = train.get_args(["--checkpoint_folder", "my runs"])
-    assert runs.resume_command(args, "x", Processes(torch.device("cpu"), 0, world)) == (
+    assert runs.resume_command(args, "x", Distributed(torch.device("cpu"), 0, world)) == (
         f"{command} --resume 'my runs/checkpoint_x.pth.tar'")
 
 

@@ -43,7 +43,7 @@ def test_the_winning_path_is_the_caption_of_the_search(options):
         [best] = beam_search(decoder, image, WORD_MAP, k, 12, **options)
         wins = [[node for node in nodes if node.wins] for nodes in tree.steps]
         path = [node for nodes in wins for node in nodes]
-        said = [WORDS[i] for i in best.words] + ["<end>"] * best.finished
+        said = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
         assert [node.word for node in path] == said and path[-1].path() == path
         assert [len(nodes) for nodes in wins[:len(said)]] == [1] * len(said)
         assert all(node.kept for node in path)
@@ -101,9 +101,9 @@ def test_watching_changes_nothing():
     decoder, features = make_case(2, end_bias=-3)
     seen = []
     plain = beam_search(decoder, features, WORD_MAP, 3, 12)
-    watched = beam_search(decoder, features, WORD_MAP, 3, 12, watch=lambda *x: seen.append(x))
-    assert [(c.words, c.score) for c in plain] == [(c.words, c.score) for c in watched]
-    assert max(len(c.words) for c in plain) <= len(seen) <= 12
+    watched = beam_search(decoder, features, WORD_MAP, 3, 12, callback=lambda *x: seen.append(x))
+    assert [(c.tokens, c.score) for c in plain] == [(c.tokens, c.score) for c in watched]
+    assert max(len(c.tokens) for c in plain) <= len(seen) <= 12
 
 
 def draw(tree, folder):

@@ -12,7 +12,7 @@ from matplotlib.colors import same_color
 from PIL import Image
 
 import utils
-from files import UserError
+from utils import UserError
 from visualization import animation as movie
 from visualization import attention as visualize
 from visualization import curves

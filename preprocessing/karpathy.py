@@ -1,0 +1,124 @@
+"""Captions and splits in Karpathy's form, checked: the images that `create_input_files` reads."""
+
+import os
+from collections import Counter
+from typing import NamedTuple
+
+from datasets import SPECIAL_TOKENS
+from utils import UserError
+
+SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
+
+
+class CaptionedImage(NamedTuple):
+    path: str
+    captions: list  # those of 1 to max_len words, each a list of words
+    record: dict  # the image's entry in REFERENCES
+
+
+def _not_karpathy(where):
+    return UserError(f"{where} is not in Karpathy's form: it needs filename, split and sentences, "
+                     "each with a list of tokens")
+
+
+def _check_name(entry, where):
+    """filepath/filename of an image in Karpathy's form."""
+    parts = {"filepath": entry.get("filepath", ""), "filename": entry["filename"]}
+    for key, part in parts.items():
+        empty = key == "filename" and not part
+        if not isinstance(part, str) or empty or "\0" in part or not _is_text(part):
+            raise UserError(f"{where}: {key} {part!r} is no name of a file")
+    return os.path.join(*parts.values())
+
+
+def _is_text(text):
+    """Whether it can be written down; half of a surrogate pair, which JSON can name, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_captions(entry, where):
+    """The token lists of an image in Karpathy's form."""
+    try:
+        captions = [sentence["tokens"] for sentence in entry["sentences"]]
+    except (KeyError, TypeError):
+        captions = [None]
+    for caption in captions:
+        if not isinstance(caption, list):
+            raise _not_karpathy(where)
+        if not all(isinstance(word, str) for word in caption) or not _is_text("".join(caption)):
+            wrong = [word for word in caption if not isinstance(word, str) or not _is_text(word)]
+            raise UserError(f"{where}: {wrong[0]!r} among the tokens of a caption is not a word")
+        if reserved := set(caption).intersection(SPECIAL_TOKENS):
+            raise UserError(f"{where}: a caption has {min(reserved)}, a word of our own")
+    return captions
+
+
+def _captioned_image(entry, index, source, image_folder, max_len):
+    """Check one image of a Karpathy JSON; returns the split it goes to and its CaptionedImage."""
+    where = f"{source}: image {index}"
+    if not isinstance(entry, dict) or not {"filename", "split", "sentences"} <= entry.keys():
+        raise _not_karpathy(where)
+    name, split = _check_name(entry, where), entry["split"]
+    where = f"{where}, {name}"
+    if not isinstance(split, str) or split not in SPLITS:
+        raise UserError(f"{source}: split {split!r} of {name} is none of {', '.join(SPLITS)}")
+    captions = _check_captions(entry, where)
+    name = os.path.relpath(os.path.join(image_folder, name), image_folder)
+    if name.split(os.sep)[0] == os.pardir:
+        raise UserError(f"{source}: {name} is not inside the image folder {image_folder}")
+    references = [caption for caption in captions if caption]
+    record = {
+        "filename": name.replace(os.sep, "/"),
+        "image_id": entry.get("cocoid", entry.get("imgid", index)),
+        "references": references,
+    }
+    if "objects" in entry:
+        if not are_objects(entry["objects"]):
+            raise UserError(f"{where}: objects are not a list of a box, 4 numbers, and words each")
+        record["objects"] = entry["objects"]
+    usable = [caption for caption in references if len(caption) <= max_len]
+    return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
+
+
+def are_objects(objects):
+    """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
+    return isinstance(objects, list) and all(
+        isinstance(thing, dict) and isinstance(thing.get("box"), list) and len(thing["box"]) == 4
+        and all(type(x) in (int, float) for x in thing["box"])
+        and isinstance(thing.get("words"), list)
+        and all(isinstance(word, str) for word in thing["words"]) for thing in objects)
+
+
+def read_splits(karpathy, source, image_folder, max_len):
+    """
+    {split: CaptionedImages} of TRAIN, VAL and TEST in the order of the JSON, those without a
+    caption of 1 to max_len words left out.
+
+    source: what errors call the JSON
+    Raises UserError unless all are in Karpathy's form, each once, with a name inside the image
+    folder. Whether there is a file of this name is not looked at.
+    """
+    if not isinstance(karpathy, dict) or not isinstance(karpathy.get("images"), list):
+        raise UserError(f"{source} has no list 'images'; captions of your own go to --captions")
+    if not os.path.isdir(image_folder):
+        raise UserError(f"image folder {image_folder} not found")
+    splits = {split: [] for split in SPLITS.values()}
+    skipped, seen = Counter(), set()
+    for index, entry in enumerate(karpathy["images"]):
+        split, image = _captioned_image(entry, index, source, image_folder, max_len)
+        if image.path in seen:
+            raise UserError(f"{source}: {image.record['filename']} is there twice; merge the two")
+        seen.add(image.path)
+        if image.captions:
+            splits[split].append(image)
+        else:
+            skipped[split] += 1
+    for split, count in skipped.items():
+        print(f"{split}: {count} images skipped, without a caption of 1 to {max_len} words")
+    if not splits["TRAIN"]:
+        raise UserError(f"{source}: no image to train on; give some the split 'train'")
+    return splits

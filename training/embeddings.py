@@ -1,0 +1,63 @@
+"""Pretrained word embeddings: `load_embeddings` reads GloVe's text format."""
+
+import math
+
+import numpy as np
+import torch
+
+from utils import UserError
+
+
+def init_embedding(embeddings):
+    """Fill a (V, D) tensor in place from U(-sqrt(3/D), sqrt(3/D)), whose variance is 1/D."""
+    limit = math.sqrt(3 / embeddings.size(1))
+    torch.nn.init.uniform_(embeddings, -limit, limit)
+
+
+def load_embeddings(emb_file, word_map):
+    """
+    Pretrained word vectors from a file in GloVe's text format: a word and D numbers per line.
+
+    Words are compared as they stand: ours and those of glove.6B are lower-case. A word that the
+    file lacks gets init_embedding's random vector.
+
+    Returns the (V, D) float32 embeddings, row i for word id i, and D.
+    Raises UserError, with the line number, for a line without exactly D finite numbers.
+    """
+    vectors, size = {}, None
+    try:
+        with open(emb_file, encoding="utf-8") as file:
+            for line_number, line in enumerate(file, 1):
+                word, *values = line.rstrip().split(" ")
+                size = size or len(values)
+                if len(values) > size and _to_floats(values[:1]) is None:
+                    continue  # glove.840B has words with spaces inside, like "at name@domain.com"
+                if not size or len(values) != size:
+                    where = f"{emb_file}, line {line_number}"
+                    expected = f", as many as line 1 has: {size}" if size else ""
+                    raise UserError(f"{where}: {len(values)} numbers; it should be a word and its "
+                                    f"numbers{expected}")
+                if word in word_map:
+                    vectors[word] = _to_floats(values)
+                    if vectors[word] is None:
+                        raise UserError(f"{emb_file}, line {line_number}: not a finite number")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{emb_file} cannot be read: {reason}") from None
+    if not size:
+        raise UserError(f"{emb_file} is empty")
+    embeddings = torch.empty(len(word_map), size)
+    init_embedding(embeddings)
+    for word, vector in vectors.items():
+        embeddings[word_map[word]] = torch.from_numpy(vector)
+    print(f"{len(vectors)} of {len(word_map)} words have a vector in {emb_file}")
+    return embeddings, size
+
+
+def _to_floats(texts):
+    """The float32 array of some texts, None unless all are finite numbers."""
+    try:
+        numbers = np.array(texts, dtype=np.float32)
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None

@@ -1,0 +1,37 @@
+"""
+How training went, as a picture.
+
+    python visualize.py curves log_NAME.jsonl -o curves.png
+    python visualize.py curves runs/*/log_*.jsonl -o curves.png    # several runs, a line for each
+"""
+
+import sys
+
+from utils import Parser, UserError, run_script
+from visualization.attention import save
+from visualization.curves import draw_curves, name_runs, read_run
+
+
+def get_args(argv=None):
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    curves = commands.add_parser(
+        "curves", help="loss, reward, BLEU-4, CIDEr-D, learning rate and speed by epoch",
+        description="Draw the figures that train.py logged after each epoch, a panel for each.")
+    curves.add_argument("logs", nargs="+", metavar="log_NAME.jsonl", help="a line for each file")
+    curves.add_argument("-o", "--out", default="curves.png", help="PNG, PDF or SVG")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = get_args()
+    runs = [read_run(path, name) for path, name in zip(args.logs, name_runs(args.logs))]
+    try:
+        save(draw_curves(runs), args.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.out} cannot be written: {error}") from None
+    print(f"curves: {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)
