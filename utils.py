@@ -83,8 +83,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 class Parser(argparse.ArgumentParser):
     """
-    An ArgumentParser whose errors are UserErrors of one line and that checks defaults as it does
-    arguments, since those of a resumed run come from a file. Options are not abbreviated: `--lr`
+    An ArgumentParser whose errors are UserErrors of one line. Options are not abbreviated: `--lr`
     would silently be `--lr_decay`.
     """
 
@@ -92,27 +91,39 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        message = re.sub(r"^argument (?:\S+/)?(--?\w+):? ", r"\1 ", message)
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of a Number
         raise UserError(f"{message}; --help lists the options")
 
-    def parse_args(self, args=None, namespace=None):
-        options = super().parse_args(args, namespace)
-        for action in self._actions:
-            value = getattr(options, action.dest, None)
-            for one in value if isinstance(value, (list, tuple)) else [value]:
-                if one is not None:
-                    self._check_option(action, one)
-        return options
+    def options(self):
+        """Every option's default by name."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"}
 
-    def _check_option(self, action, value):
-        if action.choices and value not in action.choices:
-            self.error(f"--{action.dest} is {ascii(value)[:50]}, not one of "
-                       f"{', '.join(action.choices)}")
-        if isinstance(action.type, Number):
+    def set_options_from(self, source, values):
+        """
+        Take these values by name as defaults, those of unknown options aside. UserError that names
+        the file `source` if one is not of its option's type or range.
+        """
+        known = {action.dest: action for action in self._actions if action.dest in values}
+        for name, action in known.items():
             try:
-                action.type.check(value)
+                _check_option(action, values[name])
             except argparse.ArgumentTypeError as error:
-                self.error(f"--{action.dest} {error}")
+                raise UserError(f"{source} is damaged: its option {name} {error}") from None
+        self.set_defaults(**{name: values[name] for name in known})
+
+
+def _check_option(action, value):
+    """argparse.ArgumentTypeError unless an option can have this value, which was not parsed"""
+    kinds = str if action.nargs != 0 else bool  # flags take no argument
+    if isinstance(action.type, Number):
+        kinds = (int, float) if action.type.kind is float else int
+    right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+    if value is None and action.default is None:
+        return
+    if not right or action.choices and value not in action.choices:
+        raise argparse.ArgumentTypeError(f"is {ascii(value)[:50]}")
+    if isinstance(action.type, Number):
+        action.type.check(value)
 
 
 def add_device_options(parser):

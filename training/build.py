@@ -1,21 +1,47 @@
-"""
-The model that a phase of training begins with, its learning rate from step to step, and the
-average of its weights.
-"""
-
-import copy
-import math
+"""What train.py's recipe begins with: data, model, cached features, batches and criterion."""
 
 import torch
+from torch.utils.data import DataLoader
 
 import checkpoints
+from datasets import CaptionDataset, ResumableBatchSampler
 from models import DecoderWithAttention, Encoder
+from preprocessing.feature_cache import cache_features, load_features
 from training.embeddings import load_embeddings
-from utils import UserError
+from training.interrupts import leave_signals_to_parent
+from training.losses import HardAttention, SelfCritical, TeacherForcing
+from utils import UserError, autocast
+
+VALIDATION_BATCH = 64  # images
 
 
-def new_model(args, word_map):
-    """Encoder and decoder as the options say."""
+def load_splits(args, processes):
+    """The training and validation images, as two CaptionDatasets."""
+    name = args.data_name
+    train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
+    val_data = CaptionDataset(args.data_folder, name, "VAL")
+    if len(val_data) == 0:
+        raise UserError(f"{name} has no validation images, which say when to stop; give some the "
+                        f"split 'val', or create_input_files.py a larger --val_fraction")
+    val_data.entries  # noqa: B018  read now, so that a broken file is not found an epoch later
+    if len(train_data) < processes.world_size:
+        raise UserError(f"{name} has {len(train_data)} training images; too few for "
+                        f"{processes.world_size} processes")
+    return train_data, val_data
+
+
+def build_model(args, checkpoint, word_map, device):
+    """Encoder and decoder on the device: the checkpoint's, without one as the options say."""
+    if checkpoint:
+        encoder, decoder = _model_of_checkpoint(checkpoint, args, word_map)
+    else:
+        encoder, decoder = _new_model(args, word_map)
+    encoder.to(device).fine_tune(args.fine_tune_encoder)
+    decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
+    return encoder, decoder
+
+
+def _new_model(args, word_map):
     encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
     embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
     if args.embeddings:
@@ -31,28 +57,28 @@ def new_model(args, word_map):
 
 
 def model_options(checkpoint):
-    """What a checkpoint's model says of train.py's options."""
+    """train.py's options that say what model a checkpoint holds."""
     sizes = checkpoint["decoder_args"]
     return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
             "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
             "dropout": sizes.get("dropout", 0.5)}
 
 
-def from_checkpoint(checkpoint, args, word_map):
-    """The model of a checkpoint, if it is the one asked for and speaks the data's words."""
-    path, theirs = args.resume or args.checkpoint, checkpoint.get("word_map")
-    if theirs is None:  # a whole module of the tutorial's
+def _model_of_checkpoint(checkpoint, args, word_map):
+    """UserError unless it is the model that the options ask for, with the data's word map."""
+    path, word_map_then = args.resume or args.checkpoint, checkpoint.get("word_map")
+    if word_map_then is None:  # a whole module of the tutorial's
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
             raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
                             f"words, the data have {len(word_map)}")
-    elif theirs != word_map:
-        word = min(word for word in theirs.keys() | word_map.keys()
-                   if theirs.get(word) != word_map.get(word))
-        raise UserError(f"{path} was trained with another word map ({len(theirs)} words) than "
-                        f"that of the data ({len(word_map)} words); the word {word!r} is number "
-                        f"{theirs.get(word)} there and {word_map.get(word)} here; to begin with "
-                        f"its encoder alone, pass it as --encoder_weights, with --encoder "
-                        f"{checkpoint['encoder_args']['name']}")
+    elif word_map_then != word_map:
+        word = min(word for word in word_map_then.keys() | word_map.keys()
+                   if word_map_then.get(word) != word_map.get(word))
+        raise UserError(f"{path} was trained with another word map ({len(word_map_then)} words) "
+                        f"than that of the data ({len(word_map)} words); the word {word!r} is "
+                        f"number {word_map_then.get(word)} there and {word_map.get(word)} here; to "
+                        f"begin with its encoder alone, pass it as --encoder_weights, with "
+                        f"--encoder {checkpoint['encoder_args']['name']}")
     for option, value in model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
             raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
@@ -63,53 +89,52 @@ def from_checkpoint(checkpoint, args, word_map):
     return checkpoints.build(checkpoint, path)
 
 
-def half_cosine(step, steps):
-    """The factor of the learning rate at a step, counted from 0: it would be 0 after all steps."""
-    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+def cache_features_if_frozen(args, encoder, datasets, processes):
+    """With a frozen encoder, make the data sets return its features instead of images."""
+    if args.fine_tune_encoder or not args.cache_features:
+        return
+    if args.augment:
+        raise UserError("--augment needs images, not cached features; pass --fine_tune_encoder or "
+                        "--no-cache_features")
+    for data in datasets:
+        if not processes.is_main:
+            processes.barrier()  # the main process writes the cache, the others read it
+        with autocast(processes.device, args.amp):
+            path = cache_features(data, encoder, processes.device, args.amp)
+        if processes.is_main:
+            processes.barrier()
+        data.use_features(load_features(path, args.cache_in, processes.device))
 
 
-class Average:
-    """
-    The exponential moving average of the weights that are trained: `update(step)` after each step.
+def build_loaders(args, train_data, val_data, processes):
+    """Their batches, each process's share of them."""
+    items = args.batch_size if args.single_captions else max(
+        1, args.batch_size // train_data.captions_per_image)
+    rank, world_size = processes.rank, processes.world_size
+    train_sampler = ResumableBatchSampler(len(train_data), items, True, args.seed, rank, world_size)
+    val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, rank, world_size)
+    smallest = len(train_data) // train_sampler.num_batches // world_size
+    if args.accumulate > smallest:
+        raise UserError(f"--accumulate {args.accumulate} is more parts than some steps have "
+                        f"{'captions' if args.single_captions else 'images'} in a process, "
+                        f"{smallest}; lower it or raise --batch_size")
+    return (build_loader(train_data, train_sampler, args.workers, processes.device),
+            build_loader(val_data, val_sampler, args.workers, processes.device))
 
-    decay: what the average keeps of itself at each step, at most (1 + step) / (10 + step): else it
-    would long be one of random weights; 0: no average, `encoder` and `decoder` are those that
-    are trained
-    """
 
-    def __init__(self, encoder, decoder, decay):
-        self.encoder, self.decoder, self.decay = encoder, decoder, decay
-        self._trained, self._pairs = {"encoder": encoder, "decoder": decoder}, []
-        if decay:
-            self.decoder = self._averaged(decoder)
-            if any(p.requires_grad for p in encoder.parameters()):
-                self.encoder = self._averaged(encoder)
+def build_loader(data, sampler, workers, device):
+    workers = 0 if data.in_memory else workers  # what is in memory need not be fetched
+    return DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers,
+                      persistent_workers=workers > 0,
+                      pin_memory=device.type == "cuda" and not data.in_memory,
+                      worker_init_fn=leave_signals_to_parent,
+                      generator=torch.Generator())  # leaves the global one, dropout's, alone
 
-    def _averaged(self, model):
-        average = copy.deepcopy(model)
-        for mean, weight in zip(average.parameters(), model.parameters()):
-            if weight.requires_grad:
-                self._pairs.append((mean.requires_grad_(False), weight))
-        return average
 
-    @torch.no_grad()
-    def update(self, step):
-        """step: how many were done before this one"""
-        if self._pairs:
-            keep = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(*map(list, zip(*self._pairs)), 1 - keep)
-
-    def state(self):
-        """What a checkpoint keeps of it besides the average: the weights that are trained."""
-        return {name: model.state_dict() for name, model in self._trained.items()} \
-            if self.decay else None
-
-    def load(self, state):
-        """
-        Go on where `state` was taken, the models given at the start being the averages. Raises
-        ValueError or RuntimeError unless it is of such models.
-        """
-        if not isinstance(state, dict) or state.keys() != self._trained.keys():
-            raise ValueError("it lacks the weights that its average is of")
-        for name, model in self._trained.items():
-            model.load_state_dict(state[name])
+def build_criterion(args, data):
+    """What the options say is minimised; data: the training images' CaptionDataset"""
+    if args.self_critical:
+        return SelfCritical(data, args.alpha_c, args.samples)
+    if args.attention == "hard":
+        return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
+    return TeacherForcing(args.alpha_c)

@@ -1,4 +1,4 @@
-"""One epoch of training, and one validation: what train.py does again and again."""
+"""`train_one_epoch` and `validate`, which train.py calls in turns."""
 
 import signal
 import time
@@ -7,185 +7,249 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_value_
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
-from training.build import half_cosine
-from training.losses import Share, doubly_stochastic_loss
+from training.losses import Batch, doubly_stochastic_loss
 from utils import UserError, autocast
 
-SIDES = ("left", "right")  # what mirror images exchange
+SIDES = ("left", "right")  # words that a mirrored image would make wrong
+CHECK_EVERY = 20  # steps between the checks of the loss on a GPU, which has to be waited for
 
 
-def train_one_epoch(encoder, decoder, average, objective, loader, optimizer, scaler, args,
-                    processes, progress, interrupts, save):
+def train_one_epoch(state, loader, epoch, run):
     """
-    The batches of an epoch that progress does not count yet; it is kept up to date, and save()
-    called as often as the options say. Returns the objective's figures of the epoch, its seconds
-    and captions/s.
+    Train on the batches of an epoch that state.progress does not count yet, keep it up to date and
+    save as often as the options say.
 
+    state: TrainingState; run: Run, which handles signals and saves
+
+    Returns the criterion's metrics of the epoch, its learning rate, seconds and captions/s.
     Raises UserError where a loss or a weight is not finite, before anything of it is saved, and
     Interrupted after a signal.
     """
-    decoder.train(objective.dropout)
-    word_map = loader.dataset.word_map
-    epoch, first, start = progress["epoch"] + 1, progress["step"], time.perf_counter()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total, correct, words_seen, captions_seen, before = progress["sums"]
-    if not processes.is_main:  # those sums are all processes'
-        total, correct = 0.0, 0
-    steps = first + len(loader)
-    # The first batch whose loss is not finite, kept on the device: reading it waits for a GPU.
-    bad = torch.full((), steps, device=processes.device)
-    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", initial=first, total=steps,
+    args, processes, progress = state.args, state.processes, state.progress
+    state.decoder.train(state.criterion.dropout)
+    state.criterion.sampling_prob = scheduled_sampling_prob(args, epoch)
+    loader.sampler.epoch, loader.sampler.start = epoch, progress.step
+    first_step, steps = progress.step, loader.sampler.num_batches
+    totals = EpochTotals(progress.sums, processes)
+    finite = FiniteCheck(epoch, steps, state)
+    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", initial=first_step, total=steps,
                disable=None if processes.is_main else True)
 
-    def keep_progress(step):
-        _check_finite(bad, parameters, epoch, step)
-        sums = [*processes.all_reduce(float(total), int(correct)), words_seen, captions_seen,
-                before + time.perf_counter() - start]
-        progress.update(step=step, sums=sums, baseline=float(objective.baseline))
+    def update_progress(step):
+        finite.check_weights(step)
+        progress.step, progress.sums = step, totals.sums()
+        progress.baseline = float(state.criterion.baseline)
 
-    with interrupts.held():
-        step = first
-        for batch, rows in zip(map(list, bar), loader.sampler):
-            # The loss is a mean over the words of the joint batch, whoever holds them.
-            words, captions, stop, due = processes.all_reduce(
-                int((batch[2] - 1).sum()), objective.captions(batch[2]), bool(interrupts.signum),
-                processes.is_main and interrupts.due())
+    with run.interrupts.deferred():
+        step = first_step
+        for (images, captions, lengths), rows in zip(bar, loader.sampler):
+            # The loss is a mean over the tokens of the joint batch of all processes.
+            num_tokens, num_captions, stop, save_due = processes.all_reduce(
+                int((lengths - 1).sum()), state.criterion.num_captions(lengths),
+                bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
             if stop:  # whichever process got the signal, all stop here
-                interrupts.signum = interrupts.signum or signal.SIGTERM
+                run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
                 break
-            if due and step > first:
-                keep_progress(step)
-                save()
+            if save_due and step > first_step:
+                update_progress(step)
+                run.save()
             # Dropout follows from these alone, so a resumed run draws the same.
-            torch.manual_seed(_mix(args.seed, epoch, step, processes.rank))
-            _set_learning_rate(optimizer, (epoch - 1) * steps + step, args.epochs * steps, args)
-            share = Share(words / processes.world_size, captions / processes.world_size)
-            optimizer.zero_grad(set_to_none=True)
-            step_loss = 0.0
+            torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
             if args.augment:
-                batch[0] = augment(*batch[:2], word_map)
-            for images, *part in _parts(rows, batch, args.accumulate):
-                with autocast(processes.device, args.amp):
-                    features, part[1] = _encode(encoder, *part[:2], processes.device,
-                                                args.fine_tune_encoder)
-                    loss, amount, right = objective(decoder, features, *part[1:], images, share)
-                scaler.scale(loss).backward()
-                step_loss = step_loss + loss.detach()
-                total, correct = total + amount, correct + right
-            bad = torch.where(step_loss.isfinite(), bad, bad.clamp(max=step))
-            scaler.unscale_(optimizer)
-            clip_grad_value_(parameters, args.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            average.update((epoch - 1) * steps + step)
-            objective.step_done(processes)
-
-            words_seen, captions_seen = words_seen + int(words), captions_seen + int(captions)
-            if step % 20 == 0 or processes.device.type == "cpu":
-                _check_finite(bad, (), epoch, step + 1)
+                images = augment(images, captions, loader.dataset.word_map)
+            batch = Batch(images, captions, lengths, rows, num_tokens / processes.world_size,
+                          num_captions / processes.world_size)
+            loss, total, correct = train_step(state, batch)
+            totals.add(total, correct, num_tokens, num_captions)
+            finite.add(loss, step)
+            if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
+                finite.check_losses(step + 1)
                 if not bar.disable:
-                    bar.set_postfix(loss=f"{step_loss.item():.3f}")
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
             step += 1
-        keep_progress(step)
-    total, correct, *_, seconds = progress["sums"]
-    return {**objective.figures(total, correct, words_seen, captions_seen),
-            "train_seconds": seconds, "captions_per_second": captions_seen / seconds}
+        update_progress(step)
+    total, correct, tokens, captions, seconds = progress.sums
+    return {"lr": state.last_lr, **state.criterion.metrics(total, correct, tokens, captions),
+            "train_seconds": seconds, "captions_per_second": captions / seconds}
 
 
-def _parts(rows, batch, count):
-    """A batch's images, captions, ... in so many parts of about the same size."""
-    for part in np.array_split(np.arange(len(rows)), count):
-        part = slice(part[0], part[-1] + 1)
-        yield rows[part], *(x[part] for x in batch)
-
-
-def augment(images, captions, word_map):
+def train_step(state, batch):
     """
-    Random crops of 7/8 of the edge, one half of them mirrored; not where a caption says left or
-    right, which would then be wrong.
+    One step of the optimizer. batch: a `Batch` whose features are still images, or cached features
 
-    images: uint8 (N, 3, S, S); captions: (N, R, L) word ids
-    Returns uint8 (N, 3, 7/8 S, 7/8 S).
+    Returns the loss (a scalar without gradient), and the criterion's total and correct.
     """
-    size, sides = images.shape[-1], [word_map[word] for word in SIDES if word in word_map]
-    says_a_side = torch.isin(captions, torch.tensor(sides, dtype=torch.long)).flatten(1).any(1)
-    mirrored = (torch.rand(len(images)) < 0.5) & ~says_a_side
-    edge = size * 7 // 8
-    corners = torch.randint(size - edge + 1, (len(images), 2))
-    crops = (image[:, y:y + edge, x:x + edge] for image, (y, x) in zip(images, corners.tolist()))
-    return torch.stack([crop.flip(2) if flip else crop for crop, flip in zip(crops, mirrored)])
+    args, processes, optimizer = state.args, state.processes, state.optimizer
+    loss_sum = total = correct = 0
+    optimizer.zero_grad(set_to_none=True)
+    for part in micro_batches(batch, args.accumulate):
+        with autocast(processes.device, args.amp):
+            part = encode(state.parallel_encoder, part, processes.device, args.fine_tune_encoder)
+            loss, part_total, part_correct = state.criterion(state.parallel_decoder, part)
+        state.scaler.scale(loss).backward()
+        loss_sum = loss_sum + loss.detach()
+        total, correct = total + part_total, correct + part_correct
+    state.scaler.unscale_(optimizer)
+    clip_grad_value_(state.parameters, args.grad_clip)
+    state.scaler.step(optimizer)
+    state.scaler.update()
+    state.after_step()
+    return loss_sum, total, correct
 
 
-def _set_learning_rate(optimizer, step, steps, args):
-    if args.cosine:  # else it is where the plateau rule has left it
-        for group, peak in zip(optimizer.param_groups, (args.decoder_lr, args.encoder_lr)):
-            group["lr"] = peak * half_cosine(step, steps)
+def scheduled_sampling_prob(args, epoch):
+    """Rises by --sampling_step after every --sampling_every epochs, up to --sampling_max."""
+    return min(args.sampling_max, args.sampling_step * ((epoch - 1) // args.sampling_every))
 
 
-def _check_finite(bad, parameters, epoch, done):
-    """UserError if one of the batches done was bad, or if a weight is not finite after them."""
-    batch, what = int(bad) + 1, "the loss"
-    if batch > done:
-        if all(bool(p.isfinite().all()) for p in parameters):
-            return
-        batch, what = done, "a weight"
-    raise UserError(f"epoch {epoch}, batch {batch}: {what} is not finite; the checkpoints are as "
-                    f"they were before; try a lower --decoder_lr")
-
-
-def _mix(*numbers):
+def derive_seed(*numbers):
     """One seed out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+def micro_batches(batch, count):
+    """The batch in `count` parts of about the same number of images."""
+    for part in np.array_split(np.arange(len(batch.images)), count):
+        part = slice(part[0], part[-1] + 1)
+        yield batch._replace(features=batch.features[part], captions=batch.captions[part],
+                             lengths=batch.lengths[part], images=batch.images[part])
+
+
+def encode(encoder, batch, device, fine_tune=False):
+    """The batch on the device, images turned into features; lengths stay on the CPU."""
+    features, captions = (x.to(device, non_blocking=True)
+                          for x in (batch.features, batch.captions))
+    if features.dtype == torch.uint8:
+        with nullcontext() if fine_tune else torch.no_grad():
+            features = encoder(features)
+    else:  # cached features
+        features = features.float()
+    return batch._replace(features=features, captions=captions)
+
+
+def augment(images, captions, word_map):
+    """
+    Random crops of 7/8 of the edge, half of them mirrored, except where a caption says left or
+    right, which would then be wrong.
+
+    images: uint8 (N, 3, S, S); captions: (N, R, L) token ids
+    Returns uint8 (N, 3, 7/8 S, 7/8 S).
+    """
+    sides = torch.tensor([word_map[word] for word in SIDES if word in word_map], dtype=torch.long)
+    keep_sides = torch.isin(captions, sides).flatten(1).any(1)
+    crop = v2.RandomCrop(images.shape[-1] * 7 // 8)
+    crop_and_flip = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return torch.stack([(crop if keep else crop_and_flip)(image)
+                        for image, keep in zip(images, keep_sides.tolist())])
+
+
+class EpochTotals:
+    """
+    What an epoch's log is made of: loss or reward, tokens right, tokens, captions, seconds.
+
+    so_far: these five numbers for the batches before, from all processes
+    """
+
+    def __init__(self, so_far, processes):
+        self.total, self.correct, self.tokens, self.captions, self._seconds = so_far
+        if not processes.is_main:  # `sums` adds up all processes
+            self.total, self.correct = 0.0, 0
+        self._processes, self._start = processes, time.perf_counter()
+
+    def add(self, total, correct, tokens, captions):
+        """total and correct of this process, as tensors; tokens and captions of all processes"""
+        self.total, self.correct = self.total + total, self.correct + correct
+        self.tokens, self.captions = self.tokens + int(tokens), self.captions + int(captions)
+
+    def sums(self):
+        seconds = self._seconds + time.perf_counter() - self._start
+        return [*self._processes.all_reduce(float(self.total), int(self.correct)), self.tokens,
+                self.captions, seconds]
+
+
+class FiniteCheck:
+    """
+    UserError where a loss or a weight is not finite. The first bad step is kept on the device,
+    since reading it waits for a GPU.
+    """
+
+    def __init__(self, epoch, steps, state):
+        self.epoch, self.parameters = epoch, state.parameters
+        self.first_bad = torch.full((), steps, device=state.processes.device)
+
+    def add(self, loss, step):
+        self.first_bad = torch.where(loss.isfinite(), self.first_bad,
+                                     self.first_bad.clamp(max=step))
+
+    def check_losses(self, steps_done):
+        if int(self.first_bad) < steps_done:
+            self._fail("the loss", int(self.first_bad) + 1)
+
+    def check_weights(self, steps_done):
+        self.check_losses(steps_done)
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            self._fail("a weight", steps_done)
+
+    def _fail(self, what, batch):
+        raise UserError(f"epoch {self.epoch}, batch {batch}: {what} is not finite; the checkpoints "
+                        f"are as they were before; try a lower --decoder_lr")
+
+
 @torch.inference_mode()
-def validate(encoder, decoder, loader, batches, data, args, processes):
+def validate(state, loader):
     """
     Caption every image once without teacher forcing: BLEU-1..4 and CIDEr-D, one of which decides
     which model is the best. Beside them, with teacher forcing: loss, top-5 accuracy, and BLEU-4 as
-    the tutorial reports it, of each caption's most likely words given the true ones before them.
+    the tutorial reports it, of each caption's most likely tokens given the true ones before them.
+
+    state: TrainingState, whose averaged models are validated
     """
-    decoder.eval()
-    words_of = {i: word for word, i in data.word_map.items()}
-    free, forced, loss_sum, correct, words = [], [], 0.0, 0, 0
-    all_words = int((data.lengths - 1).sum())
-    bar = tqdm(loader, desc="validation", unit="batch", disable=None if processes.is_main else True)
-    for (images, captions, lengths), rows in zip(bar, batches):
+    args, processes, data = state.args, state.processes, loader.dataset
+    encoder, decoder = state.averaged_encoder, state.averaged_decoder.eval()
+    word_of = {i: word for word, i in data.word_map.items()}
+    generated, teacher_forced, loss, correct, tokens = [], [], 0.0, 0, 0
+    num_tokens, num_captions = int((data.lengths - 1).sum()), len(data.lengths)
+    bar = tqdm(loader, desc="validation", unit="batch",
+               disable=None if processes.is_main else True)
+    for (images, captions, lengths), rows in zip(bar, loader.sampler):
+        batch = Batch(images, captions, lengths, rows, num_tokens, num_captions)
         with autocast(processes.device, args.amp):
-            features, captions = _encode(encoder, images, captions, processes.device, False)
-            scores, targets, alphas = decoder(features, captions, lengths)
-            found = beam_search(decoder, features, data.word_map, args.val_beam_size)
-        # A share of the loss of all validation captions, however they are batched.
-        loss_sum += doubly_stochastic_loss(scores, targets, alphas, args.alpha_c, all_words,
-                                           len(data.lengths))
-        correct += top_k_correct(scores, targets)
-        words += len(targets)
-        ends = (lengths - 1).flatten().tolist()
-        references = [list(map(str, t.tolist())) for t in targets.split(ends)]
-        hypotheses = [list(map(str, t.tolist())) for t in scores.argmax(1).split(ends)]
-        r = captions.shape[1]
-        forced += [(references[i - i % r:i - i % r + r], hypothesis)
-                   for i, hypothesis in enumerate(hypotheses)]
-        free += [(data.entry(int(i))["references"], [words_of[word] for word in caption.tokens])
-                 for i, caption in zip(rows, found)]
-    loss_sum, correct, words = processes.all_reduce(float(loss_sum), int(correct), words)
-    free, forced = processes.all_gather(free), processes.all_gather(forced)
-    references, captions = zip(*free)
+            batch = encode(encoder, batch, processes.device)
+            logits, targets, alphas = decoder(*batch[:3])
+            found = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
+        # This batch's part of the mean over all validation captions.
+        loss += doubly_stochastic_loss(logits, targets, alphas, args.alpha_c, num_tokens,
+                                       num_captions)
+        correct += top_k_correct(logits, targets)
+        tokens += len(targets)
+        teacher_forced += _teacher_forced(logits.argmax(1), targets, lengths)
+        generated += [(data.entry(int(i))["references"], [word_of[id] for id in caption.tokens])
+                      for i, caption in zip(rows, found)]
+    loss, correct, tokens = processes.all_reduce(float(loss), int(correct), tokens)
+    generated = processes.all_gather(generated)
+    teacher_forced = processes.all_gather(teacher_forced)
+    references, captions = zip(*generated)
     cider_d = CiderD(references).score(captions, references)
-    return {"val_loss": loss_sum, "val_top5": 100 * correct / words,
-            "teacher_forced_bleu4": bleu(*zip(*forced))[3],
+    return {"val_loss": loss, "val_top5": 100 * correct / tokens,
+            "teacher_forced_bleu4": bleu(*zip(*teacher_forced))[3],
             **{f"bleu{n}": score for n, score in enumerate(bleu(references, captions), 1)},
             "cider_d": 100 * float(cider_d.mean())}
 
 
-def _encode(encoder, images, captions, device, fine_tune):
-    """A batch on the device; images become features unless they are cached features."""
-    images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
-    if images.dtype != torch.uint8:
-        return images.float(), captions
-    with nullcontext() if fine_tune else torch.no_grad():
-        return encoder(images), captions
+def _teacher_forced(predicted, targets, lengths):
+    """
+    Pairs for BLEU, one per caption: the references of its image, and its most likely tokens.
+
+    predicted, targets: (W,) ids, caption by caption; lengths (N, R)
+    """
+    decode_lengths, r = (lengths - 1).flatten().tolist(), lengths.shape[1]
+    references, hypotheses = ([list(map(str, caption.tolist()))
+                               for caption in ids.split(decode_lengths)]
+                              for ids in (targets, predicted))
+    return [(references[i - i % r:i - i % r + r], hypothesis)
+            for i, hypothesis in enumerate(hypotheses)]

@@ -1,4 +1,4 @@
-"""A run that is told to stop finishes its step and saves: SIGINT (Ctrl-C) and SIGTERM."""
+"""A run that is told to stop, by SIGINT (Ctrl-C) or SIGTERM, finishes its step and saves."""
 
 import os
 import signal
@@ -7,7 +7,9 @@ import time
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 3  # seconds: torchrun passes on the Ctrl-C that the terminal has sent to all anyway
+# Seconds in which a second signal counts as the first: torchrun passes on the Ctrl-C that the
+# terminal has already sent to all processes.
+REPEAT_SECONDS = 3
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,67 +22,67 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """
-    `with Interrupts(minutes) as interrupts:` a signal raises Interrupted, but within
-    `with interrupts.held():` only at its end. A second signal, if it comes more than PATIENCE
-    seconds after the first, has its usual effect at once.
+    `with Interrupts(save_minutes) as interrupts:` a signal raises Interrupted, but within
+    `with interrupts.deferred():` only at the end of that block. A second signal more than
+    REPEAT_SECONDS after the first has its usual effect at once.
     """
 
-    def __init__(self, minutes):
-        self.minutes, self.signum, self._holding = minutes, 0, False
-        self._since, self._saved, self._patience = None, time.monotonic(), PATIENCE
+    def __init__(self, save_minutes):
+        self.save_minutes, self.signum, self._deferring = save_minutes, 0, False
+        self._first, self._last_save, self._repeat_seconds = None, time.monotonic(), REPEAT_SECONDS
 
     def __enter__(self):
-        self._before = {}
+        self._previous_handlers = {}
         if threading.current_thread() is threading.main_thread():  # only it gets signals
-            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+            self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *_):
-        for signum, handler in self._before.items():
+        for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
 
     def _handle(self, signum, _):
         if not self.signum:
-            self.signum, self._since = signum, time.monotonic()
-            if not self._holding:
-                self._holding = True  # until whoever catches it has saved
+            self.signum, self._first = signum, time.monotonic()
+            if not self._deferring:
+                self._deferring = True  # until whoever catches it has saved
                 raise Interrupted(signum)
-        elif time.monotonic() - self._since > self._patience:
+        elif time.monotonic() - self._first > self._repeat_seconds:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
-    def hold(self):
-        """From here on signals are only noted."""
-        self._holding, self._patience = True, float("inf")
+    def ignore_signals(self):
+        """From here on signals have no effect."""
+        self._deferring, self._repeat_seconds = True, float("inf")
 
     @contextmanager
-    def held(self):
-        self._holding = True
+    def deferred(self):
+        self._deferring = True
         yield
-        self._holding = False
+        self._deferring = False
         if self.signum:
             raise Interrupted(self.signum)
 
-    def due(self):
+    def save_due(self):
         """Whether it is time to save; if so, the clock starts anew."""
-        if time.monotonic() - self._saved < 60 * self.minutes:
+        if time.monotonic() - self._last_save < 60 * self.save_minutes:
             return False
-        self._saved = time.monotonic()
+        self._last_save = time.monotonic()
         return True
 
 
 def leave_signals_to_parent(_=None):
     """
-    For worker processes: whoever signals all processes at once stops the parent, which first
-    finishes its step. A SIGTERM of the parent's own still ends the worker.
+    For worker processes: a signal that is sent to all processes at once stops the parent, which
+    first finishes its step. A SIGTERM of the parent's own still ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # which alone tells who sent a signal; macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with_parents_signal, daemon=True).start()
+        threading.Thread(target=_exit_at_sigterm_of_parent, daemon=True).start()
 
 
-def _end_with_parents_signal():
+def _exit_at_sigterm_of_parent():
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,15 +1,13 @@
 """
-What training minimises: `doubly_stochastic_loss`, and the objectives of which train.py takes one,
+What training minimises: `doubly_stochastic_loss`, and the criteria of which train.py takes one,
 `TeacherForcing`, `HardAttention` or `SelfCritical`.
 
-An objective is called once per step, or once per part of it:
+A criterion is called once per step, or once per part of it (`--accumulate`):
 
-    loss, total, correct = objective(decoder, features, captions, lengths, images, share)
+    loss, total, correct = criterion(decoder, batch)
 
-features (N, G, E), captions (N, R, L) and lengths (N, R) as `DecoderWithAttention.forward` takes
-them; images (N,), which images of the data set they are; share, this process's `Share`. The loss is
-a scalar to go backward from. total and correct are tensors to be added up over an epoch, which
-`figures` turns into the log's figures.
+batch: a `Batch`. The loss is a scalar to go backward from; total and correct are tensors to be
+added up over an epoch, which `metrics` turns into what the log holds.
 """
 
 from typing import NamedTuple
@@ -20,134 +18,145 @@ from evaluation.metrics import CiderD, top_k_correct
 from modeling.autograd import CrossEntropy, log_softmax_parts
 from modeling.sampling import sample_captions
 
-SAMPLED = 0.5  # hard attention: the share of captions whose places are drawn, section 4.1
-MEMORY = 0.9  # hard attention: what the baseline keeps of itself at each step, section 4.1
-SMALLEST = 1e-30  # attention below it counts as this where its logarithm is taken
+HARD_FRACTION = 0.5  # hard attention: the share of captions with sampled locations, section 4.1
+BASELINE_DECAY = 0.9  # hard attention: of the moving average of log-probabilities, section 4.1
+MIN_ALPHA = 1e-30  # smaller attention weights count as this where their logarithm is taken
 
 
-class Share(NamedTuple):
+class Batch(NamedTuple):
     """
-    What a step's sums are divided by: its words and captions, of all parts and all processes,
-    over the number of processes, since these average their gradients.
+    A batch on the device, or a part of one. The two numbers are what the loss's sums are divided
+    by: those of the whole step, in all parts and all processes, over the number of processes,
+    since these average their gradients.
     """
-    words: float
-    captions: float
+    features: torch.Tensor  # (N, G, E)
+    captions: torch.Tensor  # (N, R, L) token ids
+    lengths: torch.Tensor  # (N, R) <start> and <end> counted, on the CPU
+    images: list  # N indices into the data set
+    num_tokens: float
+    num_captions: float
 
 
-def doubly_stochastic_loss(scores, targets, alphas, alpha_c=1.0, words=None, captions=None):
+def doubly_stochastic_loss(logits, targets, alphas, alpha_c=1.0, num_tokens=None,
+                           num_captions=None):
     """
     Cross-entropy plus doubly stochastic attention, equation 14: the attention that a
-    caption pays to a pixel should come to 1 over all its words.
+    caption pays to a location should come to 1 over all its tokens.
 
-    scores (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
+    logits (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
 
-    Returns the loss, a scalar in nats: a mean over words plus alpha_c times a mean over
-    captions and pixels. `words` and `captions` divide instead of W and N * R where this
-    batch is one process's share of a larger one.
+    Returns the loss, a scalar in nats: a mean over tokens plus alpha_c times a mean over
+    captions and locations. `num_tokens` and `num_captions` divide instead of W and N * R where
+    this batch is one part of a larger one.
     """
-    cross_entropy = CrossEntropy.apply(scores, targets, None) / (words or len(targets))
-    captions = captions or alphas.shape[0] * alphas.shape[1]
-    return cross_entropy + alpha_c * doubly_stochastic_penalty(alphas).sum() / captions
+    cross_entropy = CrossEntropy.apply(logits, targets, None) / (num_tokens or len(targets))
+    num_captions = num_captions or alphas.shape[0] * alphas.shape[1]
+    return cross_entropy + alpha_c * doubly_stochastic_penalty(alphas).sum() / num_captions
 
 
 def doubly_stochastic_penalty(alphas):
-    """(N, R, T, P) -> (N, R): how far each pixel's attention is from 1 over a caption, squared"""
+    """(N, R, T, P) -> (N, R): the mean square of how far each location's attention is from 1"""
     return ((1 - alphas.sum(2)) ** 2).mean(-1)
 
 
-class Objective:
-    """What all have; `baseline` is the only state of theirs."""
+class Criterion:
+    """What all criteria have in common; `baseline` is their only state."""
 
     dropout = True
+    sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     baseline = torch.zeros(())
 
-    def captions(self, lengths):
+    def num_captions(self, lengths):
         """How many captions it makes of lengths (N, R)."""
         return lengths.numel()
 
-    def step_done(self, processes):
+    def after_step(self, processes):
         pass
 
 
-class TeacherForcing(Objective):
-    """
-    Every word is predicted from the true ones before it, on soft attention (section 4.2).
-
-    own: scheduled sampling, the probability that it is predicted from a word of the model's own
-    instead; train.py raises it from epoch to epoch.
-    """
+class TeacherForcing(Criterion):
+    """Every token is predicted from the true ones before it, on soft attention (section 4.2)."""
 
     def __init__(self, alpha_c=1.0):
-        self.alpha_c, self.own = alpha_c, 0.0
+        self.alpha_c = alpha_c
 
-    def __call__(self, decoder, features, captions, lengths, images, share):
-        scores, targets, alphas = decoder(features, captions, lengths, self.own)
-        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share)
-        return loss, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
+    def __call__(self, decoder, batch):
+        logits, targets, alphas = decoder(batch.features, batch.captions, batch.lengths,
+                                          self.sampling_prob)
+        loss = doubly_stochastic_loss(logits, targets, alphas, self.alpha_c, batch.num_tokens,
+                                      batch.num_captions)
+        return loss, loss.detach() * batch.num_tokens, top_k_correct(logits.detach(), targets)
 
     @staticmethod
-    def figures(total, correct, words, captions):
-        return {"train_loss": total / words, "train_top5": 100 * correct / words}
+    def metrics(total, correct, tokens, captions):
+        return {"train_loss": total / tokens, "train_top5": 100 * correct / tokens}
 
 
 class HardAttention(TeacherForcing):
     """
-    Stochastic hard attention, section 4.1: the decoder looks at one place, drawn from alpha. The
-    place has no gradient, so the log-probability of the caption rewards the choice (REINFORCE,
-    equation 11), less a moving average of those before (`baseline`, nats).
+    Stochastic hard attention, section 4.1: the decoder looks at one location, drawn from alpha. The
+    choice has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
+    equation 11), less a moving average of earlier ones (`baseline`, nats).
 
-    lambda_r, lambda_e: the weights of reward and of alpha's entropy, as in the paper
+    lambda_r, lambda_e: the weights of the reward and of alpha's entropy, as in the paper
+    hard_fraction: the share of captions whose locations are drawn; the others see the expectation
     """
 
-    def __init__(self, alpha_c, lambda_r, lambda_e, sampled=SAMPLED):
+    def __init__(self, alpha_c, lambda_r, lambda_e, hard_fraction=HARD_FRACTION):
         super().__init__(alpha_c)
-        self.lambda_r, self.lambda_e, self.sampled = lambda_r, lambda_e, sampled
-        self.log_p, self.count = 0.0, 0  # of this step so far
+        self.lambda_r, self.lambda_e, self.hard_fraction = lambda_r, lambda_e, hard_fraction
+        self._log_prob_sum, self._num_captions = 0.0, 0  # of this step so far
 
-    def __call__(self, decoder, features, captions, lengths, images, share):
-        scores, targets, alphas, seen = decoder(features, captions, lengths, self.own, self.sampled)
-        loss = doubly_stochastic_loss(scores, targets, alphas, self.alpha_c, *share)
-        log_p = caption_log_probs(scores.detach(), targets, lengths)
-        reward = self.lambda_r * (log_p - self.baseline)
-        places = choice(alphas, seen, reward, self.lambda_e) / share.words
-        self.log_p, self.count = self.log_p + log_p.sum(), self.count + log_p.numel()
-        # The log's loss leaves the places out, as soft attention's does.
-        return loss - places, loss.detach() * share.words, top_k_correct(scores.detach(), targets)
+    def __call__(self, decoder, batch):
+        logits, targets, alphas, weights = decoder(batch.features, batch.captions, batch.lengths,
+                                                   self.sampling_prob, self.hard_fraction)
+        loss = doubly_stochastic_loss(logits, targets, alphas, self.alpha_c, batch.num_tokens,
+                                      batch.num_captions)
+        log_probs = caption_log_probs(logits.detach(), targets, batch.lengths)
+        reward = self.lambda_r * (log_probs - self.baseline)
+        objective = reinforce_attention(alphas, weights, reward, self.lambda_e)
+        self._log_prob_sum = self._log_prob_sum + log_probs.sum()
+        self._num_captions += log_probs.numel()
+        # The logged loss leaves the attention's part out, to be comparable with soft attention's.
+        return (loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens,
+                top_k_correct(logits.detach(), targets))
 
-    def step_done(self, processes):
-        log_p, count = processes.all_reduce(self.log_p, self.count)
-        self.baseline = MEMORY * self.baseline + (1 - MEMORY) * log_p / count
-        self.log_p, self.count = 0.0, 0
+    def after_step(self, processes):
+        log_prob, captions = processes.all_reduce(self._log_prob_sum, self._num_captions)
+        self.baseline = (BASELINE_DECAY * self.baseline
+                         + (1 - BASELINE_DECAY) * log_prob / captions)
+        self._log_prob_sum, self._num_captions = 0.0, 0
 
 
-def caption_log_probs(scores, targets, lengths):
+def caption_log_probs(logits, targets, lengths):
     """(N, R): the log-probability of each caption in nats; the arguments are forward's"""
-    chosen, totals = log_softmax_parts(scores, targets)
+    chosen, totals = log_softmax_parts(logits, targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
     return chosen.new_zeros(lengths.numel()).index_add_(
         0, caption.to(chosen.device, non_blocking=True), chosen - totals).view(lengths.shape)
 
 
-def choice(alphas, seen, reward, lambda_e):
+def reinforce_attention(alphas, weights, reward, lambda_e):
     """
-    What of the paper's equation 12 is about choosing places: reward times log p(place) plus
-    lambda_e times the entropy of alpha, summed over captions and words.
+    The terms of the paper's equation 12 that are about choosing locations: reward times
+    log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
 
-    alphas, seen (N, R, T, P): attention, and what the decoder saw, a 1 at the place drawn. Where
-    it saw alpha itself, the expected context, the sum of alpha d(log alpha) is 0: no gradient.
+    alphas, weights (N, R, T, P): attention, and the context vector's weights, a 1 at the sampled
+    location. Where these are alpha itself, the sum of alpha d(log alpha) is 0: no gradient.
     reward: (N, R)
     """
-    log_alphas = alphas.clamp(min=SMALLEST).log()
-    log_p = (seen.detach() * log_alphas).sum((2, 3))
+    log_alphas = alphas.clamp(min=MIN_ALPHA).log()
+    log_p = (weights.detach() * log_alphas).sum((2, 3))
     entropy = -(alphas * log_alphas).sum((2, 3))
     return (reward * log_p + lambda_e * entropy).sum()
 
 
-class SelfCritical(Objective):
+class SelfCritical(Criterion):
     """
-    Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model draws its own
+    Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples
     captions; each is rewarded by its CIDEr-D less the mean of the others of the image (Luo 2020,
-    arXiv 2003.09971). There is no dropout, so that what is drawn is what is trained.
+    arXiv 2003.09971). There is no dropout, so that the distribution sampled from is the one that
+    is trained.
 
     data: the training images' CaptionDataset; samples: captions per image, at least 2
     """
@@ -158,45 +167,46 @@ class SelfCritical(Objective):
         self.word_map, self.reward = data.word_map, Reward(data)
         self.alpha_c, self.samples, self.max_len = alpha_c, samples, max_len
 
-    def __call__(self, decoder, features, captions, lengths, images, share):
-        captions, lengths = sample_captions(getattr(decoder, "module", decoder), features.detach(),
-                                   self.word_map, self.samples, self.max_len)
-        drawn = captions.cpu()  # before the forward pass: a GPU is busy with that ...
-        scores, targets, alphas = decoder(features, captions, lengths)
-        rewards = self.reward(images, drawn, lengths)  # ... while the CPU does this
-        loss = self_critical_loss(scores, targets, lengths, rewards.to(scores.device),
-                                  share.captions)
-        loss = loss + self.alpha_c * doubly_stochastic_penalty(alphas).sum() / share.captions
-        return loss, rewards.sum(), torch.zeros((), dtype=torch.long)
+    def __call__(self, decoder, batch):
+        captions, lengths = sample_captions(getattr(decoder, "module", decoder),
+                                            batch.features.detach(), self.word_map, self.samples,
+                                            self.max_len)
+        on_cpu = captions.cpu()  # before the forward pass, which keeps a GPU busy ...
+        logits, targets, alphas = decoder(batch.features, captions, lengths)
+        rewards = self.reward(batch.images, on_cpu, lengths)  # ... while the CPU does this
+        loss = self_critical_loss(logits, targets, lengths, rewards.to(logits.device),
+                                  batch.num_captions)
+        penalty = doubly_stochastic_penalty(alphas).sum() / batch.num_captions
+        return (loss + self.alpha_c * penalty, rewards.sum(),
+                torch.zeros((), dtype=torch.long))
 
-    def captions(self, lengths):
+    def num_captions(self, lengths):
         return len(lengths) * self.samples
 
     @staticmethod
-    def figures(total, correct, words, captions):
+    def metrics(total, correct, tokens, captions):
         return {"train_reward": total / captions}
 
 
-def self_critical_loss(scores, targets, lengths, rewards, captions=None):
+def self_critical_loss(logits, targets, lengths, rewards, num_captions=None):
     """
-    A scalar whose gradient is, in the mean over what is drawn, that of the expected reward, with
-    the other sign.
+    A scalar whose gradient is minus that of the expected reward, in the mean over the samples.
 
-    scores (W, V), targets (W,), lengths (N, R) of the R captions drawn for each image, R > 1
-    rewards: (N, R); captions divides instead of N * R
+    logits (W, V), targets (W,), lengths (N, R) of the R captions sampled for each image, R > 1
+    rewards: (N, R); num_captions divides instead of N * R
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     advantage = (rewards - others).flatten()
-    ends = (lengths - 1).flatten().to(advantage.device)
-    weights = advantage.repeat_interleave(ends, output_size=len(targets))
-    return CrossEntropy.apply(scores, targets, weights) / (captions or rewards.numel())
+    decode_lengths = (lengths - 1).flatten().to(advantage.device)
+    weights = advantage.repeat_interleave(decode_lengths, output_size=len(targets))
+    return CrossEntropy.apply(logits, targets, weights) / (num_captions or rewards.numel())
 
 
 class Reward:
     """
-    CIDEr-D, 0..10, of captions drawn for training images. They are compared as words with all the
-    captions of the image, and <end> is one of the words, in the document frequencies too: without
-    it, fragments that end anywhere are rewarded (arXiv 2305.12254).
+    CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image.
+    <end> counts as a word, in the document frequencies too: without it, captions that break off
+    anywhere are rewarded (arXiv 2305.12254).
     """
 
     END = "<end>"
@@ -208,7 +218,7 @@ class Reward:
         self.cider = CiderD(self.references)
 
     def __call__(self, images, captions, lengths):
-        """images: (N,); captions (N, R, L) and lengths (N, R) as `sample` gives them: (N, R)"""
+        """images: N indices; captions (N, R, L) and lengths (N, R) of `sample_captions`: (N, R)"""
         candidates = [[self.words[i] for i in caption[1:length]]
                       for caption, length in zip(captions.flatten(0, 1).tolist(),
                                                  lengths.flatten().tolist())]

@@ -1,171 +1,164 @@
-"""What a training run keeps besides its weights: where it stands, its data's state, its log."""
+"""
+`Run`: a training run in its checkpoint folder, where it is locked, saved, logged, interrupted and
+resumed.
+"""
 
 import json
 import os
 import shlex
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
+import checkpoints
+from training.interrupts import Interrupted, Interrupts
+from training.state import monitor
 from utils import UserError, atomic_write, exclusive_lock
 
-# Options that are about one start of the program, not about the run.
+# Options of one start of the program, not of the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
+# Options that a resumed run keeps, since optimizer and model depend on them; those that the order
+# of the batches follows from, which matters within an epoch; those that the cosine counts steps by.
+FIXED = ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings", "self_critical",
+         "ema", "augment", "embeddings", "cosine")
+FIXED_WITHIN_EPOCH = ("batch_size", "single_captions", "seed", "attention", "accumulate")
+FIXED_WITH_COSINE = ("batch_size", "single_captions", "epochs")
 
 
-def new_progress():
+class Run:
     """
-    Where a run stands, saved with its weights: whole epochs, the last BLEU-4, the best score (of
-    the metric that decides), epochs since it; rows of the log that are of phases before; the
-    baseline of hard attention; and of the epoch begun the batches, with what they add up to: loss
-    or reward, words right, words, captions and seconds.
+    `with Run(state, train_data) as run:` the run in args.checkpoint_folder. A signal within the
+    block saves the state and ends it with the command that goes on.
+
+    state: TrainingState; train_data: its CaptionDataset
     """
-    return {"epoch": 0, "bleu4": None, "best": None, "stale": 0, "rows": 0, "baseline": 0.0,
-            "step": 0, "sums": [0.0, 0, 0, 0, 0.0]}
+
+    def __init__(self, state, train_data):
+        self.args, self.state, self.processes = state.args, state, state.processes
+        self.word_map, self.data = train_data.word_map, describe_data(self.args, train_data)
+        self.interrupts = Interrupts(self.args.save_minutes)
+        self._log = None
+
+    def __enter__(self):
+        if self.processes.is_main:
+            self._log = Log(self.args, self.state.progress)
+        self.interrupts.__enter__()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, Interrupted):
+                self._stop(error)
+        finally:
+            self.interrupts.__exit__()
+
+    def _stop(self, interrupted):
+        self.interrupts.ignore_signals()  # a second Ctrl-C must not break off the saving
+        self.save()
+        if not self.processes.is_main:
+            raise SystemExit(interrupted.code) from None
+        progress = self.state.progress
+        raise Interrupted(
+            interrupted.signum, f"stopped in epoch {progress.epoch + 1} after {progress.step} of "
+            f"{self.state.steps_per_epoch} batches, all saved; go on with: "
+            f"{resume_command(self.args, self.processes)}") from None
+
+    def start_phase(self, stats):
+        """stats: validation of the checkpoint's model, which the phase is to improve."""
+        self.processes.print(f"start   {_show(stats)}")
+        self.state.start_phase(stats[monitor(self.args)])
+        with self.interrupts.deferred():
+            if not best_path(self.args).exists():
+                self.save(best_path(self.args))  # a new folder has a best model from its start
+            self.save()  # from here on --resume goes on with this phase
+
+    def epochs(self):
+        """The numbers of the epochs that are left, until the options say to stop."""
+        progress = self.state.progress
+        while progress.epoch < self.args.epochs \
+                and progress.epochs_since_improvement < self.args.stop_after:
+            yield progress.epoch + 1
+            progress = self.state.progress
+
+    def save(self, path=None):
+        """Write the state to the run's checkpoint, or to another path."""
+        if self.processes.is_main:
+            options = {k: v for k, v in vars(self.args).items() if k not in TRANSIENT_OPTIONS}
+            state = self.state
+            checkpoints.save(path or last_path(self.args), state.averaged_encoder,
+                             state.averaged_decoder, self.word_map, options=options,
+                             data=self.data, **state.state_dict())
+
+    def end_epoch(self, stats):
+        """Print, count, log and save an epoch; stats: of its training and validation"""
+        trained = (f"reward {stats['train_reward']:.3f}" if self.args.self_critical else
+                   f"loss {stats['train_loss']:.3f}")
+        self.processes.print(f"epoch {stats['epoch']:3d}   {trained} in "
+                             f"{stats['train_seconds']:.0f} s   {_show(stats)}")
+        with self.interrupts.deferred():
+            if self.state.after_epoch(stats):
+                self.save(best_path(self.args))
+            if self._log:
+                self._log.write(stats)
+            self.save()  # last: without it, none of the above has happened
+
+    def print_summary(self):
+        progress, name = self.state.progress, {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}
+        best = progress.epoch - progress.epochs_since_improvement
+        source = f"epoch {best}" if best else "the model that the phase began with"
+        self.processes.print(
+            f"done after epoch {progress.epoch}: best validation {name[monitor(self.args)]} "
+            f"{progress.best:.2f}, of {source}, in {best_path(self.args)}")
 
 
-def decisive(args):
-    """Which of validation's figures says what is the best model."""
-    return "cider_d" if args.self_critical else "bleu4"
+def _show(stats):
+    return (f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
+            f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 "
+            f"{stats['bleu4']:.2f}, CIDEr-D {stats['cider_d']:.2f}")
 
 
-def epoch_done(progress, row, optimizer, args, processes):
-    """Bring progress and learning rate up to a whole epoch; returns whether it is the best."""
-    score = row[decisive(args)]
-    better = progress["best"] is None or score > progress["best"]
-    stale = 0 if better else progress["stale"] + 1
-    progress |= new_progress() | {
-        "epoch": row["epoch"], "bleu4": row["bleu4"], "stale": stale,
-        "best": score if better else progress["best"], "rows": progress["rows"],
-        "baseline": progress["baseline"]}
-    if stale and stale % args.decay_after == 0 and not args.cosine:
-        for group in optimizer.param_groups:
-            group["lr"] *= args.lr_decay
-        processes.print(f"learning rate is now {optimizer.param_groups[0]['lr']:.3g}")
-    return better
-
-
-def check_run(checkpoint, defaults, path):
+class Log:
     """
-    UserError unless the checkpoint's options have the types of the defaults, and its progress
-    that of a run: the file may be anybody's.
+    log_NAME.jsonl, and TensorBoard's files if asked for. Opening it makes the folder this run's:
+    the files of another run that was there are removed.
     """
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    options, progress = checkpoint.get("options"), checkpoint.get("progress")
-    if not isinstance(options, dict) or not isinstance(progress, dict):
-        raise UserError(f"{path} is damaged: it has no options or no progress of a run")
-    if "best_bleu4" in progress:  # its name when BLEU-4 alone could decide
-        progress["best"] = progress.pop("best_bleu4")
-    sums = progress.get("sums", new_progress()["sums"])
-    numbers = [progress.get("epoch"), progress.get("stale"), progress.get("step", 0),
-               progress.get("rows", 0)]
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(sums, list) \
-            or progress["epoch"] and progress.get("best") is None \
-            or len(sums) != 5 or not all(type(n) in (int, float) for n in sums) \
-            or not all(type(progress.get(key)) in (float, int, type(None))
-                       for key in ("bleu4", "best")) \
-            or type(progress.get("baseline", 0.0)) is not float:
-        raise UserError(f"{path} is damaged: its progress is none of a run")
-    if not all(isinstance(name, str) for name in options):
-        raise UserError(f"{path} is damaged: its options have no names")
-    for name, default in defaults.items():
-        value, kinds = options.get(name, default), {type(default)}
-        if default is None:  # of those options, some are texts and some numbers
-            kinds = {str, int, type(None)}
-        elif type(default) is float:
-            kinds = {int, float}
-        if name not in TRANSIENT_OPTIONS and type(value) not in kinds:
-            raise UserError(f"{path} is damaged: its option {name} is {ascii(value)[:50]}")
 
+    def __init__(self, args, progress):
+        folder, source = Path(args.checkpoint_folder), args.resume or args.checkpoint
+        self.path, self._writer = folder / f"log_{args.data_name}.jsonl", None
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "--tensorboard needs a package; run pip install tensorboard") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
+        rows = []
+        if self.path.exists() and _continues(args):
+            rows = self.path.read_text(errors="replace").splitlines()
+        if args.resume:
+            while len(rows) > progress.previous_rows and not _epoch(rows[-1]) <= progress.epoch:
+                rows.pop()
+        else:
+            progress.previous_rows = len(rows)
+        with atomic_write(self.path) as temporary:
+            Path(temporary).write_text("".join(row + "\n" for row in rows))
+        if not (source and _continues(args)):
+            for path in (last_path(args), best_path(args)):
+                path.unlink(missing_ok=True)
+        self._previous_rows = progress.previous_rows
+        if args.tensorboard:
+            self._writer = SummaryWriter(folder / f"tensorboard_{args.data_name}",
+                                         purge_step=self._previous_rows + progress.epoch + 1)
 
-def load_optimizer(optimizer, state, trained):
-    """
-    Give the optimiser the state of a checkpoint; trained: whether it must know every weight.
-
-    Raises ValueError or the like unless the state is one of such an optimiser: its settings but
-    the learning rate, and averages of the weights' own sizes.
-    """
-    def settings():
-        return [{key: value for key, value in group.items() if key not in ("params", "lr")}
-                for group in optimizer.param_groups]
-
-    ours = settings()
-    optimizer.load_state_dict(state)
-    if settings() != ours or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
-                                     for group in optimizer.param_groups):
-        raise ValueError("its optimiser has other settings")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            known = optimizer.state[parameter] if parameter in optimizer.state else None
-            if known is None and not trained:
-                continue
-            if known is None or known["step"].numel() != 1 or {
-                    known[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
-                raise ValueError("its averages of gradients have other sizes than the weights")
-
-
-def lock_run(args, processes):
-    """A context in which no other run may write to the checkpoint folder; UserError if one does."""
-    if not processes.is_main:
-        return nullcontext()
-    folder = Path(args.checkpoint_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Loading processes of a run that was killed take some seconds to see it.
-    return exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
-                 f"another run of {args.data_name} is training in {folder}; wait for it or pass "
-                 f"another --checkpoint_folder", timeout=15)
-
-
-def resume_command(args, name, processes):
-    program, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
-    if processes.world_size > 1:
-        program = f"torchrun --nproc_per_node={here}"
-    if processes.world_size > here:  # and on each machine
-        program += (f" --nnodes={processes.world_size // here} --rdzv_backend=c10d "
-                    f"--rdzv_endpoint=HOST:PORT")
-    path = Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar"
-    return f"{program} train.py --resume {shlex.quote(str(path))}"
-
-
-def data_state(data, name):
-    """What a resumed run must find unchanged, since the order of its batches follows from it."""
-    return {"name": name, "images": data.num_images, "captions_per_image": data.captions_per_image,
-            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
-
-
-def check_data(checkpoint, data, name, path):
-    """UserError that says in what the data of a run to resume have changed."""
-    theirs, ours = checkpoint.get("data"), data_state(data, name)  # older runs do not tell
-    if not isinstance(theirs, dict | None):
-        raise UserError(f"{path} is damaged: it does not say what data it was trained on")
-    if theirs not in (None, ours):
-        differ = ", ".join(f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
-                           if theirs.get(key) != ours[key])
-        raise UserError(f"{path} was trained on other data: {differ}; pass their --data_folder, "
-                        f"or --checkpoint {path} for a new phase")
-
-
-def best_file(args, name):
-    return Path(args.checkpoint_folder) / f"BEST_checkpoint_{name}.pth.tar"
-
-
-def _run_files(args, name):
-    return [Path(args.checkpoint_folder) / f"checkpoint_{name}.pth.tar", best_file(args, name)]
-
-
-def _goes_on(args):
-    """Whether what the run begins with lies in its folder: it adds to what is there."""
-    source = args.resume or args.checkpoint
-    return bool(source) and Path(source).resolve().parent == Path(args.checkpoint_folder).resolve()
-
-
-def check_folder(args, name):
-    """UserError if another run is in the folder already that is not to be replaced."""
-    for path in _run_files(args, name):
-        if path.exists() and not args.overwrite and not _goes_on(args):
-            raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
-                            f"--overwrite to replace it, or another --checkpoint_folder")
+    def write(self, row):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._writer:
+            for key, value in row.items():
+                self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
+            self._writer.flush()
 
 
 def _epoch(line):
@@ -177,44 +170,102 @@ def _epoch(line):
     return epoch if type(epoch) is int else float("inf")
 
 
-def open_log(args, name, progress, processes):
-    """
-    A function that logs a row of figures to log_NAME.jsonl, and to TensorBoard if asked to. From
-    here on the folder is this run's: another one that was there is gone.
-    """
-    folder = Path(args.checkpoint_folder)
-    path, writer = folder / f"log_{name}.jsonl", None
-    if not processes.is_main:
-        return lambda row: None
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs a package; run pip install tensorboard") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
-    goes_on = path.exists() and _goes_on(args)
-    kept = path.read_text(errors="replace").splitlines() if goes_on else []
-    if args.resume:
-        while len(kept) > progress["rows"] and not _epoch(kept[-1]) <= progress["epoch"]:
-            kept.pop()
-    else:
-        progress["rows"] = len(kept)
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in kept))
-    if not _goes_on(args):
-        for file in _run_files(args, name):
-            file.unlink(missing_ok=True)
-    before = progress["rows"]
-    if args.tensorboard:
-        writer = SummaryWriter(folder / f"tensorboard_{name}",
-                               purge_step=before + progress["epoch"] + 1)
+# Files in the checkpoint folder
 
-    def log(row):
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if writer:
-            for key, value in row.items():
-                writer.add_scalar(key, value, before + row["epoch"])
-            writer.flush()
-    return log
+
+def last_path(args):
+    return Path(args.checkpoint_folder) / f"checkpoint_{args.data_name}.pth.tar"
+
+
+def best_path(args):
+    return Path(args.checkpoint_folder) / f"BEST_checkpoint_{args.data_name}.pth.tar"
+
+
+def _continues(args):
+    """Whether what the run begins with lies in its folder: it adds to what is there."""
+    source = args.resume or args.checkpoint
+    return bool(source) and Path(source).resolve().parent == Path(args.checkpoint_folder).resolve()
+
+
+@contextmanager
+def lock_run(args, processes):
+    """
+    A context in which no other run of the data set may write to the checkpoint folder. UserError if
+    one does, or if an earlier run is there that is not to be replaced.
+    """
+    if not processes.is_main:
+        yield
+        return
+    folder = Path(args.checkpoint_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Worker processes of a run that was killed take some seconds to notice it.
+    with exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
+                        f"another run of {args.data_name} is training in {folder}; wait for it or "
+                        f"pass another --checkpoint_folder", timeout=15):
+        for path in (last_path(args), best_path(args)):
+            if path.exists() and not args.overwrite and not _continues(args):
+                raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
+                                f"--overwrite to replace it, or another --checkpoint_folder")
+        yield
+
+
+# Resuming
+
+
+def load_run(path):
+    """The checkpoint of a run to resume; UserError unless it is one."""
+    checkpoint = checkpoints.load(path)
+    checkpoints.check_model(checkpoint, path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
+    if not isinstance(checkpoint.get("options"), dict) \
+            or not isinstance(checkpoint.get("progress"), dict):
+        raise UserError(f"{path} is damaged: it has no options or no progress of a run")
+    return checkpoint
+
+
+def check_unchanged(args, options, progress):
+    """UserError if args differ from the run's options in one that it depends on."""
+    fixed = [*FIXED, *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
+             *FIXED_WITH_COSINE * options["cosine"]]
+    for option in fixed:
+        if getattr(args, option) != options[option]:
+            raise UserError(f"{args.resume} was run with {option} {options[option]}, which a "
+                            f"resumed run keeps; for a new phase pass --checkpoint {args.resume}")
+
+
+def restore_state(state, checkpoint, train_data):
+    """Make `state` that of the checkpoint; UserError unless it fits the run and its data."""
+    args, progress = state.args, checkpoint["progress"]
+    data, data_then = describe_data(args, train_data), checkpoint.get("data")
+    if data_then not in (None, data):  # older runs do not tell
+        differ = ", ".join(f"{key} {data_then.get(key)}, now {data[key]}" for key in data
+                           if data_then.get(key) != data[key])
+        raise UserError(f"{args.resume} was trained on other data: {differ}; pass their "
+                        f"--data_folder, or --checkpoint {args.resume} for a new phase")
+    try:
+        state.load_state_dict(checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{args.resume} does not fit this run: {reason}") from None
+    progress = state.progress
+    state.processes.print(f"going on with {args.resume}: {progress.epoch} epochs and "
+                          f"{progress.step} batches are done")
+
+
+def describe_data(args, data):
+    """What a resumed run must find unchanged, since the order of its batches follows from it."""
+    return {"name": args.data_name, "images": data.num_images,
+            "captions_per_image": data.captions_per_image,
+            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
+
+
+def resume_command(args, processes):
+    program, world_size = "python", processes.world_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size > 1:
+        program = f"torchrun --nproc_per_node={here}"
+    if world_size > here:  # and on each machine
+        program += (f" --nnodes={world_size // here} --rdzv_backend=c10d "
+                    f"--rdzv_endpoint=HOST:PORT")
+    return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"

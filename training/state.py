@@ -1,0 +1,244 @@
+"""
+`TrainingState`: everything that training changes. What `state_dict` returns is enough for
+`load_state_dict` to go on bit for bit.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+# Checkpoints call these fields of Progress by older names.
+FILE_NAMES = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+    epoch: int = 0  # whole epochs done
+    bleu4: float | None = None  # of the last validation
+    best: float | None = None  # score so far, of the metric that `monitor` names
+    epochs_since_improvement: int = 0
+    previous_rows: int = 0  # of the log, by earlier phases
+    baseline: float = 0.0  # of hard attention
+    step: int = 0  # batches done of the epoch begun, and what they add up to:
+    sums: list = field(default_factory=lambda: [0.0, 0, 0, 0, 0.0])  # see engine.EpochTotals
+
+    def to_dict(self):
+        """As checkpoints hold it."""
+        return {FILE_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content):
+        """The opposite, for older checkpoints too; ValueError unless it is a run's progress."""
+        content = dict(content)
+        if "best_bleu4" in content:  # its name when BLEU-4 alone could decide
+            content["best"] = content.pop("best_bleu4")
+        names = {FILE_NAMES.get(name, name): name for name in cls.__dataclass_fields__}
+        progress = cls(**{names[key]: value for key, value in content.items() if key in names})
+        counts = (progress.epoch, progress.epochs_since_improvement, progress.previous_rows,
+                  progress.step)
+        numbers = (*progress.sums, progress.baseline)
+        scores = [score for score in (progress.bleu4, progress.best) if score is not None]
+        if not all(type(n) is int and n >= 0 for n in counts) or len(progress.sums) != 5 \
+                or not all(type(n) in (int, float) for n in (*numbers, *scores)) \
+                or progress.epoch and progress.best is None:
+            raise ValueError("its progress is not that of a run")
+        return progress
+
+
+def monitor(args):
+    """The validation metric that decides which model is the best."""
+    return "cider_d" if args.self_critical else "bleu4"
+
+
+class TrainingState:
+    """
+    args: train.py's options; encoder, decoder: on processes.device; steps_per_epoch: of the
+    optimizer
+
+    encoder, decoder            the models that are trained
+    parallel_encoder, ..._decoder  the same, wrapped for gradients of several processes
+    averaged_encoder, ..._decoder  what is validated and saved: with --ema the averages of the
+                                weights, else the models themselves
+    criterion, optimizer, scheduler, scaler, progress
+    """
+
+    def __init__(self, args, encoder, decoder, criterion, steps_per_epoch, processes):
+        self.args, self.processes, self.criterion = args, processes, criterion
+        self.encoder, self.decoder = encoder, decoder
+        self.steps_per_epoch = steps_per_epoch
+        trained = [decoder, *[encoder] * args.fine_tune_encoder]
+        # Wrapped for gradients only: validation and checkpoints use the bare modules.
+        self.parallel_decoder = _parallel(decoder, processes)
+        self.parallel_encoder = (_parallel(encoder, processes) if args.fine_tune_encoder
+                                 else encoder)
+        self._averages = [(_average(model, args.ema), model) for model in trained if args.ema]
+        averaged = {model: average.module for average, model in self._averages}
+        self.averaged_encoder = averaged.get(encoder, encoder)
+        self.averaged_decoder = averaged.get(decoder, decoder)
+        self.optimizer = torch.optim.Adam(
+            [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr,
+              "initial_lr": lr}
+             for model, lr in zip(trained, (args.decoder_lr, args.encoder_lr))], fused=True)
+        self.scheduler = _build_scheduler(args, self.optimizer, steps_per_epoch)
+        # float16 reaches down to 6e-8 only: losses are scaled up so that no gradient is lost.
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
+        self.progress = Progress()
+
+    @property
+    def parameters(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def last_lr(self):
+        """The decoder's learning rate in the last step."""
+        if self.args.cosine:
+            scheduler = self.scheduler
+            return scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch - 1)
+        return self.optimizer.param_groups[0]["lr"]
+
+    def after_step(self):
+        """What follows the optimizer's step."""
+        for average, model in self._averages:
+            average.update_parameters(model)
+        if self.args.cosine:
+            self.scheduler.step()
+        self.criterion.after_step(self.processes)
+
+    def after_epoch(self, stats):
+        """Count a whole epoch. stats: its metrics. Returns whether it is the best so far."""
+        progress, score = self.progress, stats[monitor(self.args)]
+        better = progress.best is None or score > progress.best
+        self.progress = Progress(
+            stats["epoch"], stats["bleu4"], score if better else progress.best,
+            0 if better else progress.epochs_since_improvement + 1, progress.previous_rows,
+            progress.baseline)
+        if not self.args.cosine:
+            lr = self.last_lr
+            self.scheduler.step(score)
+            if self.last_lr != lr:
+                self.processes.print(f"learning rate is now {self.last_lr:.3g}")
+        return better
+
+    def start_phase(self, score):
+        """The score of the model that a phase begins with is the one to improve on."""
+        self.progress.best = score
+        self._restore_scheduler()
+
+    def state_dict(self):
+        """
+        What a checkpoint holds besides the averaged models. `trained` is the weights that their
+        averages are of, None without --ema.
+        """
+        trained = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
+        return {"trained": trained if self.args.ema else None,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "progress": self.progress.to_dict(), "bleu4": self.progress.bleu4}
+
+    def load_state_dict(self, state):
+        """
+        Go on where `state` was taken; encoder and decoder were built of the same checkpoint.
+        Older checkpoints may lack trained and scaler.
+
+        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError unless it fits.
+        """
+        progress = Progress.from_dict(state["progress"])
+        if progress.step > self.steps_per_epoch:
+            raise ValueError(f"{progress.step} of {self.steps_per_epoch} batches are done")
+        _load_optimizer(self.optimizer, state["optimizer"], progress.epoch > 0)
+        if state.get("scaler"):  # empty for other precisions
+            self.scaler.load_state_dict(state["scaler"])
+        if self.args.ema:
+            trained = state.get("trained")
+            if not isinstance(trained, dict) or trained.keys() != {"encoder", "decoder"}:
+                raise ValueError("it lacks the weights that its average is of")
+            self.encoder.load_state_dict(trained["encoder"])
+            self.decoder.load_state_dict(trained["decoder"])
+        self.progress = progress
+        self.criterion.baseline = torch.tensor(progress.baseline)
+        for average, _ in self._averages:
+            average.n_averaged.fill_(1 + self._steps_done)
+        self._restore_scheduler()
+
+    @property
+    def _steps_done(self):
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    def _restore_scheduler(self):
+        """Its state follows from progress, so that no checkpoint holds it."""
+        if not self.args.cosine:
+            best = self.progress.best
+            self.scheduler.best = -math.inf if best is None else best
+            self.scheduler.num_bad_epochs = (self.progress.epochs_since_improvement
+                                             % self.args.decay_after)
+        elif self._steps_done:
+            self.scheduler.load_state_dict({"last_epoch": self._steps_done - 1,
+                                            "_step_count": self._steps_done})
+            self.scheduler.step()
+
+
+def _parallel(module, processes):
+    return module if processes.world_size == 1 else DistributedDataParallel(module)
+
+
+def _average(model, decay):
+    """
+    The exponential moving average of a model's weights. Of n steps it keeps n / (n + 9) of itself,
+    `decay` at most: with a constant decay it would long be dominated by random weights.
+    """
+    @torch.no_grad()
+    def update(averages, weights, _):
+        n = int(average.n_averaged)  # on the CPU
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, n / (n + 9)))
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    average.n_averaged.fill_(1)  # the initial weights
+    return average.requires_grad_(False)
+
+
+def half_cosine(step, steps):
+    """The factor of the learning rate at a step, counted from 0: it would be 0 after all steps."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+
+def _build_scheduler(args, optimizer, steps_per_epoch):
+    if args.cosine:
+        # Unlike CosineAnnealingLR, which computes each rate from the one before, LambdaLR gives the
+        # same rates to a resumed run.
+        steps = args.epochs * steps_per_epoch
+        return LambdaLR(optimizer, lambda step: half_cosine(step, steps))
+    constant = args.lr_decay == 1  # which ReduceLROnPlateau refuses as a factor
+    return ReduceLROnPlateau(
+        optimizer, mode="max", factor=0.0 if constant else args.lr_decay,
+        patience=math.inf if constant else args.decay_after - 1, threshold=0, eps=0)
+
+
+def _load_optimizer(optimizer, state, trained):
+    """
+    Give the optimizer the state of a checkpoint; trained: whether it must know every weight.
+
+    Raises ValueError or the like unless the state is one of such an optimizer: its settings but
+    the learning rate, and averages of the weights' own sizes.
+    """
+    def settings():
+        return [{key: value for key, value in group.items()
+                 if key not in ("params", "lr", "initial_lr")} for group in optimizer.param_groups]
+
+    ours, initial_lrs = settings(), [group["initial_lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if settings() != ours or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
+                                     for group in optimizer.param_groups):
+        raise ValueError("its optimizer has other settings")
+    for group, initial_lr in zip(optimizer.param_groups, initial_lrs):
+        group["initial_lr"] = initial_lr
+        for parameter in group["params"]:
+            averages = optimizer.state.get(parameter)
+            if averages is None and not trained:
+                continue
+            if averages is None or averages["step"].numel() != 1 or {
+                    averages[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                raise ValueError("its averages of gradients have other sizes than the weights")
