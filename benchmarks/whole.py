@@ -6,6 +6,7 @@ import tempfile
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -30,10 +31,10 @@ from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features
-from training.build import Average
+from training.build import build_criterion, build_loader
 from training.engine import train_one_epoch
 from training.interrupts import Interrupts
-from training.run import new_progress
+from training.state import Progress, TrainingState
 from utils import Distributed, autocast, write_json
 
 
@@ -69,25 +70,21 @@ class Step:
     """Steps of train.py on this data: run() goes through all batches once."""
 
     def __init__(self, encoder, data, args, fine_tune=False, prepared=False):
-        self.processes = Distributed(args.device, 0, 1)
-        self.args = train.get_args(options(args, "."))
-        self.args.fine_tune_encoder = fine_tune
+        run_args = train.get_args(options(args, "."))
+        run_args.fine_tune_encoder = fine_tune
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
-        self.encoder, self.decoder = encoder, decoder.to(args.device)
-        parameters = [p for m in (encoder, self.decoder) for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, fused=True)
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        self.average = Average(encoder, decoder, self.args.ema)
-        self.objective = train._objective(self.args, data)
-        self.loader = train._loader(data, ResumableBatchSampler(len(data), 16), self.args,
-                                    self.processes)
+        sampler = ResumableBatchSampler(len(data), 16)
+        self.loader = build_loader(data, sampler, run_args.workers, args.device)
         if prepared:
             self.loader = Prepared(self.loader, args.device)
+        self.state = TrainingState(run_args, encoder, decoder.to(args.device),
+                                   build_criterion(run_args, data), sampler.num_batches,
+                                   Distributed(args.device))
 
     def run(self):
-        train_one_epoch(self.encoder, self.decoder, self.average, self.objective, self.loader,
-                        self.optimizer, self.scaler, self.args, self.processes, new_progress(),
-                        Interrupts(self.args.save_minutes), lambda: None)
+        self.state.progress = Progress()
+        run = SimpleNamespace(interrupts=Interrupts(10), save=lambda: None)
+        train_one_epoch(self.state, self.loader, 1, run)
 
 
 def cache(args):

@@ -1,11 +1,18 @@
 import pytest
 import torch
+from factories import write_scenes
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """
-    One thread computes in one order, whatever else the machine does; and small models wait for
-    their threads more than they compute.
+    One thread computes in one order, whatever else the machine does; and small models spend more
+    time waiting for threads than computing.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """22 training, 6 validation and 6 test scenes, features cached by the first run."""
+    return write_scenes(tmp_path_factory.mktemp("data"), 22, 6, 6)

@@ -1,6 +1,13 @@
 """What several tests need: small decoders, captions and data sets."""
 
+import itertools
 import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,6 +18,7 @@ from models import DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 
+ROOT = Path(__file__).resolve().parent.parent
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
 VOCAB = 11
@@ -88,3 +96,62 @@ def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LE
         with open(folder / f"{kind}_{TUTORIAL_NAME}.json", "w") as j:
             json.dump(content, j)
     return pixels
+
+
+# Runs of the scripts
+
+SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
+         "--device", "cpu", "--decoder_lr", "5e-3"]
+
+
+def train_args(data, folder, *options):
+    return ["--data_folder", str(data), "--checkpoint_folder", str(folder), *ENCODER, *SMALL,
+            *options]
+
+
+def load_checkpoint(folder, prefix=""):
+    return torch.load(Path(folder) / f"{prefix}checkpoint_{NAME}.pth.tar", weights_only=True)
+
+
+def log_rows(folder):
+    lines = (Path(folder) / f"log_{NAME}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def timeless_rows(folder):
+    """The log without what differs from run to run."""
+    return [{key: value for key, value in row.items() if "second" not in key}
+            for row in log_rows(folder)]
+
+
+def same(a, b):
+    """Whether they are equal bit for bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def run_script(script, *args, processes=1):
+    """A script in a process of its own, or in several by torchrun."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--master_port=0", "--standalone"]
+    return subprocess.run([*command, ROOT / script, *map(str, args)], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def raise_signal_at(monkeypatch, call, signum, function="training.engine.derive_seed"):
+    """Send this process a signal at the call-th call of a function, "module.name"."""
+    original, calls = pkgutil.resolve_name(function), itertools.count(1)
+
+    def with_signal(*args, **kwargs):
+        if next(calls) == call:
+            signal.raise_signal(signum)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(function, with_signal)

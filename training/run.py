@@ -221,6 +221,8 @@ def load_run(path):
     if not isinstance(checkpoint.get("options"), dict) \
             or not isinstance(checkpoint.get("progress"), dict):
         raise UserError(f"{path} is damaged: it has no options or no progress of a run")
+    if not isinstance(checkpoint.get("data"), dict | None):  # None in older runs
+        raise UserError(f"{path} is damaged: it does not say what data it was trained on")
     return checkpoint
 
 
@@ -238,7 +240,7 @@ def restore_state(state, checkpoint, train_data):
     """Make `state` that of the checkpoint; UserError unless it fits the run and its data."""
     args, progress = state.args, checkpoint["progress"]
     data, data_then = describe_data(args, train_data), checkpoint.get("data")
-    if data_then not in (None, data):  # older runs do not tell
+    if data_then not in (None, data):
         differ = ", ".join(f"{key} {data_then.get(key)}, now {data[key]}" for key in data
                            if data_then.get(key) != data[key])
         raise UserError(f"{args.resume} was trained on other data: {differ}; pass their "

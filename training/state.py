@@ -176,8 +176,9 @@ class TrainingState:
             self.scheduler.num_bad_epochs = (self.progress.epochs_since_improvement
                                              % self.args.decay_after)
         elif self._steps_done:
-            self.scheduler.load_state_dict({"last_epoch": self._steps_done - 1,
-                                            "_step_count": self._steps_done})
+            self.scheduler.load_state_dict({**self.scheduler.state_dict(),
+                                            "last_epoch": self._steps_done - 1,
+                                            "_step_count": self._steps_done + 1})
             self.scheduler.step()
 
 

@@ -1,6 +1,6 @@
 """
-What training minimises, against the exact expectation: every caption and every place of a tiny
-model is counted out.
+What training minimises, against the exact expectation: all captions and locations of a tiny model
+are enumerated.
 """
 
 import itertools
@@ -16,16 +16,16 @@ from pycocoevalcap.cider.cider import Cider
 
 from modeling.sampling import sample_captions
 from models import DecoderWithAttention
-from training.build import Average, half_cosine
 from training.losses import (
+    Batch,
     HardAttention,
     Reward,
     SelfCritical,
-    Share,
     TeacherForcing,
     caption_log_probs,
     doubly_stochastic_loss,
 )
+from utils import Distributed
 
 WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
 START, END = 2, 3
@@ -42,7 +42,7 @@ def tiny_decoder(side=2, dropout=0.0):
 
 
 def every_caption(max_len):
-    """All that can be drawn: words after <start>, up to <end> or max_len of them."""
+    """All that can be sampled: tokens after <start>, up to <end> or max_len of them."""
     for words in itertools.product(range(4), repeat=max_len):
         length = words.index(END) + 1 if END in words else max_len
         if all(word == 0 for word in words[length:]):  # each once
@@ -74,7 +74,7 @@ def flat_gradient(loss, decoder):
         torch.autograd.grad(loss, decoder.parameters(), allow_unused=True), decoder.parameters())])
 
 
-def test_captions_are_drawn_as_often_as_they_are_probable():
+def test_captions_are_sampled_with_their_probabilities():
     decoder, features = tiny_decoder().eval(), torch.randn(1, 4, 3, dtype=torch.float64)
     torch.manual_seed(0)
     captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, 400,
@@ -94,28 +94,28 @@ def test_captions_are_drawn_as_often_as_they_are_probable():
 def test_self_critical_gradient_is_that_of_the_expected_reward():
     decoder, features = tiny_decoder(dropout=0.5), torch.randn(1, 4, 3, dtype=torch.float64)
     rewards = {words: 3 * math.sin(7 * i) for i, words in enumerate(every_caption(2))}
-    decoder.eval()  # without dropout, which the objective asks for
-    expected, unbalanced = 0.0, 0.0
+    decoder.eval()  # without dropout, as the criterion asks for
+    expected, penalty = 0.0, 0.0
     for words, reward in rewards.items():
         p = log_prob(decoder, features, words).exp()
         *_, alphas = decoder(features, torch.tensor([[[START, *words]]]),
                              torch.tensor([[len(words) + 1]]))
         expected = expected + p * reward
-        # Attention has a gradient of its own, in the captions drawn.
-        unbalanced = unbalanced + p.detach() * ((1 - alphas.sum(2)) ** 2).mean()
-    exact = flat_gradient(0.5 * unbalanced - expected, decoder)
+        # The attention penalty has a gradient of its own, in the sampled captions.
+        penalty = penalty + p.detach() * ((1 - alphas.sum(2)) ** 2).mean()
+    exact = flat_gradient(0.5 * penalty - expected, decoder)
 
-    objective = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
+    criterion = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
                              samples=3, max_len=2)
-    assert objective.captions(torch.zeros(400, 1)) == 1200
-    assert not objective.dropout
-    objective.reward = lambda images, captions, lengths: torch.tensor(
+    assert criterion.num_captions(torch.zeros(400, 1)) == 1200
+    assert not criterion.dropout
+    criterion.reward = lambda images, captions, lengths: torch.tensor(
         [[rewards[tuple(c[1:n])] for c, n in zip(*rows)]
          for rows in zip(captions.tolist(), lengths.tolist())])
 
     def draw():
-        loss, total, _ = objective(decoder, features.expand(400, -1, -1), None, None, None,
-                                   Share(None, 1200))
+        loss, total, _ = criterion(decoder, Batch(features.expand(400, -1, -1), None, None, None,
+                                                  None, 1200))
         assert abs(total / 1200 - expected) < 0.5
         return flat_gradient(loss, decoder)
 
@@ -123,37 +123,37 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expect_mean(draw, exact, draws=40)
 
 
-def enumerate_places(decoder, features, caption):
+def enumerate_locations(decoder, features, caption):
     """
-    For every sequence of places that the decoder can look at, told the caption: log p(places),
-    log p(words | places) and the sum of alpha's entropies. The textbook's pieces, place by place.
+    For every sequence of locations that the decoder can look at, given the caption:
+    log p(locations), log p(words | locations) and the sum of alpha's entropies.
     """
     encoded = reference.encode(features, 2)  # (1, P, E)
-    for places in itertools.product(range(encoded.shape[1]), repeat=len(caption) - 1):
+    for locations in itertools.product(range(encoded.shape[1]), repeat=len(caption) - 1):
         h, c = reference.init_hidden_state(decoder, encoded)
-        log_p_places = log_p_words = entropy = 0.0
-        for t, place in enumerate(places):
+        log_p_locations = log_p_words = entropy = 0.0
+        for t, location in enumerate(locations):
             _, alpha = reference.attend(decoder.attention, encoded, h)
             log_alpha = alpha[0].log()
-            log_p_places = log_p_places + log_alpha[place]
+            log_p_locations = log_p_locations + log_alpha[location]
             entropy = entropy - (alpha[0] * log_alpha).sum()
-            context = torch.sigmoid(decoder.f_beta(h)) * encoded[:, place]
+            context = torch.sigmoid(decoder.f_beta(h)) * encoded[:, location]
             h, c = decoder.decode_step(
                 torch.cat([decoder.embedding(caption[t:t + 1]), context], 1), (h, c))
             log_p_words = log_p_words + decoder.fc(h).log_softmax(1)[0, caption[t + 1]]
-        yield log_p_places, log_p_words, entropy
+        yield log_p_locations, log_p_words, entropy
 
 
-@pytest.mark.parametrize("sampled", [1.0, 0.5])
-def test_hard_attention_gradient_is_that_of_the_expected_log_probability(sampled):
+@pytest.mark.parametrize("hard_fraction", [1.0, 0.5])
+def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fraction):
     decoder, features = tiny_decoder(), 3 * torch.randn(1, 4, 3, dtype=torch.float64)
     with torch.no_grad():
         decoder.decode_step.weight_ih.mul_(2)
         decoder.fc.weight.mul_(4)
     caption, lambda_e = torch.tensor([START, 1, END]), 0.3
     expected = 0.0
-    for log_p_places, log_p_words, entropy in enumerate_places(decoder, features, caption):
-        p = log_p_places.exp()
+    for log_p_locations, log_p_words, entropy in enumerate_locations(decoder, features, caption):
+        p = log_p_locations.exp()
         expected = expected + p * log_p_words + lambda_e * p.detach() * entropy
     hard = flat_gradient(-expected / 2, decoder)
     captions, lengths = caption.view(1, 1, 3), torch.tensor([[3]])
@@ -163,38 +163,38 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(sampled
                          - lambda_e * entropy / 2, decoder)
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
-    objective = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, sampled=sampled)
-    objective.baseline = torch.tensor(-2.0)  # whatever it is, the mean is the same
-    one_in_half = Share(2 * 600, 600)
+    criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, hard_fraction=hard_fraction)
+    criterion.baseline = torch.tensor(-2.0)  # whatever it is, the mean is the same
+    batch = Batch(features.expand(600, -1, -1), captions.expand(600, -1, -1),
+                  lengths.expand(600, -1), None, 2 * 600, 600)
 
     def draw():
-        loss, *_ = objective(decoder, features.expand(600, -1, -1), captions.expand(600, -1, -1),
-                             lengths.expand(600, -1), None, one_in_half)
+        loss, *_ = criterion(decoder, batch)
         return flat_gradient(loss, decoder)
 
     torch.manual_seed(0)
-    expect_mean(draw, sampled * hard + (1 - sampled) * soft, draws=40)
+    expect_mean(draw, hard_fraction * hard + (1 - hard_fraction) * soft, draws=40)
 
 
-def test_hard_attention_draws_for_the_share_of_captions_it_is_told_and_for_all_their_words():
+def test_hard_attention_samples_for_the_asked_fraction_of_captions_at_all_their_steps():
     decoder, (captions, lengths) = make_decoder(scale=1.0), make_captions(300, 5)
     features = torch.randn(300, 64, 9, dtype=torch.float64)
-    *_, alphas, seen = decoder(features, captions, lengths, hard=0.5)
-    steps = alphas.sum(3) > 0.5  # (N, R, T), those of a caption's own words
-    drawn = seen.amax(3) == 1
+    *_, alphas, weights = decoder(features, captions, lengths, hard_fraction=0.5)
+    steps = alphas.sum(3) > 0.5  # (N, R, T), those of the caption itself
+    drawn = weights.amax(3) == 1
     assert (alphas < 1).all() and (drawn == (drawn[:, :, :1] & steps)).all()
     assert 0.45 < drawn[:, :, 0].double().mean() < 0.55
-    assert ((seen[drawn] == 0).sum(1) == 195).all() and (seen[~drawn] == alphas[~drawn]).all()
+    assert ((weights[drawn] == 0).sum(1) == 195).all()
+    assert (weights[~drawn] == alphas[~drawn]).all()
 
 
 def test_baseline_is_the_moving_average_of_log_probabilities():
     decoder, (captions, lengths) = make_decoder(), make_captions(4, 3)
     features = torch.randn(4, 64, 9, dtype=torch.float64)
-    objective, processes = HardAttention(0.0, 0.1, 0.0), Namespace(sum=lambda *x: x)
-    share, baseline = Share(int((lengths - 1).sum()), 12), 0.0
+    criterion, baseline = HardAttention(0.0, 0.1, 0.0), 0.0
     for step in range(3):
         log_p = []
-        for part in (slice(0, 1), slice(1, 4)):  # what stands for a step need not come at once
+        for part in (slice(0, 1), slice(1, 4)):  # a step may come in parts
             torch.manual_seed(step)
             scores, targets, *_ = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
             per_word = torch.log_softmax(scores, 1)[range(len(targets)), targets]
@@ -204,26 +204,25 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
                 caption_log_probs(scores, targets, lengths[part]).flatten().tolist(),
                 log_p[-lengths[part].numel():], rtol=1e-5, atol=1e-5)
             torch.manual_seed(step)
-            objective(decoder, features[part], captions[part], lengths[part], None, share)
-        objective.step_done(processes)
+            criterion(decoder, Batch(features[part], captions[part], lengths[part], None, 1, 1))
+        criterion.after_step(Distributed(torch.device("cpu")))
         baseline = 0.9 * baseline + 0.1 * np.mean(log_p)
-        assert float(objective.baseline) == pytest.approx(baseline, rel=1e-5)
+        assert float(criterion.baseline) == pytest.approx(baseline, rel=1e-5)
 
 
 def test_scheduled_sampling_at_0_is_teacher_forcing_and_at_1_feeds_back():
     decoder, (captions, lengths) = make_decoder(), make_captions(5, 3)
     features = torch.randn(5, 64, 9, dtype=torch.float64)
-    share = Share(int((lengths - 1).sum()), 15)
-    objective = TeacherForcing(1.0)
-    loss, *_ = objective(decoder, features, captions, lengths, None, share)
+    loss, *_ = TeacherForcing(1.0)(decoder, Batch(features, captions, lengths, None,
+                                                  int((lengths - 1).sum()), 15))
     textbook = reference.loss(*reference.decode(
         decoder, reference.encode(features).repeat_interleave(3, 0), captions.flatten(0, 1),
         lengths.flatten())[:4])
     torch.testing.assert_close(loss, textbook)
 
     with torch.no_grad():
-        decoder.fc.weight.mul_(1e4)  # now the model's own word is the likeliest
-    scores, targets, _ = decoder(features, captions, lengths, own=1.0)
+        decoder.fc.weight.mul_(1e4)  # now nearly all probability is on the arg max
+    scores, targets, _ = decoder(features, captions, lengths, sampling_prob=1.0)
     scores, different = iter(scores.split((lengths - 1).flatten().tolist())), 0
     for image, rows, sizes in zip(reference.encode(features).split(1), captions, lengths.tolist()):
         for caption, size in zip(rows, sizes):
@@ -237,21 +236,21 @@ def test_scheduled_sampling_at_0_is_teacher_forcing_and_at_1_feeds_back():
             torch.testing.assert_close(next(scores), torch.cat(expected))
     assert different > 30
     true = torch.cat([c[1:n] for c, n in zip(captions.flatten(0, 1), lengths.flatten())])
-    assert torch.equal(targets, true)  # what is learned stays the true word
+    assert torch.equal(targets, true)  # the targets stay the true ones
 
 
-def test_scheduled_sampling_feeds_back_as_often_as_it_is_told(monkeypatch):
+def test_scheduled_sampling_feeds_back_with_the_asked_probability(monkeypatch):
     decoder, kept = make_decoder(), []
-    monkeypatch.setattr(decoder, "_read_own", lambda true, *rest: mixed(true, *rest))
+    monkeypatch.setattr(decoder, "_scheduled_sampling", lambda true, *rest: mixed(true, *rest))
 
     def mixed(true, *rest):
-        read = DecoderWithAttention._read_own(decoder, torch.full_like(true, 77), *rest)
-        kept.append((read == 77).all(1).double().mean().item())
-        return read
+        gates = DecoderWithAttention._scheduled_sampling(decoder, torch.full_like(true, 77), *rest)
+        kept.append((gates == 77).all(1).double().mean().item())
+        return gates
 
     captions, lengths = torch.full((400, 1, 12), 5), torch.full((400, 1), 11)
-    decoder(torch.randn(400, 64, 9, dtype=torch.float64), captions, lengths, own=0.3)
-    assert len(kept) == 9  # the first word read is <start>, never one's own
+    decoder(torch.randn(400, 64, 9, dtype=torch.float64), captions, lengths, sampling_prob=0.3)
+    assert len(kept) == 9  # the first token is always <start>
     assert 0.66 < np.mean(kept) < 0.74
     decoder(torch.randn(400, 64, 9, dtype=torch.float64), captions, lengths)
     assert len(kept) == 9
@@ -268,7 +267,7 @@ def test_reward_is_cider_d_on_words_end_included():
 
     entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
     data = Namespace(word_map=word_map, entries=entries)
-    # Half of what is drawn is close to a reference; some has no end.
+    # Half of the samples are close to a reference; some have no end.
     drawn = [[(entries[i]["references"][0][:7] if k else some_words(0)) + ["<end>"] * (i % 7 > 0)
               for k in range(2)] for i in range(60)]
     captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
@@ -285,36 +284,3 @@ def test_reward_is_cider_d_on_words_end_included():
             truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
     assert ours[:, 1].mean() > ours[:, 0].mean() + 1
-
-
-def test_the_average_of_weights_equals_a_loop_by_hand():
-    torch.manual_seed(0)
-    decoder, encoder = make_decoder(), torch.nn.Linear(3, 3).requires_grad_(False)
-    decoder.fine_tune_embeddings(False)
-    average = Average(encoder, decoder, 0.7)
-    assert average.encoder is encoder and average.decoder is not decoder
-    expected = [p.detach().clone() for p in decoder.parameters()]
-    for step in range(30):
-        keep = min(0.7, (1 + step) / (10 + step))  # 0.1, 0.18, ... from step 20 on 0.7
-        with torch.no_grad():
-            for i, p in enumerate(decoder.parameters()):
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p))
-                expected[i] = keep * expected[i] + (1 - keep) * p
-        average.update(step)
-    for ours, theirs in zip(average.decoder.parameters(), expected):
-        torch.testing.assert_close(ours, theirs)
-    assert not torch.equal(average.decoder.fc.weight, decoder.fc.weight)
-    assert torch.equal(average.decoder.embedding.weight, decoder.embedding.weight)
-
-
-def test_without_an_average_the_models_are_those_that_are_trained():
-    decoder, encoder = make_decoder(), torch.nn.Linear(3, 3)
-    average = Average(encoder, decoder, 0.0)
-    average.update(0)
-    assert average.decoder is decoder and average.encoder is encoder and average.state() is None
-
-
-def test_half_a_cosine_falls_from_one_to_zero():
-    np.testing.assert_allclose([half_cosine(i, 6) for i in range(7)],
-                               [1, 0.933013, 0.75, 0.5, 0.25, 0.066987, 0], atol=1e-6)

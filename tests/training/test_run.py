@@ -1,0 +1,149 @@
+"""The checkpoint folder: logs, locks, phases, what is replaced and what is not."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from factories import NAME, ROOT, load_checkpoint, log_rows, same, train_args
+
+import train
+from utils import UserError
+
+
+def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="is of an earlier run; pass --resume"):
+        train.main(train_args(data, tmp_path, "--epochs", "1"))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    train.main(train_args(data, tmp_path, "--epochs", "2", "--overwrite", "--seed", "1"))
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
+
+
+def test_a_run_that_cannot_begin_leaves_the_one_before(data, tmp_path, monkeypatch):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="gone.txt"):
+        train.main(train_args(data, tmp_path, "--overwrite", "--embeddings", "gone.txt"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs a package"):
+        train.main(train_args(data, tmp_path, "--overwrite", "--tensorboard"))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_two_runs_do_not_train_in_one_folder(data, tmp_path, monkeypatch):
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from argparse import Namespace
+        from training import run
+        args = Namespace(checkpoint_folder={str(tmp_path)!r}, data_name={NAME!r})
+        lock = run.exclusive_lock
+        run.exclusive_lock = lambda path, busy, timeout: lock(path, busy, 0.1)
+        try:
+            with run.lock_run(args, Namespace(is_main=True)): print("both")
+        except run.UserError as error: print(error)
+    """
+    said = []
+    monkeypatch.setattr(train, "train", lambda *args: said.append(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
+    train.main(train_args(data, tmp_path))
+    assert f"another run of {NAME} is training in" in said[0]
+    assert not list(tmp_path.glob(".train*"))
+
+
+def test_broken_references_are_reported_before_the_first_epoch(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
+    path = data / f"VAL_REFERENCES_{NAME}.json"
+    whole = path.read_text()
+    try:
+        path.write_text("[{")
+        with pytest.raises(UserError, match="broken JSON"):
+            train.main(train_args(data, tmp_path))
+    finally:
+        path.write_text(whole)
+
+
+def test_the_log_holds_the_metrics_that_are_printed(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "2", "--tensorboard"))
+    printed = capsys.readouterr().out
+    for row in log_rows(tmp_path):
+        assert f"free-running: BLEU-4 {row['bleu4']:.2f}" in printed
+        assert all(math.isfinite(value) for value in row.values())
+        assert {"train_loss", "val_loss", "val_top5", "teacher_forced_bleu4", "bleu1",
+                "captions_per_second", "lr"} <= row.keys()
+    assert list((tmp_path / f"tensorboard_{NAME}").glob("events*"))
+
+
+def test_a_second_phase_is_what_resume_goes_on_with_from_its_start(data, tmp_path, monkeypatch):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
+                    "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
+                    "--fine_tune_encoder", "--device", "cpu", "--workers", "0"])
+    assert load_checkpoint(tmp_path)["options"]["fine_tune_encoder"]
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [1]
+    monkeypatch.undo()
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 1, 2]  # of both phases
+
+
+def test_a_phase_from_another_folder_replaces_a_run_only_with_overwrite(data, tmp_path):
+    for folder in ("one", "two"):
+        train.main(train_args(data, tmp_path / folder, "--epochs", "1"))
+    before = {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    phase = train_args(data, tmp_path / "two", "--epochs", "1", "--checkpoint",
+                       str(tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"))
+    with pytest.raises(UserError, match="two.*is of an earlier run; pass"):
+        train.main(phase)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    train.main([*phase, "--overwrite"])
+    assert len(log_rows(tmp_path / "two")) == 1
+    assert load_checkpoint(tmp_path / "two")["progress"]["rows"] == 0
+
+
+def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path / "one", "--epochs", "3"))
+    best = tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"
+    # So small a rate that no epoch is better.
+    train.main(train_args(data, tmp_path / "two", "--epochs", "1", "--checkpoint", str(best),
+                          "--decoder_lr", "1e-12"))
+    assert same(*(load_checkpoint(tmp_path / folder, "BEST_")["decoder"]
+                  for folder in ("one", "two")))
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("done after epoch 1: best validation BLEU-4 ") and printed.endswith(
+        f"of the model that the phase began with, in {tmp_path / 'two' / best.name}")
+
+
+def test_fine_tuning_starts_from_the_checkpoint_and_trains_blocks_2_to_4_only(
+        data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path / "1", "--epochs", "2"))
+    checkpoint = tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"
+    train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"),
+                "--checkpoint", str(checkpoint), "--fine_tune_encoder", "--epochs", "1",
+                "--workers", "0", "--device", "cpu", "--batch_size", "55"])
+    assert "start " in capsys.readouterr().out
+    before, after = torch.load(checkpoint, weights_only=True), load_checkpoint(tmp_path / "2")
+    assert before["encoder_args"] == after["encoder_args"]
+    changed = {key.split(".")[1] + "." + key.split(".")[2]
+               for key in before["encoder"]
+               if not torch.equal(before["encoder"][key], after["encoder"][key])}
+    assert "0.weight" not in changed  # conv_stem
+    assert not any(key.startswith(("1.", "2.0", "2.1")) for key in changed)  # stride 2 and 4
+    assert {"2.2", "2.3", "2.4", "2.5", "2.6", "3.weight"} <= changed
+    assert not any("running" in key for key in changed)
+    assert not same(before["decoder"], after["decoder"])
+
+
+def test_a_checkpoint_that_differs_from_the_options_says_in_what(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    checkpoint = str(tmp_path / f"checkpoint_{NAME}.pth.tar")
+    with pytest.raises(UserError, match="decoder_dim 32, not 64"):
+        train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--decoder_dim", "64"])
+    for option in (["--decoder_lr", "1"], ["--fine_tune_encoder"]):
+        with pytest.raises(UserError, match="for a new phase pass --checkpoint"):
+            train.main(["--resume", checkpoint, *option])
+    with pytest.raises(UserError, match="leave --embeddings out"):
+        train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--embeddings", "x"])
