@@ -158,8 +158,9 @@ def test_tree_has_one_line_for_each_source_file_and_folder():
     there += [f"{folder.name}/" for folder in packages]
     there += [f"{name}/" for name in ("tests", "pretrained", "docs")]
     listed, there = Counter(read_tree()), Counter(there)
-    assert not there - listed, "files without a line in the README's tree"
-    assert not listed - there, "lines in the README's tree without a file, or twice"
+    without_line, without_file_or_twice = sorted(there - listed), sorted(listed - there)
+    assert not without_line
+    assert not without_file_or_twice
 
 
 def imported_names(path):
