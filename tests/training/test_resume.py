@@ -180,3 +180,12 @@ def test_a_damaged_or_hostile_run_is_one_line(data, tmp_path, part, change, mess
     torch.save(checkpoint, tmp_path / "x.pth.tar")
     with pytest.raises(UserError, match=message):
         train.main(["--resume", str(tmp_path / "x.pth.tar"), "--epochs", "2"])
+
+
+def test_a_resumed_run_parses_its_options_twice(data, tmp_path, monkeypatch):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    parsed, parse_args = [], train.Parser.parse_args
+    monkeypatch.setattr(train.Parser, "parse_args",
+                        lambda *args: parsed.append(1) or parse_args(*args))
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume"])
+    assert len(parsed) == 2  # which run it is, then with that run's options
