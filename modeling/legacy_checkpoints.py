@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from modeling.pickles import Machine, Refused, Storage, Stream, Stub, Tensor, shown
+from modeling.stub_unpickler import Machine, Refused, Storage, Stream, Stub, Tensor, shown
 from utils import UserError
 
 ZIP_START = b"PK\3\4"

@@ -28,7 +28,7 @@ import checkpoints
 import models
 from checkpoints import load, load_captioner
 from modeling.legacy_checkpoints import MAGIC, PROTOCOL
-from modeling.pickles import MAX_STEPS
+from modeling.stub_unpickler import MAX_STEPS
 from utils import UserError
 
 FORMS = ("zip", "old")
