@@ -1,368 +1,285 @@
 """
-A pickle read without running any of it.
+Files of torch.save from anywhere, read without running any of their code.
 
-torch.save writes a pickle, a program that may call whatever it names. Here its instructions are
-listed one after the other, and the few that a checkpoint needs are carried out on objects of
-ours: a name stays a name, an object of a class is a `Stub` that does nothing, and a tensor is a
-place in the file, within a storage that the file is known to hold.
+Such a file is a pickle, a program that may call whatever it names. The unpickler here imports
+nothing: an object of a class becomes a `Stub`, and a tensor a place in the file, whose numbers
+are read when they are wanted.
 """
 
+import io
 import math
+import os
+import pickle
 import re
+import struct
+import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from pickletools import genops
+from contextlib import contextmanager
+from pickletools import code2op
 
+import numpy as np
 import torch
 
-MAX_STEPS = 1 << 21  # of all pickles in a file; a ResNet-152 with its optimizer takes 1 << 16
-MAX_LINE, MAX_STRING = 1 << 16, 1 << 26  # bytes
+from utils import UserError
+
+ZIP_START = b"PK\3\4"
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file from before the zip format begins with
+MAX_PICKLE = 6 << 20  # bytes; a ResNet-152 with its optimizers takes 0.3 MB, a word 20 bytes
 MAX_DIMENSIONS = 8
 
 DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
           "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
           "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
-REBUILD_TENSOR = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
-REBUILD_PARAMETER = {"torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
-                     "torch._utils._rebuild_parameter_with_state"}
-DICTIONARIES = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict"}
-NAMED_ONLY = {f"builtins.{name}"  # never called
-              for name in ("list", "tuple", "int", "float", "bool", "str", "object")}
-NAMED_ONLY |= {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-KNOWN = (REBUILD_TENSOR | REBUILD_PARAMETER | DICTIONARIES | NAMED_ONLY
-         | {"builtins.set", "torch.Size"})
 STORAGE = re.compile(rf"torch\.(?:cuda\.)?({'|'.join(DTYPES)})Storage")
 STUBS = re.compile(
     r"(?:torch\.nn\.modules|torch\.optim|torchvision\.models)(?:\.[a-z_]\w*)*\._?[A-Z]\w*"
     r"|models\.[A-Z]\w*|__main__\.(?:Encoder|Attention|DecoderWithAttention)"
-    r"|torch\.nn\.backends\.thnn\._get_thnn_function_backend",  # in every module of torch 0.4
+    r"|torch\.nn\.backends\.thnn\._get_thnn_function_backend"  # in every module of torch 0.4
+    r"|builtins\.(?:dict|list|tuple|set|int|float|bool|str|object)"
+    r"|torch\.(?:Size|float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)"
+    r"|numpy\.(?:dtype|_?core\.multiarray\.scalar)|_codecs\.encode",  # numbers of NumPy's
     re.ASCII)
+PLAIN = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict",  # all that format 1 needs
+         *(f"torch.{kind}Storage" for kind in DTYPES)}
+# What torch.save writes; the last line is of newer protocols than its usual one.
+INSTRUCTIONS = """
+    PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    FRAME MEMOIZE STACK_GLOBAL SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_SET ADDITEMS
+    """.split()
 
 
 class Refused(Exception):
     """Its text names what a file holds and no checkpoint needs."""
 
 
-class Name:
-    """A function or class that a pickle names; nothing is imported."""
-    __slots__ = ("text",)
-
-    def __init__(self, text):
-        self.text = text
-
-
 class Stub:
-    """Stands for an object of a class of modules or optimizers: what it had, none of its code."""
-    __slots__ = ("name", "state")
+    """Stands for any object but tensors and plain values: its attributes, none of its code."""
 
-    def __init__(self, name):
-        self.name, self.state = name, {}
+    def __init__(self, *arguments):
+        self.state = {}
 
-    def part(self, key):
-        """A dictionary of its state, {} where there is none."""
-        part = self.state.get(key)
+    def part(self, name):
+        """A dictionary among its attributes, {} where there is none."""
+        part = self.state.get(name)
         return part if isinstance(part, dict) else {}
 
 
+class Dictionary(dict):
+    """
+    Its keys are strings, tensors and small integers. Other keys can be made to collide, and hashing
+    a tuple of tuples can take for ever, here and in torch's unpickler that reads the file next.
+    """
+
+    def __init__(self, *pairs):
+        if pairs:
+            raise Refused("an OrderedDict of Python 2")
+        super().__init__()
+
+    def __setitem__(self, key, value):
+        if not isinstance(key, (str, Tensor)) and not (type(key) is int and abs(key) < 1 << 60):
+            raise Refused(f"a key {_shown(key)}")
+        super().__setitem__(key, value)
+
+
 class Storage:
-    """A run of numbers in the file, read when a tensor of it is first wanted."""
-    __slots__ = ("dtype", "numel", "path", "start", "data")
+    """A one-dimensional array in the file, read when a tensor of it is."""
 
-    def __init__(self, dtype, numel, path, start=None):
-        self.dtype, self.numel, self.path, self.start, self.data = dtype, numel, path, start, None
+    def __init__(self, dtype, numel):
+        self.dtype, self.numel, self.size = dtype, numel, numel * dtype.itemsize  # size in bytes
+        self.start, self.data = None, None
 
-    @property
-    def size(self):
-        return self.numel * self.dtype.itemsize  # bytes
-
-    def read(self):
+    def read(self, path):
         if self.data is None:
-            data = torch.empty(self.size, dtype=torch.uint8)
-            with open(self.path, "rb") as file:
-                file.seek(self.start)
-                if file.readinto(data.numpy()) != self.size:
-                    raise ValueError("it ends too early")
-            self.data = data.view(self.dtype)
+            data = np.fromfile(path, np.uint8, self.size, offset=self.start)
+            self.data = torch.from_numpy(data).view(self.dtype)
         return self.data
 
 
 class Tensor:
-    """A view of a storage that lies within it. Raises Refused if it does not."""
-    __slots__ = ("storage", "offset", "shape", "stride")
+    """
+    A view of a storage, with at most as many elements: a stride of 0 could make any number of one.
+    That it lies within the storage torch checks as it is read.
+    """
 
-    def __init__(self, storage, offset, shape, stride):
-        if not isinstance(storage, Storage):
-            raise Refused(f"a tensor on {shown(storage)}")
-        for numbers in (shape, stride):
-            if not isinstance(numbers, tuple) or len(numbers) > MAX_DIMENSIONS:
-                raise Refused("a tensor without a proper size and stride")
-        numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 48
-                                                for n in numbers):
-            raise Refused("a tensor with an impossible size, stride or offset")
-        last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
-        # As many elements as the storage at most: a stride of 0 would make any number of one.
-        count = math.prod(shape)
-        if count > storage.numel or (count and last >= storage.numel):
-            raise Refused(f"a tensor of size {shape} that is larger than its storage")
+    def __init__(self, storage, offset, shape, stride, *options):
+        if not (isinstance(storage, Storage) and isinstance(shape, tuple)
+                and len(shape) <= MAX_DIMENSIONS and all(type(n) is int for n in shape)
+                and math.prod(shape) <= storage.numel):
+            raise Refused("a tensor that is larger than its storage")
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
 
-    def read(self):
-        return self.storage.read().as_strided(self.shape, self.stride, self.offset)
+    def read(self, path):
+        return self.storage.read(path).as_strided(self.shape, self.stride, self.offset)
 
 
-def shown(value):
-    """A text from a file, fit for one line of a message; of anything else its type."""
-    return ascii(value)[1:-1][:100] if isinstance(value, str) else type(value).__name__
+# What stands for the names of functions and classes that are more than stubs.
+CALLS = {
+    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), Tensor),
+    **dict.fromkeys(("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
+                     "torch._utils._rebuild_parameter_with_state"), lambda tensor, *_: tensor),
+    "collections.OrderedDict": Dictionary, "collections.defaultdict": lambda *_: Dictionary()}
 
 
-class Stream:
-    """Part of a file for pickletools, which asks for as many bytes as a pickle says."""
+class Instructions(dict):
+    """Code -> method of an unpickler, and a refusal for all others."""
 
-    def __init__(self, file, end):
-        self.file, self.left = file, end - file.tell()
-
-    def _count(self, data):
-        self.left -= len(data)
-        return data
-
-    def read(self, n):
-        return self._count(self.file.read(min(n, self.left, MAX_STRING)))
-
-    def readline(self):
-        return self._count(self.file.readline(min(self.left, MAX_LINE)))
+    def __missing__(self, code):
+        raise Refused(f"the pickle instruction {code2op[chr(code)].name}")
 
 
-class Machine:
+class StubUnpickler(pickle._Unpickler):
     """
-    Carries out the pickles of one file on objects of ours. An instruction without a method here
-    is refused: INST, OBJ, NEWOBJ_EX, EXT1, PERSID and whatever else torch.save never writes.
-
-    new_storage(dtype, key, numel) -> Storage, Refused where the file cannot hold it
+    An unpickler that imports nothing. It extends the standard library's in Python, since the one
+    in C calls setattr on whatever a pickle names, hashes any key, and allocates what a pickle says.
     """
-    values = {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT",
-              "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
-              "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-    constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-    ignored = {"PROTO", "FRAME"}
 
-    def __init__(self, new_storage):
-        self.new_storage = new_storage
-        self.steps = 0
-        self.stubs = []
+    def __init__(self, file):
+        super().__init__(file, encoding="utf-8")
+        self.names = []  # of all functions and classes
+        self.storages = {}
 
-    def run(self, stream):
-        """The object of the next pickle. Raises Refused, and ValueError and others if broken."""
-        self.stack, self.outer, self.memo = [], [], {}
-        for opcode, argument, _ in genops(stream):
-            self._spend(1)
-            name = opcode.name
-            if name == "STOP":
-                return self.stack.pop()
-            if name in self.values:
-                self.stack.append(argument)
-            elif name in self.constants:
-                self.stack.append(self.constants[name])
-            elif name not in self.ignored:
-                step = getattr(self, f"do_{name.lower()}", None)
-                if step is None:
-                    raise Refused(f"the pickle instruction {name} {shown(argument)}")
-                step(argument)
-
-    def _spend(self, steps):
-        self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise Refused(f"a pickle of more than {MAX_STEPS} steps")
-
-    def _key(self, key):
-        """
-        Whether a key is a text; others are not kept. Their hashes can be chosen such that a
-        dictionary of many is slow, and a tuple of tuples takes for ever, so both are bounded.
-        """
-        if isinstance(key, tuple):
-            raise Refused("a tuple as a key")
-        if type(key) is not str:
-            self._spend(128)
-        return type(key) is str
-
-    def _fill(self, target, pairs):
-        if not isinstance(target, dict):
-            raise Refused(f"items set on {shown(target)}")
-        for key, value in pairs:
-            if self._key(key):
-                target[key] = value
-
-    def _pop_mark(self):
-        items, self.stack = self.stack, self.outer.pop()
-        return items
-
-    def do_mark(self, _):
-        self.outer.append(self.stack)
-        self.stack = []
-
-    def do_pop(self, _):
-        self.stack.pop()
-
-    def do_pop_mark(self, _):
-        self._pop_mark()
-
-    def do_dup(self, _):
-        self.stack.append(self.stack[-1])
-
-    def do_put(self, index):
-        self.memo[index] = self.stack[-1]
-
-    do_binput = do_long_binput = do_put
-
-    def do_memoize(self, _):
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def do_get(self, index):
-        self.stack.append(self.memo[index])
-
-    do_binget = do_long_binget = do_get
-
-    def do_empty_list(self, _):
-        self.stack.append([])
-
-    def do_list(self, _):
-        items = self._pop_mark()
-        self.stack.append(items)
-
-    def do_append(self, _):
-        self._extend([self.stack.pop()])
-
-    def do_appends(self, _):
-        self._extend(self._pop_mark())
-
-    def _extend(self, items):
-        if not isinstance(self.stack[-1], list):
-            raise Refused(f"items appended to {shown(self.stack[-1])}")
-        self.stack[-1].extend(items)
-
-    def do_tuple(self, _):
-        items = self._pop_mark()
-        self.stack.append(tuple(items))
-
-    def do_tuple1(self, _):
-        self._tuple(1)
-
-    def do_tuple2(self, _):
-        self._tuple(2)
-
-    def do_tuple3(self, _):
-        self._tuple(3)
-
-    def _tuple(self, n):
-        self.stack.append(tuple(self.stack.pop() for _ in range(n))[::-1])
-
-    def do_empty_dict(self, _):
-        self.stack.append({})
-
-    def do_dict(self, _):
-        items = self._pop_mark()
-        self.stack.append({})
-        self._fill(self.stack[-1], zip(items[::2], items[1::2]))
-
-    def do_setitem(self, _):
-        value, key = self.stack.pop(), self.stack.pop()
-        self._fill(self.stack[-1], [(key, value)])
-
-    def do_setitems(self, _):
-        items = self._pop_mark()
-        self._fill(self.stack[-1], zip(items[::2], items[1::2]))
-
-    def do_empty_set(self, _):
-        self.stack.append(Stub("set"))
-
-    def do_additems(self, _):
-        for item in self._pop_mark():
-            self._key(item)
-
-    def do_global(self, argument):
-        module, _, name = argument.partition(" ")
-        self._name(module, name)
-
-    def do_stack_global(self, _):
-        name, module = self.stack.pop(), self.stack.pop()
-        self._name(module, name)
-
-    def do_inst(self, argument):
-        self.do_global(argument)
-        raise Refused(f"the pickle instruction INST {shown(argument)}")
-
-    def _name(self, module, name):
-        """Push the name if it is a known one; a dotted name would reach into other modules."""
-        if type(module) is not str or type(name) is not str:
-            raise Refused("a name that is no text")
+    def find_class(self, module, name):
+        """What stands for a name: calling it makes an object of ours."""
         # Protocol 2, torch's, writes the names of Python 2: __builtin__, commands.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        text = f"{module}.{name}"
-        if "." in name or not (text in KNOWN or STORAGE.fullmatch(text) or STUBS.fullmatch(text)):
-            raise Refused(shown(text))
-        if STUBS.fullmatch(text):
-            self.stubs.append(text)
-        self.stack.append(Name(text))
+        name = f"{module}.{name}"
+        self.names.append(name)
+        if storage := STORAGE.fullmatch(name):
+            return DTYPES[storage[1]]
+        if name in CALLS or STUBS.fullmatch(name):
+            return CALLS.get(name, Stub)
+        raise Refused(_shown(name))
 
-    def do_reduce(self, _):
-        arguments, name = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, Name) or not isinstance(arguments, tuple):
-            raise Refused(f"a call of {shown(name)}")
-        self.stack.append(self._call(name.text, *arguments))
-
-    do_newobj = do_reduce
-
-    def _call(self, name, *arguments):
-        """What calling this name gives, all of it our own."""
-        if name in REBUILD_TENSOR:
-            return Tensor(*arguments[:4])
-        if name in REBUILD_PARAMETER and arguments and isinstance(arguments[0], Tensor):
-            return arguments[0]
-        if name == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], tuple):
-            return arguments[0]
-        if name in DICTIONARIES and not any(isinstance(a, dict) for a in arguments):
-            return self._dictionary(arguments)
-        if name == "builtins.set" and (not arguments or isinstance(arguments[0], list)):
-            for item in (arguments or [()])[0]:
-                self._spend(1)
-                self._key(item)
-            return Stub("set")
-        if STUBS.fullmatch(name):
-            return Stub(name)
-        raise Refused(f"a call of {name}")
-
-    def _dictionary(self, arguments):
-        """From nothing, a default's name, or (Python 2) a list of pairs."""
-        made = {}
-        if arguments and isinstance(arguments[0], list):
-            self._spend(len(arguments[0]))  # the same list may be given again and again
-            self._fill(made, arguments[0])
-        return made
-
-    def do_build(self, _):
-        """The state of a stub; that of anything else, an OrderedDict's _metadata, is dropped."""
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], Stub):
-            if not isinstance(state, dict):
-                raise Refused(f"a {shown(self.stack[-1].name)} made of {shown(state)}")
-            self.stack[-1].state = state
-        elif not isinstance(self.stack[-1], dict):
-            raise Refused(f"attributes set on {shown(self.stack[-1])}")
-
-    def do_binpersid(self, _):
+    def persistent_load(self, saved):
         """torch's own: a storage, or (before the zip format) a module's class and source code."""
-        saved = self.stack.pop()
-        kind, *rest = saved if isinstance(saved, tuple) and saved else (None,)
-        if kind == "module" and len(rest) == 3 and isinstance(rest[0], Name):
-            self.stack.append(rest[0])
-        elif kind == "storage" and len(rest) in (4, 5):
-            self.stack.append(self._storage(*rest))
-        else:
-            raise Refused(f"the persistent id {shown(kind)}")
+        match saved:
+            case "module", cls, _, _ if cls is Stub:
+                return Stub
+            case "storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view:
+                storage = self.storages.setdefault(key, Storage(dtype, numel))
+                if (storage.dtype, storage.numel) == (dtype, numel) and numel >= 0 \
+                        and view in ([], [None]):
+                    return storage
+        kind = saved[0] if isinstance(saved, tuple) and saved else saved
+        raise Refused(f"the persistent id {_shown(kind)}")
 
-    def _storage(self, kind, key, location, numel, view=None):
-        dtype = STORAGE.fullmatch(kind.text) if isinstance(kind, Name) else None
-        if dtype is None or type(key) is not str or view is not None:
-            raise Refused("a storage of an unknown kind")
-        if type(numel) is not int or not 0 <= numel < 1 << 48:
-            raise Refused("a storage of an impossible size")
-        return self.new_storage(DTYPES[dtype[1]], key, numel)
+    def load_empty_dict(self):
+        self.append(Dictionary())
+
+    def load_build(self):
+        """The attributes of a stub; those of anything else, an OrderedDict's, are dropped."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Stub):
+            target.state = state if isinstance(state, dict) else {}
+        elif not isinstance(target, Dictionary):
+            raise Refused(f"attributes set on a {type(target).__name__}")
+
+    dispatch = Instructions({code: pickle._Unpickler.dispatch[code] for code in (
+        getattr(pickle, name)[0] for name in INSTRUCTIONS)})
+    dispatch |= {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build,
+                 pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
+                 # A set becomes a list: nothing in it is hashed.
+                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends}
+
+
+def _shown(value):
+    """A string from a file, fit for one line of a message; of anything else its type."""
+    return ascii(value)[1:-1][:100] if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
+@contextmanager
+def one_line_errors(path):
+    """Whatever is raised within becomes a UserError of one line about the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} not found; train a model first or pass another file") from None
+    except Refused as error:
+        raise UserError(f"{path} is refused: it holds {error}, which is no part of a checkpoint; "
+                        f"nothing in the file was run") from None
+    except Exception as error:  # bytes that are no pickle fail in all sorts of ways
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged or not a checkpoint: "
+                        f"{reason or type(error).__name__}") from None
+
+
+def read(path):
+    """
+    What a file of torch.save holds: dictionaries, lists, tuples, plain values, Stubs and Tensors,
+    of which no numbers are read yet; and the names of all functions and classes.
+
+    Raises UserError, one line with the name of what was refused.
+    """
+    with one_line_errors(path):
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for its other end
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            start, size = file.read(len(ZIP_START)), os.path.getsize(path)
+            if start == ZIP_START:
+                return _read_zip(file, size)
+            if not start.startswith(pickle.PROTO):
+                raise ValueError("it is no file of torch.save")
+            return _read_old(file, size)
+
+
+def _read_zip(file, size):
+    """
+    Today's format: PREFIX/data.pkl, and PREFIX/data/KEY for every storage, stored as they are.
+    As nothing is unpacked, all entries together are no larger than the file.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise Refused(f"the compressed entry {_shown(entry.filename)}")
+        if sum(entry.file_size for entry in archive.infolist()) > size:
+            raise Refused("entries that overlap")
+        found = [name for name in archive.namelist() if name.lower().endswith("/data.pkl")]
+        if len(found) != 1:  # torch's reader, which may come after, ignores case
+            raise ValueError(f"it is a zip file with {len(found)} data.pkl")
+        if archive.getinfo(found[0]).file_size > MAX_PICKLE:
+            raise Refused(f"a pickle of more than {MAX_PICKLE} bytes")
+        _seek(file, archive.getinfo(found[0]))
+        unpickler = StubUnpickler(io.BytesIO(file.read(MAX_PICKLE)))
+        root = unpickler.load()
+        for key, storage in unpickler.storages.items():
+            entry = archive.getinfo(found[0].removesuffix(".pkl") + f"/{key}")
+            if entry.file_size != storage.size:
+                raise Refused(f"a storage {_shown(key)} that is not as large as it says")
+            storage.start = _seek(file, entry)
+    return root, unpickler.names
+
+
+def _seek(file, entry):
+    """Go to where the contents of a zip file's entry begin, which is returned."""
+    file.seek(entry.header_offset + 26)
+    return file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # name, extra fields
+
+
+def _read_old(file, size):
+    """
+    The format before zip: five pickles (a magic number, the protocol, the machine's properties,
+    the object, the keys of the storages), then per key its number of elements and its bytes.
+    """
+    file.seek(0)
+    pickles = io.BytesIO(file.read(MAX_PICKLE))
+    unpickler = StubUnpickler(pickles)
+    if unpickler.load() != MAGIC or unpickler.load() != PROTOCOL:
+        raise ValueError("it is no file of torch.save")
+    _, root, keys = unpickler.load(), unpickler.load(), unpickler.load()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("it lacks the list of its storages")
+    file.seek(pickles.tell())
+    for key in keys:
+        storage = unpickler.storages[key]
+        if file.read(8) != struct.pack("<q", storage.numel):
+            raise Refused(f"a storage {_shown(key)} that is not as large as it says")
+        storage.start = file.tell()
+        file.seek(storage.size, os.SEEK_CUR)
+    if file.tell() > size or any(s.start is None for s in unpickler.storages.values()):
+        raise ValueError("it ends too early")
+    return root, unpickler.names
