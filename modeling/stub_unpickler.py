@@ -72,11 +72,6 @@ class Dictionary(dict):
     a tuple of tuples can take for ever, here and in torch's unpickler that reads the file next.
     """
 
-    def __init__(self, *pairs):
-        if pairs:
-            raise Refused("an OrderedDict of Python 2")
-        super().__init__()
-
     def __setitem__(self, key, value):
         if not isinstance(key, (str, Tensor)) and not (type(key) is int and abs(key) < 1 << 60):
             raise Refused(f"a key {_shown(key)}")
@@ -119,7 +114,7 @@ CALLS = {
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), Tensor),
     **dict.fromkeys(("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
                      "torch._utils._rebuild_parameter_with_state"), lambda tensor, *_: tensor),
-    "collections.OrderedDict": Dictionary, "collections.defaultdict": lambda *_: Dictionary()}
+    "collections.defaultdict": lambda *_: Dictionary()}
 
 
 class Instructions(dict):
@@ -148,9 +143,21 @@ class StubUnpickler(pickle._Unpickler):
         self.names.append(name)
         if storage := STORAGE.fullmatch(name):
             return DTYPES[storage[1]]
+        if name == "collections.OrderedDict":
+            return self._new_ordered_dict
         if name in CALLS or STUBS.fullmatch(name):
             return CALLS.get(name, Stub)
         raise Refused(_shown(name))
+
+    def _new_ordered_dict(self, pairs=()):
+        """pairs: a list, which only Python 2 writes"""
+        new = Dictionary()
+        for key, value in pairs:
+            new[key] = value
+        if pairs:
+            self.names.append("an OrderedDict of Python 2")
+            del pairs[:]  # given again and again, they would take for ever
+        return new
 
     def persistent_load(self, saved):
         """torch's own: a storage, or (before the zip format) a module's class and source code."""

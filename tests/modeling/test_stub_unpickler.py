@@ -281,6 +281,13 @@ def test_values_of_newer_pickle_protocols_and_of_numpy_do_not_hinder(tmp_path, f
         assert isinstance(root["score"], Stub)
 
 
+def test_file_of_python_2_is_read(tmp_path, form):
+    """Its strings are of bytes, and an OrderedDict is made of a list of pairs."""
+    ordered = b"ccollections\nOrderedDict\n](](U\1aK\1e](U\1bK\2ee\x85R"
+    path = write_pickle(tmp_path / "x", b"\x80\2(" + ordered + b"T\4\0\0\0wordt.", form)
+    assert read(path)[0] == ({"a": 1, "b": 2}, "word")
+
+
 # Tensors and their storages
 
 FLOATS = (("0", struct.pack("<4f", 1, 2, 3, 4)),)
