@@ -31,8 +31,9 @@ def convert(root, path):
         p = _attribute(root["decoder"], "dropout", "p")
         checkpoint = {
             "encoder_args": {"name": _backbone(encoder, path), "encoded_image_size": size},
-            "decoder_args": {**_decoder_args(decoder, path), "encoded_image_size": size,
-                             "dropout": p if type(p) is float and 0 <= p < 1 else 0.5},
+            "decoder_args": {**_decoder_args(decoder, path),
+                             "dropout": p if type(p) is float and 0 <= p < 1 else 0.5,
+                             "encoded_image_size": size},
             "word_map": None}
         for key, old in (("epoch", "epoch"), ("bleu4", "bleu-4")):
             if type(root.get(old)) in (int, float) and math.isfinite(root[old]):
