@@ -1,15 +1,17 @@
 """
 Checkpoints: one format, tensors and plain values only, read with weights_only=True.
 
-A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (what
-builds them), `word_map`, and in training also `options`, `progress`, `bleu4` and all that is
-needed to go on exactly where the run stood. With train.py's --ema, `encoder` and `decoder` are the
-averages, and the weights themselves stand in `trained`.
+    python checkpoints.py OLD NEW --word_map WORDMAP.json   # one of whole modules becomes ours
+    python checkpoints.py BEST NEW --half                   # a small one, to pass on
+    python checkpoints.py BEST NEW --average BEST_BEFORE    # the mean of two phases' weights
 
-Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without their
-code; to make one of ours of them: python checkpoints.py OLD NEW --word_map WORDMAP.json
-To pass a model on: python checkpoints.py BEST NEW --half
-The mean of the weights of two phases: python checkpoints.py BEST NEW --average BEST_BEFORE
+A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (their
+constructors' arguments), `word_map`, and in training also `options`, `progress`, `bleu4` and all
+that is needed to continue the run exactly. With train.py's --ema, `encoder` and `decoder` are the
+averaged weights, and those being trained are in `trained`.
+
+Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without running
+their code (see modeling/legacy_checkpoints.py).
 """
 
 import os
@@ -20,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from datasets import check_word_map
-from modeling import legacy_checkpoints as old_checkpoints
+from datasets import check_word_map, read_word_map
+from modeling import legacy_checkpoints, stub_unpickler
 from models import DecoderWithAttention, Encoder
-from utils import Parser, UserError, atomic_write, read_json
+from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
@@ -54,14 +56,14 @@ def main(argv=None):
     rest = {key: value for key, value in checkpoint.items() if key not in OURS}
     if args.average:
         _average(encoder, decoder, word_map, args)
-        rest = {"options": rest.get("options", {})}  # it is no longer where the run stands
+        rest = {"options": rest.get("options", {})}  # these weights are no state of the run
     if args.half:
-        # Files by their names: where they lay is nobody's business.
+        # Of the paths among the options only the file's name, without the folders of this machine.
         rest = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
                             for option, value in rest.get("options", {}).items()}}
         for model in (encoder, decoder):
             for weight in model.parameters():
-                if weight.dim() > 1:  # the others are small, and statistics span more than float16
+                if weight.dim() > 1:  # the others are small, and may exceed float16's range
                     weight.data = weight.data.half()
     save(args.new, encoder, decoder, word_map, **rest)
     carries = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
@@ -86,9 +88,17 @@ def _average(encoder, decoder, word_map, args):
                 weight.lerp_(theirs[name], 0.5)
 
 
+def add_model_options(parser):
+    """The options of `find_model` and `load_captioner`, for scripts that use a trained model."""
+    parser.add_argument("-m", "--model", help="checkpoint; if not given, the only BEST one in "
+        "--checkpoint_folder or the current folder, else the one that comes with the program")
+    parser.add_argument("--checkpoint_folder", help="where to look for it")
+    parser.add_argument("-wm", "--word_map", help="for checkpoints that carry none")
+
+
 def save(path, encoder, decoder, word_map, **rest):
     """
-    Write a checkpoint that is there whole or not at all; `rest` goes in as it is.
+    Write a checkpoint with `atomic_write`; `rest` goes in as it is.
 
     Raises UserError if the disk is full or the folder is not there or not writable.
     """
@@ -98,34 +108,45 @@ def save(path, encoder, decoder, word_map, **rest):
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch's zip writer has no OSErrors
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors only
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
         folder = os.path.dirname(path) or "."
         if isinstance(error, RuntimeError) and os.path.isdir(folder):
-            # torch does not say that the disk is full
+            # the usual cause is a full disk, which torch does not name
             reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB of the disk are free)"
         raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 def load(path):
     """
-    A checkpoint as a dictionary, tensors on the CPU; an old one has the parts of `build` and,
-    where it knows them, epoch and bleu4, and its word_map is None.
+    A checkpoint as a dictionary, tensors on the CPU, checked to hold a model; an old one has the
+    parts of `build` and, where it knows them, epoch and bleu4, and its word_map is None.
 
-    The file is looked through before torch opens it: that names what is refused, and bounds
-    what a damaged file can ask of memory.
+    `stub_unpickler.read` goes through the file before torch does, since torch names neither
+    what it refuses nor bounds the memory that tensors of stride 0 or colliding keys ask for.
 
     Raises UserError if the file is missing, damaged or not one of ours.
     """
-    root, stubs = old_checkpoints.read(path)
-    if isinstance(root, dict) and not root.keys().isdisjoint(("encoder", "decoder")) \
-            and "format" not in root:
-        return {"format": FORMAT, **old_checkpoints.captioner(root, path)}
-    if not isinstance(root, dict) or root.get("format") != FORMAT:
+    root, names = stub_unpickler.read(path)
+    if not isinstance(root, dict):
+        root = {}
+    if root.get("format") == FORMAT:
+        del root  # of a hostile file it may be large
+        checkpoint = _load_plain(path, names)
+    elif "format" not in root and not root.keys().isdisjoint(("encoder", "decoder")):
+        checkpoint = {"format": FORMAT, **legacy_checkpoints.convert(root, path)}
+    else:
         raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
-    if stubs:
-        raise UserError(f"{path} is refused: it holds {stubs[0][:100]}, but checkpoints of format "
-                        f"{FORMAT} are tensors and plain values; nothing in the file was run")
+    check_model(checkpoint, path)
+    return checkpoint
+
+
+def _load_plain(path, names):
+    """What a file of format 1 holds; names: the functions and classes in it."""
+    if foreign := [name for name in names if name not in stub_unpickler.PLAIN]:
+        raise UserError(f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
+                        f"format {FORMAT} are tensors and plain values; nothing in the file was "
+                        f"run")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch would advise to run whatever is in it
@@ -136,10 +157,53 @@ def load(path):
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
 
 
+@contextmanager
+def _one_line(path):
+    """Errors of a checkpoint that lacks a part, or has one of a wrong type or size: a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
+            AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not hold a whole model: {reason}") from None
+
+
+def check_model(checkpoint, path):
+    """
+    UserError unless a checkpoint holds the arguments of a model, its decoder's tensors in the sizes
+    that these say, and, if any, the decoder's number of words.
+
+    Tensors are no larger than the file, but a model is made as large as its arguments want.
+    """
+    with _one_line(path):
+        with torch.device("meta"):  # sizes only, no memory
+            decoder = DecoderWithAttention(**checkpoint["decoder_args"])
+        size = decoder.args["encoded_image_size"]
+        if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
+            raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
+        for name, tensor in decoder.state_dict().items():
+            found = checkpoint["decoder"].get(name)
+            if found is None:
+                raise ValueError(f"the decoder lacks {name}")
+            if found.shape != tensor.shape:
+                raise ValueError(f"the decoder's {name} has size {tuple(found.shape)}, not "
+                                 f"{tuple(tensor.shape)}")
+        if not isinstance(checkpoint["encoder_args"]["name"], str):
+            raise TypeError("its encoder has no name")
+    if checkpoint.get("word_map") is not None:
+        _check_words(check_word_map(checkpoint["word_map"], path), checkpoint, path)
+
+
+def _check_words(word_map, checkpoint, path):
+    size = checkpoint["decoder_args"]["vocab_size"]
+    if len(word_map) != size:
+        raise UserError(f"{path} was trained on {size} words, but the word map has "
+                        f"{len(word_map)}; pass the WORDMAP file it was trained with")
+
+
 def build(checkpoint, path):
-    """The encoder and decoder of a checkpoint; `path` is for the message of a UserError."""
-    with _whole_model(path):
-        _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
+    """The encoder and decoder of what `load` returned; `path` is for the message of a UserError."""
+    with _one_line(path):
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
@@ -150,63 +214,19 @@ def build(checkpoint, path):
     return encoder, decoder
 
 
-@contextmanager
-def _whole_model(path):
-    """What a checkpoint that is not as `build` wants it sets off becomes a UserError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
-            AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold a whole model: {reason}") from None
-
-
-def check_model(checkpoint, path):
-    """UserError unless there are arguments, sizes and words of a model; it is not built yet."""
-    with _whole_model(path):
-        _check_decoder(checkpoint["decoder_args"], checkpoint["decoder"])
-        if not isinstance(checkpoint["encoder_args"]["name"], str):
-            raise TypeError("its encoder has no name")
-    find_word_map(checkpoint, path, None, required=False)
-
-
-def _check_decoder(args, state):
-    """
-    ValueError unless the tensors have the sizes that the arguments say: tensors are no larger
-    than the file, but a model is made as large as its arguments want.
-    """
-    with torch.device("meta"):  # sizes only, no memory
-        decoder = DecoderWithAttention(**args)
-    size = decoder.args["encoded_image_size"]
-    if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
-        raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
-    for name, tensor in decoder.state_dict().items():
-        if name not in state:
-            raise ValueError(f"the decoder lacks {name}")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"the decoder's {name} has size {tuple(state[name].shape)}, not "
-                             f"{tuple(tensor.shape)}")
-
-
 def find_word_map(checkpoint, path, word_map_path, required=True):
     """
-    The file's own word map beats the caller's, which is for files that lack one. None if there
-    is neither and none is required.
+    The word map in the checkpoint, else the caller's, which is for files that lack one. None if
+    there is neither and none is required.
 
-    Raises UserError if it is no word map or not of the decoder's number of words.
+    Raises UserError if the caller's is no word map or not of the decoder's number of words.
     """
-    word_map, source = checkpoint.get("word_map"), path
+    word_map = checkpoint.get("word_map")
     if word_map is None and word_map_path is not None:
-        word_map, source = read_json(word_map_path), word_map_path
-    if word_map is None and not required:
-        return None
-    if word_map is None:
+        word_map = read_word_map(word_map_path)
+        _check_words(word_map, checkpoint, path)
+    if word_map is None and required:
         raise UserError(f"{path} carries no word map; pass --word_map WORDMAP_….json")
-    check_word_map(word_map, source)
-    size = checkpoint["decoder_args"]["vocab_size"]
-    if len(word_map) != size:
-        raise UserError(f"{path} was trained on {size} words, but the word map has "
-                        f"{len(word_map)}; pass the WORDMAP file it was trained with")
     return word_map
 
 
@@ -214,7 +234,7 @@ def load_captioner(path, device, word_map_path=None):
     """
     Returns encoder, decoder (both on the device, in evaluation mode), word map, checkpoint.
 
-    The file's own word map beats the caller's, which is for files that lack one.
+    word_map_path: a WORDMAP file, for checkpoints that carry none
     """
     checkpoint = load(path)
     encoder, decoder = build(checkpoint, path)
@@ -224,9 +244,9 @@ def load_captioner(path, device, word_map_path=None):
 
 def find_model(model, folder, say):
     """
-    The checkpoint that options name: `model`, else the only BEST one in `folder`. Where neither is
-    given, the only BEST one in the current folder, else the one that comes with the program; which
-    of these it is, is told by `say`.
+    The path of the checkpoint that the options name: `model`, else the only BEST one in `folder`.
+    Where neither is given, the only BEST one in the current folder, else the one that comes with
+    the program; `say`, a function like print, then tells which.
     """
     if model:
         return model
@@ -250,7 +270,7 @@ def find_checkpoint(folder):
 
 
 def find_latest(folder):
-    """Of the runs in a folder the one that was saved last: its checkpoint_*.pth.tar."""
+    """The path of the checkpoint_*.pth.tar in a folder that was written last."""
     return str(max(_checkpoints(folder, "", "--resume"), key=os.path.getmtime))
 
 
@@ -263,6 +283,4 @@ def _checkpoints(folder, prefix, option):
 
 
 if __name__ == "__main__":
-    from utils import run_script  # here, since utils need not be there to load a model
-
     run_script(main)

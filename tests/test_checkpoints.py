@@ -16,6 +16,7 @@ import torch
 import checkpoints
 from checkpoints import (
     PRETRAINED,
+    add_model_options,
     build,
     find_checkpoint,
     find_latest,
@@ -26,7 +27,7 @@ from checkpoints import (
     save,
 )
 from models import DecoderWithAttention, Encoder
-from utils import UserError
+from utils import Parser, UserError
 
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 ENCODER = "mobilenetv3_small_050"  # timm's smallest: 1.2 MB without its head
@@ -297,6 +298,26 @@ def test_build_gives_the_model_of_a_loaded_file(path, models):
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         assert all(torch.equal(value, theirs.state_dict()[key])
                    for key, value in ours.state_dict().items())
+
+
+def test_options_of_a_trained_model_have_short_and_long_spellings():
+    parser = Parser()
+    add_model_options(parser)
+    short = parser.parse_args(["-m", "x.pth.tar", "-wm", "words.json"])
+    assert short == parser.parse_args(["--model", "x.pth.tar", "--word_map", "words.json"])
+    assert parser.parse_args(["--checkpoint_folder", "runs"]).checkpoint_folder == "runs"
+    with pytest.raises(UserError, match="--model expected one argument"):
+        parser.parse_args(["-m"])
+
+
+def test_arguments_and_words_are_checked_as_a_file_is_loaded(path):
+    checkpoint = torch.load(path, weights_only=True)
+    for part, message in (({"word_map": {**WORD_MAP, "dog": 9}}, "is no word map"),
+                          ({"encoder_args": {"name": 3}}, "its encoder has no name"),
+                          ({"decoder_args": {}}, "missing 4 required positional arguments")):
+        torch.save({**checkpoint, **part}, path)
+        with pytest.raises(UserError, match=message):
+            load(path)
 
 
 def test_only_best_checkpoint_is_found(tmp_path):
