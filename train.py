@@ -77,7 +77,6 @@ def get_run(argv):
         raise UserError("--resume goes on, --checkpoint starts a phase; pass one of them")
     if args.checkpoint:
         checkpoint = checkpoints.load(args.checkpoint)
-        checkpoints.check_model(checkpoint, args.checkpoint)
         return get_args(argv, args.checkpoint, model_options(checkpoint)), checkpoint
     if not args.resume:
         return args, None

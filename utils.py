@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of a Number
+        message = re.sub(r"^argument (?:-\w+/)?(\S+): ", r"\1: ", message)
+        message = re.sub(r"^(\S+): is ", r"\1 is ", message)  # of a Number
         raise UserError(f"{message}; --help lists the options")
 
     def options(self):

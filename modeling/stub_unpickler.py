@@ -250,6 +250,9 @@ def _read_zip(file, size):
             raise ValueError(f"it is a zip file with {len(found)} data.pkl")
         if archive.getinfo(found[0]).file_size > MAX_PICKLE:
             raise Refused(f"a pickle of more than {MAX_PICKLE} bytes")
+        byteorder = found[0].removesuffix("data.pkl") + "byteorder"
+        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+            raise ValueError("it is of a big-endian machine")
         _seek(file, archive.getinfo(found[0]))
         unpickler = StubUnpickler(io.BytesIO(file.read(MAX_PICKLE)))
         root = unpickler.load()
@@ -277,7 +280,9 @@ def _read_old(file, size):
     unpickler = StubUnpickler(pickles)
     if unpickler.load() != MAGIC or unpickler.load() != PROTOCOL:
         raise ValueError("it is no file of torch.save")
-    _, root, keys = unpickler.load(), unpickler.load(), unpickler.load()
+    properties, root, keys = unpickler.load(), unpickler.load(), unpickler.load()
+    if not isinstance(properties, dict) or properties.get("little_endian") is not True:
+        raise ValueError("it is of a big-endian machine")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("it lacks the list of its storages")
     file.seek(pickles.tell())

@@ -306,7 +306,7 @@ def test_options_of_a_trained_model_have_short_and_long_spellings():
     short = parser.parse_args(["-m", "x.pth.tar", "-wm", "words.json"])
     assert short == parser.parse_args(["--model", "x.pth.tar", "--word_map", "words.json"])
     assert parser.parse_args(["--checkpoint_folder", "runs"]).checkpoint_folder == "runs"
-    with pytest.raises(UserError, match="--model expected one argument"):
+    with pytest.raises(UserError, match="--model: expected one argument"):
         parser.parse_args(["-m"])
 
 

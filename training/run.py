@@ -215,7 +215,6 @@ def lock_run(args, processes):
 def load_run(path):
     """The checkpoint of a run to resume; UserError unless it is one."""
     checkpoint = checkpoints.load(path)
-    checkpoints.check_model(checkpoint, path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
     if not isinstance(checkpoint.get("options"), dict) \

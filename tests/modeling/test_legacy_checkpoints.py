@@ -343,7 +343,7 @@ TREES = {  # pickles that put a module into place 255 of the memo
 
 @pytest.mark.parametrize("kind", TREES)
 def test_tree_of_modules_without_end_is_refused(tmp_path, kind):
-    magic = b"".join(pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {}))
+    magic = b"".join(pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": True}))
     root = b"\x80\2}(U\1x" + TREES[kind] + b"U\7encoderj\xff\0\0\0U\7decoderj\xff\0\0\0u."
     (tmp_path / "x").write_bytes(magic + root + pickle.dumps([], 2))
     refused(tmp_path / "x", "a tree of modules without end")

@@ -346,7 +346,8 @@ def test_storages_of_an_old_file_are_those_that_follow(tmp_path):
 
 
 def test_list_of_storages_that_holds_no_text_is_refused(tmp_path):
-    pickles = [pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {}, {"format": 1})]
+    pickles = [pickle.dumps(x, 2) for x in (
+        MAGIC, PROTOCOL, {"little_endian": True}, {"format": 1})]
     for keys in (b"])" + b"\x85" * 100_000 + b"a.", b"](K\1K\2e.", b"}."):  # a deep tuple's hash
         (tmp_path / "x").write_bytes(b"".join(pickles) + b"\x80\2" + keys)
         refused(tmp_path / "x", "lacks the list of its storages")
@@ -503,3 +504,14 @@ def test_flipped_bytes_give_one_line_or_what_was_there(tmp_path, form):
 def test_what_is_no_file_is_refused(tmp_path, kind):
     (os.mkdir if kind == "folder" else os.mkfifo)(tmp_path / "x")
     refused(tmp_path / "x", "it is no file")
+
+
+def test_files_of_big_endian_machines_are_refused(tmp_path):
+    """Their numbers would be read as others."""
+    head = (pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": False}, {}, []))
+    (tmp_path / "x").write_bytes(b"".join(head))
+    refused(tmp_path / "x", "it is of a big-endian machine")
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("a/byteorder", "big")
+    refused(tmp_path / "x", "it is of a big-endian machine")
