@@ -131,8 +131,9 @@ def unfinished(path):
     return path.parent / f".unfinished_{path.stem}"
 
 
-@pytest.mark.parametrize("file", ["hdf5", "json"])
-@pytest.mark.parametrize("damage", [b"", b"no HDF5", "half", "missing"])
+@pytest.mark.parametrize("file, damage", [("hdf5", b""), ("hdf5", b"no HDF5"), ("hdf5", "half"),
+                                          ("hdf5", "missing"), ("json", "half"),
+                                          ("json", "missing")])
 def test_an_unfinished_file_that_is_damaged_is_started_anew(small, encoder, file, damage):
     path = cache_features(small[0], encoder, "cpu")
     expected = path.read_bytes()

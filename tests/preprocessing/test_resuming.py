@@ -262,7 +262,7 @@ def runs(pid):
 def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     process, command = start_slow_run(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.count("\n") == 1
     assert stderr.startswith("create_input_files.py: interrupted; ")
     assert stderr.endswith("the same command goes on\n")
@@ -281,7 +281,9 @@ def test_helpers_end_with_a_killed_parent_and_a_new_run_starts_at_once(tmp_path,
     process.send_signal(signum)
     process.wait()
     process.stderr.close()
-    time.sleep(1)
+    deadline = time.monotonic() + 20
+    while any(map(runs, helpers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(map(runs, helpers))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "images are in" in done.stdout
