@@ -77,7 +77,7 @@ def _find_images(splits, options):
                     missing.append(f"{image.path} is not a file")
             except FileNotFoundError:
                 missing.append(f"{image.path} not found")
-            except OSError as error:  # a name too long, a folder that is closed to us
+            except OSError as error:  # a name too long, a folder that is without permission
                 missing.append(f"{image.path}: {error.strerror}")
             digest.update(json.dumps([split, image.record, state]).encode())
     return found, missing, digest.hexdigest()
@@ -101,7 +101,7 @@ def _try_read(path):
     """The (3, 256, 256) uint8 image, or as a str why it can't be read."""
     try:
         return read_image(path, IMAGE_SIZE)
-    except Exception as error:  # whatever a broken file sets off, the other files get their turn
+    except Exception as error:  # whatever a broken file causes, the others must still be read
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
@@ -113,7 +113,7 @@ def _transfer(file, row, paths):
 
 
 def _transfer_all(chunks, workers):
-    """Yield _transfer(*chunk) in order. The processes write the pixels: none passes through us."""
+    """Yield _transfer(*chunk) in order. Workers write the pixels themselves: none come back here."""
     if workers <= 1:
         yield from (_transfer(*chunk) for chunk in chunks)
         return
@@ -122,7 +122,7 @@ def _transfer_all(chunks, workers):
         with open_pool(workers) as pool:
             for chunk in chunks:
                 waiting.append(pool.submit(_transfer, *chunk))
-                if len(waiting) == 64 * workers:  # that they have work while we wait for the disk
+                if len(waiting) == 64 * workers:  # enough to do while progress is saved to disk
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -275,17 +275,17 @@ def create_input_files(
     NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq. TRAIN_IMAGES has an attribute
     made_from, a hash of what all this is made from: if it is there already, nothing is done.
 
-    What a run that is killed has read stands in .unfinished_{NAME} in the output folder, and the
-    next one goes on with it.
+    What a killed run has read stays in .unfinished_{NAME} in the output folder, and the next run
+    goes on with it.
 
     karpathy_json_path: a file in Karpathy's form, or what own_captions.read_captions returns
     image_folder: an image is at image_folder/filepath/filename; filepath may be missing
-    min_word_freq: a word is known if the captions trained on have it more often than this
+    min_word_freq: words that the captions trained on do not have more often become <unk>
     max_len: longer captions, in words, are references only
     workers: processes that decode images; all CPUs if None; 0 and 1 do it here
-    seed: of the choice among an image's captions
-    overwrite: make the files anew, whatever there is
-    skip_bad_images: do without images that are missing or can't be read
+    seed: of the captions sampled from an image's
+    overwrite: make the files anew, even if there are files of these names
+    skip_bad_images: leave out images that are missing or can't be read
 
     Raises UserError for anything wrong with the data, with all the bad images in one go, and for
     files of the same names that are made from something else.

@@ -62,7 +62,7 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
 
 
 def test_too_many_scenes_are_refused_and_the_most_are_not():
-    most = len(demo.ONE) + len(demo.TWO)
+    most = len(demo.ONE_OBJECT) + len(demo.TWO_OBJECTS)
     assert len(demo.choose_scenes(most, Random(0))) == most
     with pytest.raises(demo.UserError, match=str(most)):
         demo.choose_scenes(most + 1, Random(0))
@@ -79,7 +79,7 @@ def test_pictures_are_256_by_256(folder, images):
 
 def test_five_different_captions_per_image(images):
     assert all(len(set(captions(image))) == 5 for image in images)
-    assert all(len(set(demo.describe(scene))) == 5 for scene in demo.ONE + demo.TWO)
+    assert all(len(set(demo.describe(scene))) == 5 for scene in demo.ONE_OBJECT + demo.TWO_OBJECTS)
 
 
 def test_sentence_ids_are_unique_and_listed_by_their_image(images):
