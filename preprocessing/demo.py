@@ -83,8 +83,8 @@ def choose_scenes(n, rng):
     Raises UserError if there are not so many.
     """
     if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
-        raise UserError(f"{n} scenes asked for; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} different "
-                        f"ones exist")
+        raise UserError(f"{n} scenes asked for; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
+                        f"different ones exist")
     ones = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
     scenes = rng.sample(ONE_OBJECT, ones) + rng.sample(TWO_OBJECTS, n - ones)
     rng.shuffle(scenes)
