@@ -113,7 +113,7 @@ def _transfer(file, row, paths):
 
 
 def _transfer_all(chunks, workers):
-    """Yield _transfer(*chunk) in order. Workers write the pixels themselves; none pass through us."""
+    """Yield _transfer(*chunk) in order. Workers write the pixels themselves, into the files."""
     if workers <= 1:
         yield from (_transfer(*chunk) for chunk in chunks)
         return
