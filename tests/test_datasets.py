@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from datasets import (
     CaptionDataset,
     ResumableBatchSampler,
-    UserError,
+    add_data_options,
     find_data_name,
     read_word_ids,
 )
+from utils import Parser, UserError
 
 # --- the files of the tutorial ---
 
@@ -227,6 +228,12 @@ def test_no_data_set_names_the_folder(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=f"no data set in {folder}; pass the --data_folder"):
             find_data_name(folder)
+
+
+def test_data_options_find_the_only_data_set_of_the_default_folder():
+    parser = Parser()
+    add_data_options(parser)
+    assert vars(parser.parse_args([])) == {"data_folder": "data", "data_name": None}
 
 
 def test_several_data_sets_are_listed(tmp_path):
