@@ -1,6 +1,6 @@
 """
 Captioned photographs -> the files that train.py and eval.py read. Run it once per data set; if it
-is interrupted, or killed, the same command goes on where it stood.
+is interrupted or killed, the same command goes on where it stood.
 
     python create_input_files.py                                    # the demo data set
     python create_input_files.py --dataset coco --karpathy_json dataset_coco.json --image_folder .
@@ -11,7 +11,7 @@ import os
 import sys
 
 from preprocessing.input_files import create_input_files
-from utils import Parser, UserError, run_script
+from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
 
 
 def get_args(argv=None):
@@ -23,16 +23,19 @@ def get_args(argv=None):
     add("--karpathy_json", help="captions and splits in Karpathy's form")
     add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
     add("--image_folder", help="where the images are")
-    add("--captions_per_image", type=int, default=5, help="captions sampled per image")
-    add("--min_word_freq", type=int, default=5, help="words not more frequent become <unk>")
-    add("--max_len", type=int, default=50, help="longest caption to train on, in words")
+    add("--captions_per_image", type=positive_int, default=5, help="captions sampled per image")
+    add("--min_word_freq", type=non_negative_int, default=5,
+        help="words not more frequent become <unk>")
+    add("--max_len", type=positive_int, default=50, help="longest caption to train on, in words")
     add("--output_folder", default="data", help="where the files go")
-    add("--workers", type=int, help="processes that decode images; all CPUs if not given")
+    add("--workers", type=non_negative_int,
+        help="processes that decode images; all CPUs if not given")
     add("--seed", type=int, default=123, help="of sampled captions, and of splits if we make them")
     add("--overwrite", action="store_true", help="make the files anew, whatever is there")
-    add("--skip_bad_images", action="store_true", help="do without those that can't be read")
-    add("--val_fraction", type=float, default=0.1, help="of the images, if captions have no split")
-    add("--test_fraction", type=float, default=0.1, help="of the images, if captions have no split")
+    add("--skip_bad_images", action="store_true", help="leave out images that can't be read")
+    for split in ("val", "test"):
+        add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
+            help="of the images, if captions have no split")
     return parser.parse_args(argv)
 
 
@@ -72,10 +75,10 @@ def main():
         args.min_word_freq,
         args.output_folder,
         args.max_len,
-        args.workers,
-        args.seed,
-        args.overwrite,
-        args.skip_bad_images,
+        workers=args.workers,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        skip_bad_images=args.skip_bad_images,
     )
 
 

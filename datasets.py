@@ -3,8 +3,10 @@ From files to batches: `CaptionDataset` over the files that create_input_files.p
 map, and `ResumableBatchSampler`, which says in what order the batches come.
 """
 
+import json
 import os
 import warnings
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +18,13 @@ from torch.utils.data import Dataset, Sampler
 from utils import UserError, read_json
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
+KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
+
+
+def data_file(split, kind, data_name):
+    """The name of a file of a data set, of one of the KINDS; split is TRAIN, VAL or TEST."""
+    return f"{split}_{kind}_{data_name}.{KINDS[kind]}"
 
 
 def check_word_map(word_map, path):
@@ -56,6 +64,26 @@ def find_data_name(data_folder):
     return names[0]
 
 
+def add_data_options(parser):
+    """--data_folder and --data_name, of the files that a script reads"""
+    parser.add_argument("--data_folder", default="data", help="what create_input_files.py wrote")
+    parser.add_argument("--data_name", help="which data set, if the folder has several")
+
+
+@contextmanager
+def _reading(path):
+    """
+    While a file of create_input_files.py is read: whatever goes wrong is a UserError that names it.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} not found; run python create_input_files.py first") from None
+    except Exception as error:  # what HDF5 and JSON make of foreign bytes is of all sorts
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged: {reason}; run create_input_files.py again") from None
+
+
 def read_word_ids(path, words):
     """
     A CAPTIONS file, a JSON list of lists of word ids of one length: integers (captions, L),
@@ -64,52 +92,32 @@ def read_word_ids(path, words):
 
     Raises UserError unless all are ids below `words`.
     """
-    wrong = UserError(f"{path} holds no lists of word ids of one length below {words}; "
-                      f"run create_input_files.py again")
+    with _reading(path):
+        return _parse_word_ids(path, words)
+
+
+def _parse_word_ids(path, words):
+    wrong = ValueError(f"it holds no lists of word ids of one length below {words}")
     dtype = np.int16 if words <= 1 << 15 else np.int32
     width, pieces, rest, opened, closed = None, [], b"", 0, 0
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("error")  # NumPy only warns where text is no number
-            while chunk := file.read(CHUNK_BYTES):
-                opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
-                whole, bracket, rest = (rest + chunk).rpartition(b"]")
-                rows = [row.partition(b"]")[0] for row in (whole + bracket).split(b"[") if
-                        row.strip(b", \r\n\t]")]
-                if not rows:
-                    continue
-                width = width or rows[0].count(b",") + 1
-                ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
-                if any(row.count(b",") + 1 != width for row in rows) \
-                        or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= words:
-                    raise wrong
-                pieces.append(ids.astype(dtype).reshape(-1, width))
-    except FileNotFoundError:
-        raise UserError(f"{path} not found; run python create_input_files.py first") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, DeprecationWarning):
-        raise wrong from None
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy only warns where text is no number
+        while chunk := file.read(CHUNK_BYTES):
+            opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
+            whole, bracket, rest = (rest + chunk).rpartition(b"]")
+            rows = [row.partition(b"]")[0] for row in (whole + bracket).split(b"[") if
+                    row.strip(b", \r\n\t]")]
+            if not rows:
+                continue
+            width = width or rows[0].count(b",") + 1
+            ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
+            if any(row.count(b",") + 1 != width for row in rows) \
+                    or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= words:
+                raise wrong
+            pieces.append(ids.astype(dtype).reshape(-1, width))
     if rest.strip() or opened != closed or opened != sum(map(len, pieces)) + 1:
         raise wrong
     return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype)
-
-
-def _read_lengths(path):
-    """A CAPLENS file: int32 (captions,); UserError if it is no list of whole numbers."""
-    lengths = read_json(path, "run python create_input_files.py first")
-    if not isinstance(lengths, list) or not all(type(x) is int and 0 <= x < 1 << 31
-                                                for x in lengths):
-        raise UserError(f"{path} is no list of lengths; run create_input_files.py again")
-    return torch.from_numpy(np.array(lengths, dtype=np.int32))
-
-
-def _is_entry(entry):
-    return isinstance(entry, dict) and isinstance(entry.get("references"), list) \
-        and {"filename", "image_id"} <= entry.keys() \
-        and all(
-            isinstance(caption, list) and all(isinstance(word, str) for word in caption)
-            for caption in entry["references"])
 
 
 class CaptionDataset(Dataset):
@@ -127,43 +135,32 @@ class CaptionDataset(Dataset):
     """
 
     def __init__(self, data_folder, data_name, split, by_image=True):
-        self.by_image, hint = by_image, "run python create_input_files.py first"
-        self.path = self._file(data_folder, split, "IMAGES", data_name, "hdf5")
-        self.word_map = read_word_map(Path(data_folder) / f"WORDMAP_{data_name}.json", hint)
-        captions = self._file(data_folder, split, "CAPTIONS", data_name, "json")
+        self.by_image, folder = by_image, Path(data_folder)
+        self.path, captions, lengths, self._references = (
+            folder / data_file(split, kind, data_name) for kind in KINDS)
+        self.word_map = read_word_map(folder / f"WORDMAP_{data_name}.json",
+                                      "run python create_input_files.py first")
         self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
-        self.lengths = _read_lengths(self._file(data_folder, split, "CAPLENS", data_name, "json"))
+        with _reading(lengths):
+            numbers = np.array(json.loads(lengths.read_bytes()))
+            if numbers.ndim != 1 or len(numbers) and numbers.dtype.kind != "i":
+                raise ValueError("it is no list of lengths")
+            self.lengths = torch.from_numpy(numbers.astype(np.int32))
         self._key, self._handle, self._pid = "images", None, None
         self.features = None  # a tensor (I, G, E) in memory, or none
-        try:
-            with h5py.File(self.path, "r") as file:
-                self.captions_per_image = int(file.attrs["captions_per_image"])
-                if self.captions_per_image < 1:
-                    raise UserError(f"{self.path} has {self.captions_per_image} captions an image; "
-                                    f"run create_input_files.py again")
-                self.num_images, *shape = file["images"].shape
-                if shape != [3, 256, 256] or file["images"].dtype != np.uint8:
-                    raise UserError(
-                        f"{self.path} holds {file['images'].dtype} of {(self.images, *shape)}, not "
-                        f"uint8 images of (3, 256, 256); run create_input_files.py again")
-        except FileNotFoundError:
-            raise UserError(f"{self.path} not found; run python create_input_files.py "
-                            f"first") from None
-        except Exception as error:  # what HDF5 makes of foreign bytes is of all sorts
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.path} is damaged or holds no images: {error}; run "
-                            f"create_input_files.py again") from None
-        if len(self.captions) != len(self.lengths):
-            raise UserError(
-                f"{self.path}: its CAPTIONS file has {len(self.captions)} captions, but CAPLENS "
-                f"has {len(self.lengths)}; run create_input_files.py again")
-        if len(self.lengths) != self.num_images * self.captions_per_image:
+        with _reading(self.path), h5py.File(self.path, "r") as file:
+            images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
+            self.num_images, *shape = images.shape
+            if shape != [3, 256, 256] or images.dtype != np.uint8:
+                raise ValueError(f"it holds {images.dtype} of {images.shape}, not uint8 images of "
+                                 f"(3, 256, 256)")
+        wanted = self.num_images * self.captions_per_image
+        if not wanted == len(self.captions) == len(self.lengths):
             raise UserError(
                 f"{self.path} has {self.num_images} images of {self.captions_per_image} captions, "
-                f"but its CAPLENS file has {len(self.lengths)}; run create_input_files.py again")
+                f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they are "
+                f"not of one data set; run create_input_files.py again")
         self._check_captions(captions)
-        self._references = self._file(data_folder, split, "REFERENCES", data_name, "json")
 
     def _check_captions(self, path):
         """UserError unless every caption is <start>, words and <end>, of the length it should be"""
@@ -182,13 +179,13 @@ class CaptionDataset(Dataset):
     def entries(self):
         """The list in REFERENCES, read when first asked for: training does without."""
         if self._references.exists():
-            entries = read_json(self._references)
-            if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-                raise UserError(f"{self._references} is no list of images with references, lists "
-                                f"of words; run create_input_files.py again")
-            if len(entries) != self.num_images:
-                raise UserError(f"{self._references} is of {len(entries)} images, {self.path} has "
-                                f"{self.num_images}; run create_input_files.py again")
+            with _reading(self._references):
+                entries = json.loads(self._references.read_bytes())
+                needed = {"filename", "image_id", "references"}
+                if len(entries) != self.num_images or not all(needed <= entry.keys()
+                                                              for entry in entries):
+                    raise ValueError(f"it is no list of {self.num_images} images with filename, "
+                                     f"image_id and references")
             return entries
         words = {i: word for word, i in self.word_map.items()}
         captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
@@ -196,10 +193,6 @@ class CaptionDataset(Dataset):
         n = self.captions_per_image
         return [{"filename": None, "image_id": i, "references": captions[i * n:(i + 1) * n]}
                 for i in range(self.num_images)]
-
-    @staticmethod
-    def _file(folder, split, kind, name, suffix):
-        return Path(folder) / f"{split}_{kind}_{name}.{suffix}"
 
     def __len__(self):
         return self.num_images if self.by_image else len(self.lengths)

@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.measuring import compare, in_a_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from preprocessing.input_files import create_input_files
-from preprocessing.resumable_hdf5 import create_images, find_images, write_images
+from preprocessing.resumable_hdf5 import ResumableHDF5
 from utils import write_json
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
@@ -75,8 +75,9 @@ def preprocessing(args):
                     file.write(image)
 
         def written():
-            create_images(folder / "ours.hdf5", len(pixels), captions_per_image=5)
-            write_images(folder / "ours.hdf5", find_images(folder / "ours.hdf5")[1], pixels)
+            ours = ResumableHDF5(folder / "ours.hdf5", "images", pixels.shape, np.uint8)
+            ours.create()
+            ours.write(0, pixels)
 
         yield compare("writing 400 images; textbook: a plain file", raw, written, args,
                       memory=False)

@@ -1,11 +1,11 @@
 """
 Draw small captioned scenes: a data set in minutes, with the truth about where things are.
 
-python demo.py FOLDER                       # 1600 training, 100 validation, 200 test scenes
-python demo.py FOLDER --train 3000 --seed 1
+    python -m preprocessing.demo FOLDER        # 1600 training, 100 validation, 200 test scenes
+    python -m preprocessing.demo FOLDER --train 3000 --seed 1
 
 A scene is one shape at a place, or two shapes in a relation. Each gets five captions that are all
-true, and the box of each object, so that attention can be scored and not only looked at.
+true, and the box of each object, so that attention can be scored and not only shown.
 """
 
 import json
@@ -21,9 +21,17 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from preprocessing.processes import open_pool
-from utils import Parser, UserError, atomic_write, exclusive_lock, write_json
+from utils import (
+    Parser,
+    UserError,
+    atomic_write,
+    exclusive_lock,
+    non_negative_int,
+    run_script,
+    write_json,
+)
 
-DRAWING = 1  # count on whenever the same scene is drawn differently: old pictures are drawn anew
+DRAWING_VERSION = 1  # raise it whenever scenes are drawn differently, so that none is reused
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 3, 6  # pixels, least distance to the edge and between two objects
 SIZES = {"small": (90, 98), "large": (114, 122)}  # pixels, longer side of the object's box
@@ -40,7 +48,7 @@ PLACES = {  # (column, row) of a 3×3 grid
     (0, 1): "on the left side", (1, 1): "in the middle", (2, 1): "on the right side",
     (1, 0): "at the top", (1, 2): "at the bottom",
 }  # fmt: skip
-RELATIONS = {"above": "below", "to the left of": "to the right of"}  # and the same, said backwards
+RELATIONS = {"above": "below", "to the left of": "to the right of"}  # and their inverses
 
 
 def circle_points(radii):
@@ -60,9 +68,9 @@ SHAPES = {  # polygons of any scale, y downwards
               for t in [2 * pi * i / 72 for i in range(72)]],
 }  # fmt: skip
 
-THINGS = list(product(SIZES, COLOURS, SHAPES))
-ONE = [([thing], place) for thing, place in product(THINGS, PLACES)]
-TWO = [([a, b], relation) for a, b, relation in product(THINGS, THINGS, RELATIONS)
+ALL_OBJECTS = list(product(SIZES, COLOURS, SHAPES))
+ONE_OBJECT = [([thing], place) for thing, place in product(ALL_OBJECTS, PLACES)]
+TWO_OBJECTS = [([a, b], relation) for a, b, relation in product(ALL_OBJECTS, ALL_OBJECTS, RELATIONS)
        if a[1] != b[1] and a[2] != b[2]]  # fmt: skip
 
 
@@ -74,10 +82,11 @@ def choose_scenes(n, rng):
     one thing, of RELATIONS for two; the upper or left one of two comes first.
     Raises UserError if there are not so many.
     """
-    if n > len(ONE) + len(TWO):
-        raise UserError(f"{n} scenes asked for; only {len(ONE) + len(TWO)} different ones exist")
-    ones = max(min(n // 8, len(ONE)), n - len(TWO))
-    scenes = rng.sample(ONE, ones) + rng.sample(TWO, n - ones)
+    if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
+        raise UserError(f"{n} scenes asked for; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
+                        f"different ones exist")
+    ones = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
+    scenes = rng.sample(ONE_OBJECT, ones) + rng.sample(TWO_OBJECTS, n - ones)
     rng.shuffle(scenes)
     return scenes
 
@@ -85,8 +94,8 @@ def choose_scenes(n, rng):
 def describe(scene):
     """The five captions of a scene; all true, all different, in lower case, without full stop."""
     things, where = scene
-    # The size is said in two of five: the first word said of an object is the one that is looked at
-    # most, and of colour and shape we know which object they name.
+    # Only two of the five give the size: a model attends most to an object at the first word about
+    # it, and attention is scored at colours and shapes, which tell the objects apart.
     full = ["a " + " ".join(thing) for thing in things]
     short = [f"a {colour} {shape}" for _, colour, shape in things]
     if len(things) == 1:
@@ -134,8 +143,8 @@ def choose_centres(sizes, where, rng):
 
 def lay_out(scene, rng):
     """A background (light, with a texture) and the objects on it: [(outline, RGB colour)]."""
-    # On a plain background each cell of a deep feature map tells what the objects are, and a
-    # model need not look at them. A texture of several scales keeps what is seen where it is.
+    # On a plain background every cell of a deep feature map tells what the objects are, and a
+    # model need not attend to them. A texture of several scales keeps features local.
     background = np.full((SIDE, SIDE, 3), [rng.randint(193, 220) for _ in range(3)], np.float32)
     for cells in (3, 8, 32, 128):
         noise = Image.frombytes("RGB", (cells, cells), rng.randbytes(cells * cells * 3))
@@ -153,8 +162,8 @@ def lay_out(scene, rng):
     return background, objects
 
 
-def draw(background, objects, fine=4):
-    """The picture of these objects, antialiased by drawing fine times larger."""
+def draw(background, objects, factor=4):
+    """The picture of these objects, antialiased by drawing `factor` times larger."""
     picture = background.copy()
     for points, rgb in objects:
         x0, y0, x1, y1 = box(points)
@@ -163,32 +172,32 @@ def draw(background, objects, fine=4):
         size = int(x1) + 2 - corner[0], int(y1) + 2 - corner[1]
         for scale, brightness in COPIES:
             # In pixels of the finer picture, whose centres lie at half a pixel.
-            polygon = [tuple(fine * (m + scale * (v - m) - c) - 0.5
+            polygon = [tuple(factor * (m + scale * (v - m) - c) - 0.5
                              for v, m, c in zip(point, middle, corner)) for point in points]
-            mask = Image.new("L", (size[0] * fine, size[1] * fine))
+            mask = Image.new("L", (size[0] * factor, size[1] * factor))
             ImageDraw.Draw(mask).polygon(polygon, fill=255)
-            picture.paste(tuple(round(brightness * c) for c in rgb), corner, mask.reduce(fine))
+            picture.paste(tuple(round(brightness * c) for c in rgb), corner, mask.reduce(factor))
     return picture
 
 
 def draw_scene(scene, seed, path):
     """
     Write the scene's picture; returns the box of each object, in fractions of the side. The PNG
-    file tells both: if it is there already, it is left as it is.
+    file carries both as text: if it is there already, it is left as it is.
     """
-    about = json.dumps([DRAWING, scene, seed])
+    about = json.dumps([DRAWING_VERSION, scene, seed])
     try:
         with Image.open(path) as image:
             if image.info.get("scene") == about:
                 return json.loads(image.info["boxes"])
-    except (OSError, KeyError, ValueError):  # none, or no PNG file of ours
+    except (OSError, KeyError, ValueError):  # none there, or not a picture of ours
         pass
     background, objects = lay_out(scene, Random(seed))
     boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]
     info = PngInfo()
     info.add_text("scene", about)
     info.add_text("boxes", json.dumps(boxes))
-    with atomic_write(path) as temporary:  # noise hardly packs; be quick
+    with atomic_write(path) as temporary:  # noise hardly compresses, so level 1 does
         draw(background, objects).save(temporary, "png", compress_level=1, pnginfo=info)
     return boxes
 
@@ -199,7 +208,7 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
 
     Every image has, besides "filename", "imgid", "split", "sentids" and five "sentences",
     "objects": [{"box": [x0, y0, x1, y1], "words": [...]}], the tight box in fractions of the width
-    and height, and the words that name this object and no other one of the scene: its colour and
+    and height, and the words that name this object and no other of the scene: its colour and
     its shape.
 
     Returns the path of folder/dataset_demo.json. It is written last: if it is there, so is all
@@ -237,11 +246,11 @@ def _make_demo(folder, train, val, test, seed):
 
 
 if __name__ == "__main__":
-    from utils import run_script  # here, since torch need not be there to draw
-
-    parser = Parser(description="Draw a captioned demo data set.")
-    parser.add_argument("folder")
+    parser = Parser(prog="python -m preprocessing.demo",
+                    description="Draw a captioned demo data set.")
+    parser.add_argument("folder", help="where the pictures and dataset_demo.json go")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
-        parser.add_argument(f"--{split}", type=int, default=n, help="number of scenes")
-    parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument(f"--{split}", type=non_negative_int, default=n,
+                            help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice and the drawing")
     run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

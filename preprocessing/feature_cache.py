@@ -6,17 +6,15 @@ and kept on disk, in RAM or on the GPU.
 import copy
 import hashlib
 import os
-import time
+from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from preprocessing.resumable_hdf5 import check_space, preallocate
-from utils import UserError, sync_folder
-
-SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
+from preprocessing.resumable_hdf5 import StagingFolder
+from utils import UserError
 
 
 def cache_features(dataset, encoder, device, amp=None, batch_size=32):
@@ -25,70 +23,60 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
     images: "features" (I, G, E) float16. Returns the file's path.
 
     The name carries a hash of the image file's state, of the encoder and its weights and of
-    amp (see utils.autocast), so a cache never serves other images or another encoder; a whole
-    one is used again. What an interrupted call has made stands in a .partial file, with which
-    the next one goes on.
-    Raises UserError if the disk is too small or a feature too large for float16.
+    amp (see utils.autocast), so a cache never serves other images or another encoder; a complete
+    one is used again. What an interrupted call has encoded is kept, and the next one goes on.
+    Raises UserError if the disk is too small, a feature too large for float16, or another process
+    is writing the same file.
     """
     path = _path(dataset, encoder, amp)
+    staging = StagingFolder(path.parent, path.stem, path.stem, [path.name])
     if path.exists():
         _check(path, dataset.num_images, encoder)
+        staging.remove()  # what a process leaves that is killed just after it has moved the file
         return path
     images = copy.copy(dataset)
     images.by_image = True
     with torch.inference_mode():
         encoded = encoder(images[np.arange(1)][0].to(device))
-    shape, partial = (len(images), *encoded.shape[1:]), path.with_suffix(".partial")
-    if not _is_partial(partial, shape):
-        check_space(path.parent, 2 * int(np.prod(shape)), " or pass --no-cache_features")
-        _create(partial, shape)
+    staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)
     try:
-        _encode_rest(partial, images, encoder, device, batch_size)
+        with staging.lock(f"{path} is being written by another process; wait for it, or pass "
+                          f"--no-cache_features"):
+            resumed = staging.resume()
+            staging.check_space(" or pass --no-cache_features")
+            if not resumed:
+                staging.start()
+            _encode_rest(staging, images, encoder, device, batch_size)
+            staging.move()
     except OSError as error:
-        raise UserError(f"{partial} cannot be written: {str(error).partition(chr(10))[0]}; what is "
+        raise UserError(f"{path} cannot be written: {str(error).partition(chr(10))[0]}; what is "
                         f"done is kept, the same command goes on") from None
-    os.replace(partial, path)
-    sync_folder(path.parent)
     return path
 
 
-def _encode_rest(partial, images, encoder, device, batch_size):
-    """Encode the images that the partial file lacks; SAVE_SECONDS of it are lost by a kill."""
-    with h5py.File(partial, "r+") as file, open(partial, "rb") as descriptor, \
-            torch.inference_mode():
-        done = int(file["done"][0])
-        saved = time.monotonic()
-
-        def save():  # first the features, then the word that they are there
-            file.flush()
-            os.fsync(descriptor.fileno())
-            file["done"][0] = done
-            file.flush()
-
-        bar = tqdm(total=len(images), initial=done, desc=f"encoding {partial.stem}", unit="image",
-                   disable=None)
-        try:
+def _encode_rest(staging, images, encoder, device, batch_size):
+    """Encode the images that are not done yet."""
+    [file], done = staging.arrays.values(), staging.done["features"]
+    bar = tqdm(total=len(images), initial=done, desc=f"encoding {Path(file.path).stem}",
+               unit="image", disable=None)
+    try:
+        with bar, torch.inference_mode():
             for i in range(done, len(images), batch_size):
                 rows = np.arange(i, min(i + batch_size, len(images)))
                 encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
                 if not np.isfinite(encoded).all():
-                    partial.unlink()
+                    staging.remove()
                     raise UserError(f"features of {encoder.args['name']} are too large for "
                                     f"float16; pass --no-cache_features")
-                file["features"][rows[0]:rows[-1] + 1] = encoded
-                done = int(rows[-1]) + 1
+                file.write(i, encoded)
+                staging.advance("features", i + len(rows))
                 bar.update(len(rows))
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    save()
-                    saved = time.monotonic()
-        finally:
-            save()
-        bar.close()
-        os.fsync(descriptor.fileno())
+    finally:
+        staging.save()
 
 
 def _check(path, images, encoder):
-    """UserError unless the file holds features of so many images of this encoder's."""
+    """UserError unless the file holds this encoder's features of so many images."""
     try:
         with h5py.File(path, "r") as file:
             features = file["features"]
@@ -109,25 +97,6 @@ def _path(dataset, encoder, amp):
     stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     return dataset.path.with_name(
         f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
-
-
-def _create(partial, shape):
-    with h5py.File(partial, "w") as file:
-        preallocate(file, "features", shape, np.float16)
-        preallocate(file, "done", (1,), np.int64)[0] = 0
-
-
-def _is_partial(partial, shape):
-    """Whether the file is one to go on with; one killed as it was created is not."""
-    try:
-        with h5py.File(partial, "r") as file:
-            return file["features"].shape == shape and file["features"].dtype == np.float16 \
-                and file["done"].shape == (1,) and 0 <= file["done"][0] <= shape[0]
-    except BlockingIOError:  # HDF5 locks what it writes
-        raise UserError(f"{partial} is being written by another process; wait for it, or pass "
-                        f"--no-cache_features") from None
-    except Exception:  # killed as it was created, or of somebody else's
-        return False
 
 
 def load_features(path, where, device):

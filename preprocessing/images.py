@@ -1,16 +1,29 @@
 """Pictures of any kind -> upright RGB -> the square that the encoder sees."""
 
 import os
+import sys
 import warnings
+from importlib.util import find_spec
 
+import imageio.v3 as iio
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from imageio.core.request import InitializationError
+from PIL import ExifTags, Image
 
 from utils import UserError
 
-# A picture that can be read is read without a word about what is odd in it.
+# A picture that can be read is read without a warning about what is unusual in it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-ROWS = 256  # of a picture that are worked on at a time, where floats take 8 times the memory
+# imageio tries to import pillow_heif for every picture. Where it is not installed, say so once: the
+# search would take a third as long as decoding a small photograph.
+if find_spec("pillow_heif") is None:
+    sys.modules["pillow_heif"] = None
+
+OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, 8 bits a channel, most photographs
+# EXIF orientation -> quarter turns to the left that set the picture upright, and whether it must
+# be mirrored then. imageio's own rotate=True mirrors grey and palette pictures the wrong way.
+TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True),
+         8: (1, False)}
 
 
 def read_rgb(path):
@@ -25,8 +38,14 @@ def read_rgb(path):
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        # imageio gets the open file: it would take some names for web addresses or archives.
+        with open(path, "rb") as file, iio.imopen(file, "r", plugin="pillow") as picture:
+            info = picture.metadata(index=0)
+            pixels = picture.read(index=0, mode=_target_mode(info["mode"], info),
+                                  writeable_output=False)
+            # Asked for again, since Pillow sets TIFF files upright itself when it reads them.
+            info = picture.metadata(index=0, exclude_applied=False)
+            return _upright_rgb(pixels, info.get("Orientation"))
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
@@ -35,56 +54,62 @@ def read_rgb(path):
 
 def to_rgb(image):
     """The same for a PIL image in memory, which stays as it is."""
-    if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
-        return np.asarray(_upright(image).convert("RGB"))  # most photographs
-    if image.mode.startswith("I") or image.mode == "F":
-        # More than 8 bits, which PIL would clip to 0..255 instead of scaling.
-        rgba = _to_8_bits(np.asarray(_upright(image)))
-    else:
-        # Through RGBA, since converting straight to RGB shows whatever colour stands
-        # under a transparent pixel.
-        rgba = np.asarray(_upright(image).convert("RGBA"))
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min() < 255:
-        rgb = rgb.copy()
-        for i in range(0, len(rgb), ROWS):
-            part, opaque = rgb[i:i + ROWS], alpha[i:i + ROWS] / 255
-            part[:] = np.round(255 + (part / 1.0 - 255) * opaque)
-    return rgb
+    mode = _target_mode(image.mode, image.info)
+    pixels = np.asarray(image.convert(mode) if mode else image)
+    return _upright_rgb(pixels, image.getexif().get(ExifTags.Base.Orientation))
 
 
-def _upright(image):
-    """As its EXIF says; a picture that says nothing is not copied."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
+def _target_mode(mode, info):
+    """The Pillow mode to convert to; None where Pillow would clip values instead of scaling."""
+    if mode.startswith("I") or mode == "F":
+        return None
+    # Through RGBA, since converting straight to RGB shows whatever colour stands under a
+    # transparent pixel.
+    return "RGB" if mode in OPAQUE_MODES and "transparency" not in info else "RGBA"
+
+
+def _upright_rgb(pixels, orientation):
+    """
+    pixels: (H, W) of more than 8 bits, or uint8 (H, W, 3 or 4); orientation: EXIF's number or None
+    """
+    if pixels.dtype != np.uint8:
+        pixels = np.repeat(_to_8_bits(pixels)[..., None], 3, axis=2)
+    if pixels.shape[2] == 4:
+        image = Image.fromarray(pixels)
+        white = Image.new("RGBA", image.size, "white")
+        pixels = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    if orientation in TURNS:
+        turns, mirrored = TURNS[orientation]
+        pixels = np.rot90(pixels, turns)
+        pixels = np.ascontiguousarray(np.fliplr(pixels) if mirrored else pixels)
+    return pixels
+
+
+def _to_8_bits(pixels):
+    """Integers of 0 to 65535, or floats of 0 to their maximum (at least 1) -> uint8"""
+    is_float = pixels.dtype.kind == "f"
+    if is_float and not np.isfinite(pixels).all():
+        raise ValueError("it has values that are not finite")
+    scaled = pixels / np.float32(pixels.max(initial=1) if is_float else 65535) * np.float32(255)
+    return np.clip(np.round(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
 
 
 def _reason(error):
     """In one line why a picture could not be read."""
-    if isinstance(error, UnidentifiedImageError):
+    if "`pillow`" in str(error) and error.__cause__:  # imageio's own line, around the true reason
+        error = error.__cause__
+    if isinstance(error, InitializationError):
         return "it is in none of the formats that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _to_8_bits(image):
-    """(height, width) or (height, width, channels) of more than 8 bits -> RGBA uint8"""
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError("it has values that are not finite")
-    white = image.max(initial=1) if image.dtype.kind == "f" else 65535
-    grey = np.empty(image.shape, np.uint8)
-    for i in range(0, len(image), ROWS):
-        grey[i:i + ROWS] = np.clip(np.round(image[i:i + ROWS] / white * 255), 0, 255)
-    return np.asarray(Image.fromarray(grey).convert("RGBA"))
-
-
 def read_image(path, size=256):
     """
-    Read a picture for the encoder: uint8 (3, size, size), squashed to a square as in the
-    tutorial. PIL's bilinear filter widens as it shrinks, so nothing is aliased.
-    Raises UserError as `read_rgb` does.
+    Read a picture for the encoder: uint8 (3, size, size), resized to a square as in the
+    tutorial, whatever its aspect ratio. PIL's bilinear filter widens as it shrinks, so nothing
+    is aliased. Raises UserError as `read_rgb` does.
     """
     return resize_square(read_rgb(path), size)
 

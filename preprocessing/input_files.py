@@ -8,26 +8,30 @@ import stat
 import time
 from collections import Counter, deque
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import h5py
+import numpy as np
 from tqdm import tqdm
 
+from datasets import KINDS, data_file
 from preprocessing.images import read_image
 from preprocessing.karpathy import read_splits
 from preprocessing.processes import open_pool
-from preprocessing.resumable_hdf5 import (
-    IMAGE_BYTES,
-    IMAGE_SIZE,
-    Work,
-    check_space,
-    find_images,
-    write_images,
-)
-from utils import UserError, exclusive_lock, read_json, write_json
+from preprocessing.resumable_hdf5 import StagingFolder
+from utils import UserError, read_json, write_json
 
+IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
 CHUNK = 4  # images that a process reads at a time: few, since an interrupt waits for them
-SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
+
+
+class Options(NamedTuple):
+    """What the content of the files depends on, apart from the images and their captions."""
+    captions_per_image: int
+    min_word_freq: int
+    max_len: int
+    seed: int
 
 
 def create_word_map(captions, min_word_freq):
@@ -53,13 +57,14 @@ def _encode(caption, word_map, max_len):
     return [word_map["<start>"], *ids, word_map["<end>"], *padding]
 
 
-def _look_up(splits, options):
+def _find_images(splits, options):
     """
     Look for the files of the CaptionedImages {split: list}. Returns those that are there, why the
     others are not, and a hash of the options, the captions and each file's size and time.
     """
     found, missing = {split: [] for split in splits}, []
-    digest = hashlib.sha256(json.dumps(options).encode())
+    others = options._asdict()
+    digest = hashlib.sha256(json.dumps([others.pop("captions_per_image"), others]).encode())
     for split, images in splits.items():
         for image in images:
             state = None
@@ -72,7 +77,7 @@ def _look_up(splits, options):
                     missing.append(f"{image.path} is not a file")
             except FileNotFoundError:
                 missing.append(f"{image.path} not found")
-            except OSError as error:  # a name too long, a folder that is closed to us
+            except OSError as error:  # a name too long, a folder that is without permission
                 missing.append(f"{image.path}: {error.strerror}")
             digest.update(json.dumps([split, image.record, state]).encode())
     return found, missing, digest.hexdigest()
@@ -83,11 +88,11 @@ def _bad_images(reasons, next_step):
     return UserError("\n  ".join(lines))
 
 
-def _check_left(splits, bad, skip_bad_images, skipping=""):
+def _check_bad_images(splits, bad, skip_bad_images, note=""):
     """UserError if there are bad images that may not be skipped, or none but those to train on."""
     if bad and not skip_bad_images:
         raise _bad_images(
-            bad, f"repair them, remove their captions or pass --skip_bad_images{skipping}")
+            bad, f"repair them, remove their captions or pass --skip_bad_images{note}")
     if not splits["TRAIN"]:
         raise _bad_images(bad, "no image to train on is left")
 
@@ -96,17 +101,19 @@ def _try_read(path):
     """The (3, 256, 256) uint8 image, or as a str why it can't be read."""
     try:
         return read_image(path, IMAGE_SIZE)
-    except Exception as error:  # whatever a broken file sets off, the other files get their turn
+    except Exception as error:  # whatever a broken file causes, the others must still be read
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
-def _transfer(target, start, paths):
-    """Read images and write them into the file `target`; returns the bad ones as write_images."""
-    return write_images(target, start, map(_try_read, paths))
+def _transfer(file, row, paths):
+    """Read images into the ResumableHDF5 `file`, from `row` on; returns [[row, reason]] of bad."""
+    images = [_try_read(path) for path in paths]
+    file.write(row, [None if isinstance(image, str) else image for image in images])
+    return [[i, image] for i, image in enumerate(images, row) if isinstance(image, str)]
 
 
 def _transfer_all(chunks, workers):
-    """Yield _transfer(*chunk) in order. The processes write the pixels: none passes through us."""
+    """Yield _transfer(*chunk) in order. Workers write the pixels themselves, into the files."""
     if workers <= 1:
         yield from (_transfer(*chunk) for chunk in chunks)
         return
@@ -115,7 +122,7 @@ def _transfer_all(chunks, workers):
         with open_pool(workers) as pool:
             for chunk in chunks:
                 waiting.append(pool.submit(_transfer, *chunk))
-                if len(waiting) == 64 * workers:  # that they have work while we wait for the disk
+                if len(waiting) == 64 * workers:  # enough to do while progress is saved to disk
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -124,69 +131,75 @@ def _transfer_all(chunks, workers):
                         "stood; with --workers 1 it needs less") from None
 
 
-def _read_all(work, splits, workers):
-    """Read all images that are not done yet into the files of `work`."""
-    starts = {split: find_images(work.path(split))[1] for split in splits}
+def _read_images(staging, splits, workers):
+    """Read all images that are not done yet into the HDF5 files."""
     places = [(split, row) for split, images in splits.items()
-              for row in range(work.done[split], len(images), CHUNK)]
-    chunks = ((work.path(split), starts[split] + row * IMAGE_BYTES,
+              for row in range(staging.done[split], len(images), CHUNK)]
+    chunks = ((staging.arrays[split], row,
                [image.path for image in splits[split][row:row + CHUNK]]) for split, row in places)
-    total, before = sum(work.rows.values()), sum(work.done.values())
-    start = saved = time.monotonic()
+    before = staging.rows_done
     with (
         closing(_transfer_all(chunks, workers)) as transferred,
-        tqdm(desc="reading", unit="image", initial=before, total=total, disable=None) as bar,
+        tqdm(desc="reading", unit="image", initial=before, total=staging.rows,
+             disable=None) as bar,
     ):
+        start = time.monotonic()
         try:
             for (split, row), bad in zip(places, transferred):
-                work.bad[split] += [[row + i, reason] for i, reason in bad]
-                work.done[split] = min(row + CHUNK, len(splits[split]))
-                bar.update(sum(work.done.values()) - bar.n)
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    work.save()
-                    saved = time.monotonic()
+                staging.advance(split, min(row + CHUNK, len(splits[split])), bad)
+                bar.update(staging.rows_done - bar.n)
         finally:
-            work.save()
-    seconds = time.monotonic() - start
-    print(f"{total - before} images read in {seconds:.1f} s, "
-          f"{(total - before) / max(seconds, 1e-9):.0f} images/s")
+            staging.save()
+        seconds = time.monotonic() - start
+    read = staging.rows - before
+    print(f"{read} images read in {seconds:.1f} s, {read / max(seconds, 1e-9):.0f} images/s")
 
 
-def _without_bad(splits, bad):
-    rows = {split: {row for row, _ in bad[split]} for split in splits}
-    return {split: [image for row, image in enumerate(images) if row not in rows[split]]
-            for split, images in splits.items()}
+def _drop_bad_images(staging, splits, missing, skip_bad_images):
+    """Returns the splits without the images that could not be read; UserError as above."""
+    bad = missing + [reason for rows in staging.bad.values() for _, reason in rows]
+    rows = {split: {row for row, _ in staging.bad[split]} for split in splits}
+    splits = {split: [image for row, image in enumerate(images) if row not in rows[split]]
+              for split, images in splits.items()}
+    if not splits["TRAIN"]:
+        staging.remove()
+    _check_bad_images(splits, bad, skip_bad_images, ", which does not read the others again")
+    staging.drop_bad()
+    if bad:
+        print("\n  ".join([f"{len(bad)} bad images dropped:", *bad]))
+    return splits
 
 
-def _write_captions(work, splits, min_word_freq, max_len, seed):
+def _write_captions(staging, name, splits, options):
     """The word map, and of each split the captions drawn, their lengths and the references."""
     trained_on = (caption for image in splits["TRAIN"] for caption in image.captions)
-    word_map, rng = create_word_map(trained_on, min_word_freq), random.Random(seed)
+    word_map = create_word_map(trained_on, options.min_word_freq)
+    rng = random.Random(options.seed)
     for split, images in splits.items():
         captions = [caption for image in images
-                    for caption in _sample(image.captions, work.captions_per_image, rng)]
+                    for caption in _sample(image.captions, options.captions_per_image, rng)]
         for kind, content in {
-            "CAPTIONS": [_encode(caption, word_map, max_len) for caption in captions],
+            "CAPTIONS": [_encode(caption, word_map, options.max_len) for caption in captions],
             "CAPLENS": [len(caption) + 2 for caption in captions],
             "REFERENCES": [image.record for image in images],
         }.items():
-            write_json(work.path(split, kind), content)
+            write_json(staging.path(data_file(split, kind, name)), content)
         print(f"{split}: {len(images)} images, {len(captions)} captions")
-    write_json(work.word_map, word_map)
+    write_json(staging.path(staging.files[-1]), word_map)
 
 
-def _is_there(work):
+def _is_there(staging):
     """
     Whether the very files that we would make are in the output folder already. Raises UserError
     if there are others of the same names.
     """
-    paths = [os.path.join(work.output, file) for file in work.files]
+    paths = [os.path.join(staging.output, file) for file in staging.files]
     there = [path for path in paths if os.path.exists(path)]
     if not there:
         return False
     try:
         with h5py.File(paths[0], "r") as file:
-            same = file.attrs.get("made_from") == work.key.encode()
+            same = file.attrs.get("made_from") == staging.key.encode()
     except OSError:  # missing or damaged
         same = False
     if same and there == paths:
@@ -195,36 +208,44 @@ def _is_there(work):
                     "the files beside it; pass --overwrite, another --output_folder or --dataset")
 
 
-def _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
-    """All but the last step: the complete files in the work folder; False if there is no need."""
-    resumed = work.resume(overwrite)
-    if resumed and work.complete:
-        return True
-    if not overwrite and _is_there(work):
-        work.remove()  # what a killed run with --overwrite has left
-        return False
-    if resumed:
-        print(f"{sum(work.done.values())} of {sum(work.rows.values())} images are in {work.folder} "
-              "already; going on")
+def _stage(output_folder, name, key, splits, captions_per_image):
+    """The StagingFolder of a data set, with an HDF5 file for the images of each split."""
+    files = [data_file(split, kind, name) for split in splits for kind in KINDS]
+    staging = StagingFolder(output_folder, name, key, [*files, f"WORDMAP_{name}.json"])
+    for split, images in splits.items():
+        made_from = {"made_from": np.bytes_(key)} if split == "TRAIN" else {}
+        staging.add(split, data_file(split, "IMAGES", name), "images",
+                    (len(images), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8,
+                    captions_per_image=captions_per_image, **made_from)
+    return staging
+
+
+def _start_or_resume(staging, overwrite):
+    if staging.started:
+        print(f"{staging.rows_done} of {staging.rows} images are in {staging.folder} already; "
+              f"going on")
     else:
-        work.remove()
-    left = sum(work.rows.values()) - sum(work.done.values())
-    check_space(work.output, left * IMAGE_BYTES)
-    if not resumed:
-        work.begin(overwrite)
-    _read_all(work, splits, workers)
-    bad = missing + [reason for split in splits for _, reason in work.bad[split]]
-    splits = _without_bad(splits, work.bad)
-    if not splits["TRAIN"]:
-        work.remove()
-    _check_left(splits, bad, skip_bad_images, ", which does not read the others again")
-    work.drop_bad()
-    _write_captions(work, splits, **options)
-    work.complete = True
-    work.save()
-    if bad:
-        print("\n  ".join([f"{len(bad)} bad images dropped:", *bad]))
-    return True
+        staging.remove()
+    staging.check_space()
+    if not staging.started:
+        staging.start(overwrite)
+
+
+@contextmanager
+def _progress_kept(staging):
+    """Where writing fails or is interrupted, say that the same command goes on."""
+    try:
+        yield
+    except BrokenPipeError:  # of what we print
+        raise
+    except OSError as error:
+        kept = "; what is done is kept, the same command goes on" if staging.started else ""
+        raise UserError(f"cannot write to {staging.output}: {error}{kept}") from error
+    except KeyboardInterrupt:
+        if not staging.started:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {staging.rows_done} images are kept in "
+                                f"{staging.folder}, the same command goes on") from None
 
 
 def create_input_files(
@@ -235,6 +256,7 @@ def create_input_files(
     min_word_freq=5,
     output_folder="data",
     max_len=50,
+    *,
     workers=None,
     seed=123,
     overwrite=False,
@@ -253,56 +275,49 @@ def create_input_files(
     NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq. TRAIN_IMAGES has an attribute
     made_from, a hash of what all this is made from: if it is there already, nothing is done.
 
-    What a run that is killed has read stands in .unfinished_{NAME} in the output folder, and the
-    next one goes on with it.
+    What a killed run has read stays in .unfinished_{NAME} in the output folder, and the next run
+    goes on with it.
 
-    karpathy_json_path: a file in Karpathy's form, or what captions.read_captions returns
+    karpathy_json_path: a file in Karpathy's form, or what own_captions.read_captions returns
     image_folder: an image is at image_folder/filepath/filename; filepath may be missing
-    min_word_freq: a word is known if the captions trained on have it more often than this
+    min_word_freq: words that the captions trained on do not have more often become <unk>
     max_len: longer captions, in words, are references only
     workers: processes that decode images; all CPUs if None; 0 and 1 do it here
-    seed: of the choice among an image's captions
-    overwrite: make the files anew, whatever there is
-    skip_bad_images: do without images that are missing or can't be read
+    seed: of the captions sampled from an image's
+    overwrite: make the files anew, even if there are files of these names
+    skip_bad_images: leave out images that are missing or can't be read
 
     Raises UserError for anything wrong with the data, with all the bad images in one go, and for
     files of the same names that are made from something else.
     """
     name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    for option, value, least in (("captions_per_image", captions_per_image, 1),
-                                 ("max_len", max_len, 1), ("min_word_freq", min_word_freq, 0)):
-        if value < least:
-            raise UserError(f"--{option} is {value}, it must be at least {least}")
     if os.path.basename(name) != name:
         raise UserError(f"no files can be named {name}; pass another --dataset")
     if isinstance(karpathy_json_path, dict):
         karpathy, source = karpathy_json_path, karpathy_json_path["source"]
     else:
         karpathy, source = read_json(karpathy_json_path), karpathy_json_path
-    options = {"min_word_freq": min_word_freq, "max_len": max_len, "seed": seed}
-    splits, missing, key = _look_up(
-        read_splits(karpathy, source, image_folder, max_len), [captions_per_image, options])
-    _check_left(splits, missing, skip_bad_images, "; the others have not been looked into yet")
-    workers = os.cpu_count() or 1 if workers is None else workers
-    rows = {split: len(images) for split, images in splits.items()}
-    work = Work(output_folder, name, rows, key, captions_per_image)
-    busy = f"another process is making {name} in {output_folder}; wait for it"
-    try:
+    options = Options(captions_per_image, min_word_freq, max_len, seed)
+    splits, missing, key = _find_images(
+        read_splits(karpathy, source, image_folder, max_len), options)
+    _check_bad_images(splits, missing, skip_bad_images,
+                      "; the others have not been looked into yet")
+    staging = _stage(output_folder, name, key, splits, captions_per_image)
+    with _progress_kept(staging):
         os.makedirs(output_folder, exist_ok=True)
-        with exclusive_lock(f"{work.folder}.lock", busy):
-            if not _make(work, splits, missing, options, workers, overwrite, skip_bad_images):
-                print(f"{name} in {output_folder} is complete already; --overwrite makes it anew")
-                return
-            work.move()
-    except BrokenPipeError:  # of what we print
-        raise
-    except OSError as error:
-        kept = "; what is done is kept, the same command goes on" if work.begun else ""
-        raise UserError(f"cannot write to {output_folder}: {error}{kept}") from error
-    except KeyboardInterrupt:
-        if not work.begun:
-            raise
-        raise KeyboardInterrupt(f"interrupted; {sum(work.done.values())} images are kept in "
-                                f"{work.folder}, the same command goes on") from None
-    word_map = os.path.join(output_folder, work.files[-1])
+        with staging.lock(f"another process is making {name} in {output_folder}; wait for it"):
+            if not (staging.resume(overwrite) and staging.complete):
+                if not overwrite and _is_there(staging):
+                    staging.remove()  # what a killed run with --overwrite has left
+                    print(f"{name} in {output_folder} is complete already; --overwrite makes it "
+                          f"anew")
+                    return
+                _start_or_resume(staging, overwrite)
+                _read_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)
+                splits = _drop_bad_images(staging, splits, missing, skip_bad_images)
+                _write_captions(staging, name, splits, options)
+                staging.complete = True
+                staging.save()
+            staging.move()
+    word_map = os.path.join(output_folder, staging.files[-1])
     print(f"{len(read_json(word_map))} words in {word_map}")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from datasets import SPECIAL_TOKENS
 from utils import UserError
 
-SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}  # Karpathy's: ours
+# Karpathy's name of a split -> that of our files
+SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 
 
 class CaptionedImage(NamedTuple):
@@ -27,12 +28,12 @@ def _check_name(entry, where):
     for key, part in parts.items():
         empty = key == "filename" and not part
         if not isinstance(part, str) or empty or "\0" in part or not _is_text(part):
-            raise UserError(f"{where}: {key} {part!r} is no name of a file")
+            raise UserError(f"{where}: {key} {part!r} is no name of a file; correct it")
     return os.path.join(*parts.values())
 
 
 def _is_text(text):
-    """Whether it can be written down; half of a surrogate pair, which JSON can name, can't."""
+    """Whether it can be encoded; JSON allows half of a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -51,9 +52,10 @@ def _check_captions(entry, where):
             raise _not_karpathy(where)
         if not all(isinstance(word, str) for word in caption) or not _is_text("".join(caption)):
             wrong = [word for word in caption if not isinstance(word, str) or not _is_text(word)]
-            raise UserError(f"{where}: {wrong[0]!r} among the tokens of a caption is not a word")
+            raise UserError(f"{where}: {wrong[0]!r} among the tokens of a caption is not a word; "
+                            f"tokens are strings")
         if reserved := set(caption).intersection(SPECIAL_TOKENS):
-            raise UserError(f"{where}: a caption has {min(reserved)}, a word of our own")
+            raise UserError(f"{where}: a caption has {min(reserved)}, a reserved token; remove it")
     return captions
 
 
@@ -77,14 +79,14 @@ def _captioned_image(entry, index, source, image_folder, max_len):
         "references": references,
     }
     if "objects" in entry:
-        if not are_objects(entry["objects"]):
+        if not _are_objects(entry["objects"]):
             raise UserError(f"{where}: objects are not a list of a box, 4 numbers, and words each")
         record["objects"] = entry["objects"]
     usable = [caption for caption in references if len(caption) <= max_len]
     return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
 
 
-def are_objects(objects):
+def _are_objects(objects):
     """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
     return isinstance(objects, list) and all(
         isinstance(thing, dict) and isinstance(thing.get("box"), list) and len(thing["box"]) == 4
@@ -98,9 +100,9 @@ def read_splits(karpathy, source, image_folder, max_len):
     {split: CaptionedImages} of TRAIN, VAL and TEST in the order of the JSON, those without a
     caption of 1 to max_len words left out.
 
-    source: what errors call the JSON
+    source: the path of the JSON, for errors
     Raises UserError unless all are in Karpathy's form, each once, with a name inside the image
-    folder. Whether there is a file of this name is not looked at.
+    folder. Whether that file exists is not checked.
     """
     if not isinstance(karpathy, dict) or not isinstance(karpathy.get("images"), list):
         raise UserError(f"{source} has no list 'images'; captions of your own go to --captions")

@@ -170,8 +170,9 @@ def _read(path):
 
 def _draw_splits(names, seed, val_fraction, test_fraction):
     """Name -> split, the same for the same names in any order."""
-    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-        raise UserError("val_fraction and test_fraction must be at least 0 and below 1 together")
+    if not 0 <= val_fraction <= val_fraction + test_fraction < 1:
+        raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} must "
+                        f"be at least 0 and below 1 together")
     names = sorted(names)
     random.Random(seed).shuffle(names)
     val = round(len(names) * val_fraction)

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
-# Forked helpers start at once and share the memory of what is imported already (torch); macOS has
+# Forked workers start at once and share the memory of what is imported already (torch); macOS has
 # fork too, but its system libraries do not survive it.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -17,27 +17,28 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 def open_pool(processes):
     """
     A ProcessPoolExecutor whose processes end as soon as this one does, even if it is killed. If
-    the block is left early, what has not begun is not waited for.
+    the block is left early, tasks that have not started are cancelled.
     """
     context = multiprocessing.get_context(START_METHOD)
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin)
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker)
     try:
-        with defer_interrupt():  # os.fork would swallow it
+        with defer_interrupt():  # one that comes during os.fork is lost
             pool.submit(int)  # starts the processes
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, but is the parent's matter
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and not what the parent has set for itself
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's was forked with us
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-    # Waits for the end of a pipe that only the parent holds open. Forked siblings hold it too, but
-    # not the one that was forked last: it ends first, and the others after it, in milliseconds.
+    # Waits for a pipe to close that the parent holds open. Workers that were forked later hold it
+    # open too; the last one sees it close first and ends, then the one before it, and so on: all
+    # end within milliseconds.
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -45,7 +46,7 @@ def _end_with_parent():
 @contextmanager
 def defer_interrupt():
     """Defer a Ctrl-C until the block has ended."""
-    if threading.current_thread() is not threading.main_thread():  # only that one gets it
+    if threading.current_thread() is not threading.main_thread():  # others never get one
         yield
         return
     interrupted = []

@@ -1,83 +1,96 @@
 """
-A data set in the making: image files that a killed process leaves sound, and the folder in which
-everything stands until it is whole.
+HDF5 files that are filled row by row and may be left off at any moment: a killed process leaves
+them sound, and the next one goes on. Input files and feature caches are made in this way.
 """
 
 import os
 import shutil
+import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import h5py
 import numpy as np
 
 from preprocessing.processes import defer_interrupt
-from utils import UserError, read_json, sync_folder, write_json
+from utils import UserError, exclusive_lock, read_json, sync_folder, write_json
 
-IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
-IMAGE_BYTES = 3 * IMAGE_SIZE**2
-KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
+SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
 
 
-def preallocate(file, name, shape, dtype):
+@dataclass
+class ResumableHDF5:
     """
-    A dataset of an HDF5 file whose structure never changes again: the place of every number is
-    set aside now, so a process that is killed while it writes them leaves a sound file.
+    An HDF5 file with one dataset, whose rows are written straight into the file.
+
+    The space of every row is allocated when the file is created and its structure never changes
+    again, so a process that is killed while it writes leaves a sound file, and several processes
+    can write different rows at the same time.
+
+    shape: (rows, ...); offset: the byte at which row 0 starts, known once it is created or found
     """
-    places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # Without times, what is made of the same is the same, byte for byte.
-    return file.create_dataset(name, shape, dtype, track_times=False, dcpl=places)
+    path: str
+    dataset: str
+    shape: tuple
+    dtype: type
+    attributes: dict = field(default_factory=dict)
+    offset: int = 0
 
+    @property
+    def row_bytes(self):
+        return int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
 
-def create_images(path, n, **attributes):
-    """An HDF5 file with room for "images" (n, 3, 256, 256) uint8, which write_images() fills."""
-    with h5py.File(path, "w") as file:
-        file.attrs.update(attributes)
-        preallocate(file, "images", (n, 3, IMAGE_SIZE, IMAGE_SIZE), "uint8")
-    _sync_file(path)
+    def create(self):
+        allocation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        allocation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        allocation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        with h5py.File(self.path, "w") as file:
+            file.attrs.update(self.attributes)
+            # Without times, the same content gives the same bytes.
+            dataset = file.create_dataset(self.dataset, self.shape, self.dtype, track_times=False,
+                                          dcpl=allocation)
+            self.offset = dataset.id.get_offset() or 0  # None if there are no rows
+        self.sync()
 
+    def find(self):
+        """The number of rows of the file that is there; OSError or KeyError if it is damaged."""
+        with h5py.File(self.path, "r") as file:
+            rows, self.offset = len(file[self.dataset]), file[self.dataset].id.get_offset() or 0
+        if os.path.getsize(self.path) < self.offset + rows * self.row_bytes:
+            raise OSError(f"{self.path} is truncated")
+        return rows
 
-def find_images(path):
-    """How many images the file has, and the byte at which the first one starts."""
-    with h5py.File(path, "r") as file:
-        images = file["images"]
-        return len(images), images.id.get_offset() or 0
+    def write(self, first, rows):
+        """Write rows, arrays of our dtype, from row number `first` on; None skips one."""
+        with open(self.path, "rb+", buffering=0) as file:
+            for number, row in enumerate(rows, first):
+                if row is not None:
+                    file.seek(self.offset + number * self.row_bytes)
+                    rest = memoryview(row).cast("B")
+                    while rest:  # a signal, or a disk that is nearly full, may cut it short
+                        rest = rest[file.write(rest):]
 
+    def drop(self, dropped):
+        """Leave these rows out of the file; a killed call can be repeated."""
+        rows = np.setdiff1d(np.arange(self.shape[0]), dropped)
+        if self.find() == len(rows):  # done already
+            return
+        kept = ResumableHDF5(f"{self.path}.kept", self.dataset, (len(rows), *self.shape[1:]),
+                             self.dtype, self.attributes)
+        check_space(os.path.dirname(self.path), len(rows) * self.row_bytes,
+                    ", and the same command goes on")
+        kept.create()
+        with open(self.path, "rb") as source, open(kept.path, "rb+") as target:
+            target.seek(kept.offset)
+            for row in rows:
+                source.seek(self.offset + int(row) * self.row_bytes)
+                target.write(source.read(self.row_bytes))
+        kept.sync()
+        os.replace(kept.path, self.path)
 
-def write_images(path, start, images):
-    """
-    Write images one after the other from byte `start` on. Where one is a str, the reason why it
-    can't be read, its place is passed over. Returns these: [(index, reason)].
-    """
-    bad = []
-    with open(path, "rb+", buffering=0) as file:  # a buffer would cut each image into two writes
-        file.seek(start)
-        for i, image in enumerate(images):
-            if isinstance(image, str):
-                bad.append((i, image))
-                file.seek(IMAGE_BYTES, os.SEEK_CUR)
-                continue
-            rest = memoryview(image).cast("B")
-            while rest:  # a signal, or a disk that is nearly full, may cut it short
-                rest = rest[file.write(rest):]
-    return bad
-
-
-def _copy_rows(source, target, rows):
-    """Copy these images, an ascending array, to the start of another file."""
-    start = find_images(source)[1]
-    with open(source, "rb") as old, open(target, "rb+") as new:
-        new.seek(find_images(target)[1])
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
-            for piece in np.split(run, range(64, len(run), 64)):
-                old.seek(start + int(piece[0]) * IMAGE_BYTES)
-                new.write(old.read(len(piece) * IMAGE_BYTES))
-
-
-def _sync_file(path):
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    def sync(self):
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def check_space(folder, needed, next_step=""):
@@ -88,141 +101,141 @@ def check_space(folder, needed, next_step=""):
                         f"make room{next_step}")
 
 
-class Work:
+class StagingFolder:
     """
-    The folder .unfinished_{NAME} of a data set: its files, and progress.json, which says how much
-    of them is safe on the disk.
+    The folder .unfinished_{name} in which files are made, and moved to the output folder only when
+    all are complete. Its progress.json says how many rows of the HDF5 files are safe on the disk.
 
-    rows      {split: images to read}
-    key       a hash of all that the files are made from; work of another key is never gone on with
-    done      {split: images read, from the first one on}
-    bad       {split: [[row, reason]]} of those among them that can't be read
-    complete  whether the files have only to be moved to the output folder
-    begun     whether there is work to go on with
+    files     names of all the files; the last one is moved last, since the others are found by it
+    key       a hash of all that the files are made from; a folder of another key is not resumed
+    arrays    {label: ResumableHDF5}
+    done      {label: rows that are done, from the first one on}
+    bad       {label: [[row, reason]]} of those among them that have no content
+    complete  whether the files have only to be moved
+    started   whether there is work to resume
     """
 
-    def __init__(self, output_folder, name, rows, key, captions_per_image):
-        self.output, self.name, self.rows, self.key = output_folder, name, rows, key
-        self.captions_per_image = captions_per_image
+    def __init__(self, output_folder, name, key, files):
+        self.output, self.key, self.files, self.arrays = output_folder, key, files, {}
         self.folder = os.path.join(output_folder, f".unfinished_{name}")
-        self.files = [f"{split}_{kind}_{name}.{suffix}"
-                      for split in rows for kind, suffix in KINDS.items()]
-        self.files.append(f"WORDMAP_{name}.json")  # last: a data set is found by it
         self._reset()
 
     def _reset(self):
-        self.done, self.bad = dict.fromkeys(self.rows, 0), {split: [] for split in self.rows}
-        self.overwrite = self.complete = self.begun = False
+        self.done, self.bad = dict.fromkeys(self.arrays, 0), {label: [] for label in self.arrays}
+        self.overwrite = self.complete = self.started = False
+        self._saved = time.monotonic()
 
-    def path(self, split, kind="IMAGES"):
-        return os.path.join(self.folder, f"{split}_{kind}_{self.name}.{KINDS[kind]}")
+    def add(self, label, file, dataset, shape, dtype, **attributes):
+        """One of the files is an HDF5 file with this dataset."""
+        self.arrays[label] = ResumableHDF5(self.path(file), dataset, shape, dtype, attributes)
+        self._reset()
 
-    @property
-    def word_map(self):
-        return os.path.join(self.folder, self.files[-1])
+    def path(self, file):
+        return os.path.join(self.folder, file)
+
+    def lock(self, busy):
+        """A context in which no other process uses the folder; UserError(busy) if one does."""
+        return exclusive_lock(f"{self.folder}.lock", busy)
 
     @property
     def _progress(self):
-        return os.path.join(self.folder, "progress.json")
+        return self.path("progress.json")
 
-    def resume(self, overwrite):
+    @property
+    def rows(self):
+        return sum(array.shape[0] for array in self.arrays.values())
+
+    @property
+    def rows_done(self):
+        return sum(self.done.values())
+
+    def resume(self, overwrite=False):
         """
-        Whether there is work to go on with. A run with --overwrite starts anew, unless it was
-        begun with --overwrite itself.
+        Whether there is work to resume. A run with --overwrite starts anew, unless that work was
+        started with --overwrite itself.
         """
         try:
             found = read_json(self._progress)
-            if found["key"] != self.key or overwrite and not found["overwrite"]:
-                return False
-            if not self._is_progress(found["done"], found["bad"]):
-                return False
-            for what in ("done", "bad", "overwrite", "complete"):
-                setattr(self, what, found[what])
-            self.begun = all(map(self._exists, self.files) if self.complete else
-                             map(self._is_sound, self.rows))
-        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
-            # none there, or not as we leave it
-            self.begun = False
-        if not self.begun:
+            if found["key"] == self.key and (found["overwrite"] or not overwrite):
+                for name in ("done", "bad", "overwrite", "complete"):
+                    setattr(self, name, found[name])
+                self.started = all(map(self._exists, self.files) if self.complete else
+                                   map(self._is_sound, self.arrays))
+        except (UserError, OSError, KeyError, TypeError, ValueError):  # none there, or damaged
+            self.started = False
+        if not self.started:
             self._reset()
-        return self.begun
-
-    def _is_progress(self, done, bad):
-        return self.rows.keys() == done.keys() == bad.keys() and all(
-            type(done[split]) is int and 0 <= done[split] <= n and all(
-                type(row) is int and 0 <= row < n and isinstance(why, str)
-                for row, why in bad[split])
-            for split, n in self.rows.items())
+        return self.started
 
     def _exists(self, file):
         return any(os.path.exists(os.path.join(f, file)) for f in (self.folder, self.output))
 
-    def _is_sound(self, split):
-        path, n = self.path(split), self.rows[split]
-        found, start = find_images(path)
-        kept = n - len(self.bad[split]) if self.done[split] == n else n
-        return found in (n, kept) and os.path.getsize(path) >= start + found * IMAGE_BYTES
+    def _is_sound(self, label):
+        rows = self.arrays[label].shape[0]
+        return self.arrays[label].find() in (rows, rows - len(self.bad[label]))
 
-    def begin(self, overwrite):
-        """An empty folder with a place for every image."""
+    def check_space(self, next_step=""):
+        """UserError unless the disk has room for the rows that are not done yet."""
+        left = sum((array.shape[0] - self.done[label]) * array.row_bytes
+                   for label, array in self.arrays.items())
+        check_space(self.output, left, next_step)
+
+    def start(self, overwrite=False):
+        """A new folder with space for every row."""
         self.remove()
         os.makedirs(self.folder)
-        for split, n in self.rows.items():
-            self._create(self.path(split), split, n)
-        self.overwrite = overwrite
+        for array in self.arrays.values():
+            array.create()
+        self.overwrite, self.started = overwrite, True
         self.save()
-        self.begun = True
 
-    def _create(self, path, split, n):
-        made_from = {"made_from": np.bytes_(self.key)} if split == "TRAIN" else {}
-        create_images(path, n, captions_per_image=self.captions_per_image, **made_from)
+    def advance(self, label, done, bad=()):
+        """So many rows are done now; `bad`, [[row, reason]], are new ones without content."""
+        self.bad[label] += bad
+        self.done[label] = done
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
 
     def save(self):
-        """First the images, then the word that they are there."""
-        for split, done in self.done.items():
+        """First the rows go to the disk, then the message that they are there."""
+        if not self.started:  # removed
+            return
+        for label, done in self.done.items():
             if done:
-                _sync_file(self.path(split))
-            # An interrupt may have come between the two.
-            self.bad[split] = [[row, why] for row, why in self.bad[split] if row < done]
-        write_json(self._progress, {what: getattr(self, what) for what in
+                self.arrays[label].sync()
+            # An interrupt may have come between the two assignments of advance().
+            self.bad[label] = [[row, why] for row, why in self.bad[label] if row < done]
+        write_json(self._progress, {name: getattr(self, name) for name in
                                     ("key", "overwrite", "complete", "done", "bad")})
+        self._saved = time.monotonic()
 
     def drop_bad(self):
-        """Leave the images that can't be read out of the files; a killed call can be repeated."""
-        for split, n in self.rows.items():
-            path, kept = self.path(split), self.path(split) + ".kept"
-            rows = np.setdiff1d(np.arange(n), [row for row, _ in self.bad[split]])
-            if find_images(path)[0] == len(rows):
-                continue
-            check_space(self.folder, len(rows) * IMAGE_BYTES, ", and the same command goes on")
-            self._create(kept, split, len(rows))
-            if len(rows):
-                _copy_rows(path, kept, rows)
-            _sync_file(kept)
-            os.replace(kept, path)
+        """Leave the rows without content out of the files; a killed call can be repeated."""
+        for label, array in self.arrays.items():
+            array.drop([row for row, _ in self.bad[label]])
 
     def move(self):
-        """The files to where they belong; a killed call can be repeated."""
-        *files, word_map = self.files
+        """Move the files to the output folder; a killed call can be repeated."""
+        *others, last = self.files
         with defer_interrupt():
-            if os.path.exists(self.word_map):  # that of other files must not stand beside ours
+            if os.path.exists(self.path(last)):  # that of other files must not stand beside ours
                 with suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.output, word_map))
+                    os.remove(os.path.join(self.output, last))
                     sync_folder(self.output)
-            for file in files:
+            for file in others:
                 self._move(file)
             sync_folder(self.output)
-            self._move(word_map)
+            self._move(last)
             sync_folder(self.output)
             self.remove()
 
     def _move(self, file):
         with suppress(FileNotFoundError):  # moved already
-            os.replace(os.path.join(self.folder, file), os.path.join(self.output, file))
+            os.replace(self.path(file), os.path.join(self.output, file))
 
     def remove(self):
         with suppress(FileNotFoundError):
-            os.remove(self._progress)  # first: without it the rest is nothing to go on with
+            os.remove(self._progress)  # first: without it the rest cannot be resumed
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
         self._reset()

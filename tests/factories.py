@@ -11,12 +11,15 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from checkpoints import PRETRAINED
 from models import DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
+from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
@@ -72,6 +75,87 @@ def make_case(seed, end_bias):
         decoder.fc.bias[end] += end_bias
     torch.manual_seed(seed)
     return decoder, torch.randn(8, 4, 9, dtype=torch.float64)
+
+
+# Images with captions in Karpathy's form, and the input files that are made of them
+
+
+def karpathy_entry(filename, split="train", captions=("a dog",), **more):
+    sentences = [{"tokens": caption.split(), "raw": caption} for caption in captions]
+    return {"filename": filename, "split": split, "sentences": sentences, **more}
+
+
+ONE_PER_SPLIT = [karpathy_entry("a.png"), karpathy_entry("b.png", "val"),
+                 karpathy_entry("c.png", "test"), karpathy_entry("d.png", "restval")]
+
+
+def many_entries(n=9):
+    return [karpathy_entry(f"{i}.png", captions=["a b", "b c", "c d", "d a"]) for i in range(n)]
+
+
+def grey_of(i):
+    """The grey level in which `write_karpathy` draws image i."""
+    return 10 * i + 5
+
+
+def write_karpathy(folder, entries, bad=()):
+    """Draw the images in folder/images, each in its grey, and write the JSON; returns its path."""
+    for i, image in enumerate(entries):
+        path = folder / "images" / image.get("filepath", "") / image["filename"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if image["filename"] in bad:
+            path.write_bytes(b"no image at all")
+        else:
+            Image.new("RGB", (40, 30), (grey_of(i),) * 3).save(path)
+        os.utime(path, (1, 1))  # drawn twice, it is the same file
+    write_json(folder / "dataset.json", {"images": entries, "dataset": "x"})
+    return folder / "dataset.json"
+
+
+INPUT_OPTIONS = {"min_word_freq": 0, "captions_per_image": 2, "max_len": 4, "workers": 0}
+
+
+def write_input_files(folder, entries, output="out", bad=(), **options):
+    """The input files of the data set x in folder/output; returns a function that reads one."""
+    path, output = write_karpathy(folder, entries, bad), folder / output
+    create_input_files("x", path, folder / "images", output_folder=output,
+                       **INPUT_OPTIONS | options)
+
+    def read(kind):
+        [path] = output.glob(f"{kind}_x_*")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with h5py.File(path) as file:
+            return file["images"][:], dict(file.attrs)
+
+    return read
+
+
+def contents(folder):
+    """{name: bytes} of the files in a folder"""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks a process to kill it")
+
+
+def restore_interrupts():
+    """For Popen's preexec_fn: a test run started in the background ignores Ctrl-C, we must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kill_at(module, name, k):
+    """From its k-th call on, the function of this name ends this process as a power cut would."""
+    function, calls = getattr(module, name), []
+
+    def counted(*args, **options):
+        calls.append(args)
+        if len(calls) >= k:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+
+    setattr(module, name, counted)
 
 
 # Files as the tutorial's code writes them

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from datasets import (
     CaptionDataset,
     ResumableBatchSampler,
-    UserError,
+    add_data_options,
     find_data_name,
     read_word_ids,
 )
+from utils import Parser, UserError
 
 # --- the files of the tutorial ---
 
@@ -100,12 +101,12 @@ def test_count_mismatch_is_a_user_error(tmp_path, captions, lengths):
 
 
 @pytest.mark.parametrize("references", [
-    {}, [[]] * IMAGES, [{"filename": "a.jpg", "image_id": 1, "references": ["un chat"]}] * IMAGES,
+    {}, [[]] * IMAGES, [{"filename": "a.jpg"}] * IMAGES,
     [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1)], ids=str)
 def test_references_of_another_form_or_number_are_named(data, references):
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     path.write_text(json.dumps(references))
-    with pytest.raises(UserError, match=f"{path.name} is "):
+    with pytest.raises(UserError, match=f"{path.name} is damaged: .*again$"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN").entry(0)
 
 
@@ -116,7 +117,7 @@ def test_images_of_another_shape_or_type_are_refused(data, shape, dtype):
     with h5py.File(data[0] / FILES[0], "w") as file:
         file.attrs["captions_per_image"] = R
         file.create_dataset("images", shape, dtype)
-    with pytest.raises(UserError, match=f"{FILES[0]} holds {dtype} of .* not uint8 images"):
+    with pytest.raises(UserError, match=f"{FILES[0]} is damaged: it holds {dtype} of .*not uint8"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
 
 
@@ -129,10 +130,29 @@ def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, 
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
-@pytest.mark.parametrize("lengths", ["a", {}, [[2]], [2.0], [-1], [2 ** 40], [None]])
-def test_lengths_that_are_no_whole_numbers_are_refused(tmp_path, lengths):
-    write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, lengths)
-    with pytest.raises(UserError, match=f"{FILES[2]} is no list of lengths"):
+@pytest.mark.parametrize("length", ["a", [2], 2.5, 1e400, None, True, {}])
+def test_lengths_that_are_no_whole_numbers_are_refused(tmp_path, length):
+    many = [length] * len(TUTORIAL_LENGTHS)
+    for lengths, wrong in ((many, f"{FILES[2]} is damaged"), (length, "CAPLENS"),
+                           ([*TUTORIAL_LENGTHS[:-1], length], "CAPLENS")):
+        write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, lengths)
+        with pytest.raises(UserError, match=f"{wrong}.*create_input_files.py again$"):
+            CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
+        (tmp_path / FILES[0]).unlink()
+
+
+@pytest.mark.parametrize("length", [-1, 0, 2 ** 40, 2 ** 70])
+def test_lengths_that_no_caption_has_are_refused(tmp_path, length):
+    write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, [*TUTORIAL_LENGTHS[:-1], length])
+    with pytest.raises(UserError, match="create_input_files.py again$"):
+        CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
+
+
+def test_files_of_two_data_sets_do_not_go_together(tmp_path):
+    write_tutorial_files(tmp_path)
+    other = {**TUTORIAL_WORD_MAP, "dog": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
+    (tmp_path / FILES[3]).write_text(json.dumps(other))
+    with pytest.raises(UserError, match="the WORDMAP are not of one data set"):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
@@ -165,6 +185,8 @@ def test_missing_or_damaged_file_is_named(tmp_path, name, damage):
     with pytest.raises(UserError) as error:
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    next_step = "run python create_input_files.py first" if damage == "missing" else ""
+    assert str(error.value).endswith(next_step)
 
 
 def test_hdf5_file_of_something_else_is_a_user_error(tmp_path):
@@ -206,6 +228,12 @@ def test_no_data_set_names_the_folder(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=f"no data set in {folder}; pass the --data_folder"):
             find_data_name(folder)
+
+
+def test_data_options_find_the_only_data_set_of_the_default_folder():
+    parser = Parser()
+    add_data_options(parser)
+    assert vars(parser.parse_args([])) == {"data_folder": "data", "data_name": None}
 
 
 def test_several_data_sets_are_listed(tmp_path):

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import IMAGES, TUTORIAL_NAME, write_tutorial_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import checkpoints
-from datasets import read_word_ids, read_word_map
+from datasets import CaptionDataset, read_word_ids, read_word_map
 from models import DecoderWithAttention, Encoder
 from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
@@ -153,6 +154,31 @@ def test_any_captions_file_holds_word_ids_or_is_a_users_error(content):
     result = read(lambda path: read_word_ids(path, 6), content)
     if not isinstance(result, UserError):
         assert result.size == 0 or 0 <= result.min() <= result.max() < 6
+
+
+@pytest.fixture(scope="module")
+def data_set():
+    with tempfile.TemporaryDirectory() as folder:
+        write_tutorial_files(Path(folder))
+        entries = [{"filename": f"{i}.jpg", "image_id": i, "references": [["a", "cat"]]}
+                   for i in range(IMAGES)]
+        Path(folder, f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json").write_text(json.dumps(entries))
+        yield Path(folder)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_file_of_a_data_set_is_read_or_a_users_error_that_names_it(data_set, data):
+    path = data.draw(st.sampled_from(sorted(data_set.glob("*.json"))))
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(data.draw(mangled(whole) | json_values.map(json.dumps).map(str.encode)))
+        for i in range(IMAGES):
+            assert "references" in CaptionDataset(data_set, TUTORIAL_NAME, "TRAIN").entry(i)
+    except UserError as error:
+        assert str(data_set) in str(error) and "\n" not in str(error)
+    finally:
+        path.write_bytes(whole)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,21 @@
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 import pytest
+from factories import contents, kill_at, needs_fork, needs_signals, restore_interrupts
 from PIL import Image, ImageChops
 
 from preprocessing import demo
 
+ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"train": 120, "val": 10, "test": 10}
 
 
@@ -21,10 +31,6 @@ def images(folder):
     return json.loads((folder / "dataset_demo.json").read_text())["images"]
 
 
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def captions(image):
     return [" ".join(sentence["tokens"]) for sentence in image["sentences"]]
 
@@ -35,14 +41,14 @@ def far_apart(found, wanted):
 
 def test_same_seed_same_bytes_whatever_was_there_before(tmp_path):
     first, again = (demo.make_demo(tmp_path / name, 4, 2, 2, seed=3).parent for name in "ab")
-    assert files(first) == files(again) and len(files(first)) == 9
+    assert contents(first) == contents(again) and len(contents(first)) == 9
     demo.make_demo(again, 4, 2, 2, seed=4)
     demo.make_demo(again, 4, 2, 2, seed=3)
-    assert files(first) == files(again)
+    assert contents(first) == contents(again)
 
 
 def test_another_seed_draws_other_pictures(tmp_path):
-    first, other = (files(demo.make_demo(tmp_path / f"{s}", 4, 2, 2, s).parent) for s in (1, -1))
+    first, other = (contents(demo.make_demo(tmp_path / f"{s}", 4, 2, 2, s).parent) for s in (1, -1))
     assert first.keys() == other.keys() and all(first[name] != other[name] for name in first)
 
 
@@ -56,7 +62,7 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
 
 
 def test_too_many_scenes_are_refused_and_the_most_are_not():
-    most = len(demo.ONE) + len(demo.TWO)
+    most = len(demo.ONE_OBJECT) + len(demo.TWO_OBJECTS)
     assert len(demo.choose_scenes(most, Random(0))) == most
     with pytest.raises(demo.UserError, match=str(most)):
         demo.choose_scenes(most + 1, Random(0))
@@ -73,7 +79,7 @@ def test_pictures_are_256_by_256(folder, images):
 
 def test_five_different_captions_per_image(images):
     assert all(len(set(captions(image))) == 5 for image in images)
-    assert all(len(set(demo.describe(scene))) == 5 for scene in demo.ONE + demo.TWO)
+    assert all(len(set(demo.describe(scene))) == 5 for scene in demo.ONE_OBJECT + demo.TWO_OBJECTS)
 
 
 def test_sentence_ids_are_unique_and_listed_by_their_image(images):
@@ -161,3 +167,48 @@ def test_every_colour_is_drawn_as_its_name():
         scene = ([("large", colour, "square")], (1, 1))
         background, objects = demo.lay_out(scene, Random(0))
         assert far_apart(demo.draw(background, objects).getpixel((128, 128)), rgb) <= 14
+
+
+@needs_signals
+def test_interrupt_while_the_demo_is_drawn_ends_it_before_the_rest_and_keeps_the_pictures(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "create_input_files.py", "--output_folder",
+                                tmp_path], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, preexec_fn=restore_interrupts)
+    while len(list(tmp_path.glob("demo/*.png"))) < 20 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.endswith("create_input_files.py: interrupted\n")
+    assert 20 <= len(list(tmp_path.glob("demo/*.png"))) < 1000
+    assert not list(tmp_path.glob("demo/*.json"))
+
+
+def test_demo_that_is_there_is_not_drawn_again(tmp_path):
+    demo.make_demo(tmp_path, 5, 1, 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    drawn = contents(tmp_path)
+    (tmp_path / "demo_00002.png").unlink()
+    (tmp_path / "demo_00003.png").write_bytes(b"half")
+    demo.make_demo(tmp_path, 5, 1, 1)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert [path.stem[-1] for path in before if before[path] != after[path]] in (["2", "3"],
+                                                                                 ["3", "2"])
+    assert contents(tmp_path) == drawn
+
+
+@needs_fork
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_demo_killed_while_it_is_drawn_is_completed(tmp_path, monkeypatch, k):
+    monkeypatch.setattr(demo, "open_pool", ThreadPoolExecutor)  # all in the process to be killed
+    demo.make_demo(tmp_path / "whole", 5, 1, 1)
+
+    def run():
+        kill_at(os, "replace", k)
+        demo.make_demo(tmp_path / "killed", 5, 1, 1)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    demo.make_demo(tmp_path / "killed", 5, 1, 1)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

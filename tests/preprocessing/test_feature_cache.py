@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,9 +14,11 @@ from factories import IMAGES, TUTORIAL_CAPTIONS, TUTORIAL_NAME, R, write_tutoria
 
 from datasets import CaptionDataset
 from models import Encoder
-from preprocessing import feature_cache as features
+from preprocessing import resumable_hdf5
 from preprocessing.feature_cache import cache_features, load_features
-from utils import UserError
+from utils import UserError, read_json
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def encoder_of(seed):
@@ -100,44 +103,78 @@ def test_interrupted_call_leaves_no_whole_file_and_the_next_one_goes_on(small, e
     with pytest.raises(KeyboardInterrupt):
         cache_features(dataset, encoder, "cpu", batch_size=2)
     [left] = set(beside(dataset)) - set(files)
-    assert calls == [1, 2, 2, 1] and left.endswith(".partial")
+    assert calls == [1, 2, 2, 1] and left == f".unfinished_{whole.stem}"
     del calls[:]
     assert cache_features(dataset, encoder, "cpu", batch_size=2) == whole
     assert calls == [1, 1] and whole.read_bytes() == expected
     assert set(beside(dataset)) - set(files) == {whole.name}
 
 
-@pytest.mark.parametrize("damage", [b"", b"no HDF5", "half"])
-def test_a_partial_file_that_is_damaged_is_begun_anew(small, encoder, damage):
+def killed_after(images, dataset, encoder):
+    """Encode images one at a time, and kill the process when so many are done."""
+    if (child := os.fork()) == 0:
+        forward, calls = encoder.forward, []
+        resumable_hdf5.SAVE_SECONDS = 0
+
+        def die(pixels):
+            calls.append(1)
+            if len(calls) == images + 2:  # the first one tells the size
+                os.kill(os.getpid(), signal.SIGKILL)
+            return forward(pixels)
+
+        encoder.forward = die
+        cache_features(dataset, encoder, "cpu", batch_size=1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def unfinished(path):
+    return path.parent / f".unfinished_{path.stem}"
+
+
+@pytest.mark.parametrize("file, damage", [("hdf5", b""), ("hdf5", b"no HDF5"), ("hdf5", "half"),
+                                          ("hdf5", "missing"), ("json", "half"),
+                                          ("json", "missing")])
+def test_an_unfinished_file_that_is_damaged_is_started_anew(small, encoder, file, damage):
     path = cache_features(small[0], encoder, "cpu")
     expected = path.read_bytes()
     path.unlink()
-    damage = expected[:len(expected) // 2] if damage == "half" else damage
-    path.with_suffix(".partial").write_bytes(damage)
+    killed_after(3, small[0], encoder)
+    [damaged] = unfinished(path).glob(f"*.{file}")
+    whole = damaged.read_bytes()
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(whole[:len(whole) // 2] if damage == "half" else damage)
     assert cache_features(small[0], encoder, "cpu").read_bytes() == expected
 
 
-def test_a_killed_process_is_resumed(small, encoder):
-    """SIGKILL in the middle of the second batch: what was written before it counts."""
-    path = cache_features(small[0], encoder, "cpu", batch_size=2)
-    expected = path.read_bytes()
+def test_a_killed_process_is_resumed(small, encoder, monkeypatch):
+    """SIGKILL in the middle of an image: those that were written before it count."""
+    path = cache_features(small[0], encoder, "cpu", batch_size=1)
+    expected, calls, forward = path.read_bytes(), [], encoder.forward
     path.unlink()
-    if (child := os.fork()) == 0:
-        forward, calls = encoder.forward, []
-        features.SAVE_SECONDS = 0
+    killed_after(3, small[0], encoder)
+    assert not path.exists()
+    assert read_json(unfinished(path) / "progress.json")["done"] == {"features": 3}
+    monkeypatch.setattr(encoder, "forward", lambda pixels: calls.append(1) or forward(pixels))
+    assert cache_features(small[0], encoder, "cpu", batch_size=1).read_bytes() == expected
+    assert len(calls) == 1 + 2 and not unfinished(path).exists()
 
-        def die(images):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return forward(images)
 
-        encoder.forward = die
-        cache_features(small[0], encoder, "cpu", batch_size=2)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not path.exists()
-    with h5py.File(path.with_suffix(".partial"), "r") as file:
-        assert file["done"][0] == 2
-    assert cache_features(small[0], encoder, "cpu", batch_size=2).read_bytes() == expected
+def test_what_is_left_of_a_process_killed_after_its_last_step_is_removed(small, encoder):
+    path = cache_features(small[0], encoder, "cpu")
+    unfinished(path).mkdir()
+    (unfinished(path) / "progress.json").write_text("{}")
+    assert cache_features(small[0], encoder, "cpu") == path and not unfinished(path).exists()
+
+
+def test_a_cache_of_earlier_versions_which_counted_inside_it_is_used(small, encoder):
+    path = cache_features(small[0], encoder, "cpu")
+    with h5py.File(path, "r+") as file:
+        file["done"] = np.array([IMAGES])
+    before = path.read_bytes()
+    assert cache_features(small[0], encoder, "cpu").read_bytes() == before
+    assert load_features(path, "ram", torch.device("cpu")).shape == (IMAGES, 64, 512)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other shape", "other file"])
@@ -153,16 +190,22 @@ def test_a_cache_that_is_damaged_is_named(small, encoder, damage):
 
 
 def test_a_cache_that_another_process_is_writing_is_left_alone(small, encoder):
-    path = cache_features(small[0], encoder, "cpu").with_suffix(".partial")
-    path.with_suffix(".hdf5").rename(path)
-    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(flush=True); input()"
+    path = cache_features(small[0], encoder, "cpu")
+    expected = path.read_bytes()
+    path.unlink()
+    code = f"""
+from utils import exclusive_lock
+with exclusive_lock({str(unfinished(path)) + ".lock"!r}, ""):
+    print(flush=True)
+    input()
+"""
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as writer:
+                          stdout=subprocess.PIPE, cwd=ROOT) as writer:
         writer.stdout.readline()
         with pytest.raises(UserError, match="being written by another process"):
             cache_features(small[0], encoder, "cpu")
         writer.communicate(b"\n")
-    assert cache_features(small[0], encoder, "cpu").exists()
+    assert cache_features(small[0], encoder, "cpu").read_bytes() == expected
 
 
 @pytest.mark.parametrize("where", ["disk", "ram", "device"])

@@ -58,6 +58,26 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert read_rgb(tmp_path / "a.png").tolist() == [[[100, 200, 0], [255] * 3, [224, 244, 204]]]
 
 
+def test_every_colour_under_every_transparency_is_rounded_to_the_nearest(tmp_path):
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    pixels = np.stack([colour, colour, colour, alpha], 2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = np.round(colour * (alpha / 255) + 255 * (1 - alpha / 255))
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), grey(expected))
+
+
+def test_floats_are_scaled_by_their_maximum_if_it_is_above_one(tmp_path):
+    for values, expected in (([[0, 0.5, 1]], [[0, 128, 255]]), ([[-1, 1, 4]], [[0, 64, 255]])):
+        Image.fromarray(np.array(values, np.float32)).save(tmp_path / "a.tif")
+        np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), grey(expected))
+
+
+def test_floats_that_are_not_finite_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif is not a readable image: .* not finite"):
+        read_rgb(tmp_path / "a.tif")
+
+
 def test_transparent_grey_is_laid_over_white(tmp_path):
     Image.fromarray(np.array([[[100, 255], [100, 51]]], np.uint8)).save(tmp_path / "a.png")
     assert read_rgb(tmp_path / "a.png").tolist() == grey([[100, 224]]).tolist()
@@ -100,6 +120,30 @@ def test_exif_rotated_jpeg_is_upright(tmp_path, orientation):
         np.testing.assert_array_equal(got, np.asarray(ImageOps.exif_transpose(image)))
     assert got.shape == (32, 48, 3)
     assert np.abs(got.astype(int) - np.asarray(upright)).max() < 12  # JPEG's loss
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_rotated_picture_of_one_channel_is_upright(tmp_path, orientation, suffix, mode):
+    if (suffix, mode) == ("jpg", "P"):
+        return  # JPEG has no palettes
+    upright, turn, exif = quadrants().convert(mode), STORED[orientation], Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if turn is None else upright.transpose(turn)
+    stored.save(tmp_path / f"a.{suffix}", exif=exif)
+    got, expected = read_rgb(tmp_path / f"a.{suffix}"), np.asarray(upright.convert("RGB"))
+    assert got.shape == expected.shape and np.abs(got.astype(int) - expected).max() < 12
+
+
+@pytest.mark.parametrize("name", ["imageio:chelsea.png", "http:", "~x", "<screen>", "a.zip"])
+def test_name_of_a_file_is_never_an_address_or_an_archive(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{name}/b.png not found"):
+        read_rgb(f"{name}/b.png")
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (2, 2), "red").save(f"{tmp_path}/{name}/b.png")
+    assert read_rgb(f"{name}/b.png").tolist() == [[[255, 0, 0]] * 2] * 2
 
 
 def test_suffix_does_not_matter(tmp_path):
@@ -155,7 +199,7 @@ def test_fine_checkerboard_shrinks_to_grey(tmp_path):
     assert image.shape == (3, 256, 256) and np.abs(image - 127.5).max() < 3
 
 
-def test_image_is_squashed_not_cropped(tmp_path):
+def test_image_is_resized_to_a_square_not_cropped(tmp_path):
     quadrants().save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", 64)
     assert image.shape == (3, 64, 64) and image.dtype == np.uint8

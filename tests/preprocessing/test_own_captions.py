@@ -1,0 +1,149 @@
+"""Captions of one's own, in every format that is recognised."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from factories import karpathy_entry as entry
+from factories import write_karpathy as prepare
+
+from create_input_files import main
+from preprocessing.own_captions import read_captions, split_words
+from utils import UserError, read_json
+
+CAPTIONS = [
+    ("a.jpg", "A man's dog, running."), ("b.jpg", "Two dogs"),
+    ("a.jpg", "A t-shirt | 3 \"dogs\""), ("b.jpg", "Dogs!"),
+]  # fmt: skip
+
+
+FORMATS = {
+    "csv": 'image,caption\na.jpg,"A man\'s dog, running."\nb.jpg,Two dogs\n'
+    'a.jpg,"A t-shirt | 3 ""dogs"""\nb.jpg,Dogs!\n',
+    "kaggle, commas unquoted": "image,caption\na.jpg,A man's dog, running.\nb.jpg,Two dogs\n"
+    'a.jpg,A t-shirt | 3 "dogs"\nb.jpg,Dogs!\n',
+    "columns turned round": '\ufeffText;File_Name\r\n"A man\'s dog, running.";a.jpg\r\n'
+    'Two dogs;b.jpg\r\n"A t-shirt | 3 ""dogs""";a.jpg\r\nDogs!;b.jpg\r\n',
+    "no header": "a.jpg,A man's dog, running.\nb.jpg,Two dogs\n"
+    'a.jpg,A t-shirt | 3 "dogs"\nb.jpg,Dogs!\n',
+    "tsv": "file\tsentence\n" + "".join(f"{image}\t{text}\n" for image, text in CAPTIONS),
+    "results.csv": "image_name| comment_number| comment\n"
+    + "".join(f"{image}| 0| {text}\n" for image, text in CAPTIONS)
+    + "b.jpg| 4   A dog runs .\n",
+    "tokens": "".join(f"{image}#{i}\t{text}\n" for i, (image, text) in enumerate(CAPTIONS)),
+    "json lines": "".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in CAPTIONS),
+    "json lists": json.dumps([
+        {"filename": "a.jpg", "captions": [CAPTIONS[0][1], CAPTIONS[2][1]]},
+        {"filename": "b.jpg", "captions": [CAPTIONS[1][1], CAPTIONS[3][1]]},
+    ]),
+    "coco": json.dumps({
+        "images": [{"id": 5, "file_name": "b.jpg"}, {"id": 4, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": {"a": 4, "b": 5}[i[0]], "caption": c} for i, c in CAPTIONS],
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_karpathy_form(tmp_path, name):
+    path = tmp_path / "captions.any"
+    path.write_text(FORMATS[name], encoding="utf-8", newline="")
+    a, b = read_captions(path, val_fraction=0, test_fraction=0)["images"]
+    assert (a["filename"], b["filename"]) == ("a.jpg", "b.jpg")
+    assert [s["tokens"] for s in a["sentences"]] == [
+        ["a", "man", "s", "dog", "running"], ["a", "t", "shirt", "3", "dogs"]
+    ]  # fmt: skip
+    assert [s["tokens"] for s in b["sentences"]] == [["two", "dogs"], ["dogs"]]
+    assert a["split"] == "train" and a.get("cocoid") == (4 if name == "coco" else None)
+
+
+def read_text_as_captions(tmp_path, text, **options):
+    path = tmp_path / "captions.any"
+    path.write_text(text, encoding="utf-8")
+    return read_captions(path, **options)["images"]
+
+
+def test_split_column_is_kept(tmp_path):
+    text = "image,split,caption\na.jpg,val,x\nb.jpg,train,y\na.jpg,val,z\n"
+    images = read_text_as_captions(tmp_path, text)
+    assert [image["split"] for image in images] == ["val", "train"]
+
+
+def test_images_not_captions_are_drawn_into_splits_whatever_their_order(tmp_path):
+    lines = [f"{i}.jpg,caption {k}\n" for i in range(50) for k in range(3)]
+    images = read_text_as_captions(tmp_path, "".join(lines), test_fraction=0.2)
+    splits = [image["split"] for image in images]
+    assert [splits.count(s) for s in ("train", "val", "test")] == [35, 5, 10]
+    by_name = {image["filename"]: image["split"] for image in images}
+    turned = read_text_as_captions(tmp_path, "".join(lines[::-1]), test_fraction=0.2)
+    assert by_name == {image["filename"]: image["split"] for image in turned}
+    other = read_text_as_captions(tmp_path, "".join(lines), test_fraction=0.2, seed=1)
+    assert by_name != {image["filename"]: image["split"] for image in other}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("some prose\nand more\n", "not recognised; looked for"),
+        ("picture,words\na.jpg,x\n", "not recognised; looked for"),
+        ('image,caption\na.jpg,"never closed\nb.jpg,x\n', "quotation mark"),
+        ("image,split,caption\na.jpg,val,x\na.jpg,test,x\n", "a.jpg is in val and in test"),
+        ("image,split,caption\na.jpg,val,x\nb.jpg,,x\n", "b.jpg has no split"),
+        ("caption\timage\nx\ta.jpg\ty\n", "line 2: 3 columns, not 2"),
+        ('{"image": "a.jpg", "caption": "x"}\n{"image": }\n', "line 2: broken JSON"),
+        ('{"image": "a.jpg"}\n{"image": "b.jpg"}\n', "entry 1 lacks"),
+        ('{"images": [\n{"id": 1,}], "annotations": []}', "line 2: broken JSON"),
+        ('{"images": [], "annotations": [{"image_id": 3, "caption": "x"}]}', "has the id 3"),
+        ('{"images": [{"id": 3}], "annotations": [{"image_id": 3}]}', "COCO's form"),
+        ('{"images": [{"filename": "a.jpg"}]}', "--karpathy_json"),
+        ("a.jpg#0\tx\nb.jpg\ty\n", "line 2 is not name.jpg#0"),
+        ('[{"image_id": 1, "filename": "a.jpg", "caption": "x", "score": -1, "references": []}]',
+         "eval.py --results; training needs people's own"),
+        ("[" * 100_000, "nested too deeply"),
+        ('[{"image": ' + "7" * 5000 + "}]", "broken JSON"),
+    ],
+)
+def test_captions_not_understood_are_refused_with_the_place(tmp_path, text, message):
+    with pytest.raises(UserError, match="captions.any.*" + message):
+        read_text_as_captions(tmp_path, text)
+
+
+def test_words_of_other_scripts_stay_whole():
+    assert split_words("“Ein Käse”—हिन्दी, at&t") == ["ein", "käse", "हिन्दी", "at", "t"]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Calls create_input_files.py in a folder with images/0.png to 9.png."""
+    prepare(tmp_path, [entry(f"{i}.png") for i in range(10)])
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["create_input_files.py", "--image_folder", "images",
+                                          "--min_word_freq", "0", "--workers", "1", *options])
+        main()
+    return call
+
+
+def test_script_makes_the_files_of_own_captions(script, capsys):
+    Path("mine.csv").write_text("".join(f"{i}.png,A dog.\n" for i in range(10)))
+    script("--dataset", "mine", "--captions", "mine.csv")
+    references = read_json("data/TRAIN_REFERENCES_mine_5_cap_per_img_0_min_word_freq.json")
+    assert len(references) == 8 and references[0]["references"] == [["a", "dog"]]
+    assert "TRAIN: 8 images, 40 captions" in capsys.readouterr().out
+
+
+def test_own_captions_without_validation_images_give_a_warning(script, capsys):
+    Path("mine.csv").write_text("0.png,A dog.\n")
+    script("--captions", "mine.csv")
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "warning: mine.csv has no val images, to choose the best epoch by",
+        "warning: mine.csv has no test images, to evaluate with",
+    ]
+
+
+def test_fractions_that_leave_no_training_images_are_refused(script):
+    Path("mine.csv").write_text("0.png,A dog.\n")
+    with pytest.raises(UserError, match="--val_fraction 0.5 and --test_fraction 0.5 .*below 1"):
+        script("--captions", "mine.csv", "--val_fraction", "0.5", "--test_fraction", "0.5")
