@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import checkpoints
-from datasets import find_data_name
+from datasets import add_data_options, find_data_name
 from training.build import (
     build_criterion,
     build_loaders,
@@ -95,9 +95,9 @@ def make_parser():
     parser = Parser(description=__doc__)
     flag = argparse.BooleanOptionalAction
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data_folder", default="data", help="what create_input_files.py wrote")
-    add("--data_name", help="which data set, if the folder has several")
+    group = parser.add_argument_group("data")
+    add_data_options(group)
+    add = group.add_argument
     add("--batch_size", type=positive_int, default=80,
         help="captions per step, over all processes")
     add("--accumulate", type=positive_int, default=1,
@@ -180,7 +180,7 @@ def make_parser():
     add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
     add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
 
-    add_device_options(parser)
+    add_device_options(parser.add_argument_group("device"))
     return parser
 
 
