@@ -4,6 +4,7 @@ here is Python and NumPy; `scores` adds pycocoevalcap's ROUGE-L, and its METEOR,
 """
 
 import math
+import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -31,7 +32,10 @@ def bleu(references, hypotheses):
     for captions, hypothesis in zip(references, hypotheses):
         limits = bleu_limits([ngrams(caption) for caption in captions if caption])
         sums += bleu_sums(limits, ngrams(hypothesis))
-    return [float(bleu_from_sums(sums, order)) for order in (1, 2, 3, 4)]
+    # NLTK's stand-in for a precision of 0: BLEU-4 is 1e-75 or so then, and an early epoch in which
+    # no 4-gram matches is still better or worse than another by its shorter n-grams.
+    tiny = sys.float_info.min
+    return [float(bleu_from_sums(sums, order, tiny)) for order in (1, 2, 3, 4)]
 
 
 class BleuLimits(NamedTuple):
@@ -65,14 +69,18 @@ def bleu_sums(limits, hypothesis):
     return [*matches, *totals, length, closest]
 
 
-def bleu_from_sums(sums, order):
-    """BLEU-`order`, 0..100, of summed `bleu_sums` (..., 10)"""
+def bleu_from_sums(sums, order, least_precision=0.0):
+    """
+    BLEU-`order`, 0..100, of summed `bleu_sums` (..., 10). least_precision: for n-grams none of
+    which match, if any word does
+    """
     matches, totals = sums[..., :order], sums[..., 4:4 + order]
     length, closest = sums[..., 8], sums[..., 9]
     with np.errstate(divide="ignore", invalid="ignore"):  # log 0 where nothing matches
         brevity_penalty = np.minimum(0, 1 - closest / length)
-        value = np.exp(brevity_penalty + np.log(matches / totals).mean(-1))
-    return 100 * np.where(matches.min(-1) > 0, value, 0)
+        precisions = np.maximum(matches / totals, least_precision)
+        value = np.exp(brevity_penalty + np.log(precisions).mean(-1))
+    return 100 * np.where(matches[..., 0] > 0, value, 0)
 
 
 # CIDEr

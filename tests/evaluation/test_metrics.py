@@ -114,7 +114,14 @@ def test_bleu_is_nltks_for_captions_of_any_length():
         hypotheses = [[rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in images]
         given = [[words for words in texts if words] or [[]] for texts in references]
         expected = corpus_bleu(given, hypotheses, weights) if any(hypotheses) else np.zeros(4)
-        assert bleu(references, hypotheses) == pytest.approx(100 * np.array(expected), abs=1e-9)
+        assert bleu(references, hypotheses) == pytest.approx(
+            100 * np.array(expected), rel=1e-9, abs=0)  # 1e-75 is told from 0 and from 2e-75
+
+
+def test_bleu_ranks_captions_without_a_4_gram_in_common_by_their_shorter_ones():
+    reference, both = list("abcdef"), [list("abcxyz"), list("axcxyz")]
+    better, worse = (bleu([[reference]], [words])[3] for words in both)
+    assert 0 < worse < better < 1e-50
 
 
 def test_word_ids_score_as_words_do():

@@ -93,6 +93,12 @@ def test_resamples_are_scored_as_if_their_images_were_scored_anew():
             assert found[name][k] == pytest.approx(metric.total), name
 
 
+def test_bleu_of_resamples_without_a_match_is_0_and_ties():
+    [metrics], _ = measure([[list("abcx")]], [[list("abcd")]], BLEU)
+    assert metrics["BLEU-3"].total > 0 and metrics["BLEU-4"].total == 0
+    assert resample(metrics, 3)["BLEU-4"].tolist() == [0, 0, 0]
+
+
 def test_interval_of_a_mean_is_the_normal_one():
     random = np.random.default_rng(1)
     novel = random.random(2000) < 0.3
