@@ -1,4 +1,7 @@
-"""What a model says of every image of a split, and what of it is new to the training captions."""
+"""
+A model's captions of every image of a split; and the data set's training captions, which tell
+whether they are novel.
+"""
 
 from pathlib import Path
 from typing import NamedTuple

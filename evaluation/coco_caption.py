@@ -34,7 +34,7 @@ def java_missing():
 
 
 def _folder(name):
-    """Of pycocoevalcap, where the program `name` is; JavaError if it cannot run."""
+    """The folder of pycocoevalcap with the program `name`; JavaError if that cannot run here."""
     if reason := java_missing():
         raise JavaError(reason)
     return Path(pycocoevalcap.__path__[0]) / name

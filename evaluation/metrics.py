@@ -1,6 +1,6 @@
 """
 How good captions are: BLEU, CIDEr and CIDEr-D, top-5 accuracy and attention accuracy. Everything
-here is Python and NumPy; `scores` adds pycocoevalcap's ROUGE-L, and its METEOR, which is Java.
+here is Python and NumPy; ROUGE-L and METEOR are pycocoevalcap's, see scores.py.
 """
 
 import math
@@ -40,7 +40,7 @@ def bleu(references, hypotheses):
 
 class BleuLimits(NamedTuple):
     """What BLEU needs to know of an image's references"""
-    counts: list  # for n = 1..4 {n-gram: how often it occurs in the reference that has most of it}
+    counts: list  # for n = 1..4 {n-gram: its largest count in one of the references}
     lengths: list  # of the references, in words
 
 
