@@ -1,24 +1,25 @@
 """The two Java programs of pycocoevalcap: the PTB tokenizer and METEOR 1.5."""
 
 import functools
-import importlib.util
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pycocoevalcap
 from tqdm import tqdm
 
 # As pycocoevalcap drops them. The tokenizer writes brackets in small letters, so they stay.
 PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":",
                "-", "--", "...", ";"}
-# Exact, stem, synonym and paraphrase matches, and what balances them: METEOR 1.5's for English.
-STAGES, ALPHA, BETA, GAMMA, DELTA = np.array([1.0, 0.6, 0.8, 0.6]), 0.85, 0.2, 0.6, 0.75
+# METEOR 1.5's parameters for English; weights of exact, stem, synonym and paraphrase matches.
+MATCH_WEIGHTS, ALPHA, BETA, GAMMA, DELTA = np.array([1.0, 0.6, 0.8, 0.6]), 0.85, 0.2, 0.6, 0.75
 UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # or Java takes the locale's
 
 
 class JavaError(Exception):
-    """Why Java gave no answer, in a few words."""
+    """Why there is no answer, in a few words."""
 
 
 @functools.cache
@@ -28,25 +29,23 @@ def java_missing():
         works = subprocess.run(["java", "-version"], capture_output=True).returncode == 0
     except OSError:
         return "java is not in the PATH"
-    if not works:  # macOS has a java that only says where to get one
-        return "java -version fails"
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        return "pycocoevalcap is not installed"
-    return ""
+    # macOS has a java that only says where to get one.
+    return "" if works else "java -version fails"
 
 
 def _folder(name):
+    """The folder of pycocoevalcap with the program `name`; JavaError if that cannot run here."""
     if reason := java_missing():
         raise JavaError(reason)
-    [root, *_] = importlib.util.find_spec("pycocoevalcap").submodule_search_locations
-    return Path(root) / name
+    return Path(pycocoevalcap.__path__[0]) / name
 
 
 def tokenize(captions):
     """
-    Captions (strings) -> lists of words, in small letters and without punctuation, as
-    pycocoevalcap's PTBTokenizer does it, which writes into its own folder: this does not.
-    Raises JavaError.
+    Captions (strings) -> lists of words, in small letters and without punctuation.
+
+    The result is that of pycocoevalcap's PTBTokenizer, which is not called because it writes its
+    input into the folder where it is installed. Raises JavaError.
     """
     lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
     command = ["java", *UTF8, "-cp", "stanford-corenlp-3.4.1.jar",
@@ -59,7 +58,7 @@ def tokenize(captions):
     return [[word for word in line.split() if word not in PUNCTUATION] for line in found]
 
 
-def meteor_counts(references, hypotheses):
+def meteor_sums(references, hypotheses):
     """
     What METEOR sums over the images, for the reference that fits best: float64 (N, 23).
     references: per image a list of captions, hypotheses: per image one; lists of words
@@ -75,7 +74,7 @@ def meteor_counts(references, hypotheses):
     with subprocess.Popen(command, cwd=_folder("meteor"), stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
-        writer.start()  # beside the reading: both pipes are short
+        writer.start()  # while we read: the pipes hold less than all lines and answers
         try:
             answers = [process.stdout.readline().split() for _ in
                        tqdm(lines, desc="METEOR", unit="caption", delay=2, leave=False,
@@ -85,19 +84,16 @@ def meteor_counts(references, hypotheses):
             writer.join()
     if any(len(answer) != 23 for answer in answers):
         raise JavaError("METEOR failed; it needs 2 GB of memory")
-    counts = np.array(answers, dtype=np.float64).reshape(-1, 23)
-    # A caption equal to its reference is one chunk, but has no breaks: METEOR adds none for it.
-    same = (counts[:, [0, 1]] == counts[:, [21, 22]]).all(1) & (counts[:, 20] == 1)
-    counts[same, 20] = 0
-    return counts
+    sums = np.array(answers, dtype=np.float64).reshape(-1, 23)
+    # METEOR counts no chunk for a caption that is matched whole and in one piece.
+    whole = (sums[:, [0, 1]] == sums[:, [21, 22]]).all(1) & (sums[:, 20] == 1)
+    sums[whole, 20] = 0
+    return sums
 
 
 def _write(pipe, lines):
-    try:
-        with pipe:
-            pipe.writelines(line.encode() for line in lines)
-    except OSError:  # Java has ended; the reader sees that it has
-        pass
+    with suppress(OSError), pipe:  # Java has ended, which the reader notices
+        pipe.writelines(line.encode() for line in lines)
 
 
 def _last_line(text):
@@ -105,20 +101,20 @@ def _last_line(text):
     return lines[-1] if lines else "no message"
 
 
-def meteor_of_counts(counts):
+def meteor_from_sums(sums):
     """
-    METEOR, 0..1, of summed `meteor_counts` (..., 23): lengths and function words of caption and
-    reference (4), per stage the content and function words matched of both (4 x 4), chunks, and
-    words matched of both (2). The figure that the program itself gives for such a sum.
+    METEOR, 0..1, of summed `meteor_sums` (..., 23): lengths and function words of caption and
+    reference (4), per kind of match the content and function words matched of both (4 x 4),
+    chunks, and words matched of both (2). The figure that the program itself gives for such a sum.
     """
-    lengths, function = counts[..., 0:2], counts[..., 2:4]
-    matched = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 4)
+    lengths, function = sums[..., 0:2], sums[..., 2:4]
+    matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
     content_matched, function_matched = (
-        np.einsum("...sk,s->...k", matched[..., part], STAGES) for part in ([0, 1], [2, 3]))
+        np.einsum("...sk,s->...k", matched[..., part], MATCH_WEIGHTS) for part in ([0, 1], [2, 3]))
     weighted = DELTA * content_matched + (1 - DELTA) * function_matched
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where nothing matches
         precision, recall = np.moveaxis(
             weighted / (DELTA * (lengths - function) + (1 - DELTA) * function), -1, 0)
         mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
-        score = mean * (1 - GAMMA * (counts[..., 20] / counts[..., 21:23].mean(-1)) ** BETA)
+        score = mean * (1 - GAMMA * (sums[..., 20] / sums[..., 21:23].mean(-1)) ** BETA)
     return np.nan_to_num(score)

@@ -1,110 +1,102 @@
 """
-How good captions are: BLEU, ROUGE-L, CIDEr and CIDEr-D, top-5 accuracy, and where the attention
-fell. Everything here is Python and NumPy; METEOR is in jars.py.
+How good captions are: BLEU, CIDEr and CIDEr-D, top-5 accuracy and attention accuracy. Everything
+here is Python and NumPy; ROUGE-L and METEOR are pycocoevalcap's, see scores.py.
 """
 
 import math
-import warnings
+import sys
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from nltk.translate.bleu_score import corpus_bleu
 
-WEIGHTS = [(1,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
+
+def ngrams(words):
+    """How often each n-gram (a tuple) occurs in a caption: Counters for n = 1..4"""
+    shifted = [words[i:] for i in range(4)]
+    return [Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
+
+
+# BLEU. The same as NLTK's corpus_bleu in 0.6 times its time, and from sums over the images: the
+# score of a resample follows from them without counting again.
 
 
 def bleu(references, hypotheses):
     """
-    Corpus BLEU-1 to BLEU-4 by NLTK, unsmoothed, 0..100.
+    Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), unsmoothed, 0..100; equal to NLTK's corpus_bleu.
 
     references: per image a list of captions, hypotheses: per image one caption; a caption is
     a list of words (or ids). Empty references count for nothing and are left out.
     """
-    # [[]] where no reference is left: nothing matches it, and NLTK fails without any.
-    references = [[caption for caption in captions if caption] or [[]] for captions in references]
-    if not any(hypotheses):
-        return [0.0] * 4  # NLTK divides by the length of all hypotheses
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NLTK warns where no n-gram matches; the 0 says it
-        return [100 * value for value in corpus_bleu(references, hypotheses, weights=WEIGHTS)]
+    sums = np.zeros(10)
+    for captions, hypothesis in zip(references, hypotheses):
+        limits = bleu_limits([ngrams(caption) for caption in captions if caption])
+        sums += bleu_sums(limits, ngrams(hypothesis))
+    # NLTK's stand-in for a precision of 0: BLEU-4 is 1e-75 or so then, and an early epoch in which
+    # no 4-gram matches is still better or worse than another by its shorter n-grams.
+    tiny = sys.float_info.min
+    return [float(bleu_from_sums(sums, order, tiny)) for order in (1, 2, 3, 4)]
 
 
-def ngrams(words, order=4):
-    """How often each n-gram (a tuple) stands in a caption: Counters for n = 1..order."""
-    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, order + 1)]
+class BleuLimits(NamedTuple):
+    """What BLEU needs to know of an image's references"""
+    counts: list  # for n = 1..4 {n-gram: its largest count in one of the references}
+    lengths: list  # of the references, in words
 
 
-def bleu_counts(references, hypothesis):
+def bleu_limits(references):
+    """`BleuLimits` of the `ngrams` of an image's references, none of them empty"""
+    counts = [{}, {}, {}, {}]
+    for reference in references:
+        for largest, found in zip(counts, reference):
+            for gram, count in found.items():
+                if count > largest.get(gram, 0):
+                    largest[gram] = count
+    return BleuLimits(counts, [reference[0].total() for reference in references])
+
+
+def bleu_sums(limits, hypothesis):
     """
     What corpus BLEU sums over the images: matches (4), n-grams (4), length, closest length of a
-    reference; float64 (10,).
-
-    references: [(length, its `ngrams`)] of one image, none of them empty; hypothesis: words
+    reference; 10 numbers. hypothesis: its `ngrams`
     """
-    matches, totals, size = [], [], len(hypothesis)
-    for n, found in enumerate(ngrams(hypothesis)):
-        matches.append(sum(min(count, max((grams[n][gram] for _, grams in references), default=0))
-                           for gram, count in found.items()))
-        totals.append(max(1, size - n))  # NLTK's way: a caption too short misses one n-gram
-    closest = min((length for length, _ in references), default=0,
-                  key=lambda length: (abs(length - size), length))
-    return np.array([*matches, *totals, size, closest], dtype=np.float64)
+    length = hypothesis[0].total()
+    matches = [sum([min(count, largest[gram]) for gram, count in found.items() if gram in largest])
+               for largest, found in zip(limits.counts, hypothesis)]
+    # A caption too short for an n-gram counts as one that is missed, as in NLTK.
+    totals = [max(1, length - n) for n in range(4)]
+    closest = min(limits.lengths, default=0, key=lambda size: (abs(size - length), size))
+    return [*matches, *totals, length, closest]
 
 
-def bleu_of_counts(counts, order):
-    """BLEU-`order`, 0..100, of summed `bleu_counts` (..., 10); the same figure as `bleu`'s."""
-    matches, totals = counts[..., :order], counts[..., 4:4 + order]
-    size, closest = counts[..., 8], counts[..., 9]
+def bleu_from_sums(sums, order, least_precision=0.0):
+    """
+    BLEU-`order`, 0..100, of summed `bleu_sums` (..., 10). least_precision: for n-grams none of
+    which match, if any word does
+    """
+    matches, totals = sums[..., :order], sums[..., 4:4 + order]
+    length, closest = sums[..., 8], sums[..., 9]
     with np.errstate(divide="ignore", invalid="ignore"):  # log 0 where nothing matches
-        penalty = np.minimum(0, 1 - closest / size)
-        value = np.exp(penalty + np.log(matches / totals).mean(-1))
-    return 100 * np.where(matches.min(-1) > 0, value, 0)
+        brevity_penalty = np.minimum(0, 1 - closest / length)
+        precisions = np.maximum(matches / totals, least_precision)
+        value = np.exp(brevity_penalty + np.log(precisions).mean(-1))
+    return 100 * np.where(matches[..., 0] > 0, value, 0)
 
 
-def common_length(a, b):
-    """
-    Length of the longest common subsequence of two lists of words. Bit i of `open_` is cleared
-    where the subsequence grows at a[i] (Hyyrö 2004): one addition a word instead of a row.
-    """
-    places = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    every = (1 << len(a)) - 1
-    open_ = every
-    for word in b:
-        met = open_ & places.get(word, 0)
-        open_ = (open_ + met | open_ - met) & every
-    return len(a) - open_.bit_count()
+# CIDEr
 
 
-def rouge_l(references, hypothesis, beta=1.2):
-    """
-    ROUGE-L of one caption, 0..1, as coco-caption has it: F with recall weighted beta times, of
-    the best precision and the best recall, which may come from different references.
-    """
-    if not hypothesis or not references:
-        return 0.0
-    common = [(common_length(hypothesis, words), len(words)) for words in references]
-    precision = max(common)[0] / len(hypothesis)
-    recall = max(length / size for length, size in common)
-    if not recall:
-        return 0.0
-    return (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
-
-
-class Vector(NamedTuple):
-    """A caption as CIDEr sees it."""
-    weights: list  # for n = 1..4 a dictionary of n-gram -> term frequency x log(N / documents)
+class TfIdfVector(NamedTuple):
+    """A caption as CIDEr compares it"""
+    weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
     norms: list  # their 4 Euclidean lengths
     length: int  # in words
 
 
-class Cider:
+class TfIdf:
     """
-    CIDEr (Vedantam et al. 2015, equations 1 to 3), times 10 as its authors' code has it: the mean
-    cosine between caption and reference, over n = 1..4 and the references. Words are compared as
-    they stand; the paper stems them.
+    Weighs n-grams by how few images have them. Words are compared as they stand; CIDEr's paper
+    stems them.
 
     documents: per image a list of captions, lists of words or of ids. Their document frequencies
     are fixed from here on. Raises ValueError if there are none.
@@ -117,87 +109,105 @@ class Cider:
         for captions in documents:
             found.update({gram for caption in captions for counts in ngrams(caption)
                           for gram in counts})
-        # What stands in one image weighs as much as what stands in none, so it need not be kept:
-        # that is most n-grams.
+        # An n-gram of one image weighs as much as one of none, so it need not be kept: most are.
         self._rare = math.log(len(documents))
         self._weight = {gram: self._rare - math.log(count) for gram, count in found.items()
                         if count > 1}
 
-    def vector(self, caption):
+    def vector(self, counts):
+        """The `TfIdfVector` of a caption's `ngrams`"""
         weights = [{gram: count * self._weight.get(gram, self._rare)
-                    for gram, count in counts.items()} for counts in ngrams(caption)]
-        norms = [math.sqrt(sum(x * x for x in part.values())) for part in weights]
-        return Vector(weights, norms, len(caption))
+                    for gram, count in found.items()} for found in counts]
+        norms = [math.sqrt(sum([x * x for x in part.values()])) for part in weights]
+        return TfIdfVector(weights, norms, counts[0].total())
 
-    def prepare(self, captions):
-        """The references of an image, ready for `score`: worth keeping if they come again."""
-        return [self.vector(caption) for caption in captions if caption]
+
+def cider(candidate, references):
+    """
+    CIDEr of one caption, 0..10 (Vedantam et al. 2015, equations 1 to 3, times 10 as its authors'
+    code has it): the mean cosine between caption and reference, over n = 1..4 and the references.
+    All are `TfIdfVector`s.
+    """
+    return _mean_over_references(
+        [sum(_cosines(candidate, reference)) for reference in references])
+
+
+def cider_d(candidate, references, sigma=6.0):
+    """
+    CIDEr-D of one caption, 0..10 (the same paper, section 5.2 on): a word repeated gains nothing,
+    since the caption's weights are clipped to the reference's, and lengths that differ cost (a
+    Gaussian; sigma in words). What coco-caption prints as "CIDEr" is this.
+    """
+    return _mean_over_references([
+        sum(_cosines(candidate, reference, clip=True))
+        * math.exp(-(candidate.length - reference.length) ** 2 / (2 * sigma ** 2))
+        for reference in references])
+
+
+def _cosines(a, b, clip=False):
+    """Those of the n-grams of n = 1..4 that both have. clip: the weights of a to those of b"""
+    cosines = []
+    for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
+        # In the order of the words, not of a set, which changes from process to process: a resumed
+        # run has the same rewards to the last bit.
+        products = ([min(weight, y[gram]) * y[gram] for gram, weight in x.items() if gram in y]
+                    if clip else [weight * y[gram] for gram, weight in x.items() if gram in y])
+        if not products:
+            break  # they have no longer n-gram in common either
+        if norm_x and norm_y:
+            cosines.append(sum(products) / (norm_x * norm_y))
+    return cosines
+
+
+def _mean_over_references(sums):
+    return 10 * sum(sums) / 4 / len(sums) if sums else 0.0
+
+
+class CiderD:
+    """
+    CIDEr-D of many captions. With the training set's captions as documents it is the reward of
+    self-critical training. documents: as in `TfIdf`
+    """
+
+    def __init__(self, documents):
+        self._tf_idf = TfIdf(documents)
 
     def score(self, candidates, references):
         """
-        candidates: C captions; references: for each the captions of its image, or what `prepare`
-        made of them. A list that is given several times is prepared once.
+        candidates: C captions; references: for each the captions of its image, empty ones left
+        out. A list that is given several times is worked on once.
 
         Returns float64 (C,), 0..10.
         """
-        ready = {}
+        vectors = {}
         for captions in references:
-            if id(captions) not in ready:
-                prepared = all(isinstance(caption, Vector) for caption in captions)
-                ready[id(captions)] = captions if prepared else self.prepare(captions)
-        return np.array([self.compare(self.vector(candidate), ready[id(captions)])
+            if id(captions) not in vectors:
+                vectors[id(captions)] = [self._vector(caption) for caption in captions if caption]
+        return np.array([cider_d(self._vector(candidate), vectors[id(captions)])
                          for candidate, captions in zip(candidates, references)], dtype=np.float64)
 
-    def compare(self, candidate, references):
-        """One caption's score, 0..10; all given as `Vector`"""
-        if not references:
-            return 0.0
-        total = sum(self._similarity(candidate, reference) for reference in references)
-        return 10 * total / 4 / len(references)
-
-    def _similarity(self, a, b):
-        """The sum of 4 cosines"""
-        total = 0.0
-        for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
-            if norm_x and norm_y:
-                total += sum(x[gram] * y[gram] for gram in x.keys() & y.keys()) / (norm_x * norm_y)
-        return total
+    def _vector(self, caption):
+        return self._tf_idf.vector(ngrams(caption))
 
 
-class CiderD(Cider):
-    """
-    CIDEr-D (the same paper, section 5.2 on): a word repeated gains nothing, since the caption's
-    weights are clipped to the reference's, and lengths that differ cost (a Gaussian, sigma = 6
-    words). What coco-caption prints as "CIDEr" is this. With the training set's captions as
-    documents it is the reward of self-critical training.
-    """
-
-    SIGMA = 6.0
-
-    def _similarity(self, a, b):
-        total = 0.0
-        for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
-            if norm_x and norm_y:
-                total += sum(min(x[gram], y[gram]) * y[gram]
-                             for gram in x.keys() & y.keys()) / (norm_x * norm_y)
-        return total * math.exp(-(a.length - b.length) ** 2 / (2 * self.SIGMA ** 2))
+# Top-5 accuracy and attention accuracy
 
 
-def top_k_correct(scores, targets, k=5):
-    """How many of the targets (W,) are among the k best scores (W, V), as a 0-dim tensor."""
-    return (scores.topk(min(k, scores.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
+def top_k_correct(logits, targets, k=5):
+    """How many of the targets (W,) are among the k largest logits (W, V), as a 0-dim tensor"""
+    return (logits.topk(min(k, logits.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
 
 
 def attention_hits(words, alphas, objects, nouns, margin=0.0):
     """
-    Attention accuracy of one caption: at each word that names an object, does the most
-    attended place lie in that object's box?
+    Attention accuracy of one caption: at each word that names an object, is the most attended
+    location in that object's box?
 
     words: T words, alphas: (T, P) on a square grid over the image
     objects: [{"box": [left, top, right, bottom] as fractions of the image, "words": [...]}]
     nouns: all words that name objects in the data set; one that names nothing in this
     image is a miss.
-    margin: how far beside the box the place may lie, as a fraction of the image
+    margin: how far outside the box the location may be, as a fraction of the image
 
     Returns hits and object words, two counts.
     """
@@ -209,8 +219,7 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0):
         side = round(len(alpha) ** 0.5)
         row, column = divmod(int(np.argmax(alpha)), side)
         x, y = (column + 0.5) / side, (row + 0.5) / side
-        hits += any(word in thing["words"]
-                    and thing["box"][0] - margin <= x <= thing["box"][2] + margin
-                    and thing["box"][1] - margin <= y <= thing["box"][3] + margin
-                    for thing in objects)
+        boxes = [thing["box"] for thing in objects if word in thing["words"]]
+        hits += any(left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
+                    for left, top, right, bottom in boxes)
     return hits, total

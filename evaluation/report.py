@@ -1,52 +1,53 @@
-"""An evaluation as one HTML page: metrics, lengths, and images with what was said of them."""
+"""An evaluation as one HTML page: metrics, lengths, and images with their captions."""
 
 import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
-from evaluation import scores as scorers
+from evaluation.scores import scores_by_image
+from evaluation.table import cell
 from preprocessing.images import read_rgb
 from utils import UserError, atomic_write
 from visualization import page
 
-SHOWN = 24  # images of each kind
+SHOWN = 24  # images in each section
+ENVIRONMENT = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                          trim_blocks=True, lstrip_blocks=True)
 
 
-def write_report(path, title, beam_sizes, measured, names, looked, notes, bootstrap, seed, data,
-                 captions, image_folder=None):
+def write_report(path, evaluation, data, image_folder=None, seed=0):
     """
-    measured: per beam size {name: scorers.Metric}, the last of which ranks the images; names: the
-    metrics; looked: per beam size the cell of attention accuracy, or None; notes: lines below the
-    table; bootstrap: resamples of the intervals, seed theirs
-    data: the CaptionDataset; captions: per image what `eval.caption_split` found at the last beam
+    evaluation: a table.Evaluation whose last beam size is the one that is shown, with attention
+    data: the CaptionDataset
     image_folder: where the photographs are; without it they are shown as the model sees them,
-    squashed to a square
+    resized to a square
+    seed: of the images drawn at random
 
     Raises UserError if a photograph cannot be read, OSError if the page cannot be written.
     """
-    scores = scorers.scores_by_image(measured[-1], len(data))
+    captions, metrics = evaluation.beams[-1].captions, evaluation.beams[-1].metrics
+    scores = scores_by_image(metrics, len(data))
     if not scores[0]:
         raise UserError("--report ranks images, which the metrics asked for don't score; "
                         "add one, such as --metrics CIDEr-D")
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
-    some = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
-    parts = [_table(beam_sizes, measured, names, looked, bootstrap, seed),
-             f'<p class="sat-quiet">{"<br>".join(map(page.escape, notes))}</p>',
-             *_lengths(data, captions)]
-    for heading, rows in ((f"Best by {by}", order[:SHOWN]),
-                          (f"Worst by {by}", order[:-SHOWN - 1:-1]), ("At random", some)):
-        parts.append(f"<h2>{heading}: {len(rows)} images</h2>")
-        for i in rows:
-            entry = data.entry(i)
-            parts.append(page.view(SimpleNamespace(
-                name=f"{entry['filename'] or entry['image_id']} · {by} {scores[i][by]:.1f}",
-                image=_photograph(data, i, image_folder), words=captions[i]["words"],
-                attention=captions[i]["attention"], score=captions[i]["score"], n_best=[],
-                references=[" ".join(words) for words in entry["references"]]), "h3"))
-    content = page.document(title, page.HINT, parts)
+    drawn = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
+    sections = [(heading, [_view(data, i, captions[i], f"{by} {scores[i][by]:.1f}", image_folder)
+                           for i in images])
+                for heading, images in ((f"Best by {by}", order[:SHOWN]),
+                                        (f"Worst by {by}", order[:-SHOWN - 1:-1]),
+                                        ("At random", drawn))]
+    body = ENVIRONMENT.get_template("report.html").render(
+        columns=["beam", *evaluation.names],
+        rows=[_row(evaluation.names, beam) for beam in evaluation.beams],
+        notes=[Markup(page.escape(note)) for note in evaluation.notes],
+        lengths=_lengths(captions, data), sections=sections)
+    content = page.document(evaluation.title, page.HINT, [body])
     with atomic_write(path) as temporary:
         Path(temporary).write_text(content, encoding="utf-8", newline="\n")
 
@@ -59,6 +60,16 @@ def check_photographs(data, folder):
             raise UserError(f"{path} not found; pass the --image_folder of create_input_files.py")
 
 
+def _view(data, i, caption, score, image_folder):
+    """One image with its caption, attention and references, as HTML. score: behind its name"""
+    entry = data.entry(i)
+    return Markup(page.view(SimpleNamespace(
+        name=f"{entry['filename'] or entry['image_id']} · {score}",
+        image=_photograph(data, i, image_folder), words=caption.words,
+        attention=caption.attention, score=caption.score, n_best=[],
+        references=[" ".join(words) for words in entry["references"]]), "h3"))
+
+
 def _photograph(data, i, folder):
     """uint8 (H, W, 3)"""
     name = data.entry(i)["filename"]
@@ -67,45 +78,25 @@ def _photograph(data, i, folder):
     return read_rgb(Path(folder) / name)
 
 
-def _table(beam_sizes, measured, names, looked, bootstrap, seed):
-    """A row per beam size: each metric with its 95 % interval below"""
-    rows = []
-    for i, (beam_size, metrics) in enumerate(zip(beam_sizes, measured)):
-        ends = {name: scorers.interval(values) for name, values in
-                scorers.resample(metrics, bootstrap, seed).items()} if bootstrap else {}
-        cells = []
-        for name in names:
-            value = scorers.cell(name, metrics[name].total if name in metrics else None).strip()
-            spread = "–".join(f"{end:.2f}" for end in ends[name]) if name in ends else ""
-            cells.append(f'<td>{value}<br><span class="sat-quiet">{spread}</span></td>')
-        cells += [f"<td>{looked[i]}</td>"] if looked else []
-        rows.append(f'<tr><th scope="row">{beam_size}</th>{"".join(cells)}</tr>')
-    heads = ("beam", *names, *(["attention"] if looked else []))
-    heads = "".join(f'<th scope="col">{page.escape(name)}</th>' for name in heads)
-    return (f'<div class="sat-scroll"><table class="sat-table"><thead><tr>{heads}</tr></thead>'
-            f'<tbody>{"".join(rows)}</tbody></table></div>')
+def _row(names, beam):
+    """A beam size's row of the table: its cells with their intervals, texts"""
+    cells = []
+    for name in names:
+        value = cell(name, beam.metrics[name].total if name in beam.metrics else None).strip()
+        ends = (beam.intervals or {}).get(name, ())
+        cells.append((value, "–".join(f"{end:.2f}" for end in ends)))
+    return {"beam_size": beam.beam_size, "cells": cells, "attention": beam.attention}
 
 
-def _lengths(data, captions):
-    """Lines of HTML: a histogram of the captions' lengths beside that of the references'"""
-    ours = np.bincount([len(caption["words"]) for caption in captions])
-    theirs = np.bincount([len(words) for i in range(len(data))
-                          for words in data.entry(i)["references"]] or [0])
-    longest = max(len(ours), len(theirs))
-    shares = [np.pad(count, (0, longest - len(count))) / max(1, count.sum())
-              for count in (ours, theirs)]
-    top, bars = max(share.max() for share in shares), []
-    for length, pair in enumerate(zip(*shares)):
-        for k, share in enumerate(pair):
-            height = 100 * share / top
-            bars.append(f'<rect class="sat-bar{k}" x="{12 * length + 1 + 5 * k}" '
-                        f'y="{100 - height:.2f}" width="5" height="{height:.2f}">'
-                        f"<title>{length} words: {100 * share:.1f} %</title></rect>")
-        if length % 5 == 0:
-            bars.append(f'<text x="{12 * length + 6}" y="113">{length}</text>')
-    means = [(share * np.arange(longest)).sum() for share in shares]
-    return ["<h2>Words a caption</h2>",
-            f'<p class="sat-quiet"><span class="sat-key0"></span> captions, {means[0]:.1f} on '
-            f'average <span class="sat-key1"></span> references, {means[1]:.1f}</p>',
-            f'<svg class="sat-chart" viewBox="0 0 {12 * longest} 118" role="img" aria-label="Share '
-            f'of captions and references by their number of words">{"".join(bars)}</svg>']
+def _lengths(captions, data):
+    """
+    For the histogram: of the captions and of the references, how many words they have on average
+    and the share of those that have 0, 1, 2, … words.
+    """
+    counts = [np.bincount([len(caption.words) for caption in captions]),
+              np.bincount([len(words) for i in range(len(data))
+                           for words in data.entry(i)["references"]] or [0])]
+    longest = max(map(len, counts))
+    shares = [np.pad(count, (0, longest - len(count))) / max(1, count.sum()) for count in counts]
+    return {"shares": np.stack(shares, 1).tolist(), "highest": np.max(shares),
+            "means": [share @ np.arange(longest) for share in shares]}

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pkgutil
+import random
 import signal
 import subprocess
 import sys
@@ -239,3 +240,36 @@ def raise_signal_at(monkeypatch, call, signum, function="training.engine.derive_
         return original(*args, **kwargs)
 
     monkeypatch.setattr(function, with_signal)
+
+
+# Sets of captions to score
+CAPTION_WORDS = (
+    "a a the the man men dog dogs puppy runs running ran on in street road quickly red two "
+    "big ball boy boys child jumps near water grass white while").split()
+
+
+def caption_sets(count, seed):
+    """
+    `count` sets of 2..5 images: references, and captions that share words with them or are one of
+    them. Captions have 4 words and more: NLTK counts a missed n-gram in each that is shorter.
+    """
+    rng = random.Random(seed)
+
+    def caption(low):
+        return [rng.choice(CAPTION_WORDS) for _ in range(rng.randint(low, 10))]
+
+    for _ in range(count):
+        images = range(rng.randint(2, 5))
+        references = [[caption(1) for _ in range(rng.randint(1, 5))] for _ in images]
+        captions = [caption(4) for _ in images]
+        for i in images:
+            drawn = rng.choice(references[i])
+            if len(drawn) > 3 and rng.random() < 0.4:
+                captions[i] = drawn
+        yield references, captions
+
+
+def as_coco(references, captions):
+    """Captions as pycocoevalcap takes them"""
+    return ({i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
+            {i: [" ".join(words)] for i, words in enumerate(captions)})

@@ -10,6 +10,7 @@ from factories import ROOT, run_script, train_args
 import caption
 import eval as eval_script
 import train
+from evaluation import captions
 from modeling.sampling import most_likely_location
 from utils import UserError
 
@@ -69,7 +70,7 @@ def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeyp
     options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
                "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
     asked = []
-    for script in (eval_script, caption):
+    for script in (captions, caption):
         search = script.beam_search
         monkeypatch.setattr(script, "beam_search", lambda *args, search=search, **options: (
             asked.append(options) or search(*args, **options)))

@@ -1,6 +1,5 @@
-"""Each metric against its definition, and against NLTK or pycocoevalcap; the counts by hand."""
+"""BLEU, CIDEr and the accuracies against their definitions, NLTK, pycocoevalcap and by hand."""
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -8,27 +7,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from factories import CAPTION_WORDS, as_coco, caption_sets
 from nltk.translate.bleu_score import corpus_bleu, sentence_bleu
-from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider as PycocoCider
-from pycocoevalcap.meteor.meteor import Meteor
-from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from evaluation import coco_caption as jars
 from evaluation.metrics import (
-    Cider,
     CiderD,
+    TfIdf,
     attention_hits,
     bleu,
-    common_length,
-    rouge_l,
+    cider,
+    cider_d,
+    ngrams,
     top_k_correct,
 )
-from evaluation.scores import NAMES, measure, scores_by_image
 
 
-def ngrams(words, n):
+def count_ngrams(words, n):
     return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 
@@ -38,8 +33,8 @@ def naive_bleu(references, hypotheses, order):
     for n in range(1, order + 1):
         matched = total = 0
         for captions, hypothesis in zip(references, hypotheses):
-            for gram, count in ngrams(hypothesis, n).items():
-                matched += min(count, max(ngrams(caption, n)[gram] for caption in captions))
+            for gram, count in count_ngrams(hypothesis, n).items():
+                matched += min(count, max(count_ngrams(caption, n)[gram] for caption in captions))
                 total += count
         if not matched:
             return 0.0
@@ -107,6 +102,28 @@ def test_order_of_images_and_of_references_is_irrelevant():
     assert bleu(turned, hypotheses[::-1]) == pytest.approx(bleu(references, hypotheses))
 
 
+@pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts")
+def test_bleu_is_nltks_for_captions_of_any_length():
+    """Empty captions and references, and images without references, too."""
+    rng = random.Random(6)
+    weights = [(1 / n,) * n for n in (1, 2, 3, 4)]
+    for _ in range(300):
+        images = range(rng.randint(1, 6))
+        references = [[[rng.choice("abc") for _ in range(rng.randint(0, 9))]
+                       for _ in range(rng.randint(0, 4))] for _ in images]
+        hypotheses = [[rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in images]
+        given = [[words for words in texts if words] or [[]] for texts in references]
+        expected = corpus_bleu(given, hypotheses, weights) if any(hypotheses) else np.zeros(4)
+        assert bleu(references, hypotheses) == pytest.approx(
+            100 * np.array(expected), rel=1e-9, abs=0)  # 1e-75 is told from 0 and from 2e-75
+
+
+def test_bleu_ranks_captions_without_a_4_gram_in_common_by_their_shorter_ones():
+    reference, both = list("abcdef"), [list("abcxyz"), list("axcxyz")]
+    better, worse = (bleu([[reference]], [words])[3] for words in both)
+    assert 0 < worse < better < 1e-50
+
+
 def test_word_ids_score_as_words_do():
     references, hypotheses = random_corpus(random.Random(3))
     ids = [[[ord(w) for w in c] for c in captions] for captions in references]
@@ -129,39 +146,6 @@ def test_image_without_references_matches_nothing():
         assert bleu([[five], empty], [five, five])[0] == pytest.approx(50)
 
 
-# ROUGE-L, CIDEr and METEOR, against pycocoevalcap, hand counts and the paper's formulas.
-
-WORDS = ("a a the the man men dog dogs puppy runs running ran on in street road quickly red two "
-         "big ball boy boys child jumps near water grass white while").split()
-
-
-def caption_sets(count, seed):
-    """
-    `count` sets of 2..5 images: references, and captions that share words with them or are one of
-    them. Captions have 4 words and more: NLTK counts a missed n-gram in each that is shorter.
-    """
-    rng = random.Random(seed)
-
-    def caption(low):
-        return [rng.choice(WORDS) for _ in range(rng.randint(low, 10))]
-
-    for _ in range(count):
-        images = range(rng.randint(2, 5))
-        references = [[caption(1) for _ in range(rng.randint(1, 5))] for _ in images]
-        captions = [caption(4) for _ in images]
-        for i in images:
-            drawn = rng.choice(references[i])
-            if len(drawn) > 3 and rng.random() < 0.4:
-                captions[i] = drawn
-        yield references, captions
-
-
-def as_coco(references, captions):
-    """As pycocoevalcap takes them"""
-    return ({i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
-            {i: [" ".join(words)] for i, words in enumerate(captions)})
-
-
 def naive_cider(references, captions, sigma=None):
     """Vedantam et al. 2015 as they write it, times 10; CIDEr-D if sigma is given. float64 (N,)"""
     scores = []
@@ -169,13 +153,13 @@ def naive_cider(references, captions, sigma=None):
         total = 0.0
         for n in (1, 2, 3, 4):
             everywhere = sorted({gram for texts in (*references, [caption]) for words in texts
-                                 for gram in ngrams(words, n)})
-            found = [sum(any(gram in ngrams(words, n) for words in texts) for texts in references)
-                     for gram in everywhere]
+                                 for gram in count_ngrams(words, n)})
+            found = [sum(any(gram in count_ngrams(words, n) for words in texts)
+                         for texts in references) for gram in everywhere]
             idf = np.log(len(references) / np.maximum(found, 1))
 
             def vector(words, everywhere=everywhere, n=n, idf=idf):
-                counts = ngrams(words, n)
+                counts = count_ngrams(words, n)
                 return np.array([counts[gram] for gram in everywhere]) * idf
 
             g = vector(caption)
@@ -189,43 +173,35 @@ def naive_cider(references, captions, sigma=None):
     return np.array(scores)
 
 
-def test_500_caption_sets_score_as_pycocoevalcap_scores_them():
-    """Its BLEU adds 1e-9 and 1e-15 against division by 0, which the 4 digits do not show."""
-    for references, captions in caption_sets(500, 0):
-        coco = as_coco(references, captions)
-        [measured], _ = measure([captions], references, NAMES[:4] + NAMES[5:8])
-        expected = dict(zip(NAMES[:4], Bleu(4).compute_score(*coco, verbose=0)[0]))
-        expected["ROUGE-L"], rouge = Rouge().compute_score(*coco)
-        expected["CIDEr-D"], cider_d = PycocoCider().compute_score(*coco)
-        for name, value in expected.items():
-            if name.startswith("BLEU") and not measured[name].total:
-                assert value < 1e-3, name  # its 0 is a root of 1e-15
-                continue
-            assert measured[name].total / 100 == pytest.approx(value, abs=5e-5), name
-        rows = scores_by_image(measured, len(captions))
-        assert [row["ROUGE-L"] for row in rows] == pytest.approx(100 * rouge, abs=1e-3)
-        assert [row["CIDEr-D"] for row in rows] == pytest.approx(100 * cider_d, abs=1e-3)
+def scores_of(function, captions, references, documents=None):
+    """What `cider` or `cider_d` gives each caption, float64 (N,)"""
+    tf_idf = TfIdf(documents or references)
+    return np.array([function(tf_idf.vector(ngrams(caption)),
+                              [tf_idf.vector(ngrams(words)) for words in texts])
+                     for caption, texts in zip(captions, references)])
 
 
 def test_cider_and_cider_d_are_the_papers():
     for references, captions in caption_sets(40, 1):
-        for scorer, sigma in ((Cider, None), (CiderD, 6)):
+        for function, sigma in ((cider, None), (cider_d, 6)):
             expected = naive_cider(references, captions, sigma)
-            assert scorer(references).score(captions, references) == pytest.approx(expected)
+            assert scores_of(function, captions, references) == pytest.approx(expected)
+        assert CiderD(references).score(captions, references) == pytest.approx(expected)
 
 
 def test_cider_by_hand():
     # log 2 weighs every n-gram alike, since each stands in one of two images. "a b" against
     # "a c": cosine 1/2 for words, 0 for pairs; triples and quadruples there are none.
-    references = [[["a", "c"]], [["x", "y"]]]
-    for scorer in (Cider, CiderD):
-        assert scorer(references).score([["a", "b"]], references[:1]) == pytest.approx([10 / 8])
+    documents = [[["a", "c"]], [["x", "y"]]]
+    for function in (cider, cider_d):
+        found = scores_of(function, [["a", "b"]], documents[:1], documents)
+        assert found == pytest.approx([10 / 8])
 
 
 def test_cider_d_gains_nothing_from_a_word_repeated():
-    references = [[["a", "c"]], [["x", "y"]]]
-    plain, clipped = (scorer(references).score([["a"] * 8], references[:1])[0]
-                      for scorer in (Cider, CiderD))
+    documents = [[["a", "c"]], [["x", "y"]]]
+    [plain], [clipped] = (scores_of(function, [["a"] * 8], documents[:1], documents)
+                          for function in (cider, cider_d))
     assert plain == pytest.approx(10 / 4 / 2 ** 0.5)  # 8 / (8 * sqrt 2)
     assert clipped == pytest.approx(plain / 8 * math.exp(-(6 / 6) ** 2 / 2))
 
@@ -241,117 +217,41 @@ def test_document_frequencies_stay_those_of_the_training_captions():
     assert counted.score(captions, references) == pytest.approx(expected[len(training):])
 
 
-def test_prepared_references_and_word_ids_score_as_words_do():
+def test_cider_d_of_word_ids_is_that_of_words():
     [(references, captions)] = caption_sets(1, 4)
-    words = CiderD(references)
-    expected = words.score(captions, references)
-    prepared = [words.prepare(texts) for texts in references]
-    assert words.score(captions, prepared).tolist() == expected.tolist()
-    ids = [[[WORDS.index(w) for w in words] for words in texts] for texts in references]
-    found = CiderD(ids).score([[WORDS.index(w) for w in words] for words in captions], ids)
+    expected = CiderD(references).score(captions, references)
+    ids = [[[CAPTION_WORDS.index(w) for w in words] for words in texts] for texts in references]
+    found = CiderD(ids).score([[CAPTION_WORDS.index(w) for w in words] for words in captions], ids)
     assert found == pytest.approx(expected)
+
+
+def test_several_captions_of_an_image_score_as_each_alone():
+    """Their references are the same list, which is worked on once."""
+    [(references, captions)] = caption_sets(1, 5)
+    scorer = CiderD(references)
+    expected = [scorer.score([caption], [references[0]])[0] for caption in captions]
+    assert scorer.score(captions, [references[0]] * len(captions)).tolist() == expected
 
 
 def test_a_word_that_training_never_saw_weighs_most():
     scorer = CiderD([[["a", "b"]], [["a", "c"]], [["a", "d"]]])
-    seen_often, unseen = scorer.score([["a"], ["z"]], [[["a", "z"]]] * 2)
-    assert seen_often == 0 and unseen > 0
+    seen_often, novel = scorer.score([["a"], ["z"]], [[["a", "z"]]] * 2)
+    assert seen_often == 0 and novel > 0
 
 
-def test_empty_captions_and_references_score_0():
+def test_empty_captions_and_references_have_cider_0():
     scorer = CiderD([[["a"]], [["b"]]])
     assert scorer.score([[], ["a"], ["a"]], [[["a"]], [[]], []]).tolist() == [0, 0, 0]
-    assert rouge_l([], ["a"]) == rouge_l([["a"]], []) == rouge_l([["b"]], ["a"]) == 0
     with pytest.raises(ValueError, match="needs captions"):
-        Cider([])
-
-
-def test_common_length_equals_the_table_method():
-    rng = random.Random(5)
-    for _ in range(300):
-        a, b = ([rng.choice("abcd") for _ in range(rng.randint(0, 70))] for _ in range(2))
-        rows = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-        for i, j in itertools.product(range(len(a)), range(len(b))):
-            rows[i + 1][j + 1] = (rows[i][j] + 1 if a[i] == b[j]
-                                  else max(rows[i][j + 1], rows[i + 1][j]))
-        assert common_length(a, b) == rows[-1][-1]
-
-
-def test_rouge_l_by_hand():
-    # "a b c d": of "a c d e f" a subsequence of 3; of "b d" one of 2, which is all of it.
-    # Precision 3/4 and recall 2/2 come from different references.
-    expected = (1 + 1.44) * 0.75 * 1 / (1 + 1.44 * 0.75)
-    assert rouge_l([list("acdef"), list("bd")], list("abcd")) == pytest.approx(expected)
-
-
-def test_bleu_of_summed_counts_is_nltks():
-    """With captions of any length, empty ones and empty references too."""
-    rng = random.Random(6)
-    for _ in range(200):
-        images = range(rng.randint(1, 6))
-        references = [[[rng.choice("abc") for _ in range(rng.randint(0, 9))]
-                       for _ in range(rng.randint(1, 4))] for _ in images]
-        captions = [[rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in images]
-        [measured], _ = measure([captions], references, NAMES[:4])
-        found = [metric.total for metric in measured.values()]
-        assert found == pytest.approx(bleu(references, captions), abs=1e-9)
-
-
-needs_java = pytest.mark.skipif(bool(jars.java_missing()), reason=jars.java_missing() or "-")
-
-
-@needs_java
-def test_meteor_of_500_caption_sets_is_pycocoevalcaps():
-    meteor = Meteor()  # loads while ours works
-    sets = list(caption_sets(500, 8))
-    sets[0][1][0] = []
-    sets[1] = sets[1][0], [texts[0] for texts in sets[1][0]]  # all as a reference is
-    references, captions = (sum(part, []) for part in zip(*sets))
-    firsts = [texts[0] for texts in references]  # a second system
-    [measured, same], _ = measure([captions, firsts], references, ["METEOR"])
-    n = len(firsts)
-    assert scores_by_image({"METEOR": same["METEOR"]}, n) == [{"METEOR": 100}] * n
-    assert scores_by_image({}, n) == [{}] * n  # of the vocabulary alone, say
-    counts, start = measured["METEOR"].sums, 0
-    for texts, found in sets:
-        part = counts[start:start + len(found)]
-        start += len(found)
-        total, each = meteor.compute_score(*as_coco(texts, found))
-        assert jars.meteor_of_counts(part.sum(0)) == pytest.approx(total, abs=1e-9)
-        assert jars.meteor_of_counts(part) == pytest.approx(each, abs=1e-9)
-    assert start == len(counts)
-
-
-@needs_java
-def test_tokens_are_pycocoevalcaps():
-    texts = ["A man's dog, isn't it?", "", "T-shirt (red) \n & blue...", "café – naïve", "‘x’ 3.5"]
-    expected = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
-    assert jars.tokenize(texts)[:2] == ["a man 's dog is n't it".split(), []]
-    assert [[" ".join(words)] for words in jars.tokenize(texts)] == list(expected.values())
-
-
-@needs_java
-def test_tokens_do_not_depend_on_the_locale(monkeypatch):
-    expected = jars.tokenize(["café"])
-    monkeypatch.setenv("LC_ALL", "C")
-    assert jars.tokenize(["café"]) == expected == [["café"]]
-
-
-@needs_java
-def test_a_java_that_fails_is_a_java_error(monkeypatch):
-    monkeypatch.setattr(jars, "UTF8", ("-Xmx1x",))
-    with pytest.raises(jars.JavaError, match="PTB tokenizer failed"):
-        jars.tokenize(["a"])
-    with pytest.raises(jars.JavaError, match="METEOR failed"):
-        jars.meteor_counts([[["a"]]] * 500, [["a"]] * 500)
+        TfIdf([])
 
 
 def test_top_k_correct_by_hand():
-    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3],
+    logits = torch.tensor([[0.1, 0.9, 0.5, 0.3],
                            [0.8, 0.1, 0.2, 0.3],
                            [0.4, 0.3, 0.2, 0.1]])
     targets = torch.tensor([1, 3, 3])  # in places 1, 2 and 4
-    assert [int(top_k_correct(scores, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
+    assert [int(top_k_correct(logits, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
 
 
 def test_top_5_of_fewer_than_5_words_is_always_correct():

@@ -1,0 +1,91 @@
+"""
+A model's captions of every image of a split; and the data set's training captions, which tell
+whether they are novel.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import ResumableBatchSampler
+from evaluation.metrics import attention_hits
+from modeling.beam_search import beam_search
+from utils import UserError, autocast, read_json
+
+MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
+
+
+class ImageCaption(NamedTuple):
+    """What the model says of one image at one beam size, and how well it attended"""
+    words: list
+    score: float  # total log-probability in nats
+    object_words: int  # how many of the words name objects
+    hits: int  # at how many of them the attention was in the object's box
+    near_hits: int  # the same with the pointing game's margin
+    attention: np.ndarray = None  # (T, P), of the last beam size and with --report only
+
+
+@torch.inference_mode()
+def caption_split(model, data, args, processes):
+    """
+    Caption every image once at each of args.beam_sizes; each process takes its share.
+
+    model: encoder, decoder and word map, as `checkpoints.load_captioner` gives them; the model
+    says its own words, those of the data set's word map are not needed
+    data: the CaptionDataset of the split
+    args: eval.py's options
+
+    Returns per beam size the ImageCaptions of all images, in every process.
+    """
+    encoder, decoder, word_map, *_ = model
+    words_of = {i: word for word, i in word_map.items()}
+    nouns = object_nouns(data)
+    batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, processes.rank,
+                                    processes.world_size)
+    loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
+                        pin_memory=processes.device.type == "cuda")
+    found = []
+    bar = tqdm(loader, desc=args.split, unit="batch", disable=None if processes.is_main else True)
+    for indices, (images, _, _) in zip(batches, bar):
+        with autocast(processes.device, args.amp):
+            features = encoder(images.to(processes.device, non_blocking=True))
+            searches = [beam_search(decoder, features, word_map, beam_size, **args.search)
+                        for beam_size in args.beam_sizes]
+        for i, captions in zip(indices.tolist(), zip(*searches)):
+            objects = data.entry(i).get("objects", [])
+            by_beam = [_image_caption(caption, words_of, objects, nouns) for caption in captions]
+            if args.report:
+                by_beam[-1] = by_beam[-1]._replace(
+                    attention=captions[-1].alphas.astype(np.float16))
+            found.append((i, by_beam))
+    found = sorted(processes.all_gather(found), key=lambda item: item[0])
+    return [list(captions) for captions in zip(*(by_beam for _, by_beam in found))]
+
+
+def _image_caption(caption, words_of, objects, nouns):
+    words = [words_of[token] for token in caption.tokens]
+    (hits, total), (near_hits, _) = (
+        attention_hits(words, caption.alphas, objects, nouns, margin) for margin in (0, MARGIN))
+    return ImageCaption(words, caption.score, total, hits, near_hits)
+
+
+def object_nouns(data):
+    """The words that name objects in this data set; none where it has no boxes of objects"""
+    return {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
+            for noun in thing["words"]}
+
+
+def read_training_captions(data_folder, data_name):
+    """The training captions, a set of tuples of words; None if their file is not there"""
+    path = Path(data_folder) / f"TRAIN_REFERENCES_{data_name}.json"
+    if not path.exists():
+        return None
+    try:
+        return {tuple(words) for entry in read_json(path) for words in entry["references"]}
+    except (TypeError, KeyError):
+        raise UserError(f"{path} is no list of images with references, lists of words; run "
+                        f"create_input_files.py again") from None

@@ -1,0 +1,52 @@
+"""The files of eval.py --results: COCO's results format with further fields."""
+
+from utils import UserError, read_json, write_json
+
+NEXT_STEP = "write it with eval.py --results"
+
+
+def write_results(path, data, captions, scores=None):
+    """
+    data: the CaptionDataset; captions: its ImageCaptions at one beam size
+    scores: per image {metric: value}
+    """
+    rows = []
+    for i, caption in enumerate(captions):
+        entry = data.entry(i)
+        rows.append({"image_id": entry["image_id"], "filename": entry["filename"],
+                     "caption": " ".join(caption.words), "score": caption.score,
+                     "references": [" ".join(words) for words in entry["references"]]})
+        if scores is not None:
+            rows[-1]["scores"] = scores[i]
+    write_json(path, rows)
+
+
+def read_results(path):
+    """
+    {image_id: (caption, references)}, texts. Raises UserError if the file is not one of
+    `write_results`, or if an image is in it twice.
+    """
+    rows, found = read_json(path, NEXT_STEP), {}
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} is no list of captions; {NEXT_STEP}")
+    for i, row in enumerate(rows):
+        if reason := _defect(row):
+            raise UserError(f"{path}, entry {i}: {reason}; {NEXT_STEP}")
+        if row["image_id"] in found:
+            raise UserError(f"{path} has image {row['image_id']} twice; give one caption an image")
+        found[row["image_id"]] = row["caption"], row["references"]
+    return found
+
+
+def _defect(row):
+    """What a row lacks, or None"""
+    if not isinstance(row, dict):
+        return "it is no object"
+    if type(row.get("image_id")) not in (int, str):
+        return "it has no image_id, a number or a text"
+    if not isinstance(row.get("caption"), str):
+        return "it has no caption, a text"
+    texts = row.get("references")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return "it has no references, a list of texts"
+    return None

@@ -1,0 +1,118 @@
+"""An evaluation and its table: a row per beam size, and below what the columns mean."""
+
+from typing import NamedTuple
+
+from evaluation import scores
+from evaluation.captions import object_nouns
+
+ATTENTION = ("attention: share of object words at which the most attended place lies in the "
+             "object's box; then, at most 15 pixels of 256 beside it (the pointing game)")
+EXPLAINED = {
+    "CIDEr": "CIDEr: as in the paper, without stemming; neither clipped nor length-penalised",
+    "CIDEr-D": 'CIDEr-D: clipped and length-penalised; coco-caption prints it as "CIDEr"',
+    "vocabulary": "vocabulary: distinct words used",
+    "unseen": "unseen: % of captions that are no training caption",
+    "length": "length: words per caption",
+}
+
+
+class BeamResult(NamedTuple):
+    """The captions found with one beam size, and how good they are: a row of the table"""
+    beam_size: int
+    captions: list  # an ImageCaption per image
+    metrics: dict  # {name: scores.Metric}
+    intervals: dict  # {name: (low, high)}; None without --bootstrap
+    attention: str  # the cell of `attention_accuracy`; None if the data set has no boxes of objects
+
+
+class Evaluation(NamedTuple):
+    """What eval.py prints and `report.write_report` shows"""
+    title: str
+    names: list  # of the metrics, as in scores.NAMES: the columns
+    beams: list  # a BeamResult per beam size: the rows
+    notes: list  # lines below the table
+
+
+def evaluate_captions(title, by_beam, data, training, args):
+    """
+    Score captions and explain the scores: an Evaluation.
+
+    by_beam: per beam size the captions of all images, as `captions.caption_split` gives them
+    data: the CaptionDataset; training: its training captions, a set of tuples of words, or None
+    args: eval.py's options
+    """
+    systems = [[caption.words for caption in captions] for captions in by_beam]
+    references = [data.entry(i)["references"] for i in range(len(data))]
+    # Training captions are the data set's words, so this comes before PTB's.
+    novel = None if training is None else [[tuple(words) not in training for words in captions]
+                                           for captions in systems]
+    systems, references, tokens = scores.tokenize(systems, references, args.tokens)
+    measured, missing = scores.measure(systems, references, args.names, novel)
+    if "unseen" in missing:
+        missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
+    has_objects = bool(object_nouns(data))
+    beams = [BeamResult(
+        beam_size, captions, metrics,
+        scores.intervals(metrics, args.bootstrap, args.seed) if args.bootstrap else None,
+        attention_accuracy(captions) if has_objects else None)
+        for beam_size, captions, metrics in zip(args.beam_sizes, by_beam, measured)]
+    notes = [ATTENTION] if has_objects else []
+    if args.metrics:
+        notes += footnotes(args.names, tokens, missing)
+    if args.bootstrap:
+        notes += bootstrap_notes(args.names, args.bootstrap, args.seed)
+    return Evaluation(title, args.names, beams, notes)
+
+
+def print_evaluation(evaluation):
+    names, has_attention = evaluation.names, evaluation.beams[0].attention is not None
+    print(evaluation.title)
+    print("beam" + heading(names) + "          attention" * has_attention)
+    for beam in evaluation.beams:
+        values = {name: metric.total for name, metric in beam.metrics.items()}
+        print(f"{beam.beam_size:4d}{row(names, values)}"
+              + (f"{beam.attention:>19}" if has_attention else ""))
+        for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
+            print(f"{end:>4}"
+                  + row(names, {name: ends[i] for name, ends in beam.intervals.items()}))
+    for note in evaluation.notes:
+        print(note)
+
+
+def cell(name, value, width=None):
+    """A figure as wide as its column; a dash for None"""
+    width = width or len(name) + 2
+    if value is None:
+        return f"{'–':>{width}}"
+    return f"{value:{width}.0f}" if name == "vocabulary" else f"{value:{width}.2f}"
+
+
+def heading(names):
+    return "".join(f"  {name}" for name in names)
+
+
+def row(names, values):
+    """The values of {name: value}, each under its name in `heading`; a dash where there is none"""
+    return "".join(cell(name, values.get(name)) for name in names)
+
+
+def attention_accuracy(captions):
+    """The cell of attention accuracy, without and with margin; a dash if no object was named"""
+    total = sum(caption.object_words for caption in captions)
+    hits = sum(caption.hits for caption in captions), sum(caption.near_hits for caption in captions)
+    return "  ".join(f"{100 * hit / total:.2f} %" for hit in hits) if total else "–"
+
+
+def footnotes(names, tokens, missing):
+    """What a reader has to know about the columns, a line each."""
+    notes = [f"tokens: {tokens}"]
+    notes += [EXPLAINED[name] for name in names if name in EXPLAINED and name not in missing]
+    return notes + [f"{name}: –, {reason}" for name, reason in missing.items()]
+
+
+def bootstrap_notes(names, resamples, seed):
+    """How the intervals came about, in a line or two"""
+    notes = [f"low, high: 95 % interval, {resamples} resamples of the images, seed {seed}"]
+    if any(name.startswith("CIDEr") for name in names):
+        notes.append("CIDEr's document frequencies are those of all images in every resample")
+    return notes

@@ -1,0 +1,59 @@
+"""Captioning a split: every image once at each beam size, in order, with its attention's hits."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from factories import VOCAB, WORD_MAP, make_case
+from torch.utils.data import Dataset
+
+from evaluation.captions import MARGIN, caption_split
+from evaluation.metrics import attention_hits
+from modeling.beam_search import beam_search
+from utils import Distributed
+
+WORDS = {**{f"word{i}": i for i in range(1, VOCAB - 3)}, **WORD_MAP}
+WORDS_OF = {i: word for word, i in WORDS.items()}
+NOUNS = {word for word in WORDS if word not in WORD_MAP}
+
+
+class Split(Dataset):
+    """Annotation vectors in place of images, and boxes of objects, as CaptionDataset has them"""
+
+    def __init__(self, features):
+        self.features = features
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, indices):
+        return self.features[indices], [], []
+
+    def entry(self, i):
+        return {"objects": [{"box": [0, 0, 0.4 + i / 20, 0.5], "words": sorted(NOUNS)}]}
+
+
+@pytest.mark.parametrize("batch_size, report", [(3, None), (8, "r.html")])
+def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report):
+    decoder, features = make_case(seed=1, end_bias=0.0)
+    args = SimpleNamespace(batch_size=batch_size, workers=0, split="test", amp=None, report=report,
+                           beam_sizes=[1, 3], search={"max_len": 9})
+    found = caption_split((torch.nn.Identity(), decoder, WORDS, None), Split(features), args,
+                          Distributed(torch.device("cpu")))
+    assert [len(captions) for captions in found] == [8, 8]
+    for beam_size, captions in zip(args.beam_sizes, found):
+        for i, caption in enumerate(captions):
+            [alone] = beam_search(decoder, features[i:i + 1], WORDS, beam_size, max_len=9)
+            assert caption.words == [WORDS_OF[token] for token in alone.tokens]
+            assert caption.score == pytest.approx(alone.score)
+            objects = Split(features).entry(i)["objects"]
+            assert (caption.hits, caption.object_words) == attention_hits(
+                caption.words, alone.alphas, objects, NOUNS)
+            assert caption.near_hits == attention_hits(
+                caption.words, alone.alphas, objects, NOUNS, MARGIN)[0]
+            if report and beam_size == 3:
+                np.testing.assert_allclose(caption.attention, alone.alphas, atol=1e-3)
+            else:
+                assert caption.attention is None
+    assert sum(caption.object_words for caption in found[0]) > 0

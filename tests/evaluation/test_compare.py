@@ -1,0 +1,72 @@
+"""Comparing two files of --results, as `eval.py --compare` does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+from evaluation import coco_caption
+from utils import UserError
+
+
+def write(path, rows):
+    Path(path).write_text(json.dumps(rows))
+    return str(path)
+
+
+def result(image, caption="a red dog runs fast", references=("a red dog runs", "the dog sits")):
+    return {"image_id": image, "filename": None, "caption": caption, "score": -1.0,
+            "references": list(references)}
+
+
+def test_comparison_of_a_file_with_itself_is_a_tie(tmp_path, capsys, no_java):
+    rows = [result(i, f"a {word} dog runs fast") for i, word in enumerate(["red", "big", "old"])]
+    a, b = write(tmp_path / "a.json", rows), write(tmp_path / "b.json", rows[::-1])
+    eval_script.main(["--compare", a, b])
+    table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    for name in ("BLEU-1", "ROUGE-L", "CIDEr", "CIDEr-D", "length"):
+        assert table[name][0] == table[name][1] and table[name][2:] == [
+            "0.00", "0.00", "0.00", "50.0", "%"]
+    assert table["vocabulary"] == ["7", "7", "0", "–", "–", "–"]
+
+
+def test_comparison_pairs_the_images(tmp_path, capsys, no_java):
+    """A is one word longer on every image, so no resample of the images differs."""
+    b = [result(i, " ".join(["a"] * (i + 1))) for i in range(9)]
+    a = [{**row, "caption": row["caption"] + " dog"} for row in b]
+    a, b = write(tmp_path / "a.json", a), write(tmp_path / "b.json", b[::-1])
+    eval_script.main(["--compare", a, b, "--metrics", "length"])
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.split() == ["length", "6.00", "5.00", "1.00", "1.00", "1.00", "100.0", "%"]
+
+
+@pytest.mark.skipif(bool(coco_caption.java_missing()), reason=coco_caption.java_missing() or "-")
+def test_with_java_words_are_ptbs_and_the_table_says_so(tmp_path, capsys):
+    rows = [result(1, "a man's dog.", ["a man's dog, running", "!"])]
+    a = write(tmp_path / "a.json", rows)
+    eval_script.main(["--compare", a, a, "--metrics", "length", "vocabulary"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["vocabulary", "4"], ["length", "4.00"]]
+    assert "tokens: PTB's, by pycocoevalcap's tokenizer" in lines
+
+
+@pytest.mark.parametrize("rows, message", [
+    ("[{", "broken JSON"),
+    ([], "no list of captions"),
+    ({"a": 1}, "no list of captions"),
+    ([1], "entry 0: it is no object"),
+    ([{"caption": "a", "references": []}], "no image_id"),
+    ([{"image_id": [1], "caption": "a", "references": []}], "no image_id"),
+    ([{"image_id": 1, "references": []}], "no caption"),
+    ([{"image_id": 1, "caption": "a"}], "no references"),
+    ([{"image_id": 1, "caption": "a", "references": [["a"]]}], "no references"),
+    ([result(1), result(1)], "has image 1 twice"),
+    ([result(2)], "different images: 1 is only in"),
+    ([result(1, references=["a dog"])], "image 1 has other references"),
+])
+def test_files_that_cannot_be_compared_say_why(tmp_path, rows, message):
+    good, bad = write(tmp_path / "good.json", [result(1)]), tmp_path / "bad.json"
+    bad.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    with pytest.raises(UserError, match=message):
+        eval_script.main(["--compare", good, str(bad)])
