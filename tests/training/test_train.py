@@ -745,12 +745,11 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
 
 def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, capsys):
     import caption
-    import captioner
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
                "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
     asked = []
-    for script in (evaluation, captioner):
+    for script in (evaluation, caption):
         search = script.beam_search
         monkeypatch.setattr(script, "beam_search", lambda *args, search=search, **options: (
             asked.append(options) or search(*args, **options)))
