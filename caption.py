@@ -6,69 +6,228 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
-    python caption.py --img photo.jpg --out photo.gif     # or .mp4: the gaze moving
+    python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
     python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
 On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
 file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
 
-From Python: `from caption import Captioner`, see captioner.py.
+As a library, for paths, pictures and arrays alike:
+
+    from caption import Captioner
+    captioner = Captioner()                     # or Captioner("BEST_checkpoint_X.pth.tar")
+    captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
+    print(captioned.text, captioned.score)
+    captioned.save("photo_attention.png")       # or .html, .gif, .mp4; a notebook shows the page
 """
 
 import argparse
-import glob
 import json
 import os
 import sys
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
 
-from captioner import Captioner, check_suffix
-from checkpoints import find_model
-from modeling.beam_search import add_search_options, search_options
-from utils import AMP, Parser, UserError, find_device, run_script
+from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
+from modeling.beam_search import add_search_options, beam_search, search_options
+from preprocessing.images import read_rgb, resize_square, to_rgb
+from utils import (
+    Parser,
+    UserError,
+    add_device_options,
+    autocast,
+    find_device,
+    positive_int,
+    run_script,
+)
 from visualization import page
+from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
-OVERLAY = "_attention.png"
-ONE_FILE = (".png", ".jpg", ".pdf", ".svg", ".gif", ".mp4")  # what --out of several images is not
+# The library
+
+
+@dataclass
+class Captioned:
+    """An image, its caption, and where the model looked for each word."""
+    source: Any = field(repr=False)  # as it was given: a path, a PIL image or an array
+    words: list[str]  # T of them
+    attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1
+    score: float  # total log-probability in nats
+    finished: bool  # whether the caption reached <end>, or was cut off at max_len
+    n_best: list[tuple[str, float]]  # texts and scores, the best first; this one is the first
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+    @property
+    def name(self):
+        """The path if there is one, else "image"."""
+        return os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else "image"
+
+    @property
+    def image(self):
+        """The photograph, uint8 (H, W, 3); read each time, so that many of them take no memory."""
+        return read_any(self.source)
+
+    def figure(self, smooth=True):
+        """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
+        from visualization.attention import attention_grid  # only here: matplotlib takes a while
+
+        return attention_grid(self.image, self.words, self.attention, smooth)
+
+    def save(self, path, smooth=True):
+        """
+        Write the attention for each word in the form that the path's suffix asks for: .html, .gif
+        or .mp4, or a picture. Raises ValueError for a suffix that is none of these, OSError if the
+        file cannot be written.
+        """
+        save_attention(self, path, smooth)
+
+    def _repr_html_(self):
+        """What a notebook shows: the photograph, and over each word where the model looked."""
+        return page.fragment(self)
+
+
+class Captioner:
+    """
+    A model that is ready to caption: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
+
+    model: a checkpoint; the one that comes with the program if not given
+    word_map: a WORDMAP file, for checkpoints that carry none
+    device, amp: as the options of caption.py
+    Raises UserError if the checkpoint is missing or is none.
+    """
+
+    def __init__(self, model=PRETRAINED, word_map=None, device=None, amp=None):
+        self.device, self.amp = find_device(device), amp
+        self.encoder, self.decoder, self.word_map, _ = load_captioner(
+            os.fspath(model), self.device, word_map)
+        self.words = {i: word for word, i in self.word_map.items()}
+
+    def __call__(self, images, **options):
+        """
+        images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
+        these, a list or an array (N, H, W, 3)
+        options: of `each`
+
+        Returns a Captioned, for several images a list. Raises UserError for one it cannot read.
+        """
+        several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
+            images, Image.Image)
+        found = list(self.each(list(images) if several else [images], **options))
+        for result in found:
+            if isinstance(result, UserError):
+                raise result
+        return found if several else found[0]
+
+    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
+        """
+        Yield a Captioned for each of a list of images in order, or the UserError that reading it
+        gave. While the model works on a batch, threads read the next one.
+
+        batch_size: images at a time; n_best and search: of beam_search
+        """
+        batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
+        with ThreadPoolExecutor() as pool:
+            following = pool.map(_try_read, batches[0] if batches else [])
+            for sources, after in zip(batches, [*batches[1:], []]):
+                pixels, following = list(following), pool.map(_try_read, after)
+                good = [image for image in pixels if isinstance(image, torch.Tensor)]
+                captions = iter(())
+                if good:
+                    with torch.inference_mode(), autocast(self.device, self.amp):
+                        features = self.encoder(torch.stack(good).to(self.device))
+                        captions = iter(beam_search(self.decoder, features, self.word_map,
+                                                    beam_size, n_best=n_best, **search))
+                for source, image in zip(sources, pixels):
+                    yield image if isinstance(image, UserError) else self._to_words(
+                        source, next(captions))
+
+    def grow_tree(self, image, beam_size=5, **search):
+        """
+        What the search for an image's caption kept and dropped, a `beam_tree.Tree`, which
+        `beam_tree.draw_tree` draws. Raises UserError for an image it cannot read.
+        """
+        from visualization import beam_tree
+
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            pixels = torch.from_numpy(resize_square(read_any(image)))
+            features = self.encoder(pixels[None].to(self.device))
+            return beam_tree.grow_tree(self.decoder, features, self.word_map, beam_size, **search)
+
+    def _to_words(self, source, caption):
+        """The Captioned of a beam_search.Caption"""
+        n_best = [(" ".join(self.words[i] for i in c.tokens), c.score)
+                  for c in (caption, *caption.alternatives)]
+        return Captioned(source, [self.words[i] for i in caption.tokens], caption.alphas,
+                         caption.score, caption.finished, n_best)
+
+
+def read_any(source):
+    """uint8 (H, W, 3) of a path, a PIL image or an array; UserError if it is none of them"""
+    if isinstance(source, (str, os.PathLike)):
+        return read_rgb(os.fspath(source))
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    source = np.asarray(source)
+    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
+            (), (1,), (3,), (4,)) or 0 in source.shape:
+        raise UserError(f"an array {source.dtype} of {source.shape} is no image; pass uint8 of "
+                        f"(H, W), (H, W, 3) or (H, W, 4)")
+    return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
+
+
+def _try_read(source):
+    """uint8 (3, 256, 256), or the UserError that says why there is none"""
+    try:
+        return torch.from_numpy(resize_square(read_any(source)))
+    except UserError as error:
+        return error
+    except Exception as error:  # whatever a broken file sets off, the others are captioned
+        return UserError(f"{source} is not a readable image: {error!r}")
+
+
+# The script
 
 
 def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
-    add = parser.add_argument
-    add("--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB", help="what to caption")
-    add("--model", help="checkpoint; if not given, the only BEST one in --checkpoint_folder or the "
-        "current folder, else the one that comes with the program")
-    add("--checkpoint_folder", help="where to look for it")
-    add("--word_map", help="for checkpoints that carry none")
-    add("--beam_size", type=int, default=5, help="1 is greedy decoding")
-    add("--n_best", type=int, default=1, help="captions per image")
-    add_search_options(parser)
-    add("--batch_size", type=int, default=32, help="images at a time")
+    group = parser.add_argument_group("images and model")
+    group.add_argument("-i", "--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB",
+                       help="what to caption")
+    add_model_options(group)
+    add = parser.add_argument_group("captions").add_argument
+    add("-b", "--beam_size", type=positive_int, default=5, help="1 is greedy decoding")
+    add("--n_best", type=positive_int, default=1, help="captions per image")
+    add("--batch_size", type=positive_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
+    add_search_options(parser)
+    add = parser.add_argument_group("pictures").add_argument
     add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
         "folder for those of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
+    add("--smooth", action=argparse.BooleanOptionalAction, default=True,
+        help="blend the locations of the attention grid")
+    add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,
+        help="the same as --no-smooth")
+    add("--show", action="store_true", help="show overlays in a window too")
     add("--beam_tree", metavar="FILE.svg", help="draw what the search for a single image "
         "considered, kept and dropped")
-    add("--smooth", action=argparse.BooleanOptionalAction, default=True,
-        help="blend the cells of the attention grid")
-    add("--show", action="store_true", help="show overlays in a window too")
-    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
-        "where there is one, else the CPU")
-    add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
+    add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
 
 def check(args):
-    """UserError for options that make no sense."""
-    for name in ("beam_size", "n_best", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    """UserError for options that make no sense together."""
     if args.n_best > args.beam_size:
         raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
                         f"it is {args.beam_size}")
@@ -77,153 +236,85 @@ def check(args):
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
         raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
     if args.out and page.is_page(args.out) and not args.smooth:
-        raise UserError(f"--no-smooth is for pictures; {args.out} blends cells")
-    args.search = search_options(args)
+        raise UserError(f"--no-smooth is for pictures; {args.out} blends locations")
     find_device(args.device)
-
-
-def find_images(patterns):
-    """
-    The paths that files, folders and globs stand for, in this order, each once. In a folder or
-    glob these are the files with an image's suffix, sorted, without subfolders.
-
-    Our own overlays are left out, also where the shell has expanded the glob.
-    Raises UserError for a folder or glob without images; a file need not exist.
-    """
-    paths = []
-    for pattern in patterns:
-        folder = os.path.isdir(pattern)
-        if folder or glob.has_magic(pattern) and not os.path.exists(pattern):
-            wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
-            found = sorted(path for path in glob.glob(wildcard) if path.lower().endswith(SUFFIXES)
-                           and not path.endswith(OVERLAY) and os.path.isfile(path))
-            if not found:
-                raise UserError(f"no images {'in' if folder else 'match'} {pattern}")
-            paths += found
-        else:
-            paths.append(pattern)
-    paths = list(dict.fromkeys(paths))
-    return [path for path in paths if not path.endswith(OVERLAY)] or paths
-
-
-def overlay_paths(paths, out, alone):
-    """
-    A path for the overlay of each image, no two alike and none that of an image.
-
-    out: as in the options; alone: whether it names the file of a single overlay
-    Raises UserError if that would overwrite the image, or if a folder is needed but out is a file.
-    """
-    if out and alone and os.path.basename(out) and not os.path.isdir(out):
-        if os.path.realpath(out) == os.path.realpath(paths[0]):
-            raise UserError(f"--out {out} is the image itself; pass another file")
-        try:
-            check_suffix(out)  # now: it is drawn only when all the work is done
-        except ValueError as error:
-            raise UserError(f"--out {out} cannot be written: {error}") from None
-        return [out]
-    if out and os.path.isfile(out):
-        raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
-    if out and out.lower().endswith(ONE_FILE):
-        raise UserError(f"--out {out} is one file, but there are {len(paths)} images; pass a "
-                        f"folder or an .html")
-    taken, overlays = set(paths), []
-    for path in paths:
-        stem, count = os.path.splitext(path)[0], 1
-        if out:
-            stem = os.path.join(out, os.path.basename(stem))
-        overlay = stem + OVERLAY
-        while overlay in taken:  # photo.jpg and photo.png, or photo.jpg of two folders
-            count += 1
-            overlay = f"{stem}_{count}{OVERLAY}"
-        taken.add(overlay)
-        overlays.append(overlay)
-    return overlays
-
-
-def describe(captioned, args, alone):
-    """
-    What is printed of an image: a line per caption, or a JSON object.
-
-    alone: whether the caption needs no path before it
-    """
-    if args.json:
-        n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
-        fields = {"image": captioned.name, **n_best[0], "words": captioned.words,
-                  "finished": captioned.finished}
-        return json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))
-    prefix = "" if alone else f"{captioned.name}\t"
-    if args.n_best == 1:
-        return prefix + captioned.text
-    return "\n".join(f"{prefix}{score:.3f}\t{text}" for text, score in captioned.n_best)
-
-
-@contextmanager
-def written(path):
-    """Makes the folder of a file to write; what fails in the context becomes a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
-
-
-def show(captioned, overlay, args):
-    from visualization import attention as visualize
-    try:
-        visualize.show(captioned.figure(args.smooth))
-    except RuntimeError as error:
-        raise UserError(f"--show: {error}; open {overlay} instead") from None
 
 
 def main():
     args = get_args()
     check(args)
     paths = find_images(args.img)
-    alone = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
-    if args.beam_tree and not alone:
+    single = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
+    if args.beam_tree and not single:
         raise UserError("--beam_tree is of one image; pass a single file as --img")
-    together = args.out and page.is_page(args.out) and not alone  # one page of all images
-    overlays = overlay_paths(paths, None if together else args.out, alone)
+    one_page = args.out and page.is_page(args.out) and not single  # of all images
+    overlays = overlay_paths(paths, None if one_page else args.out, single)
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
-    bad, captioned = 0, []
-    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **args.search)
-    bar = tqdm(results, total=len(paths), unit="image", disable=alone or None)
+    search, failed, for_page = search_options(args), 0, []
+    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **search)
+    bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
         if isinstance(result, UserError):
-            if alone:
+            if single:
                 raise result
             tqdm.write(f"{os.path.basename(sys.argv[0])}: {result}", file=sys.stderr)
-            bad += 1
+            failed += 1
             continue
-        tqdm.write(describe(result, args, alone), file=sys.stdout)
-        if not result.words:
-            tqdm.write(f"{result.name}: the model has no words for it; it may need more training",
-                       file=sys.stderr)
-        sys.stdout.flush()
-        if args.no_attention:
-            continue
-        if together:
-            captioned.append(result)
-        else:
-            with written(overlay):
+        print_captions(result, args, single)
+        if one_page:
+            for_page.append(result)
+        elif not args.no_attention:
+            with writing(overlay, make_folder=True):
                 result.save(overlay, args.smooth)
         if args.show:
-            show(result, overlay, args)
+            show(result, overlay, args.smooth)
     if args.beam_tree:
-        from visualization.beam_tree import draw_tree  # fonts are measured: only here
-        with written(args.beam_tree):
-            draw_tree(captioner.grow_tree(paths[0], args.beam_size, n_best=args.n_best,
-                                          **args.search), args.beam_tree)
-        print(f"beam tree: {args.beam_tree}", file=sys.stderr)
-    if captioned:
-        with written(args.out):
-            page.write_page(args.out, captioned, f"{len(captioned)} captions")
-    if not args.no_attention and bad < len(paths):
+        draw_beam_tree(captioner, paths[0], args)
+    if for_page:
+        with writing(args.out, make_folder=True):
+            page.write_page(args.out, for_page, f"{len(for_page)} captions")
+    if not args.no_attention and failed < len(paths):
         where = args.out or f"*{OVERLAY} beside the images"
-        print(f"attention: {overlays[0] if alone else where}", file=sys.stderr)
-    if bad:
-        raise UserError(f"{bad} of {len(paths)} images could not be captioned")
+        print(f"attention: {overlays[0] if single else where}", file=sys.stderr)
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} images could not be captioned")
+
+
+def print_captions(captioned, args, single):
+    """A line per caption, or a JSON object. single: whether the caption needs no path before it"""
+    if args.json:
+        n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
+        fields = {"image": captioned.name, **n_best[0], "words": captioned.words,
+                  "finished": captioned.finished}
+        lines = [json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))]
+    else:
+        prefix = "" if single else f"{captioned.name}\t"
+        lines = [prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + text
+                 for text, score in captioned.n_best]
+    tqdm.write("\n".join(lines), file=sys.stdout)
+    if not captioned.words:
+        tqdm.write(f"{captioned.name}: the model has no words for it; it may need more training",
+                   file=sys.stderr)
+    sys.stdout.flush()
+
+
+def show(captioned, overlay, smooth):
+    from visualization import figures
+
+    try:
+        figures.show(captioned.figure(smooth))
+    except RuntimeError as error:
+        raise UserError(f"--show: {error}; open {overlay} instead") from None
+
+
+def draw_beam_tree(captioner, path, args):
+    from visualization.beam_tree import draw_tree
+
+    with writing(args.beam_tree, make_folder=True):
+        draw_tree(captioner.grow_tree(path, args.beam_size, n_best=args.n_best,
+                                      **search_options(args)), args.beam_tree)
+    print(f"beam tree: {args.beam_tree}", file=sys.stderr)
 
 
 if __name__ == "__main__":

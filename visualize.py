@@ -1,5 +1,5 @@
 """
-How training went, as a picture.
+Draw how training went: what train.py logged after each epoch, as curves.
 
     python visualize.py curves log_NAME.jsonl -o curves.png
     python visualize.py curves runs/*/log_*.jsonl -o curves.png    # several runs, a line for each
@@ -7,9 +7,10 @@ How training went, as a picture.
 
 import sys
 
-from utils import Parser, UserError, run_script
-from visualization.attention import save
+from utils import Parser, run_script
+from visualization import figures
 from visualization.curves import draw_curves, name_runs, read_run
+from visualization.files import writing
 
 
 def get_args(argv=None):
@@ -26,10 +27,8 @@ def get_args(argv=None):
 def main():
     args = get_args()
     runs = [read_run(path, name) for path, name in zip(args.logs, name_runs(args.logs))]
-    try:
-        save(draw_curves(runs), args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.out} cannot be written: {error}") from None
+    with writing(args.out):
+        figures.save(draw_curves(runs), args.out)
     print(f"curves: {args.out}", file=sys.stderr)
 
 

@@ -15,12 +15,10 @@ import torch
 from PIL import Image
 
 import caption
-import captioner
 import checkpoints
 import utils
 from models import DecoderWithAttention, Encoder
 from utils import UserError
-from visualization import attention as visualize
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]
@@ -63,13 +61,13 @@ def photos(tmp_path):
 @pytest.fixture
 def run(model, monkeypatch, capsys):
     """Call the script; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(captioner, "load_captioner", load_once)
+    monkeypatch.setattr(caption, "load_captioner", load_once)
     def call(*arguments):
         argv = ["caption.py", f"--model={model}", "--max_len=6", "--device=cpu", "--img"]
         monkeypatch.setattr(sys, "argv", argv + [str(argument) for argument in arguments])
         code = 0
         try:
-            utils.run(caption.main)
+            utils.run_script(caption.main)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -93,6 +91,17 @@ def test_one_line_per_image_in_order(run, photos):
     paths = [line.split("\t")[0] for line in out.splitlines()]
     assert code == 0 and paths == [str(photos / f"{i}.png") for i in range(5)]
     assert overlays(photos) == [f"{i}_attention.png" for i in range(5)]
+
+
+def test_the_tutorials_spelling_of_the_options_works_too():
+    theirs = caption.get_args(["-i", "x.jpg", "-m", "BEST.pth.tar", "-wm", "WORDMAP.json",
+                               "-b", "3", "--dont_smooth"])
+    ours = caption.get_args(["--img", "x.jpg", "--model", "BEST.pth.tar", "--word_map",
+                             "WORDMAP.json", "--beam_size", "3", "--no-smooth"])
+    assert theirs == ours and (ours.beam_size, ours.smooth) == (3, False)
+    assert caption.get_args(["-i", "x.jpg"]).smooth is True
+    with pytest.raises(UserError, match="^--beam_size is 0, it must be at least 1"):
+        caption.get_args(["-i", "x.jpg", "-b", "0"])
 
 
 def test_our_overlays_are_not_captioned(run, photos):
@@ -172,16 +181,6 @@ def test_the_only_checkpoint_is_found(model, photos, monkeypatch, capsys):
     assert f"model: {model.name}, the only one in this folder" in capsys.readouterr().err
 
 
-def test_no_two_overlays_share_a_file_and_none_is_an_image():
-    paths = ["a/x.jpg", "b/x.jpg", "b/x.png"]
-    assert caption.overlay_paths(paths, None, False) == [
-        "a/x_attention.png", "b/x_attention.png", "b/x_2_attention.png"]
-    assert caption.overlay_paths(paths, "out", False) == [
-        "out/x_attention.png", "out/x_2_attention.png", "out/x_3_attention.png"]
-    both = ["x.jpg", "x_attention.png"]
-    assert not set(both) & set(caption.overlay_paths(both, None, False))
-
-
 def test_out_is_a_file_for_one_image_and_a_folder_for_several(run, photos):
     run(photos / "0.png", "--out", photos / "new" / "one.png")
     assert (photos / "new" / "one.png").exists()
@@ -206,7 +205,7 @@ def test_a_page_holds_one_image_or_all(run, photos):
     assert overlays(photos) == []
 
 
-def test_a_movie_and_a_beam_tree_are_drawn_of_one_image(run, photos):
+def test_an_animation_and_a_beam_tree_are_drawn_of_one_image(run, photos):
     code, out, err = run(photos / "0.png", "--out", photos / "x.gif", "--beam_size=2",
                          "--beam_tree", photos / "tree.svg")
     assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
@@ -220,82 +219,6 @@ def test_a_movie_and_a_beam_tree_are_drawn_of_one_image(run, photos):
 def test_a_notebook_shows_the_view(model, photos):
     captioned = caption.Captioner(model, device="cpu")(photos / "0.png", max_len=6)
     assert "<article" in captioned._repr_html_() and captioned.text in captioned._repr_html_()
-
-
-def test_overlay_has_a_panel_per_word():
-    image = np.zeros((30, 40, 3), dtype=np.uint8)
-    for count in (0, 1, 4, 5, 50):
-        words = [f"word{i}" for i in range(count)]
-        figure = visualize.attention_grid(image, words, np.full((count, 196), 1 / 196))
-        titles = [axes.get_title() for axes in figure.axes]
-        assert titles == ["<start>", *words]
-
-
-def test_words_do_not_overlap():
-    """Also not long ones over slim photographs, nor those that look like formulas."""
-    words = ["a", "counterintuitively-long-word", "$x_", "\\frac", "on"] * 2
-    alphas = np.full((len(words), 4), 0.25)
-    for shape in [(40, 40, 3), (90, 30, 3), (30, 90, 3), (600, 30, 3), (2, 3, 3)]:
-        figure = visualize.attention_grid(np.zeros(shape, dtype=np.uint8), words, alphas)
-        figure.canvas.draw()
-        boxes = [axes.title.get_window_extent() for axes in figure.axes]
-        boxes += [axes.get_window_extent() for axes in figure.axes]
-        inside = figure.bbox
-        for i, box in enumerate(boxes):
-            assert inside.x0 <= box.x0 and box.x1 <= inside.x1
-            assert inside.y0 <= box.y0 and box.y1 <= inside.y1
-            assert not any(box.overlaps(other) for other in boxes[i + 1:])
-
-
-def brightness(axes, rows, columns):
-    """Mean brightness of the panel's parts on a grid of rows x columns, as rendered."""
-    figure = axes.figure
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
-    box = axes.get_window_extent()
-    top, bottom = round(pixels.shape[0] - box.y1) + 1, round(pixels.shape[0] - box.y0) - 1
-    panel = pixels[top:bottom, round(box.x0) + 1:round(box.x1) - 1]
-    return np.array([[part.mean() for part in np.array_split(row, columns, axis=1)]
-                     for row in np.array_split(panel, rows)])
-
-
-@pytest.mark.parametrize("smooth", [True, False])
-@pytest.mark.parametrize("shape", [(60, 60), (60, 120), (120, 60)])
-def test_attention_is_brightest_where_alpha_is(shape, smooth):
-    image = np.full((*shape, 3), 255, dtype=np.uint8)
-    half = [slice(0, shape[0]), slice(0, shape[1] // 2)]
-    image[tuple(half)] = 0  # black on the left: what is looked at there must outshine the white
-    for cell in [(1, 2), (10, 1), (12, 12), (0, 9)]:
-        alpha = np.zeros((14, 14))
-        alpha[cell] = 1
-        figure = visualize.attention_grid(image, ["dog"], alpha.reshape(1, 196), smooth)
-        light = brightness(figure.axes[1], 14, 14)
-        assert np.unravel_index(light.argmax(), light.shape) == cell
-
-
-def test_photographs_keep_their_shape():
-    for shape in [(60, 60), (60, 180), (50, 30)]:
-        figure = visualize.attention_grid(np.zeros((*shape, 3), np.uint8), ["a"], np.ones((1, 4)))
-        for axes in figure.axes:
-            box = axes.get_window_extent()
-            assert box.width / box.height == pytest.approx(shape[1] / shape[0])
-
-
-def test_even_attention_lights_the_whole_photograph():
-    image = np.full((60, 60, 3), 200, dtype=np.uint8)
-    figure = visualize.attention_grid(image, ["a"], np.full((1, 196), 1 / 196))
-    light = brightness(figure.axes[1], 5, 5)
-    assert light.min() > 180 and np.ptp(light) < 2
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.png"
-    path.write_text("old")
-    figure = visualize.attention_grid(np.zeros((4, 4, 3), np.uint8), [], np.zeros((0, 4)))
-    figure.savefig = lambda file, **_: Path(file).write_text("half") and 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        visualize.save(figure, path)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.png"]
 
 
 HEADLESS = {name: value for name, value in os.environ.items()
@@ -362,7 +285,8 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
     assert process.wait() == 1
 
 
-def test_training_imports_no_plotting():
-    code = ("import sys, caption, checkpoints, datasets, models, search, utils; "
-            "sys.exit('matplotlib' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_what_draws_is_imported_only_to_draw():
+    code = ("import sys, caption, train\n"
+            "print(sys.modules.keys() & {'matplotlib', 'skimage'})")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr

@@ -1,41 +1,45 @@
-"""The gaze moving over the photograph, word by word, the sentence growing underneath."""
+"""Attention moving over the photograph word by word, with the sentence growing below: GIF, MP4."""
 
-import subprocess
+import shutil
+from contextlib import closing
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import imageio.v3 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError, atomic_write
-from visualization.attention import FONT_FILE, attention_overlays, resized
+from visualization.attention import attention_overlays, resized
+from visualization.figures import FONT_FILE
 
 TICK = 0.08  # seconds; GIF counts time in hundredths
-GLIDE, STAY, END = 4, 4, 30  # ticks from word to word, on a word, on the whole sentence
+FADE, HOLD, HOLD_END = 4, 4, 30  # ticks: from word to word, on a word, on the whole sentence
 SIZE = 480  # pixels, the frame's width; the photograph fits into a square of it
 FONT, LINE, SPACE, MARGIN = 20, 30, 10, 12  # pixels: letters, lines, between words, all around
-GROUND, SAID, NOW, PILL = "#111111", "#d0d0d0", "#000000", "#ffc53d"
-# GIF's few colours are mixed by a pattern that is the same in every frame: where nothing moves no
-# pixel changes, and costs nothing. Diffused errors, the usual dithering, flicker everywhere.
-PATTERN = (np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) - 7.5) / 2
-# How far, of 255, a pixel may be from its colour before a frame that is only passed through, or
-# one that stays, corrects it. This more than halves the file.
-PASSING, STAYING = 20, 8
+BACKGROUND, TEXT, CURRENT_TEXT, CURRENT_BOX = "#111111", "#d0d0d0", "#000000", "#ffc53d"
+# GIF has 256 colours at most. Others are mixed by a pattern that is the same in every frame
+# (ordered dithering): where nothing moves no pixel changes, which makes the file small. Error
+# diffusion, the usual dithering, flickers everywhere.
+DITHER = (np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) - 7.5) / 2
+# A pixel is left as it was unless it is off by more than this, of 255, in a frame that fades or in
+# one that is held. This more than halves the file.
+FADE_TOLERANCE, HOLD_TOLERANCE = 20, 8
 
 
 class Frame(NamedTuple):
     pixels: np.ndarray  # uint8 (H, SIZE, 3), H even
-    ticks: int  # how long it is seen
+    ticks: int  # how long it is shown
 
 
-def write_movie(path, image, words, alphas, smooth=True):
+def write_animation(path, image, words, alphas, smooth=True):
     """
     Write a GIF or MP4, by the suffix of the path; the file is there whole or not at all.
 
-    image, words, alphas, smooth: as in `visualize.attention_grid`; the photograph is lit up as
-    there, and the light of one word fades into that of the next. At the end the photograph and
-    the whole sentence stand still.
+    image, words, alphas, smooth: as in `attention.attention_grid`; the overlays are the same, and
+    that of one word fades into that of the next. At the end stand the photograph and the whole
+    sentence.
 
     Raises ValueError for another suffix, or unless there is one alpha per word on a square grid;
     UserError for an MP4 without the package imageio-ffmpeg; OSError if it can't be written.
@@ -49,104 +53,118 @@ def write_movie(path, image, words, alphas, smooth=True):
 
 def make_frames(image, words, alphas, smooth=True):
     """
-    Yield the movie's Frames, as many as GLIDE for each word and for the end. The last of a word
-    shows its attention alone and stays; the others lie between it and the look before.
+    Yield the animation's Frames, FADE of them for each word and for the end. The last one of a word
+    shows its attention alone and is held; the others lead there from the word before.
     """
     scale = SIZE / max(image.shape[:2])
     plain = resized(image, round(image.shape[1] * scale), round(image.shape[0] * scale))
-    still, sentence = plain / np.float32(255), Sentence(words)
-    looks = chain([still], attention_overlays(plain, words, alphas, smooth), [still])
-    stays = [STAY] * len(words) + [END]
-    for t, ((before, now), stay) in enumerate(zip(pairwise(looks), stays), 1):
-        for step in range(1, GLIDE + 1):
-            share = step / GLIDE
+    photograph, sentence = plain / np.float32(255), Sentence(words)
+    pictures = chain([photograph], attention_overlays(plain, words, alphas, smooth), [photograph])
+    holds = [HOLD] * len(words) + [HOLD_END]
+    for t, ((before, now), hold) in enumerate(zip(pairwise(pictures), holds), 1):
+        for step in range(1, FADE + 1):
+            share = step / FADE
             share = np.float32(share * share * (3 - 2 * share))  # slow at both ends
             blend = 255 * ((1 - share) * before + share * now)
-            yield Frame(sentence.under(blend.round().astype(np.uint8), t),
-                        1 + stay * (step == GLIDE))
+            yield Frame(sentence.draw_below(blend.round().astype(np.uint8), t),
+                        1 + hold * (step == FADE))
 
 
 class Sentence:
-    """Words laid out in lines within the frame's width, where each stays as the sentence grows."""
+    """Words laid out in lines within the frame's width; each keeps its place from the start."""
 
     def __init__(self, words):
-        font, room = ImageFont.truetype(FONT_FILE, FONT), SIZE - 2 * MARGIN
+        font, available = ImageFont.truetype(FONT_FILE, FONT), SIZE - 2 * MARGIN
         self.words, x, y = [], 0, 0
         for word in words:
-            wide = font.getlength(word)
-            fitting = font if wide <= room else font.font_variant(size=FONT * room / wide)
-            wide = min(wide, room)
-            if x + wide > room:
+            width = font.getlength(word)
+            fitting = (font if width <= available else
+                       font.font_variant(size=FONT * available / width))
+            width = min(width, available)
+            if x + width > available:
                 x, y = 0, y + LINE
-            self.words.append((word, fitting, MARGIN + x, MARGIN + y, wide))
-            x += wide + SPACE
+            self.words.append((word, fitting, MARGIN + x, MARGIN + y, width))
+            x += width + SPACE
         self.height = y + LINE + 2 * MARGIN
 
-    def under(self, picture, count):
+    def draw_below(self, picture, count):
         """
-        The picture, uint8 (h, w, 3), above the first `count` words, the last of them emphasised;
-        with a count above all words, none is. Returns uint8 (H, SIZE, 3).
+        The picture, uint8 (h, w, 3), and below it the first `count` words, the last of them
+        emphasised; none is if count exceeds the number of words. Returns uint8 (H, SIZE, 3).
         """
         height, width = picture.shape[:2]
         total = height + self.height
-        canvas = Image.new("RGB", (SIZE, total + total % 2), GROUND)  # MP4's colours go by twos
+        total += total % 2  # MP4 stores one colour for each 2 x 2 pixels
+        canvas = Image.new("RGB", (SIZE, total), BACKGROUND)
         canvas.paste(Image.fromarray(picture), ((SIZE - width) // 2, 0))
         draw = ImageDraw.Draw(canvas)
-        for i, (word, font, x, y, wide) in enumerate(self.words[:count], 1):
-            y, colour = y + height, SAID
+        for i, (word, font, x, y, word_width) in enumerate(self.words[:count], 1):
+            y, colour = y + height, TEXT
             if i == count:
-                draw.rounded_rectangle((x - 4, y + 1, x + wide + 4, y + LINE - 3), 6, PILL)
-                colour = NOW
+                box = (x - 4, y + 1, x + word_width + 4, y + LINE - 3)
+                draw.rounded_rectangle(box, radius=6, fill=CURRENT_BOX)
+                colour = CURRENT_TEXT
             draw.text((x, y + 0.7 * LINE), word, colour, font, anchor="ls")
         return np.asarray(canvas)
 
 
 def _write_gif(path, frames):
     frames = list(frames)
-    stay = [frame.pixels for frame in frames if frame.ticks > 1]
-    sample = np.concatenate([stay[-1], *stay[:-1:max(1, len(stay) // 4)]])[::2, ::2]
-    palette = Image.fromarray(sample).quantize(255, kmeans=1)  # and one for "as it was before"
-    colours = np.array(palette.getpalette(), dtype=np.int16).reshape(-1, 3)
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[:len(colours)] = colours
+    indices, palette = _to_palette(frames)
+    # Made in memory: imageio would try a second time to write what the disk has no room for.
+    content = imageio.imwrite("<bytes>", indices, plugin="pillow", extension=".gif", is_batch=True,
+                              duration=[round(1000 * TICK) * frame.ticks for frame in frames],
+                              loop=0, palette=palette.astype(np.uint8).tobytes(), optimize=True)
+    Path(path).write_bytes(content)
+
+
+def _to_palette(frames):
+    """
+    Frames in GIF's colours: indices, uint8 (N, H, SIZE), into a palette, int16 (255, 3) at most.
+    """
+    held = [frame.pixels for frame in frames if frame.ticks > 1]
+    sample = np.concatenate([held[-1], *held[:-1:max(1, len(held) // 4)]])[::2, ::2]
+    # The last of the 256 colours stands for a pixel that stays as it was.
+    palette_image = Image.fromarray(sample).quantize(255, kmeans=1)
+    palette = np.array(palette_image.getpalette(), dtype=np.int16).reshape(-1, 3)
     height, width = frames[0].pixels.shape[:2]
-    pattern = np.tile(PATTERN, (-(-height // 4), -(-width // 4)))[:height, :width, None]
-    images, now = [], None
+    dither = np.tile(DITHER, (-(-height // 4), -(-width // 4)))[:height, :width, None]
+    indices = []
     for pixels, ticks in frames:
-        wanted = (pixels + pattern).clip(0, 255).astype(np.uint8)
-        best = Image.fromarray(wanted).quantize(palette=palette, dither=Image.Dither.NONE)
-        best = np.asarray(best)
-        if now is not None:
-            error = np.abs(colours[now] - wanted).max(2)
-            best = np.where(error > (STAYING if ticks > 1 else PASSING), best, now)
-        now = best
-        images.append(Image.fromarray(now))
-        images[-1].putpalette(table.tobytes())
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], loop=0,
-                   duration=[round(1000 * TICK) * frame.ticks for frame in frames],
-                   optimize=True)
+        wanted = (pixels + dither).clip(0, 255).astype(np.uint8)
+        nearest = np.asarray(Image.fromarray(wanted).quantize(
+            palette=palette_image, dither=Image.Dither.NONE))
+        if indices:
+            error = np.abs(palette[indices[-1]] - wanted).max(2)
+            tolerance = HOLD_TOLERANCE if ticks > 1 else FADE_TOLERANCE
+            nearest = np.where(error > tolerance, nearest, indices[-1])
+        indices.append(nearest)
+    return np.stack(indices), palette
 
 
 def _write_mp4(path, frames):
     try:
-        from imageio_ffmpeg import get_ffmpeg_exe
-        program = get_ffmpeg_exe()
+        import imageio_ffmpeg
+        imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):  # no package, or one that brings no program
         raise UserError("MP4 needs ffmpeg; run pip install imageio-ffmpeg") from None
     first = next(frames)
-    # The program is called directly: through imageio, what it fails at would go unnoticed.
-    command = [program, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
-               "-s", f"{SIZE}x{len(first.pixels)}", "-r", str(1 / TICK), "-i", "-",
-               "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p",
-               "-movflags", "+faststart", "-f", "mp4", f"file:{path}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
-        try:
+    # With "file:" no path is taken for an address. libx264 in yuv420p plays in every browser.
+    file, ticks = f"file:{path}", 0
+    writer = imageio_ffmpeg.write_frames(
+        file, (SIZE, len(first.pixels)), fps=1 / TICK, codec="libx264", pix_fmt_out="yuv420p",
+        macro_block_size=2, quality=None, ffmpeg_log_level="quiet",
+        output_params=["-crf", "18", "-movflags", "+faststart", "-f", "mp4"])
+    try:
+        with closing(writer):
+            writer.send(None)  # starts ffmpeg
             for frame in chain([first], frames):
-                ffmpeg.stdin.write(frame.pixels.tobytes() * frame.ticks)
-        except BrokenPipeError:
-            pass  # it has ended, and says why
-        _, error = ffmpeg.communicate()
-    if ffmpeg.returncode:
-        first_line = error.decode(errors="replace").strip().partition("\n")[0]
-        reason = first_line.rpartition("] ")[2]  # without the part of ffmpeg that says so
-        raise OSError(reason or f"ffmpeg has ended with {ffmpeg.returncode}")
+                writer.send(frame.pixels.tobytes() * frame.ticks)
+                ticks += frame.ticks
+        # The package does not look at how ffmpeg has ended, so the file is read back.
+        whole = imageio_ffmpeg.count_frames_and_secs(file)[0] == ticks
+    except (OSError, RuntimeError):  # ffmpeg has ended early; the file cannot be read
+        whole = False
+    if not whole:
+        free = shutil.disk_usage(Path(path).parent).free
+        raise OSError(f"ffmpeg has failed ({free / 1e9:.2f} GB of the disk are free)")

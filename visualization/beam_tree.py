@@ -1,4 +1,4 @@
-"""The figure that explains beam search: what each step considered, kept and dropped."""
+"""Beam search as a picture: what each step considered, kept and dropped."""
 
 import math
 import re
@@ -10,27 +10,27 @@ from PIL import ImageFont
 
 from modeling.beam_search import beam_search
 from utils import atomic_write
-from visualization.attention import FONT_FILE
+from visualization.figures import FONT_FILE
 
 SIZE, SMALL = 13, 10.5  # pixels, the letters of words and of scores
 ROW, BOX, GAP, MARGIN = 26, 21, 36, 18  # pixels: lines, nodes, between columns, around
 HEAD = 104  # pixels, down to the first node
-INK, FAINT, BACK = "#1b1b1b", "#6f6f6f", "#ffffff"
+TEXT, FAINT_TEXT, BACKGROUND = "#1b1b1b", "#6f6f6f", "#ffffff"
 LINK, DROPPED_LINK = "#8fa9c9", "#e4e4e4"
-# The fill and the outline of what is kept, finished, and on the winning path.
-KEPT, FINISHED, WINS = ("#e9f0f9", "#8fa9c9"), ("#dcefdc", "#3f8a4a"), ("#ffe7b0", "#c26a00")
+# Fill and outline of nodes that are kept, finished, and on the path of the best caption.
+KEPT, FINISHED, BEST = ("#e9f0f9", "#8fa9c9"), ("#dcefdc", "#3f8a4a"), ("#ffe7b0", "#c26a00")
 
 
 @dataclass(eq=False)
 class Node:
-    """A word that a beam could go on with."""
+    """A word that could continue a beam."""
 
     word: str
     total: float  # log-probability in nats of the caption up to this word
     parent: "Node | None"  # a node kept in the step before; None for <start>
     kept: bool
     finished: bool  # kept, and the word is <end>
-    wins: bool = False  # on the path of the caption that the search returned
+    is_best: bool = False  # on the path of the caption that the search returned
 
     @property
     def log_prob(self):
@@ -44,8 +44,8 @@ class Node:
 @dataclass
 class Tree:
     beam_size: int
-    steps: list  # per word a list of Nodes, the best total first
-    words: list  # of the caption that won
+    steps: list  # per step a list of Nodes, the best total first
+    words: list  # of the best caption
     score: float  # its total log-probability in nats, <end> included
     finished: bool  # whether it has reached <end>
 
@@ -53,35 +53,36 @@ class Tree:
 def grow_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
     """
     What `beam_search` considers on its way to the caption of one image: at each step the
-    beam_size best continuations of each beam still open, all those that can be kept.
+    beam_size best continuations of each beam still open, which is all that can be kept.
 
     features: (1, G, E); options: beam_search's others
     """
-    names = {i: word for word, i in word_map.items()}
-    steps, beams = [], [None] * beam_size  # the beams' last nodes, by slot
+    words = {i: word for word, i in word_map.items()}
+    steps, beams = [], [None] * beam_size  # beams: the last Node of each slot
 
-    def watch(totals, words, *kept):
-        kept = {(parent, word): slot for slot, (score, word, parent)
-                in enumerate(zip(*(x[0].tolist() for x in kept))) if score > -math.inf}
-        before, nodes = beams.copy(), []
-        for slot, row in enumerate(zip(totals[0].tolist(), words[0].tolist())):
-            for total, word in zip(*row):
+    def record_step(totals, tokens, *kept):
+        slot_of = {(parent, token): slot for slot, (score, token, parent)
+                   in enumerate(zip(*(x[0].tolist() for x in kept))) if score > -math.inf}
+        parents, nodes = beams.copy(), []
+        for parent, row in enumerate(zip(totals[0].tolist(), tokens[0].tolist())):
+            for total, token in zip(*row):
                 if total > -math.inf:
-                    place = kept.get((slot, word))
-                    nodes.append(Node(names[word], total, before[slot], place is not None,
-                                      place is not None and word == word_map["<end>"]))
-                    if place is not None:
-                        beams[place] = nodes[-1]
+                    slot = slot_of.get((parent, token))
+                    nodes.append(Node(words[token], total, parents[parent], slot is not None,
+                                      slot is not None and token == word_map["<end>"]))
+                    if slot is not None:
+                        beams[slot] = nodes[-1]
         steps.append(sorted(nodes, key=lambda node: (-node.total, not node.kept)))
 
-    [best] = beam_search(decoder, features, word_map, beam_size, max_len, callback=watch, **options)
-    tree = Tree(beam_size, steps, [names[i] for i in best.tokens], best.score, best.finished)
-    said = tree.words + ["<end>"] * best.finished
-    for node in steps[len(said) - 1]:
+    [best] = beam_search(decoder, features, word_map, beam_size, max_len, callback=record_step,
+                         **options)
+    tree = Tree(beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
+    best_words = tree.words + ["<end>"] * best.finished
+    for node in steps[len(best_words) - 1]:
         path = node.path()
-        if node.kept and [n.word for n in path] == said:
+        if node.kept and [n.word for n in path] == best_words:
             for n in path:
-                n.wins = True
+                n.is_best = True
     return tree
 
 
@@ -92,31 +93,32 @@ def draw_tree(tree, path):
     there whole or not at all.
     """
     shown = [_shown(nodes, tree.beam_size) for nodes in tree.steps]
-    places, x = {None: (MARGIN, HEAD)}, MARGIN + _width("<start>", SIZE) + 16
-    columns = [f'{_box(MARGIN, HEAD, x - MARGIN, WINS)}{_text(MARGIN + 8, HEAD, "<start>")}']
-    links, right = [], {None: x}
+    x = MARGIN + _width("<start>", SIZE) + 16
+    columns = [f'{_box(MARGIN, HEAD, x - MARGIN, BEST)}{_text(MARGIN + 8, HEAD, "<start>")}']
+    # Of each node the middle of its left edge and the x of its right one; None is <start>.
+    positions, right, links = {None: (MARGIN, HEAD)}, {None: x}, []
     for number, (nodes, all_nodes) in enumerate(zip(shown, tree.steps), 1):
         left = x + GAP
         x = left + 24 + max(_width(n.word, SIZE) + _width(_score(n), SMALL) for n in nodes)
         kept = sum(node.kept for node in all_nodes)
         columns.append(_text(left, 64, f"step {number}", weight="bold") + _text(
-            left, 80, f"{kept} of {len(all_nodes)} kept", SMALL, FAINT))
+            left, 80, f"{kept} of {len(all_nodes)} kept", SMALL, FAINT_TEXT))
         for row, node in enumerate(nodes):
-            places[node], right[node] = (left, HEAD + row * ROW), x
-            links.append(_link(node, places, right))
-            columns.append(_node(node, *places[node], x - left))
+            positions[node], right[node] = (left, HEAD + row * ROW), x
+            links.append(_link(node, positions, right))
+            columns.append(_node(node, *positions[node], x - left))
         if len(all_nodes) > len(nodes):
             columns.append(_text(left + 8, HEAD + len(nodes) * ROW,
-                                 f"and {len(all_nodes) - len(nodes)} more", SMALL, FAINT))
+                                 f"and {len(all_nodes) - len(nodes)} more", SMALL, FAINT_TEXT))
     head, head_width = _head(tree)
     width = max(x, head_width) + MARGIN
     height = HEAD + ROW * max(len(nodes) for nodes in shown) + MARGIN
-    links = "\n".join(link for _, link in sorted(links))  # the faint ones first, below the others
+    links = "\n".join(link for _, link in sorted(links))  # the ones drawn first lie below
     svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" \
 viewBox="0 0 {width:.0f} {height:.0f}" font-family="DejaVu Sans, Verdana, sans-serif" \
 style="color-scheme: light">
 <title>Beam search with {tree.beam_size} beams</title>
-<rect width="100%" height="100%" fill="{BACK}"/>
+<rect width="100%" height="100%" fill="{BACKGROUND}"/>
 {head}
 {links}
 {chr(10).join(columns)}
@@ -134,64 +136,65 @@ def _shown(nodes, beam_size):
 
 def _head(tree):
     """Two lines: the caption with its score, and the legend. Returns SVG and its width."""
-    caption = " ".join(tree.words) or "(no words)"
-    said = f"{caption} ({tree.score:.2f})"
-    parts, x = [_text(MARGIN, 18, said, SIZE + 2, weight="bold")], MARGIN
-    width = x + _width(said, (SIZE + 2) * 1.15)  # bold letters are wider
+    caption = f"{' '.join(tree.words) or '(no words)'} ({tree.score:.2f})"
+    parts, x = [_text(MARGIN, 18, caption, SIZE + 2, weight="bold")], MARGIN
+    width = x + _width(caption, (SIZE + 2) * 1.15)  # bold letters are wider
     for name, colours in [("kept", KEPT), ("finished, set aside", FINISHED),
-                          ("the best finished" if tree.finished else "the best, unfinished", WINS),
+                          ("the best finished" if tree.finished else "the best, unfinished", BEST),
                           ("dropped", None)]:
         if colours:
             parts.append(_box(x, 40, 16, colours, 12, colours is FINISHED))
             x += 22
-        parts.append(_text(x, 40, name, SMALL, INK if colours else FAINT))
+        parts.append(_text(x, 40, name, SMALL, TEXT if colours else FAINT_TEXT))
         x += _width(name, SMALL) + 18
     note = "numbers: log-probability in nats, up to this word"
-    parts.append(_text(x, 40, note, SMALL, FAINT))
+    parts.append(_text(x, 40, note, SMALL, FAINT_TEXT))
     return "\n".join(parts), max(width, x + _width(note, SMALL))
 
 
 def _node(node, x, y, width):
-    """A word and its score in one line, boxed if it is kept; what it is about as a tooltip."""
+    """A word and its score in one line, boxed if it is kept; its whole path as a tooltip."""
     words = " ".join(n.word for n in node.path())
-    about = f"{words}\nlog-probability {node.log_prob:.3f}, total {node.total:.3f}"
-    ink, box = (INK, "") if node.kept else (FAINT, "")
+    tooltip = f"{words}\nlog-probability {node.log_prob:.3f}, total {node.total:.3f}"
+    colour, box = FAINT_TEXT, ""
     if node.kept:
-        colours = WINS if node.wins else FINISHED if node.finished else KEPT
-        box = _box(x, y, width, colours, BOX, node.finished)
-    return (f"<g><title>{_clean(about)}</title>{box}{_text(x + 8, y, node.word, SIZE, ink)}"
-            f"{_text(x + width - 8, y, _score(node), SMALL, ink, anchor='end')}</g>")
+        outline = BEST if node.is_best else FINISHED if node.finished else KEPT
+        colour, box = TEXT, _box(x, y, width, outline, BOX, node.finished)
+    return (f"<g><title>{_escape(tooltip)}</title>{box}{_text(x + 8, y, node.word, SIZE, colour)}"
+            f"{_text(x + width - 8, y, _score(node), SMALL, colour, anchor='end')}</g>")
 
 
-def _link(node, places, right):
-    """The line from a node's parent to it, after a number that says how far to the front it is."""
-    (x1, y1), (x2, y2) = (right[node.parent], places[node.parent][1]), places[node]
-    middle, order = (x1 + x2) / 2, node.kept + node.wins
-    colour, wide = [(DROPPED_LINK, 1), (LINK, 1.5), (WINS[1], 3)][order]
+def _link(node, positions, right):
+    """
+    How far to the front the line from a node's parent is drawn (0, 1 or 2), and the line as SVG.
+    """
+    (x1, y1), (x2, y2) = (right[node.parent], positions[node.parent][1]), positions[node]
+    middle, order = (x1 + x2) / 2, node.kept + node.is_best
+    colour, line_width = [(DROPPED_LINK, 1), (LINK, 1.5), (BEST[1], 3)][order]
     return order, (f'<path d="M{x1:.1f},{y1} C{middle:.1f},{y1} {middle:.1f},{y2} {x2:.1f},{y2}" '
-                   f'fill="none" stroke="{colour}" stroke-width="{wide}"/>')
+                   f'fill="none" stroke="{colour}" stroke-width="{line_width}"/>')
 
 
-def _box(x, y, width, colours, height=BOX, round_=False):
+def _box(x, y, width, colours, height=BOX, rounded=False):
     """A box around the middle y"""
     fill, stroke = colours
     return (f'<rect x="{x:.1f}" y="{y - height / 2}" width="{width:.1f}" height="{height}" '
-            f'rx="{height / 2 if round_ else 3}" fill="{fill}" stroke="{stroke}" '
+            f'rx="{height / 2 if rounded else 3}" fill="{fill}" stroke="{stroke}" '
             f'stroke-width="1.3"/>')
 
 
-def _text(x, y, text, size=SIZE, colour=INK, weight="normal", anchor="start"):
+def _text(x, y, text, size=SIZE, colour=TEXT, weight="normal", anchor="start"):
     """A line of text around the middle y"""
     return (f'<text x="{x:.1f}" y="{y + 0.35 * size:.1f}" font-size="{size}" fill="{colour}" '
-            f'font-weight="{weight}" text-anchor="{anchor}">{_clean(text)}</text>')
+            f'font-weight="{weight}" text-anchor="{anchor}">{_escape(text)}</text>')
 
 
 def _score(node):
     return f"{node.total:.2f}"
 
 
-def _clean(text):
-    """As XML: escaped, and without the characters that it cannot hold."""
+def _escape(text):
+    """Text as XML shows it; characters that XML does not allow are replaced."""
     return escape(re.sub(r"[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
@@ -201,5 +204,5 @@ def _font():
 
 
 def _width(text, size):
-    """Pixels that a text takes in DejaVu Sans, one of the widest; East Asian letters are square."""
+    """Pixels that a text takes in DejaVu Sans, a wide font; East Asian letters are square."""
     return sum(max(_font().getlength(c), 100 * (c > "\u2e80")) for c in text) * size / 100

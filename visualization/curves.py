@@ -1,4 +1,4 @@
-"""How training went: the figures that train.py logs after each epoch, as small multiples."""
+"""Training curves: what train.py logs after each epoch, one panel per quantity."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import UserError, read_text
 
-# The panels: what stands above, and the keys of a row with their names and line styles.
+# The panels: their titles, and the keys of a log row with their labels and line styles.
 PANELS = [
     ("Loss, nats per word", {"train_loss": ("training", "--"), "val_loss": ("validation", "-")}),
     ("Reward: CIDEr-D / 100 of drawn captions", {"train_reward": ("", "-")}),
@@ -26,25 +26,25 @@ PANELS = [
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#444444", "#e69f00"]
 WIDTH, HEIGHT = 4.0, 2.5  # inches, of a panel
 DPI = 120  # pixels per inch
-LONGEST = 45  # letters of a name
+MAX_NAME = 45  # letters of a name
 
 
 class Run(NamedTuple):
     name: str
-    epochs: list  # counted on from phase to phase, increasing
-    rows: list  # a dictionary of numbers for each
+    epochs: list  # numbers; a later phase of training continues the count
+    rows: list  # for each epoch a dictionary of numbers
     starts: list  # indices of the rows that begin a phase
 
 
 def read_run(path, name):
     """
-    A Run from the JSON lines of log_NAME.jsonl. A line that a kill has cut off is skipped, and
-    said so on stderr; UserError for a file without any row.
+    A Run from the JSON lines of log_NAME.jsonl. A line that is no row, such as one that a kill has
+    cut off, is skipped and named on stderr. Raises UserError for a file without any row.
     """
     rows, starts, epochs, skipped = [], [], [], []
-    before = last = 0  # epochs of the phases before, the last epoch of this one
+    before = last = 0  # epochs in the phases before this one; the last epoch of this one
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        row = _row(line)
+        row = _parse_row(line)
         if row is None:
             skipped += [str(number)] * bool(line.strip())
             continue
@@ -61,8 +61,8 @@ def read_run(path, name):
     return Run(name, epochs, rows, starts)
 
 
-def _row(line):
-    """The finite numbers of a line by their keys; None unless it has an epoch and one of ours."""
+def _parse_row(line):
+    """The finite numbers of a line by their keys; None without an epoch or anything to draw."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -70,12 +70,12 @@ def _row(line):
     if not isinstance(row, dict) or type(row.get("epoch")) is not int or not 0 < row["epoch"] < 1e9:
         return None
     row = {key: value for key, value in row.items()
-           if type(value) in (int, float) and abs(value) < 1e12}  # nan is no less either
+           if type(value) in (int, float) and abs(value) < 1e12}  # false for NaN too
     return row if any(key in row for _, keys in PANELS for key in keys) else None
 
 
 def name_runs(paths):
-    """What tells the runs apart: their folders if these differ, else their files, else paths."""
+    """A name for each log: its folder's if these all differ, else the file's, else the path."""
     paths = [Path(path).absolute() for path in paths]
     for names in ([path.parent.name for path in paths], [path.stem for path in paths]):
         if len(set(names)) == len(paths):
@@ -85,29 +85,29 @@ def name_runs(paths):
 
 def draw_curves(runs):
     """
-    A matplotlib Figure with a panel for each figure that some Run has: a line for each run, broken
-    where a new phase begins, at a thin upright line.
+    A matplotlib Figure with a panel for each quantity that some Run has logged. In it each run has
+    a line, which is interrupted where a new phase begins; a thin vertical line marks the place.
     """
     panels = [(title, keys) for title, keys in PANELS
               if any(key in row for run in runs for row in run.rows for key in keys)]
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure((columns * WIDTH, lines * HEIGHT), dpi=DPI, layout="constrained")
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure((columns * WIDTH, rows * HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for i, (title, keys) in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, i)
+        axes = figure.add_subplot(rows, columns, i)
         keys = {key: style for key, style in keys.items()
                 if any(key in row for run in runs for row in run.rows)}
         _draw_panel(axes, title, keys, runs)
         if i > len(panels) - columns:
             axes.set_xlabel("epoch", fontsize=9)
     if len(runs) > 1:
-        names = [run.name if len(run.name) <= LONGEST else "…" + run.name[1 - LONGEST:]
+        names = [run.name if len(run.name) <= MAX_NAME else "…" + run.name[1 - MAX_NAME:]
                  for run in runs]
-        beside = max(1, int(columns * WIDTH / (0.7 + 0.085 * max(map(len, names)))))
-        figure.set_figheight(lines * HEIGHT + 0.25 * math.ceil(len(runs) / beside))
+        legend_columns = max(1, int(columns * WIDTH / (0.7 + 0.085 * max(map(len, names)))))
+        figure.set_figheight(rows * HEIGHT + 0.25 * math.ceil(len(runs) / legend_columns))
         _legend(figure, [Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(runs))],
-                names, loc="outside upper left", ncols=beside)
+                names, loc="outside upper left", ncols=legend_columns)
     return figure
 
 
@@ -127,7 +127,7 @@ def _draw_panel(axes, title, keys, runs):
         _legend(axes, lines, [name for name, _ in keys.values()])
     numbers = [row[key] for run in runs for row in run.rows for key in keys if key in row]
     if min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
-        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # half a speed is half as high
+        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # from zero, so that heights can be compared
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(min(run.epochs[0] for run in runs) - 0.5, max(r.epochs[-1] for r in runs) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -142,5 +142,5 @@ def _legend(parent, lines, names, **options):
     legend = parent.legend(lines, ["-"] * len(lines), fontsize=9, framealpha=1,
                            edgecolor="none", **options)
     for text, name in zip(legend.get_texts(), names):
-        text.set_parse_math(False)  # whatever a folder's name looks like
+        text.set_parse_math(False)  # a dollar sign in a folder's name is no formula
         text.set_text(name)

@@ -1,23 +1,48 @@
 // Shows where the model looked for a word, in every .sat of the document. A notebook runs this once
 // for each of its views, so views that were made ready before are left alone.
 (() => {
-  const FINE = 8; // pixels of the mask per cell; the browser blends between them
+  const UPSCALE = 8; // pixels of the mask per location; the browser interpolates between them
   const mask = document.createElement("canvas"), dim = document.createElement("canvas");
 
-  // (side * FINE) rows of the share of each cell in each pixel along one edge; rows sum to 1. As in
-  // visualize.py, neighbours blend with a standard deviation of half a cell.
-  function blend(side) {
-    return Array.from({ length: side * FINE }, (_, pixel) => {
-      const weights = Array.from({ length: side }, (_, cell) =>
-        Math.exp(-2 * ((pixel + 0.5) / FINE - cell - 0.5) ** 2));
-      const sum = weights.reduce((a, b) => a + b);
-      return weights.map((weight) => weight / sum);
+  // An index mirrored into 0..n-1, about the centres or the outer edges of the first and the last.
+  function mirrorAtCentre(i, n) {
+    const period = Math.max(1, 2 * n - 2), at = ((i % period) + period) % period;
+    return at < n ? at : period - at;
+  }
+
+  function mirrorAtEdge(i, n) {
+    const at = ((i % (2 * n)) + 2 * n) % (2 * n);
+    return at < n ? at : 2 * n - 1 - at;
+  }
+
+  // (side * UPSCALE, side): the share of each location in each pixel along one edge; rows sum to 1.
+  // As scikit-image's pyramid_expand in attention.py: linear interpolation, then a Gaussian blur.
+  function upsamplingWeights(side) {
+    const size = side * UPSCALE, sigma = UPSCALE / 3, radius = Math.round(4 * sigma);
+    const linear = Array.from({ length: size }, (_, pixel) => {
+      const position = (pixel + 0.5) / UPSCALE - 0.5, before = Math.floor(position);
+      const row = new Array(side).fill(0);
+      row[mirrorAtCentre(before, side)] += before + 1 - position;
+      row[mirrorAtCentre(before + 1, side)] += position - before;
+      return row;
+    });
+    return linear.map((_, pixel) => {
+      const blurred = new Array(side).fill(0);
+      let total = 0;
+      for (let offset = -radius; offset <= radius; offset++) {
+        const weight = Math.exp(-0.5 * (offset / sigma) ** 2);
+        total += weight;
+        linear[mirrorAtEdge(pixel + offset, size)].forEach((share, i) => {
+          blurred[i] += weight * share;
+        });
+      }
+      return blurred.map((share) => share / total);
     });
   }
 
-  // Draws into `mask` how much each place is lit: as opacity, the brightest is opaque.
+  // Draws the attention into `mask` as opacity; the most attended place is opaque.
   function drawMask(alpha, side) {
-    const shares = blend(side), size = side * FINE, light = [];
+    const shares = upsamplingWeights(side), size = side * UPSCALE, light = [];
     for (const row of shares) {
       const blended = Array.from({ length: side }, (_, x) =>
         row.reduce((sum, share, y) => sum + share * alpha[y * side + x], 0));
@@ -32,8 +57,8 @@
     mask.getContext("2d").putImageData(pixels, 0, 0);
   }
 
-  // The photograph lit up where the mask is and a dark grey elsewhere: with light from 0 to 1,
-  // light * (0.45 + 0.55 * photograph) + (1 - light) * 0.25 * grey, as visualize.py draws it.
+  // The photograph bright where the mask is opaque and a dark grey elsewhere, as attention.py draws
+  // it: weight * (0.45 + 0.55 * photograph) + (1 - weight) * 0.25 * grey, with weights from 0 to 1.
   function drawOverlay(canvas, photograph) {
     const width = photograph.naturalWidth, height = photograph.naturalHeight;
     function layer(context, operation, what) {

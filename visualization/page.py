@@ -1,17 +1,18 @@
 """
 Captions and where the model looked for each word, as an HTML page that needs nothing beside it: no
-network, no other file. page.css and page.js, which lie next to this module, go into each page.
+network, no other file. page.html has its parts, page.css and page.js go into each page.
 """
 
 import base64
 import hashlib
-import html
 import io
 import math
 import os
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from utils import atomic_write
@@ -26,8 +27,37 @@ PLACES = ("at the upper left", "at the top", "at the upper right",
 HINT = ("Point at a word, tap it or use the arrow keys to see where the model looked; "
         "Escape shows the photograph.")
 
-STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
-                 for kind in ("css", "js"))
+FOLDER = Path(__file__).parent
+STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+
+
+def escape(text):
+    """
+    Text as Markup that shows it as it is; Markup stays as it is. What UTF-8 cannot encode, as in
+    some file names, is written out as an escape sequence.
+    """
+    if not isinstance(text, str) or isinstance(text, Markup):
+        return text
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return Markup.escape(text.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+
+
+def _basename(name):
+    return os.path.basename(name) or name
+
+
+def _nats(score):
+    return f"{score:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+# Templates of other packages are found through ENVIRONMENT.overlay(loader=...).
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(FOLDER), autoescape=True, finalize=escape, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.filters.update(basename=_basename, nats=_nats)
+ENVIRONMENT.globals.update(
+    zip=zip, style=Markup(STYLE), script=Markup(SCRIPT),
+    script_sha256=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
 
 
 def attention_page(captioned, title):
@@ -54,32 +84,7 @@ def attention_page(captioned, title):
 
 def document(title, lead, parts):
     """A whole HTML document. title, lead: texts; parts: HTML, `view`'s among it"""
-    # The browser itself sees to it that the page asks for nothing and runs no script but ours.
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-              f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
-    return "\n".join([
-        "<!DOCTYPE html>",
-        '<html lang="en" class="sat-page">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        '<link rel="icon" href="data:,">',  # without it, browsers ask a server for one
-        f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        "</head>",
-        "<body>",
-        f'<header><h1>{escape(title)}</h1><p class="sat-quiet">{escape(lead)}</p></header>',
-        "<main>",
-        *parts,
-        "</main>",
-        f"<script>{SCRIPT}</script>",
-        "</body>",
-        "</html>",
-        "",
-    ])
+    return str(_macros().document(title, lead, list(map(Markup, parts))))
 
 
 def fragment(captioned):
@@ -87,7 +92,7 @@ def fragment(captioned):
     The same view of one image, for a notebook's cell. Style and script touch only such views, and
     any number of them may stand in one document.
     """
-    return f"<style>{STYLE}</style>\n{view(captioned, 'p', HINT)}\n<script>{SCRIPT}</script>\n"
+    return str(_macros().fragment(view(captioned, "p", HINT)))
 
 
 def is_page(path):
@@ -102,73 +107,27 @@ def write_page(path, captioned, title):
 
 
 def view(captioned, heading, hint=""):
-    """The <article> of one image. heading: the tag around its name; hint: while no word is shown"""
+    """
+    The <article> of one image, as Markup.
+
+    captioned: as in `attention_page`; heading: the tag around its name; hint: shown as long as no
+    word is chosen
+    """
     words, attention = captioned.words, np.asarray(captioned.attention, dtype=np.float32)
     side = math.isqrt(attention.shape[-1])
     if attention.shape != (len(words), side * side):
         raise ValueError(f"{len(words)} words, but attention of shape {attention.shape}")
-    image, name = captioned.image, escape(os.path.basename(captioned.name) or captioned.name)
-    # Only one word can be reached with the tab key, from there the arrow keys go on.
-    options = " ".join(
-        f'<span class="sat-word" role="option" aria-selected="false" tabindex="{-(i > 0)}" '
-        f'data-where="{_where(alpha)}">{escape(word)}</span>'
-        for i, (word, alpha) in enumerate(zip(words, attention.reshape(-1, side, side))))
-    return "\n".join([
-        f'<article class="sat" aria-label="{name}" data-side="{side}" '
-        f'data-attention="{_in_bytes(attention)}">',
-        f'<{heading} class="sat-name" dir="auto">{name}</{heading}>',
-        '<div class="sat-view">',
-        f'<div class="sat-picture" style="--ratio:{image.shape[1] / image.shape[0]:.5f}">'
-        f'<img alt="{escape(" ".join(words))}" src="{_jpeg(image)}">'
-        '<canvas aria-hidden="true"></canvas></div>',
-        '<div class="sat-text">',
-        f'<div class="sat-words" role="listbox" aria-orientation="horizontal" '
-        f'aria-label="Words of the caption" dir="auto">{options}</div>' if words else
-        '<p class="sat-quiet">The caption has no words.</p>',
-        '<p class="sat-where sat-quiet" role="status" data-hint="' + hint + '"></p>',
-        *_candidates(captioned),
-        *_references(getattr(captioned, "references", None)),
-        "</div>",
-        "</div>",
-        "</article>",
-    ])
+    image = captioned.image
+    return _macros().view(
+        captioned,
+        {"uri": _jpeg(image), "ratio": image.shape[1] / image.shape[0]},
+        {"side": side, "in_bytes": _in_bytes(attention),
+         "places": [_place(alpha) for alpha in attention.reshape(-1, side, side)]},
+        heading, hint)
 
 
-def _candidates(captioned):
-    """Lines of HTML: the score, or all captions with theirs if there are several."""
-    if len(captioned.n_best) < 2:
-        return [f'<p class="sat-quiet">log-probability {_nats(captioned.score)} nats</p>']
-    label = f"The {len(captioned.n_best)} best captions, with log-probabilities in nats"
-    return [
-        f'<p class="sat-label sat-quiet">{label}</p>',
-        f'<ol class="sat-list" aria-label="{label}">',
-        *(f'<li><div class="sat-row"><span dir="auto">{escape(text)}</span> '
-          f'<span class="sat-nats">{_nats(score)}</span></div></li>'
-          for text, score in captioned.n_best),
-        "</ol>",
-    ]
-
-
-def _references(references):
-    if not references:
-        return []
-    count = "1 reference" if len(references) == 1 else f"{len(references)} references"
-    return [
-        f'<details class="sat-references"><summary class="sat-quiet">{count}</summary>',
-        '<ul class="sat-list">',
-        *(f'<li dir="auto">{escape(text)}</li>' for text in references),
-        "</ul></details>",
-    ]
-
-
-def escape(text):
-    """Text as HTML that shows it as it is. What UTF-8 cannot say, as in file names, is spelt."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return html.escape(text.replace("\0", "\N{REPLACEMENT CHARACTER}"))
-
-
-def _nats(score):
-    return f"{score:.3f}".replace("-", "\N{MINUS SIGN}")
+def _macros():
+    return ENVIRONMENT.get_template("page.html").module
 
 
 def _in_bytes(attention):
@@ -178,7 +137,7 @@ def _in_bytes(attention):
     return base64.b64encode(scaled.astype(np.uint8).tobytes()).decode()
 
 
-def _where(alpha):
+def _place(alpha):
     """Words for the ninth of the photograph with most of the attention (side, side)."""
     edges = np.linspace(0, alpha.shape[0], 4)
     cells = np.arange(alpha.shape[0])

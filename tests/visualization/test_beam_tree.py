@@ -41,11 +41,11 @@ def test_the_winning_path_is_the_caption_of_the_search(options):
     for seed, k in CASES:
         tree, decoder, image = make_tree(seed, k, **options)
         [best] = beam_search(decoder, image, WORD_MAP, k, 12, **options)
-        wins = [[node for node in nodes if node.wins] for nodes in tree.steps]
-        path = [node for nodes in wins for node in nodes]
+        on_path = [[node for node in nodes if node.is_best] for nodes in tree.steps]
+        path = [node for nodes in on_path for node in nodes]
         said = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
         assert [node.word for node in path] == said and path[-1].path() == path
-        assert [len(nodes) for nodes in wins[:len(said)]] == [1] * len(said)
+        assert [len(nodes) for nodes in on_path[:len(said)]] == [1] * len(said)
         assert all(node.kept for node in path)
         assert path[-1].total == tree.score == best.score
         assert path[-1].finished == tree.finished == best.finished
@@ -97,13 +97,13 @@ def test_the_kept_are_the_best_and_a_finished_one_takes_a_place():
     assert shrunk > 10
 
 
-def test_watching_changes_nothing():
+def test_a_callback_changes_nothing():
     decoder, features = make_case(2, end_bias=-3)
-    seen = []
+    calls = []
     plain = beam_search(decoder, features, WORD_MAP, 3, 12)
-    watched = beam_search(decoder, features, WORD_MAP, 3, 12, callback=lambda *x: seen.append(x))
-    assert [(c.tokens, c.score) for c in plain] == [(c.tokens, c.score) for c in watched]
-    assert max(len(c.tokens) for c in plain) <= len(seen) <= 12
+    recorded = beam_search(decoder, features, WORD_MAP, 3, 12, callback=lambda *x: calls.append(x))
+    assert [(c.tokens, c.score) for c in plain] == [(c.tokens, c.score) for c in recorded]
+    assert max(len(c.tokens) for c in plain) <= len(calls) <= 12
 
 
 def draw(tree, folder):
@@ -131,7 +131,7 @@ def test_the_drawing_boxes_every_kept_word_and_greys_the_dropped(tmp_path, seed,
     for group in root.iter(f"{SVG}g"):
         grey = group.find(f"{SVG}rect") is None
         assert {text.get("fill") for text in group.iter(f"{SVG}text")} == {
-            beam_tree.FAINT if grey else beam_tree.INK}
+            beam_tree.FAINT_TEXT if grey else beam_tree.TEXT}
     said = " ".join(tree.words)
     assert any(text.text.startswith(said) for text in root.iter(f"{SVG}text"))
 
@@ -154,15 +154,15 @@ def test_kept_words_are_joined_to_their_parents_and_the_winners_stand_out(tmp_pa
         numbers = path.get("d").replace("M", "").replace("C", "").replace(",", " ").split()
         if path.get("stroke") != beam_tree.DROPPED_LINK:
             drawn.append((path.get("stroke"), *map(float, numbers[:2] + numbers[-2:])))
-    expected = [(beam_tree.WINS[1] if node.wins else beam_tree.LINK,
+    expected = [(beam_tree.BEST[1] if node.is_best else beam_tree.LINK,
                  *edge(box_of[node.parent], True), *edge(box_of[node], False)) for node in kept]
     assert len(drawn) == len(expected)
     for ours, wanted in zip(sorted(drawn), sorted(expected)):
         assert ours[0] == wanted[0] and ours[1:] == pytest.approx(wanted[1:], abs=0.11)
-    winners = [box for node, box in box_of.items() if node is None or node.wins]
-    assert {box.get("fill") for box in winners} == {beam_tree.WINS[0]}
+    winners = [box for node, box in box_of.items() if node is None or node.is_best]
+    assert {box.get("fill") for box in winners} == {beam_tree.BEST[0]}
     assert len(winners) == len(tree.words) + 1 + tree.finished
-    finished = [box for node, box in box_of.items() if node and node.finished and not node.wins]
+    finished = [box for node, box in box_of.items() if node and node.finished and not node.is_best]
     assert finished and {box.get("fill") for box in finished} == {beam_tree.FINISHED[0]}
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visualization import attention as visualize
-from visualization import page
+from visualization import attention, page
 
 SIDE = 14  # cells of the attention grid along an edge
 SENTENCE = "a brown dog runs over the snow with a red ball &"
@@ -366,7 +365,7 @@ def test_the_page_lights_a_photograph_up_as_the_figure_does(browser):
     browser.hover(browser.all(".sat-word")[0])
     png = browser.run("return document.querySelector('canvas').toDataURL()").split(",")[1]
     ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) / 255
-    figure = visualize.attention_grid(image, one.words, one.attention)
+    figure = attention.attention_grid(image, one.words, one.attention)
     theirs = np.asarray(figure.axes[1].images[0].get_array())
     assert ours.shape == theirs.shape
     assert abs(ours - theirs).mean() < 0.01 and abs(ours - theirs).max() < 0.06

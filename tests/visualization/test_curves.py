@@ -1,0 +1,173 @@
+"""Training curves show what a log holds, and visualize.py draws them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+
+import utils
+import visualize
+from visualization import curves
+
+
+def row(epoch, **figures):
+    return {"epoch": epoch, "lr": 4e-4, "train_loss": 5 / epoch, "train_top5": 50.0,
+            "captions_per_second": 200.0, "val_loss": 6 / epoch, "teacher_forced_bleu4": 9.0,
+            "bleu1": 50.0, "bleu4": 10.0 + epoch, **figures}
+
+
+FIRST = [row(epoch) for epoch in (1, 2, 3)]
+SECOND = [{"epoch": epoch, "lr": 1e-4, "train_reward": 0.4 + epoch, "captions_per_second": 90.0,
+           "val_loss": 4.0, "bleu4": 20.0, "cider_d": 40.0 + epoch} for epoch in (1, 2)]
+
+
+def write_log(path, rows, end=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return str(path)
+
+
+def read_log(folder, rows):
+    return curves.read_run(write_log(folder / "log_x.jsonl", rows), "run")
+
+
+def lines(axes):
+    """(x, y) of each line with points in a panel; an upright line has two points of one x"""
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+
+
+def panels(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_there_is_a_panel_for_what_was_logged_only(tmp_path):
+    titles = [title for title, _ in curves.PANELS]
+    assert list(panels(curves.draw_curves([read_log(tmp_path, FIRST)]))) == [
+        titles[i] for i in (0, 2, 4, 5)]
+    assert list(panels(curves.draw_curves([read_log(tmp_path, FIRST + SECOND)]))) == titles
+    assert list(panels(curves.draw_curves([read_log(tmp_path, SECOND)]))) == titles
+    assert list(panels(curves.draw_curves([read_log(tmp_path, [{"epoch": 1, "lr": 1}])]))) == [
+        titles[4]]
+
+
+def test_lines_show_the_figures_of_the_log(tmp_path):
+    axes = panels(curves.draw_curves([read_log(tmp_path, FIRST)]))
+    loss = axes["Loss, nats per word"]
+    assert lines(loss) == [([1, 2, 3], [5, 2.5, 5 / 3]), ([1, 2, 3], [6, 3, 2])]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]
+    assert len({line.get_linestyle() for line in loss.get_lines()}) == 2
+    assert lines(axes["BLEU-4 of validation"]) == [([1, 2, 3], [11, 12, 13]), ([1, 2, 3], [9] * 3)]
+    assert lines(axes["Learning rate"]) == [([1, 2, 3], [4e-4] * 3)]
+    assert lines(axes["Captions per second of training"]) == [([1, 2, 3], [200.0] * 3)]
+
+
+def test_rates_are_seen_from_nothing_up_though_cosine_ends_near_it(tmp_path):
+    rows = [row(1), row(2, lr=2e-4, captions_per_second=190), row(3, lr=3e-10)]
+    axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))
+    for title, top in [("Learning rate", 4e-4), ("Captions per second of training", 200)]:
+        assert axes[title].get_ylim() == pytest.approx((0, 1.1 * top))
+        assert axes[title].get_yscale() == "linear"
+
+
+def test_phases_follow_each_other_with_a_line_between(tmp_path):
+    run = read_log(tmp_path, FIRST + SECOND)
+    assert run.epochs == [1, 2, 3, 4, 5] and run.starts == [0, 3]
+    for title, axes in panels(curves.draw_curves([run])).items():
+        upright = [x for x, _ in lines(axes) if x[0] == x[-1]]
+        assert upright == [[3.5, 3.5]], title
+    bleu = [(x, y) for x, y in lines(axes.figure.axes[2]) if x[0] != x[-1]]
+    assert bleu[0] == ([1, 2, 3], [11, 12, 13]) and bleu[2] == ([4, 5], [20, 20])  # not joined
+
+
+def test_several_runs_are_lines_of_their_own_colours_with_a_legend(tmp_path):
+    paths = [write_log(tmp_path / name / "log_x.jsonl", FIRST) for name in ("_$a_{$", "b")]
+    runs = [curves.read_run(*pair) for pair in zip(paths, curves.name_runs(paths))]
+    figure = curves.draw_curves(runs)
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_$a_{$", "b"]
+    for axes in figure.axes:
+        colours = [line.get_color() for line in axes.get_lines()]
+        assert len(set(colours)) == 2
+        assert same_color(colours[0], legend.get_lines()[0].get_color())
+    figure.canvas.draw()  # dollars and braces are no formula
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert curves.name_runs(["a/log.jsonl", "b/log.jsonl"]) == ["a", "b"]
+    assert curves.name_runs(["log_a.jsonl", "log_b.jsonl"]) == ["log_a", "log_b"]
+    assert curves.name_runs(["a/x.jsonl", "b/x.jsonl", "b/y.jsonl"])[0].endswith("a/x.jsonl")
+
+
+def test_a_long_list_of_long_names_stays_within_the_figure(tmp_path):
+    names = [f"{'x' * 200}{i}" for i in range(12)]
+    figure = curves.draw_curves([read_log(tmp_path, FIRST)._replace(name=name) for name in names])
+    figure.canvas.draw()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+    tops = [axes.title.get_window_extent().y1 for axes in figure.axes]
+    assert box.y0 >= max(tops) - 1
+    assert all(axes.get_window_extent().height > 100 for axes in figure.axes)
+
+
+@pytest.fixture
+def draw(monkeypatch, capsys, tmp_path):
+    """visualize.py curves ARGUMENTS, in an empty folder: exit code and stderr"""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", *map(str, arguments)])
+        code = 0
+        try:
+            utils.run_script(visualize.main)
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
+    return call
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_script_writes_the_picture(draw, tmp_path, suffix):
+    log = write_log(tmp_path / "a" / "log_x.jsonl", FIRST)
+    assert draw(log, log, "-o", f"c.{suffix}") == (0, f"curves: c.{suffix}\n")
+    assert (tmp_path / f"c.{suffix}").stat().st_size > 5000
+
+
+def test_a_line_cut_off_by_a_kill_is_skipped_and_said(draw, tmp_path):
+    log = write_log(tmp_path / "x.jsonl", FIRST, '{"epoch": 4, "lr": 0.00')
+    code, said = draw(log)
+    assert code == 0 and (tmp_path / "curves.png").exists()
+    assert said == f"{log}: no row of a log, skipped: line 4\ncurves: curves.png\n"
+    assert curves.read_run(log, "").epochs == [1, 2, 3]
+
+
+def test_figures_that_are_no_numbers_leave_a_gap(tmp_path):
+    rows = [row(1), row(2, bleu4=float("nan")), row(3, bleu4="much"), row(4, bleu4=True),
+            row(5, bleu4=10**400), row(6, bleu4=None), row(7)]
+    axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))["BLEU-4 of validation"]
+    axes.figure.canvas.draw()
+    assert np.isnan(lines(axes)[0][1]).tolist() == [False] + [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "the following arguments are required: log_NAME.jsonl; --help lists the options"),
+    (["missing.jsonl"], "missing.jsonl not found"),
+    (["empty"], "empty has no row of a training log"),
+    (["other"], "other has no row of a training log"),
+    (["binary"], "binary is not UTF-8 text"),
+    (["."], ". cannot be read: Is a directory"),
+    (["good", "-o", "c.abc"], "c.abc cannot be written: Format 'abc' is not supported"),
+    (["good", "-o", "none/c.png"], "none/c.png cannot be written"),
+    (["good", "empty"], "empty has no row of a training log"),
+])
+def test_mistakes_take_one_line(draw, tmp_path, arguments, said):
+    write_log(tmp_path / "good", FIRST)
+    write_log(tmp_path / "empty", [])
+    write_log(tmp_path / "other", [3, [1], {"epoch": "1"}, {"epoch": True, "lr": 1}, {"epoch": 0},
+                                   {"epoch": 2}, {"lr": 1.0}, None])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
+    code, error = draw(*arguments)
+    assert code == 2 and error.count("\n") == 1 and said in error
+    assert not list(tmp_path.glob("c*"))

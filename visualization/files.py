@@ -1,0 +1,117 @@
+"""Which images caption.py reads, and which files it writes its overlays to."""
+
+import glob
+import os
+from contextlib import contextmanager
+
+from utils import UserError
+from visualization import page
+
+IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+OVERLAY = "_attention.png"
+ANIMATIONS = (".gif", ".mp4")
+ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of several images cannot be
+
+
+def find_images(patterns):
+    """
+    The paths that files, folders and globs stand for, in this order, each once. In a folder or
+    glob these are the files with an image's suffix, sorted, without subfolders.
+
+    Our own overlays are left out, also where the shell has expanded the glob.
+    Raises UserError for a folder or glob without images; a file need not exist.
+    """
+    paths = []
+    for pattern in patterns:
+        folder = os.path.isdir(pattern)
+        if folder or glob.has_magic(pattern) and not os.path.exists(pattern):
+            wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
+            found = sorted(path for path in glob.glob(wildcard) if path.lower().endswith(IMAGES)
+                           and not path.endswith(OVERLAY) and os.path.isfile(path))
+            if not found:
+                raise UserError(f"no images {'in' if folder else 'match'} {pattern}")
+            paths += found
+        else:
+            paths.append(pattern)
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not path.endswith(OVERLAY)] or paths
+
+
+def overlay_paths(paths, out, single):
+    """
+    A path for the overlay of each image, no two alike and none that of an image.
+
+    out: as in the options of caption.py; single: whether one image was named, so that `out` may
+    be the file of its overlay
+    Raises UserError if that would overwrite the image, or if a folder is needed but out is a file.
+    """
+    if out and single and os.path.basename(out) and not os.path.isdir(out):
+        if os.path.realpath(out) == os.path.realpath(paths[0]):
+            raise UserError(f"--out {out} is the image itself; pass another file")
+        try:
+            check_suffix(out)  # now, since it is drawn only when all the work is done
+        except ValueError as error:
+            raise UserError(f"--out {out} cannot be written: {error}") from None
+        return [out]
+    if out and os.path.isfile(out):
+        raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
+    if out and out.lower().endswith(ONE_FILE):
+        raise UserError(f"--out {out} is one file, but there are {len(paths)} images; pass a "
+                        f"folder or an .html")
+    taken, overlays = set(paths), []
+    for path in paths:
+        stem, count = os.path.splitext(path)[0], 1
+        if out:
+            stem = os.path.join(out, os.path.basename(stem))
+        overlay = stem + OVERLAY
+        while overlay in taken:  # photo.jpg and photo.png, or photo.jpg of two folders
+            count += 1
+            overlay = f"{stem}_{count}{OVERLAY}"
+        taken.add(overlay)
+        overlays.append(overlay)
+    return overlays
+
+
+# Matplotlib, scikit-image and imageio are imported only where they are needed: whoever wants
+# captions alone does not wait for them.
+
+
+def save_attention(captioned, path, smooth=True):
+    """
+    Write a `caption.Captioned` in the form that the path's suffix asks for: an HTML page, an
+    animation or a picture. Raises ValueError for a suffix that is none of these, OSError if the
+    file cannot be written.
+    """
+    if page.is_page(path):
+        page.write_page(path, [captioned], captioned.text)
+    elif _is_animation(path):
+        from visualization.animation import write_animation
+
+        write_animation(path, captioned.image, captioned.words, captioned.attention, smooth)
+    else:
+        from visualization import figures
+
+        figures.save(captioned.figure(smooth), path)
+
+
+def check_suffix(path):
+    """ValueError where `save_attention` would raise it."""
+    if not page.is_page(path) and not _is_animation(path):
+        from visualization import figures
+
+        figures.find_format(path)
+
+
+def _is_animation(path):
+    return os.fspath(path).lower().endswith(ANIMATIONS)
+
+
+@contextmanager
+def writing(path, make_folder=False):
+    """`with writing(path):` an error while the file is written becomes a UserError."""
+    try:
+        if make_folder:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
