@@ -10,7 +10,9 @@ is interrupted or killed, the same command goes on where it stood.
 import os
 import sys
 
+from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
+from preprocessing.own_captions import read_captions
 from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
 
 
@@ -18,24 +20,25 @@ def get_args(argv=None):
     parser = Parser(
         description="Turn captioned photographs into the files for training; without options, "
         "those of a small demo data set that is drawn first.")
-    add = parser.add_argument
+    add = parser.add_argument_group("captions and images").add_argument
     add("--dataset", default="demo", help="coco, flickr8k, flickr30k, demo or a name of yours")
     add("--karpathy_json", help="captions and splits in Karpathy's form")
     add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
     add("--image_folder", help="where the images are")
+    for split in ("val", "test"):
+        add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
+            help="of the images, if captions have no split")
     add("--captions_per_image", type=positive_int, default=5, help="captions sampled per image")
     add("--min_word_freq", type=non_negative_int, default=5,
         help="words not more frequent become <unk>")
     add("--max_len", type=positive_int, default=50, help="longest caption to train on, in words")
-    add("--output_folder", default="data", help="where the files go")
-    add("--workers", type=non_negative_int,
-        help="processes that decode images; all CPUs if not given")
     add("--seed", type=int, default=123, help="of sampled captions, and of splits if we make them")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_folder", default="data", help="where the files go")
     add("--overwrite", action="store_true", help="make the files anew, whatever is there")
     add("--skip_bad_images", action="store_true", help="leave out images that can't be read")
-    for split in ("val", "test"):
-        add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
-            help="of the images, if captions have no split")
+    add("--workers", type=non_negative_int,
+        help="processes that decode images; all CPUs if not given")
     return parser.parse_args(argv)
 
 
@@ -45,28 +48,28 @@ def warn_of_empty_splits(path, images):
             print(f"warning: {path} has no {split} images, to {purpose}", file=sys.stderr)
 
 
-def main():
-    args = get_args()
+def find_captions(args):
+    """The captions that `create_input_files` takes, and the folder of their images."""
     if args.karpathy_json and args.captions:
         raise UserError("--karpathy_json and --captions exclude each other")
-    image_folder = args.image_folder
-    if args.captions:
-        from preprocessing.own_captions import read_captions
-
-        captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
-        warn_of_empty_splits(args.captions, captions["images"])
-    elif args.karpathy_json:
-        captions = args.karpathy_json
-    elif args.dataset == "demo" and not image_folder:
-        from preprocessing.demo import make_demo
-
-        image_folder = os.path.join(args.output_folder, "demo")
-        print(f"no --captions and no --karpathy_json: the demo's scenes, in {image_folder}")
-        captions = make_demo(image_folder)
-    else:
-        raise UserError("where are the captions? give --karpathy_json FILE or --captions FILE")
-    if not image_folder:
+    if not (args.karpathy_json or args.captions):
+        if args.dataset != "demo" or args.image_folder:
+            raise UserError("where are the captions? give --karpathy_json FILE or --captions FILE")
+        folder = os.path.join(args.output_folder, "demo")
+        print(f"no --captions and no --karpathy_json: the demo's scenes, in {folder}")
+        return make_demo(folder), folder
+    if not args.image_folder:
         raise UserError("where are the images? give --image_folder FOLDER")
+    if args.karpathy_json:
+        return args.karpathy_json, args.image_folder
+    captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
+    warn_of_empty_splits(args.captions, captions["images"])
+    return captions, args.image_folder
+
+
+def main():
+    args = get_args()
+    captions, image_folder = find_captions(args)
     create_input_files(
         args.dataset,
         captions,

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import FileSystemLoader
 from markupsafe import Markup
 
 from evaluation.scores import scores_by_image
@@ -15,8 +15,7 @@ from utils import UserError, atomic_write
 from visualization import page
 
 SHOWN = 24  # images in each section
-ENVIRONMENT = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                          trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT = page.ENVIRONMENT.overlay(loader=FileSystemLoader(Path(__file__).parent))
 
 
 def write_report(path, evaluation, data, image_folder=None, seed=0):
@@ -45,7 +44,7 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
     body = ENVIRONMENT.get_template("report.html").render(
         columns=["beam", *evaluation.names],
         rows=[_row(evaluation.names, beam) for beam in evaluation.beams],
-        notes=[Markup(page.escape(note)) for note in evaluation.notes],
+        notes=list(map(page.escape, evaluation.notes)),
         lengths=_lengths(captions, data), sections=sections)
     content = page.document(evaluation.title, page.HINT, [body])
     with atomic_write(path) as temporary:

@@ -145,28 +145,6 @@ def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photo
     assert overlays(photos) == [f"{i}_attention.png" for i in (0, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["nothing.jpg"], "nothing.jpg not found"),
-    (["empty"], "no images in empty"),
-    (["nothing*.jpg"], "no images match nothing*.jpg"),
-    (["0.png", "--n_best=6"], "--n_best 6 needs --beam_size 6"),
-    (["0.png", "--beam_size=0"], "--beam_size is 0"),
-    (["0.png", "--device=abacus"], "--device abacus cannot be used here"),
-    (["0.png", "--model=missing.pth.tar"], "missing.pth.tar not found"),
-    (["0.png", "--out=0.png"], "--out 0.png is the image itself"),
-    (["0.png", "1.png", "--out=2.png"], "--out 2.png is a file"),
-    (["0.png", "--out=x.abc"], "x.abc cannot be written"),
-    (["0.png", "--out=x.html", "--no-smooth"], "--no-smooth is for pictures"),
-    (["0.png", "1.png", "--out=x.gif"], "x.gif is one file, but there are 2 images; pass a folder"),
-    (["0.png", "--show", "--no_attention"], "--no_attention leaves nothing to save or show"),
-])
-def test_mistakes_of_the_user_take_one_line(run, photos, monkeypatch, arguments, said):
-    monkeypatch.chdir(photos)
-    (photos / "empty").mkdir()
-    code, _, err = run(*arguments)
-    assert code == 2 and err.count("\n") == 1 and said in err
-
-
 def test_an_overlay_of_no_known_format_is_refused_before_the_model_is_read(
         run, photos, monkeypatch):
     monkeypatch.setattr(caption, "Captioner", None)

@@ -5,15 +5,12 @@ import json
 import os
 import pickle
 import resource
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoints
 from checkpoints import (
     PRETRAINED,
     add_model_options,
@@ -276,14 +273,6 @@ def test_conversion_overwrites_nothing(path, name):
     with pytest.raises(UserError, match=f"{path.parent / name} exists already"):
         main([str(path), str(path.parent / name)])
     assert path.read_bytes() == before
-
-
-def test_script_ends_with_one_line_where_it_cannot_convert(path):
-    done = subprocess.run([sys.executable, checkpoints.__file__, path, path],
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"checkpoints.py: {path} exists already")
-    assert done.stderr.count("\n") == 1
 
 
 def test_decoder_of_another_encoder_is_refused(path, models):

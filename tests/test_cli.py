@@ -1,86 +1,219 @@
-"""What every script does with its options: mistakes end in one line, help tells the defaults."""
+"""What every script does with its options: mistakes end in one line, --help tells the defaults."""
 
+import importlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from factories import ROOT, run_script, train_args
+from factories import NAME, ROOT, load_checkpoint, train_args
+from PIL import Image
 
 import caption
 import eval as eval_script
 import train
+import utils
 from evaluation import captions
 from modeling.sampling import most_likely_location
-from utils import UserError
+from utils import UserError, write_json
+
+SCRIPTS = ("create_input_files", "train", "eval", "caption", "checkpoints", "visualize",
+           "benchmark")
 
 
-@pytest.mark.parametrize("script, args, message", [
-    ("train.py", ["--data_folder", "nowhere"], "no data set in nowhere; pass the --data_folder of"),
-    ("eval.py", ["--model", "missing.pth.tar"], "missing.pth.tar not found"),
-    ("train.py", ["--resume", "--data_folder", "{data}", "--checkpoint_folder", "{tmp}"],
-     "no checkpoint_*.pth.tar in"),
-    ("train.py", ["--resume", "{tmp}/gone.pth.tar"], "gone.pth.tar not found"),
-    ("train.py", ["--data_folder", "{data}", "--encoder", "resnet1000"], "unknown encoder"),
-    ("train.py", ["--resume", "x", "--checkpoint", "y"], "pass one of them"),
-    ("train.py", ["--device", "gpu"], "--device gpu cannot be used here"),
-    ("train.py", ["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
-    ("train.py", ["--dropout", "nan"], "--dropout is nan"),
-    ("train.py", ["--lr_decay", "-1"], "--lr_decay is -1.0, it must be above 0"),
-    ("train.py", ["--samples", "1"], "--samples is 1, it must be at least 2"),
-    ("train.py", ["--ema", "1"], "--ema is 1.0, it must be below 1"),
-    ("train.py", ["--sampling_max", "1.5"], "--sampling_max is 1.5, it must be at most 1"),
-    ("train.py", ["--self_critical"], "needs a trained model to start from, --checkpoint FILE"),
-    ("train.py", ["--self_critical", "--attention", "hard", "--checkpoint", "x"],
-     "--attention is of training on true captions, which --self_critical does without"),
-    ("eval.py", ["--length_penalty", "nan"], "--length_penalty is nan, it must be 0 to 10"),
-    ("eval.py", ["--max_len", "0"], "--max_len is 0, it must be at least 1"),
-    ("train.py", ["--epochs", "x"], "invalid int value: 'x'; --help lists the options"),
-    ("eval.py", ["--beam_sizes", "0"], "--beam_sizes is 0"),
-    ("eval.py", ["--results", "{tmp}"], "is a folder; name a file in it"),
-])
-def test_mistakes_end_in_one_line_and_exit_code_2(data, tmp_path, script, args, message):
-    result = run_script(script, *(arg.format(data=data, tmp=tmp_path) for arg in args))
-    assert result.returncode == 2
-    assert message in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a script's main as a shell would: its exit code, stdout and stderr."""
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        code = 0
+        try:
+            utils.run_script(importlib.import_module(script).main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def here(data, tmp_path, monkeypatch):
+    """The current folder, with what the mistakes below are about."""
+    for i in range(3):
+        Image.fromarray(np.full((40, 60, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").symlink_to(data)
+    (tmp_path / "no_rows.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text('3\n[1]\n{"epoch": true, "lr": 1}\n{"epoch": 2}\nnull\n')
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "good.jsonl").write_text('{"epoch": 1, "bleu4": 2.0}\n')
+    (tmp_path / "captions.csv").write_text("image,caption\n0.png,a dog\n")
+    write_json(tmp_path / "list.json", [])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+MISTAKES = {
+    "create_input_files": [
+        ("--karpathy_json none.json --image_folder empty", "none.json not found"),
+        ("--karpathy_json list.json --image_folder empty", "list.json has no list 'images'"),
+        ("--karpathy_json a --captions b", "--karpathy_json and --captions exclude each other"),
+        ("--dataset x", "where are the captions? give --karpathy_json FILE or --captions FILE"),
+        ("--captions captions.csv", "where are the images? give --image_folder FOLDER"),
+        ("--captions_per_image 0", "--captions_per_image is 0, it must be at least 1"),
+        ("--val_fraction 1", "--val_fraction is 1.0, it must be at least 0 and below 1"),
+        ("--max_len many", "--max_len: invalid int value: 'many'; --help lists the options"),
+    ],
+    "train": [
+        ("--data_folder nowhere", "no data set in nowhere; pass the --data_folder of"),
+        ("--resume --checkpoint_folder empty", "no checkpoint_*.pth.tar in empty"),
+        ("--resume gone.pth.tar", "gone.pth.tar not found"),
+        ("--data_folder data --encoder resnet1000", "unknown encoder resnet1000"),
+        ("--resume x --checkpoint y", "pass one of them"),
+        ("--device gpu", "--device gpu cannot be used here"),
+        ("--batch_size 0", "--batch_size is 0, it must be at least 1"),
+        ("--dropout nan", "--dropout is nan, it must be at least 0 and below 1"),
+        ("--lr_decay -1", "--lr_decay is -1.0, it must be above 0 and at most 1"),
+        ("--samples 1", "--samples is 1, it must be at least 2"),
+        ("--ema 1", "--ema is 1.0, it must be at least 0 and below 1"),
+        ("--sampling_max 1.5", "--sampling_max is 1.5, it must be at least 0 and at most 1"),
+        ("--self_critical", "needs a trained model to start from, --checkpoint FILE"),
+        ("--self_critical --attention hard --checkpoint x",
+         "--attention is of training on true captions, which --self_critical does without"),
+        ("--epochs x", "--epochs: invalid int value: 'x'; --help lists the options"),
+        ("--lr 3", "unrecognized arguments: --lr 3"),  # options are not abbreviated
+    ],
+    "eval": [
+        ("--model missing.pth.tar", "missing.pth.tar not found"),
+        ("--length_penalty nan", "--length_penalty is nan, it must be at least 0 and at most 10"),
+        ("--max_len 0", "--max_len is 0, it must be at least 1"),
+        ("--beam_sizes 0", "--beam_sizes is 0, it must be at least 1"),
+        ("--beam_sizes 3 0", "--beam_sizes is 0, it must be at least 1"),
+        ("--results empty", "is a folder; name a file in it"),
+        ("--report x.txt", "--report x.txt is a web page; let its name end in .html"),
+        ("--image_folder empty", "--image_folder is for --report"),
+        ("--compare a b --report x.html", "leave --report and --results out"),
+        ("--metrics SPICE", "unknown metric SPICE; valid ones: all, BLEU, BLEU-1"),
+        ("--seed -1", "--seed is -1, it must be at least 0"),
+    ],
+    "caption": [
+        ("--img nothing.jpg", "nothing.jpg not found"),
+        ("--img empty", "no images in empty"),
+        ("--img nothing*.jpg", "no images match nothing*.jpg"),
+        ("--img 0.png --n_best 6", "--n_best 6 needs --beam_size 6"),
+        ("--img 0.png --beam_size 0", "--beam_size is 0, it must be at least 1"),
+        ("-i 0.png -b 0", "--beam_size is 0, it must be at least 1"),
+        ("--img 0.png --device abacus", "--device abacus cannot be used here"),
+        ("--img 0.png --model missing.pth.tar", "missing.pth.tar not found"),
+        ("--img 0.png --out 0.png", "--out 0.png is the image itself"),
+        ("--img 0.png 1.png --out 2.png", "--out 2.png is a file"),
+        ("--img 0.png --out x.abc", "x.abc cannot be written: Format 'abc' is not supported"),
+        ("--img 0.png --out x.html --no-smooth", "--no-smooth is for pictures"),
+        ("--img 0.png 1.png --out x.gif", "x.gif is one file, but there are 2 images"),
+        ("--img 0.png --show --no_attention", "--no_attention leaves nothing to save or show"),
+        ("--img 0.png 1.png --beam_tree t.svg", "--beam_tree is of one image"),
+        ("--img 0.png --beam_tree t.png", "--beam_tree t.png must end in .svg"),
+        ("", "the following arguments are required: -i/--img"),
+    ],
+    "checkpoints": [
+        ("gone.pth.tar new", "gone.pth.tar not found"),
+        ("gone.pth.tar 0.png", "0.png exists already; pass another name for the new file"),
+        ("0.png new", "0.png is damaged or not a checkpoint"),
+    ],
+    "visualize": [
+        ("curves", "the following arguments are required: log_NAME.jsonl; --help lists the"),
+        ("curves missing.jsonl", "missing.jsonl not found"),
+        ("curves no_rows.jsonl", "no_rows.jsonl has no row of a training log"),
+        ("curves other.jsonl", "other.jsonl has no row of a training log"),
+        ("curves binary.jsonl", "binary.jsonl is not UTF-8 text"),
+        ("curves .", ". cannot be read: Is a directory"),
+        ("curves good.jsonl -o c.abc", "c.abc cannot be written: Format 'abc' is not supported"),
+        ("curves good.jsonl -o none/c.png", "none/c.png cannot be written"),
+        ("curves good.jsonl no_rows.jsonl", "no_rows.jsonl has no row of a training log"),
+    ],
+    "benchmark": [
+        ("--repeats 0", "--repeats is 0, it must be at least 1"),
+        ("--stages dinner", "invalid choice: 'dinner'"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script, arguments, said", [
+    (script, *mistake) for script in SCRIPTS for mistake in MISTAKES[script]])
+def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script, arguments, said):
+    before = sorted(here.iterdir())
+    code, out, err = call(script, *arguments.split())
+    line = err.splitlines()[-1]
+    assert code == 2 and line.startswith(f"{script}.py: ") and said in line
+    # Beside the line at most which model was chosen.
+    assert all(other.startswith("model: ") for other in err.splitlines()[:-1])
+    assert set(here.iterdir()) - set(before) <= {here / "data"} and not out
+
+
+def test_a_script_in_a_process_of_its_own_ends_so_too(tmp_path):
+    for script, options in (("create_input_files", ["--karpathy_json", "none.json",
+                                                    "--image_folder", tmp_path]),
+                            ("checkpoints", ["none.json", "new"])):
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *options], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"{script}.py: none.json not found")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script, told", [
-    ("train.py", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
-    ("eval.py", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
-    ("caption.py", {"--beam_size": "5", "--max_len": "50"}),
+    ("create_input_files", {"--captions_per_image": "5", "--dataset": "demo"}),
+    ("train", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
+    ("eval", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
+    ("caption", {"-b": "5", "--max_len": "50"}),
+    ("checkpoints", {}), ("visualize", {}), ("benchmark", {"--repeats": "5"}),
 ])
-def test_help_tells_the_defaults(script, told):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-    options = {text.split()[0]: " ".join(text.split())
-               for text in re.split("\n  (?=-)", done.stdout)}
-    assert "None" not in done.stdout and "False" not in done.stdout
+def test_help_tells_the_defaults(call, script, told):
+    code, out, _ = call(script, "--help")
+    options = {text.split()[0].rstrip(","): " ".join(text.split())
+               for text in re.split("\n  (?=-)", out)}
+    assert code == 0 and "None" not in out and "False" not in out and "SUPPRESS" not in out
     for option, default in told.items():
-        assert options[option].endswith(f"(default: {default})")
+        assert options[option].split("\n\n")[0].find(f"(default: {default})") > 0
 
 
-def test_options_are_not_abbreviated():
-    with pytest.raises(UserError, match="unrecognized arguments: --lr 3"):
-        train.get_args(["--lr", "3"])
-
-
-def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, capsys):
+def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, call):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
                "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
     asked = []
-    for script in (captions, caption):
-        search = script.beam_search
-        monkeypatch.setattr(script, "beam_search", lambda *args, search=search, **options: (
+    for module in (captions, caption):
+        search = module.beam_search
+        monkeypatch.setattr(module, "beam_search", lambda *args, search=search, **options: (
             asked.append(options) or search(*args, **options)))
     eval_script.main(["--data_folder", str(data), "--beam_sizes", "2", "--workers", "0", *options])
-    picture = next((data / "demo").glob("*.png"))
-    monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(picture), "--no_attention",
-                                      *options])
-    caption.main()
+    call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
     for found in asked:
         assert found.pop("n_best", 1) == 1
         assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
                          "hard_attention": most_likely_location}
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"dropout": float("nan")}, "its option dropout is nan, it must be at least 0 and below 1"),
+    ({"epochs": "many"}, "its option epochs is 'many'"),
+    ({"epochs": True}, "its option epochs is True"),
+    ({"attention": "purple"}, "its option attention is 'purple'"),
+    ({"tensorboard": 1}, "its option tensorboard is 1"),
+    ({"data_folder": None}, "its option data_folder is None"),
+])
+def test_an_option_from_a_file_is_checked_as_one_from_the_shell(options, said):
+    with pytest.raises(UserError, match=f"^x.pth.tar is damaged: {said}"):
+        train.get_args([], "x.pth.tar", options)
+
+
+def test_options_from_a_file_are_overridden_by_those_given(data, tmp_path):
+    options = {"epochs": 7, "decoder_lr": 1, "emb_dim": None, "of_another_version": object()}
+    args = train.get_args(["--epochs", "9"], "x.pth.tar", options)
+    assert (args.epochs, args.decoder_lr, args.emb_dim) == (9, 1, None)
+    assert not hasattr(args, "of_another_version")
+    train.main(train_args(data, tmp_path, "--epochs", "1", "--alpha_c", "0.5"))
+    train.main(["--resume", str(tmp_path / f"checkpoint_{NAME}.pth.tar"), "--epochs", "2"])
+    saved = load_checkpoint(tmp_path)["options"]
+    assert (saved["epochs"], saved["alpha_c"], saved["decoder_lr"]) == (2, 0.5, 5e-3)

@@ -149,25 +149,3 @@ def test_figures_that_are_no_numbers_leave_a_gap(tmp_path):
     axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))["BLEU-4 of validation"]
     axes.figure.canvas.draw()
     assert np.isnan(lines(axes)[0][1]).tolist() == [False] + [True] * 5 + [False]
-
-
-@pytest.mark.parametrize("arguments, said", [
-    ([], "the following arguments are required: log_NAME.jsonl; --help lists the options"),
-    (["missing.jsonl"], "missing.jsonl not found"),
-    (["empty"], "empty has no row of a training log"),
-    (["other"], "other has no row of a training log"),
-    (["binary"], "binary is not UTF-8 text"),
-    (["."], ". cannot be read: Is a directory"),
-    (["good", "-o", "c.abc"], "c.abc cannot be written: Format 'abc' is not supported"),
-    (["good", "-o", "none/c.png"], "none/c.png cannot be written"),
-    (["good", "empty"], "empty has no row of a training log"),
-])
-def test_mistakes_take_one_line(draw, tmp_path, arguments, said):
-    write_log(tmp_path / "good", FIRST)
-    write_log(tmp_path / "empty", [])
-    write_log(tmp_path / "other", [3, [1], {"epoch": "1"}, {"epoch": True, "lr": 1}, {"epoch": 0},
-                                   {"epoch": 2}, {"lr": 1.0}, None])
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
-    code, error = draw(*arguments)
-    assert code == 2 and error.count("\n") == 1 and said in error
-    assert not list(tmp_path.glob("c*"))
