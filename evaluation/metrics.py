@@ -1,6 +1,6 @@
 """
-How good captions are: BLEU, CIDEr and CIDEr-D, top-5 accuracy and attention accuracy. Everything
-here is Python and NumPy; ROUGE-L and METEOR are pycocoevalcap's, see scores.py.
+How good captions are: BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention
+accuracy. ROUGE-L and METEOR are pycocoevalcap's, see scores.py.
 """
 
 import math
@@ -9,16 +9,13 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
 
 def ngrams(words):
     """How often each n-gram (a tuple) occurs in a caption: Counters for n = 1..4"""
     shifted = [words[i:] for i in range(4)]
     return [Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
-
-
-# BLEU. The same as NLTK's corpus_bleu in 0.6 times its time, and from sums over the images: the
-# score of a resample follows from them without counting again.
 
 
 def bleu(references, hypotheses):
@@ -28,45 +25,26 @@ def bleu(references, hypotheses):
     references: per image a list of captions, hypotheses: per image one caption; a caption is
     a list of words (or ids). Empty references count for nothing and are left out.
     """
-    sums = np.zeros(10)
-    for captions, hypothesis in zip(references, hypotheses):
-        limits = bleu_limits([ngrams(caption) for caption in captions if caption])
-        sums += bleu_sums(limits, ngrams(hypothesis))
+    sums = sum((np.array(bleu_sums(captions, hypothesis))
+                for captions, hypothesis in zip(references, hypotheses)), np.zeros(10))
     # NLTK's stand-in for a precision of 0: BLEU-4 is 1e-75 or so then, and an early epoch in which
     # no 4-gram matches is still better or worse than another by its shorter n-grams.
     tiny = sys.float_info.min
     return [float(bleu_from_sums(sums, order, tiny)) for order in (1, 2, 3, 4)]
 
 
-class BleuLimits(NamedTuple):
-    """What BLEU needs to know of an image's references"""
-    counts: list  # for n = 1..4 {n-gram: its largest count in one of the references}
-    lengths: list  # of the references, in words
-
-
-def bleu_limits(references):
-    """`BleuLimits` of the `ngrams` of an image's references, none of them empty"""
-    counts = [{}, {}, {}, {}]
-    for reference in references:
-        for largest, found in zip(counts, reference):
-            for gram, count in found.items():
-                if count > largest.get(gram, 0):
-                    largest[gram] = count
-    return BleuLimits(counts, [reference[0].total() for reference in references])
-
-
-def bleu_sums(limits, hypothesis):
+def bleu_sums(references, hypothesis):
     """
-    What corpus BLEU sums over the images: matches (4), n-grams (4), length, closest length of a
-    reference; 10 numbers. hypothesis: its `ngrams`
+    What corpus BLEU sums over the images, counted by NLTK: matches (4), n-grams (4), length,
+    closest length of a reference; 10 numbers. From their sum follows the score of a corpus, of a
+    resample of it, and of an image alone.
+
+    references: captions of one image; hypothesis: a caption
     """
-    length = hypothesis[0].total()
-    matches = [sum([min(count, largest[gram]) for gram, count in found.items() if gram in largest])
-               for largest, found in zip(limits.counts, hypothesis)]
-    # A caption too short for an n-gram counts as one that is missed, as in NLTK.
-    totals = [max(1, length - n) for n in range(4)]
-    closest = min(limits.lengths, default=0, key=lambda size: (abs(size - length), size))
-    return [*matches, *totals, length, closest]
+    references = [caption for caption in references if caption] or [[]]
+    precisions = [modified_precision(references, hypothesis, n) for n in (1, 2, 3, 4)]
+    return [*(p.numerator for p in precisions), *(p.denominator for p in precisions),
+            len(hypothesis), closest_ref_length(references, len(hypothesis))]
 
 
 def bleu_from_sums(sums, order, least_precision=0.0):

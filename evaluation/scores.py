@@ -11,7 +11,6 @@ from evaluation import coco_caption
 from evaluation.metrics import (
     TfIdf,
     bleu_from_sums,
-    bleu_limits,
     bleu_sums,
     cider,
     cider_d,
@@ -118,17 +117,14 @@ def _score_images(systems, references, names):
     for captions, *candidates in tqdm(list(zip(references, *systems)), desc="scoring",
                                       unit="image", delay=2, leave=False, disable=None):
         # What depends on the references alone is computed once for all systems.
-        counts = [ngrams(words) for words in captions] if bleu or ciders else []
-        limits = bleu_limits(counts)
-        vectors = [tf_idf.vector(count) for count in counts] if ciders else []
+        vectors = [tf_idf.vector(ngrams(words)) for words in captions] if ciders else []
         texts = [" ".join(words) for words in captions]
         for row, words in zip(rows, candidates):
-            count = ngrams(words)
             if bleu:
-                row["BLEU"].append(bleu_sums(limits, count))
+                row["BLEU"].append(bleu_sums(captions, words))
             if "ROUGE-L" in names:
                 row["ROUGE-L"].append(Rouge().calc_score([" ".join(words)], texts) if texts else 0)
-            vector = tf_idf.vector(count) if ciders else None
+            vector = tf_idf.vector(ngrams(words)) if ciders else None
             for name, function in ciders.items():
                 row[name].append(function(vector, vectors))
     metrics = []
