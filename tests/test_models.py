@@ -135,7 +135,7 @@ def test_shares_of_a_batch_add_up_to_the_loss_of_the_whole_batch():
     whole = doubly_stochastic_loss(*decoder(features, captions, lengths))
     words = int((lengths - 1).sum())
     shares = [doubly_stochastic_loss(*decoder(features[s], captions[s], lengths[s]),
-                                     words=words, captions=18)
+                                     num_tokens=words, num_captions=18)
               for s in (slice(0, 1), slice(1, 4), slice(4, 6))]
     torch.testing.assert_close(sum(shares), whole)
 
