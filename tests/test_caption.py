@@ -264,7 +264,7 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
 
 
 def test_what_draws_is_imported_only_to_draw():
-    code = ("import sys, caption, train\n"
+    code = ("import sys, caption, eval, train\n"
             "print(sys.modules.keys() & {'matplotlib', 'skimage'})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr
