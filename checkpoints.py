@@ -1,16 +1,16 @@
 """
 Checkpoints: one format, tensors and plain values only, read with weights_only=True.
 
-    python checkpoints.py OLD NEW --word_map WORDMAP.json   # one of whole modules becomes ours
-    python checkpoints.py BEST NEW --half                   # a small one, to pass on
-    python checkpoints.py BEST NEW --average BEST_BEFORE    # the mean of two phases' weights
+    python checkpoints.py OLD NEW --word_map WORDMAP.json   # convert one of the tutorial's
+    python checkpoints.py BEST NEW --half                   # make a small one, to pass on
+    python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of two phases
 
 A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (their
-constructors' arguments), `word_map`, and in training also `options`, `progress`, `bleu4` and all
-that is needed to continue the run exactly. With train.py's --ema, `encoder` and `decoder` are the
-averaged weights, and those being trained are in `trained`.
+constructors' arguments), `word_map`, and those of train.py also `options`, `progress`, `bleu4` and
+everything needed to continue the run exactly. With train.py's --ema, `encoder` and `decoder` are
+the averaged weights, and those being trained are in `trained`.
 
-Checkpoints of whole modules, as the well-known tutorial wrote them, load as well, without running
+Checkpoints of whole modules, as the tutorial wrote them, can be loaded as well, without running
 their code (see modeling/legacy_checkpoints.py).
 """
 
@@ -29,20 +29,20 @@ from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
-MAX_ENCODED_IMAGE_SIZE = 256  # beyond it a file asks for memory, not for a model
-OURS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")  # save's own
+MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
+MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")
 
 
 def get_args(argv=None):
     parser = Parser(description="Convert an old checkpoint, or make a smaller one or "
                     "the mean of two.")
-    parser.add_argument("old", help="a checkpoint of whole modules, or one of ours")
+    parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
-    parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to go inside")
-    parser.add_argument("--average", metavar="OTHER", help="take the mean of its weights "
-        "and those of this checkpoint, of a phase before or after: often better than either")
-    parser.add_argument("--half", action="store_true", help="matrices and convolutions in float16, "
-        "without what only --resume needs: for passing a model on")
+    parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
+    parser.add_argument("--average", metavar="OTHER", help="average its weights with those of this "
+        "checkpoint, of an earlier or later phase: often better than either")
+    parser.add_argument("--half", action="store_true", help="store matrices and convolutions in "
+        "float16, and leave out what only --resume needs: for passing a model on")
     return parser.parse_args(argv)
 
 
@@ -53,35 +53,36 @@ def main(argv=None):
     checkpoint = load(args.old)
     encoder, decoder = build(checkpoint, args.old)
     word_map = find_word_map(checkpoint, args.old, args.word_map, required=False)
-    rest = {key: value for key, value in checkpoint.items() if key not in OURS}
+    extra = {key: value for key, value in checkpoint.items() if key not in MODEL_KEYS}
     if args.average:
         _average(encoder, decoder, word_map, args)
-        rest = {"options": rest.get("options", {})}  # these weights are no state of the run
+        extra = {"options": extra.get("options", {})}  # a run cannot continue from these weights
     if args.half:
-        # Of the paths among the options only the file's name, without the folders of this machine.
-        rest = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
-                            for option, value in rest.get("options", {}).items()}}
+        # Paths among the options are reduced to file names, without the folders of this machine.
+        extra = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
+                             for option, value in extra.get("options", {}).items()}}
         for model in (encoder, decoder):
             for weight in model.parameters():
                 if weight.dim() > 1:  # the others are small, and may exceed float16's range
                     weight.data = weight.data.half()
-    save(args.new, encoder, decoder, word_map, **rest)
-    carries = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
-    print(f"wrote {args.new} ({encoder.args['name']}, {carries})")
+    save(args.new, encoder, decoder, word_map, **extra)
+    words = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
+    print(f"wrote {args.new} ({encoder.args['name']}, {words})")
 
 
 @torch.no_grad()
 def _average(encoder, decoder, word_map, args):
     """
-    Make the weights the mean of theirs and those of another checkpoint: Wortsman et al. 2021,
-    arXiv 2109.01903. UserError unless it is of the same model and words.
+    Average the weights in place with those of another checkpoint: Wortsman et al. 2021,
+    arXiv 2109.01903. UserError unless it has the same model and word map.
     """
     other = load(args.average)
-    words = find_word_map(other, args.average, args.word_map, required=False)
+    other_word_map = find_word_map(other, args.average, args.word_map, required=False)
     for ours, theirs in zip((encoder, decoder), build(other, args.average)):
-        if word_map != words or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
-            raise UserError(f"{args.average} is of another model or other words than {args.old}; "
-                            f"pass a phase of the same training")
+        if word_map != other_word_map \
+                or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
+            raise UserError(f"{args.average} has another model or word map than {args.old}; pass a "
+                            f"phase of the same training")
         theirs = theirs.state_dict()
         for name, weight in ours.state_dict().items():
             if weight.is_floating_point():
@@ -93,18 +94,18 @@ def add_model_options(parser):
     parser.add_argument("-m", "--model", help="checkpoint; if not given, the only BEST one in "
         "--checkpoint_folder or the current folder, else the one that comes with the program")
     parser.add_argument("--checkpoint_folder", help="where to look for it")
-    parser.add_argument("-wm", "--word_map", help="for checkpoints that carry none")
+    parser.add_argument("-wm", "--word_map", help="WORDMAP file, for checkpoints without word map")
 
 
-def save(path, encoder, decoder, word_map, **rest):
+def save(path, encoder, decoder, word_map, **extra):
     """
-    Write a checkpoint with `atomic_write`; `rest` goes in as it is.
+    Write a checkpoint with `atomic_write`; extra: further entries of its dictionary.
 
-    Raises UserError if the disk is full or the folder is not there or not writable.
+    Raises UserError if the disk is full or the folder is missing or not writable.
     """
     state = {"format": FORMAT, "encoder": encoder.state_dict(), "encoder_args": encoder.args,
              "decoder": decoder.state_dict(), "decoder_args": decoder.args,
-             "word_map": word_map, **rest}
+             "word_map": word_map, **extra}
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
@@ -112,26 +113,26 @@ def save(path, encoder, decoder, word_map, **rest):
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
         folder = os.path.dirname(path) or "."
         if isinstance(error, RuntimeError) and os.path.isdir(folder):
-            # the usual cause is a full disk, which torch does not name
+            # usually the disk is full, which torch does not say
             reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB of the disk are free)"
         raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 def load(path):
     """
-    A checkpoint as a dictionary, tensors on the CPU, checked to hold a model; an old one has the
-    parts of `build` and, where it knows them, epoch and bleu4, and its word_map is None.
+    Read a checkpoint: a dictionary with tensors on the CPU that holds a valid model. One of the
+    tutorial has only the entries that `build` needs, epoch and bleu4 if known, and word_map None.
 
-    `stub_unpickler.read` goes through the file before torch does, since torch names neither
-    what it refuses nor bounds the memory that tensors of stride 0 or colliding keys ask for.
+    `stub_unpickler.read` checks the file before torch reads it, since torch neither names what it
+    refuses nor limits the memory for tensors of stride 0 or the time for colliding keys.
 
-    Raises UserError if the file is missing, damaged or not one of ours.
+    Raises UserError if the file is missing, damaged or not a checkpoint.
     """
     root, names = stub_unpickler.read(path)
     if not isinstance(root, dict):
         root = {}
     if root.get("format") == FORMAT:
-        del root  # of a hostile file it may be large
+        del root  # it may be large if the file is hostile
         checkpoint = _load_plain(path, names)
     elif "format" not in root and not root.keys().isdisjoint(("encoder", "decoder")):
         checkpoint = {"format": FORMAT, **legacy_checkpoints.convert(root, path)}
@@ -142,40 +143,40 @@ def load(path):
 
 
 def _load_plain(path, names):
-    """What a file of format 1 holds; names: the functions and classes in it."""
+    """The content of a file of format 1; names: the functions and classes in it."""
     if foreign := [name for name in names if name not in stub_unpickler.PLAIN]:
         raise UserError(f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
                         f"format {FORMAT} are tensors and plain values; nothing in the file was "
                         f"run")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch would advise to run whatever is in it
-        raise UserError(f"{path} is damaged or not a checkpoint: it is no file of tensors and "
-                        f"plain values alone") from None
+    except pickle.UnpicklingError:  # torch's message suggests weights_only=False
+        raise UserError(f"{path} is damaged or not a checkpoint: it does not hold only tensors "
+                        f"and plain values") from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
 
 
 @contextmanager
-def _one_line(path):
-    """Errors of a checkpoint that lacks a part, or has one of a wrong type or size: a UserError."""
+def _one_line_errors(path):
+    """Turn errors from missing parts, wrong types or sizes of a checkpoint into a UserError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
             AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold a whole model: {reason}") from None
+        raise UserError(f"{path} does not hold a complete model: {reason}") from None
 
 
 def check_model(checkpoint, path):
     """
-    UserError unless a checkpoint holds the arguments of a model, its decoder's tensors in the sizes
-    that these say, and, if any, the decoder's number of words.
+    UserError unless a checkpoint holds the arguments of a model, the decoder's tensors in the sizes
+    that follow from them and, if it has a word map, one of the decoder's vocabulary size.
 
-    Tensors are no larger than the file, but a model is made as large as its arguments want.
+    This protects memory: tensors are not larger than the file, but arguments can say any size.
     """
-    with _one_line(path):
+    with _one_line_errors(path):
         with torch.device("meta"):  # sizes only, no memory
             decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         size = decoder.args["encoded_image_size"]
@@ -191,10 +192,10 @@ def check_model(checkpoint, path):
         if not isinstance(checkpoint["encoder_args"]["name"], str):
             raise TypeError("its encoder has no name")
     if checkpoint.get("word_map") is not None:
-        _check_words(check_word_map(checkpoint["word_map"], path), checkpoint, path)
+        _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 
 
-def _check_words(word_map, checkpoint, path):
+def _check_vocab_size(word_map, checkpoint, path):
     size = checkpoint["decoder_args"]["vocab_size"]
     if len(word_map) != size:
         raise UserError(f"{path} was trained on {size} words, but the word map has "
@@ -202,12 +203,12 @@ def _check_words(word_map, checkpoint, path):
 
 
 def build(checkpoint, path):
-    """The encoder and decoder of what `load` returned; `path` is for the message of a UserError."""
-    with _one_line(path):
+    """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
+    with _one_line_errors(path):
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
-            raise ValueError(f"its encoder gives vectors of {encoder.encoder_dim} numbers, its "
+            raise ValueError(f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "
                              f"decoder takes {decoder.args['encoder_dim']}")
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
@@ -216,17 +217,17 @@ def build(checkpoint, path):
 
 def find_word_map(checkpoint, path, word_map_path, required=True):
     """
-    The word map in the checkpoint, else the caller's, which is for files that lack one. None if
-    there is neither and none is required.
+    The checkpoint's word map, or that of the file word_map_path if the checkpoint has none. None if
+    there is neither and it is not required.
 
-    Raises UserError if the caller's is no word map or not of the decoder's number of words.
+    Raises UserError if the file is not a word map or not of the decoder's vocabulary size.
     """
     word_map = checkpoint.get("word_map")
     if word_map is None and word_map_path is not None:
         word_map = read_word_map(word_map_path)
-        _check_words(word_map, checkpoint, path)
+        _check_vocab_size(word_map, checkpoint, path)
     if word_map is None and required:
-        raise UserError(f"{path} carries no word map; pass --word_map WORDMAP_….json")
+        raise UserError(f"{path} has no word map; pass --word_map WORDMAP_….json")
     return word_map
 
 
@@ -234,7 +235,7 @@ def load_captioner(path, device, word_map_path=None):
     """
     Returns encoder, decoder (both on the device, in evaluation mode), word map, checkpoint.
 
-    word_map_path: a WORDMAP file, for checkpoints that carry none
+    word_map_path: a WORDMAP file, for checkpoints without word map
     """
     checkpoint = load(path)
     encoder, decoder = build(checkpoint, path)
@@ -242,11 +243,11 @@ def load_captioner(path, device, word_map_path=None):
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 
-def find_model(model, folder, say):
+def find_model(model, folder, print_line):
     """
-    The path of the checkpoint that the options name: `model`, else the only BEST one in `folder`.
-    Where neither is given, the only BEST one in the current folder, else the one that comes with
-    the program; `say`, a function like print, then tells which.
+    The path of the checkpoint to use: `model`, else the only BEST one in `folder`.
+    If neither is given, the only BEST one in the current folder, else the one that comes with
+    the program; print_line, a function like print, then gets a line that says which.
     """
     if model:
         return model
@@ -254,14 +255,14 @@ def find_model(model, folder, say):
         return find_checkpoint(folder)
     if any(Path().glob("BEST_checkpoint_*.pth.tar")):
         found = find_checkpoint(".")
-        say(f"model: {found}, the only one in this folder; --model takes another")
+        print_line(f"model: {found}, the only one in this folder; --model takes another")
         return found
-    say(f"model: {PRETRAINED}, which comes with the program; --model takes another")
+    print_line(f"model: {PRETRAINED}, which comes with the program; --model takes another")
     return str(PRETRAINED)
 
 
 def find_checkpoint(folder):
-    """The only BEST_checkpoint_*.pth.tar in a folder; UserError that lists them otherwise."""
+    """The only BEST_checkpoint_*.pth.tar in a folder; UserError if there are none or several."""
     found = _checkpoints(folder, "BEST_", "--model")
     if len(found) > 1:
         raise UserError(f"several checkpoints in {folder}; pass --model, one of: "

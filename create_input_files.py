@@ -22,7 +22,7 @@ def get_args(argv=None):
         "those of a small demo data set that is drawn first.")
     add = parser.add_argument_group("captions and images").add_argument
     add("--dataset", default="demo", help="coco, flickr8k, flickr30k, demo or a name of yours")
-    add("--karpathy_json", help="captions and splits in Karpathy's form")
+    add("--karpathy_json", help="captions and splits in Karpathy's format")
     add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
     add("--image_folder", help="where the images are")
     for split in ("val", "test"):

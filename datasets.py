@@ -1,6 +1,6 @@
 """
 From files to batches: `CaptionDataset` over the files that create_input_files.py writes, its word
-map, and `ResumableBatchSampler`, which says in what order the batches come.
+map, and `ResumableBatchSampler`, which determines the order of the batches.
 """
 
 import json
@@ -23,17 +23,17 @@ CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
 
 
 def data_file(split, kind, data_name):
-    """The name of a file of a data set, of one of the KINDS; split is TRAIN, VAL or TEST."""
+    """The name of a data set's file; split is TRAIN, VAL or TEST, kind is one of KINDS."""
     return f"{split}_{kind}_{data_name}.{KINDS[kind]}"
 
 
 def check_word_map(word_map, path):
     """
-    UserError unless the word map of this file is one: words -> ids from 0 up, each once, with
-    <pad> 0 and the other special words.
+    Return the word map if it is valid: words -> ids from 0 up without gaps, with <pad> 0 and the
+    other special tokens. Raises UserError, which names the file `path`, otherwise.
     """
     if not isinstance(word_map, dict) or not all(type(i) is int for i in word_map.values()):
-        wrong = "it is no object of words and whole numbers"
+        wrong = "it is not an object of words and integers"
     elif missing := [word for word in SPECIAL_TOKENS if word not in word_map]:
         wrong = f"it lacks {', '.join(missing)}"
     elif word_map["<pad>"] != 0:
@@ -43,11 +43,12 @@ def check_word_map(word_map, path):
                  f"each, see {min(gaps)}")
     else:
         return word_map
-    raise UserError(f"{path} is no word map: {wrong}; pass the WORDMAP file of the training data")
+    raise UserError(f"{path} is not a word map: {wrong}; pass the WORDMAP file of the training "
+                    f"data")
 
 
 def read_word_map(path, next_step=""):
-    """Word -> id from a WORDMAP file; UserError as `read_json` and `check_word_map`."""
+    """Word -> id from a WORDMAP file; UserError as in `read_json` or `check_word_map`."""
     return check_word_map(read_json(path, next_step), path)
 
 
@@ -65,7 +66,7 @@ def find_data_name(data_folder):
 
 
 def add_data_options(parser):
-    """--data_folder and --data_name, of the files that a script reads"""
+    """--data_folder and --data_name, which say what files a script reads"""
     parser.add_argument("--data_folder", default="data", help="what create_input_files.py wrote")
     parser.add_argument("--data_name", help="which data set, if the folder has several")
 
@@ -73,46 +74,46 @@ def add_data_options(parser):
 @contextmanager
 def _reading(path):
     """
-    While a file of create_input_files.py is read: whatever goes wrong is a UserError that names it.
+    Turn any error while a file of create_input_files.py is read into a UserError that names it.
     """
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} not found; run python create_input_files.py first") from None
-    except Exception as error:  # what HDF5 and JSON make of foreign bytes is of all sorts
+    except Exception as error:  # HDF5 and JSON raise many kinds for foreign bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged: {reason}; run create_input_files.py again") from None
 
 
-def read_word_ids(path, words):
+def read_word_ids(path, vocab_size):
     """
-    A CAPTIONS file, a JSON list of lists of word ids of one length: integers (captions, L),
-    16 bits each where they suffice. It is read in pieces: as Python's lists, COCO's would take
-    over a gigabyte.
+    Read a CAPTIONS file, a JSON list of lists of word ids, all of one length: integers
+    (captions, L), of 16 bits where these suffice. The file is read in pieces: as Python lists,
+    COCO's captions would take over a gigabyte.
 
-    Raises UserError unless all are ids below `words`.
+    Raises UserError unless all are ids below `vocab_size`.
     """
     with _reading(path):
-        return _parse_word_ids(path, words)
+        return _parse_word_ids(path, vocab_size)
 
 
-def _parse_word_ids(path, words):
-    wrong = ValueError(f"it holds no lists of word ids of one length below {words}")
-    dtype = np.int16 if words <= 1 << 15 else np.int32
+def _parse_word_ids(path, vocab_size):
+    wrong = ValueError(f"it does not hold lists of word ids below {vocab_size}, all of one length")
+    dtype = np.int16 if vocab_size <= 1 << 15 else np.int32
     width, pieces, rest, opened, closed = None, [], b"", 0, 0
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("error")  # NumPy only warns where text is no number
+        warnings.simplefilter("error")  # NumPy only warns about text that is not a number
         while chunk := file.read(CHUNK_BYTES):
             opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
-            whole, bracket, rest = (rest + chunk).rpartition(b"]")
-            rows = [row.partition(b"]")[0] for row in (whole + bracket).split(b"[") if
+            complete, bracket, rest = (rest + chunk).rpartition(b"]")
+            rows = [row.partition(b"]")[0] for row in (complete + bracket).split(b"[") if
                     row.strip(b", \r\n\t]")]
             if not rows:
                 continue
             width = width or rows[0].count(b",") + 1
             ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
             if any(row.count(b",") + 1 != width for row in rows) \
-                    or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= words:
+                    or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= vocab_size:
                 raise wrong
             pieces.append(ids.astype(dtype).reshape(-1, width))
     if rest.strip() or opened != closed or opened != sum(map(len, pieces)) + 1:
@@ -131,7 +132,7 @@ class CaptionDataset(Dataset):
 
     Indexing with an array of n items gives the batch at once, each with a leading n.
     Pixels stay on disk; the HDF5 file is opened at the first read, once per process,
-    so a dataset can be handed to forked and spawned workers alike.
+    so a dataset can be passed to forked and to spawned workers.
     """
 
     def __init__(self, data_folder, data_name, split, by_image=True):
@@ -144,26 +145,26 @@ class CaptionDataset(Dataset):
         with _reading(lengths):
             numbers = np.array(json.loads(lengths.read_bytes()))
             if numbers.ndim != 1 or len(numbers) and numbers.dtype.kind != "i":
-                raise ValueError("it is no list of lengths")
+                raise ValueError("it is not a list of lengths")
             self.lengths = torch.from_numpy(numbers.astype(np.int32))
         self._key, self._handle, self._pid = "images", None, None
-        self.features = None  # a tensor (I, G, E) in memory, or none
+        self.features = None  # a tensor (I, G, E) in memory, or None
         with _reading(self.path), h5py.File(self.path, "r") as file:
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
             self.num_images, *shape = images.shape
             if shape != [3, 256, 256] or images.dtype != np.uint8:
                 raise ValueError(f"it holds {images.dtype} of {images.shape}, not uint8 images of "
                                  f"(3, 256, 256)")
-        wanted = self.num_images * self.captions_per_image
-        if not wanted == len(self.captions) == len(self.lengths):
+        expected = self.num_images * self.captions_per_image
+        if not expected == len(self.captions) == len(self.lengths):
             raise UserError(
                 f"{self.path} has {self.num_images} images of {self.captions_per_image} captions, "
-                f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they are "
-                f"not of one data set; run create_input_files.py again")
+                f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they do "
+                f"not belong together; run create_input_files.py again")
         self._check_captions(captions)
 
     def _check_captions(self, path):
-        """UserError unless every caption is <start>, words and <end>, of the length it should be"""
+        """UserError unless each caption is <start>, words and <end>, of the length in CAPLENS"""
         if not len(self.lengths):
             return
         rows, lengths = torch.arange(len(self.lengths)), self.lengths.long()
@@ -171,21 +172,21 @@ class CaptionDataset(Dataset):
         ends = self.captions[rows, (lengths - 1).clamp(0, self.captions.shape[1] - 1)]
         bad |= (ends != self.word_map["<end>"]) | (self.captions[:, 0] != self.word_map["<start>"])
         if bad.any():
-            raise UserError(f"{path}: caption {int(bad.nonzero()[0])} does not go from <start> to "
-                            f"<end> in the number of words that CAPLENS says; the two or the "
-                            f"WORDMAP are not of one data set: run create_input_files.py again")
+            raise UserError(f"{path}: caption {int(bad.nonzero()[0])} is not <start>, words and "
+                            f"<end> of the length in CAPLENS; these two files and the WORDMAP do "
+                            f"not belong together: run create_input_files.py again")
 
     @cached_property
     def entries(self):
-        """The list in REFERENCES, read when first asked for: training does without."""
+        """The list in REFERENCES, read at the first access: training does not need it."""
         if self._references.exists():
             with _reading(self._references):
                 entries = json.loads(self._references.read_bytes())
                 needed = {"filename", "image_id", "references"}
                 if len(entries) != self.num_images or not all(needed <= entry.keys()
                                                               for entry in entries):
-                    raise ValueError(f"it is no list of {self.num_images} images with filename, "
-                                     f"image_id and references")
+                    raise ValueError(f"it is not a list of {self.num_images} images with "
+                                     f"filename, image_id and references")
             return entries
         words = {i: word for word, i in self.word_map.items()}
         captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
@@ -205,10 +206,15 @@ class CaptionDataset(Dataset):
             images, captions = index, index[..., None] * r + np.arange(r)
         else:
             images, captions = index // r, index[..., None]
-        return self._images(images), self.captions[captions].long(), self.lengths[captions].long()
+        return (self._read_images(images), self.captions[captions].long(),
+                self.lengths[captions].long())
 
     def use_features(self, features):
-        """Hand over annotation vectors, not pixels: an HDF5 file's, or a tensor's (I, G, E)"""
+        """
+        Return annotation vectors instead of pixels from here on.
+
+        features: the path of an HDF5 file, or a tensor (I, G, E)
+        """
         if isinstance(features, torch.Tensor):
             self.features = features
         else:
@@ -218,7 +224,7 @@ class CaptionDataset(Dataset):
     def in_memory(self):
         return self.features is not None
 
-    def _images(self, images):
+    def _read_images(self, images):
         if self.in_memory:
             return self.features[torch.from_numpy(images).to(self.features.device)]
         if self._handle is None or self._pid != os.getpid():
@@ -235,9 +241,9 @@ class CaptionDataset(Dataset):
 
     def entry(self, image):
         """
-        What is known of an image: filename, image_id, references (all its captions as words)
-        and, for the demo, objects. Data sets made by the tutorial's code have no such
-        file: there the references are read back from the word ids, <unk> included.
+        What is known about an image: filename, image_id, references (all its captions as words)
+        and, for the demo, objects. Data sets made by the tutorial's code have no REFERENCES
+        file: their references are read back from the word ids, <unk> included.
         """
         return self.entries[image]
 
@@ -247,15 +253,15 @@ class ResumableBatchSampler(Sampler):
     The order of an epoch, as index arrays for `CaptionDataset`: `DataLoader(dataset,
     sampler=ResumableBatchSampler(...), batch_size=None)`.
 
-    It follows from seed and epoch alone, so a resumed run goes on in the same order. Batches
-    differ by one item at most: there is no small last one whose gradient is noisier. Each
-    process takes its share of every batch, so K processes train on the batches of one.
+    It depends on seed and epoch alone, so a resumed run continues in the same order. Batch sizes
+    differ by one item at most: there is no small last batch with a noisier gradient. Each process
+    takes its share of every batch, so K processes train on the same batches as one.
     """
 
     def __init__(self, num_items, batch_size, shuffle=True, seed=0, rank=0, world_size=1):
         self.num_items, self.shuffle, self.seed = num_items, shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0  # start: batches of the epoch that are done already
+        self.epoch, self.start = 0, 0  # start: batches of the epoch already done
         self.num_batches = max(1, min(-(-num_items // batch_size), num_items // world_size))
 
     def __len__(self):

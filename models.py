@@ -6,8 +6,8 @@ The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044)
 # H decoder size   A attention size   V vocabulary (paper: K)   T time steps (paper: C)   K beams
 # G cells of the backbone's own grid: 8 x 8 at 256 x 256 pixels, where P is 14 x 14
 
-Captions that share an image (the R captions of a batch, the K beams of a search) stand
-side by side in dimension 1, so whatever depends on the image alone is computed once.
+Captions that share an image (the R captions of a batch, the K beams of a search) lie along
+dimension 1, so what depends on the image alone is computed once.
 """
 
 from functools import lru_cache, partial
@@ -27,14 +27,14 @@ ENCODED_IMAGE_SIZE = 14  # the paper's annotation vectors stand on a 14 x 14 gri
 
 class Encoder(nn.Module):
     """
-    A convolutional classifier without its head: images -> annotation vectors (N, P, E).
+    A convolutional classifier without its head: images -> annotation vectors (N, G, E).
 
     name: any convolutional classifier of torchvision or timm
     weights: "imagenet", "none" (random), a file (a state dict with the classifier's own keys, or
     one of our checkpoints), or None where a checkpoint will be loaded into it
 
-    A feature map coarser than 14 x 14 is left on its own grid: the decoder spreads it
-    (see `Annotations`), which gives the same numbers for less work.
+    A feature map coarser than 14 x 14 stays on its own grid: the decoder pools it to 14 x 14
+    later (see `Annotations`), which gives the same numbers for less work.
     """
 
     def __init__(self, encoded_image_size=ENCODED_IMAGE_SIZE, name="resnet101",
@@ -53,9 +53,9 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         """
-        images: (N, 3, S, S), uint8 as CaptionDataset gives them, or floats normalised already
+        images: (N, 3, S, S), uint8 as CaptionDataset returns them, or floats already normalised
 
-        Returns annotation vectors (N, P, E), row by row of the map: P = 64 for the usual
+        Returns annotation vectors (N, G, E), row by row of the feature map: G = 64 for the usual
         backbones at S = 256, at most 14 x 14.
         """
         if images.dtype == torch.uint8:
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
     def fine_tune(self, fine_tune=True):
-        """Switch training of blocks 2-4, all that lies beyond stride 4, on or off."""
+        """Switch training of blocks 2-4, all layers beyond stride 4, on or off."""
         for p in self.resnet.parameters():
             p.requires_grad = False
         for module in self._fine_tuned:
@@ -76,29 +76,29 @@ class Encoder(nn.Module):
     def train(self, mode=True):
         """
         The backbone stays in evaluation mode, fine-tuned or not: BatchNorm keeps its ImageNet
-        statistics, which are better than those of a batch of 16 and the same in every process.
+        statistics, which are better than those of a batch of 16 and equal in all processes.
         """
         return super().train(False)
 
 
 class Annotations(NamedTuple):
     """
-    What the decoder needs to know of N images, computed once per batch.
+    What the decoder needs from N images, computed once per batch.
 
-    Pooling from the backbone's grid to 14 x 14 is a fixed linear map, so it commutes with
-    every other one: attention is projected on G cells and pooled only for the ReLU, and the
+    Pooling from the backbone's grid to 14 x 14 is a fixed linear map over the cells, so it commutes
+    with linear layers: keys are projected on G cells and pooled only for the ReLU, and the
     context vector is a sum over G cells instead of P locations.
     """
     features: torch.Tensor  # (N, G, E) annotation vectors on the backbone's grid
     pool: torch.Tensor  # (P, G) pooling weights; each row sums to 1
     keys: torch.Tensor  # (N, P, A) encoder_att of the features, pooled to P locations
-    energy: AttentionEnergy  # of those keys
-    hidden_layers: DeferredLinear  # H -> A + E + 4 H: decoder_att, f_beta and weight_hh stacked
+    energy: AttentionEnergy  # the attention scores, from these keys
+    hidden_projections: DeferredLinear  # H -> A + E + 4 H: decoder_att, f_beta, weight_hh stacked
     context_to_gates: DeferredLinear  # E -> 4 H: the context's columns of weight_ih
     embedding_to_gates: torch.Tensor  # (4 H, embed_dim): the embedding's columns of weight_ih
 
     def __getitem__(self, images):
-        """The same for some of the images, without gradients."""
+        """The annotations of some of the images, without gradients."""
         keys = self.keys[images]
         return self._replace(features=self.features[images], keys=keys,
                              energy=AttentionEnergy(keys, self.energy.weight))
@@ -129,11 +129,11 @@ class Attention(nn.Module):
         annotations: Annotations; query: (n, R, A), decoder_att(h) of R captions of its first n
         images
         hard_attention: a function that turns alpha into the weights of the context vector, such
-        as `modeling.sampling.most_likely_location`; without it they are alpha itself
+        as `modeling.sampling.most_likely_location`; without it the weights are alpha itself
 
-        Returns the context (n, R, E), a weighted sum of the annotation vectors, which with alpha is
-        their expectation (equation 13); alpha (n, R, P), whose rows sum to 1 (equations 4 and 5);
-        and the weights (n, R, P).
+        Returns the context (n, R, E), the annotation vectors' weighted sum, which under the weights
+        alpha is their expectation (equation 13); alpha (n, R, P), whose rows sum to 1 (equations
+        4 and 5); and the weights (n, R, P).
         """
         alpha = (annotations.energy(query) + self.full_att.bias).softmax(-1)
         weights = alpha if hard_attention is None else hard_attention(alpha)
@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
 class DecoderWithAttention(nn.Module):
     """
-    An LSTM that attends to the image anew for every token (paper section 3.1.2).
+    An LSTM that attends to the image again for every token (paper section 3.1.2).
 
     `encoded_image_size` is the side of the attention grid: P = encoded_image_size ** 2.
     """
@@ -179,7 +179,7 @@ class DecoderWithAttention(nn.Module):
 
     def encode_memory(self, features):
         """
-        `Annotations`: all that a batch of images needs computing once.
+        Everything that is computed once per batch of images, as `Annotations`.
 
         features: (N, G, E) annotation vectors on a square grid, or (N, h, w, E)
         """
@@ -189,20 +189,20 @@ class DecoderWithAttention(nn.Module):
         attention, lstm = self.attention, self.decode_step
         # The rows of pool sum to 1, so the bias passes through it unchanged.
         keys = pool @ attention.encoder_att(features)
-        of_hidden = attention.decoder_att, self.f_beta
-        hidden_layers = DeferredLinear(
-            torch.cat([layer.weight for layer in of_hidden] + [lstm.weight_hh]),
-            torch.cat([layer.bias for layer in of_hidden] + [lstm.bias_hh]))
+        layers = attention.decoder_att, self.f_beta
+        hidden_projections = DeferredLinear(
+            torch.cat([layer.weight for layer in layers] + [lstm.weight_hh]),
+            torch.cat([layer.bias for layer in layers] + [lstm.bias_hh]))
         embedding_to_gates, context_to_gates = lstm.weight_ih.split(
             (self.args["embed_dim"], self.args["encoder_dim"]), 1)
         return Annotations(
             features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
-            hidden_layers, DeferredLinear(context_to_gates, lstm.bias_ih), embedding_to_gates)
+            hidden_projections, DeferredLinear(context_to_gates, lstm.bias_ih), embedding_to_gates)
 
     def init_hidden_state(self, annotations):
-        """h and c from the mean annotation vector, section 3.1.2: two of (N, H)"""
+        """h and c, each (N, H), from the mean annotation vector (section 3.1.2)"""
         mean = annotations.pool.mean(0) @ annotations.features  # (N, E)
-        # c is a sum over many steps: never in half precision.
+        # c is a sum over many steps, so it is never in half precision.
         return tuple(init(mean).to(init.weight.dtype) for init in (self.init_h, self.init_c))
 
     def embed_to_gates(self, tokens, annotations):
@@ -214,26 +214,26 @@ class DecoderWithAttention(nn.Module):
         Attend once and read one token, for M captions: equations 1 to 3 of the paper.
 
         token_gates: (M, 4 H), from `embed_to_gates`; state: h and c, each (M, H)
-        grid: (n, R), the captions are of the first n images, at most R of each
-        slots: (M,), the index of each caption in the flattened grid; without it the grid is full
-        and they are in its order
+        grid: (n, R), the captions belong to the first n images, at most R to each
+        slots: (M,), the index of each caption in the flattened grid; without it the M captions
+        fill the grid in order
         hard_attention: as in `Attention`
 
-        Returns the new state, alpha (M, P), the attention paid for the next token, and the weights
-        (M, P) of the context vector, which are alpha unless hard_attention says otherwise.
+        Returns the new state; alpha (M, P), the attention for the next token; and the weights
+        (M, P) of the context vector, which are alpha unless hard_attention is given.
         """
         h, c = state
         sizes = self.args["attention_dim"], self.args["encoder_dim"], 4 * h.shape[1]
-        query, beta, gates = annotations.hidden_layers(h).split(sizes, 1)
+        query, beta, gates = annotations.hidden_projections(h).split(sizes, 1)
         if slots is not None:
             query = query.new_zeros(grid[0] * grid[1], sizes[0]).index_copy(0, slots, query)
         context, alpha, weights = self.attention(annotations, query.view(*grid, -1),
                                                  hard_attention)
-        attended = (context, alpha) if hard_attention is None else (context, alpha, weights)
-        attended = [x.flatten(0, 1) for x in attended]
+        outputs = (context, alpha) if hard_attention is None else (context, alpha, weights)
+        outputs = [x.flatten(0, 1) for x in outputs]
         if slots is not None:
-            attended = [x.index_select(0, slots) for x in attended]
-        context, alpha, weights = attended[0], attended[1], attended[-1]
+            outputs = [x.index_select(0, slots) for x in outputs]
+        context, alpha, weights = outputs[0], outputs[1], outputs[-1]
         context = beta.sigmoid() * context  # beta * z_hat, section 4.2.1
         gates = gates.to(c.dtype) + token_gates + annotations.context_to_gates(context)
         i, f, g, o = gates.chunk(4, 1)
@@ -246,10 +246,11 @@ class DecoderWithAttention(nn.Module):
 
     def _scheduled_sampling(self, token_gates, h, annotations, sampling_prob):
         """
-        Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): with probability sampling_prob a
-        caption goes on from a token that the model draws itself, not from the true one.
+        Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): with probability sampling_prob,
+        a caption's input is a token sampled from the model instead of the true one.
 
-        token_gates (M, 4 H), of the true tokens; h (M, H)
+        token_gates: (M, 4 H) of the true tokens; h: (M, H)
+        Returns (M, 4 H).
         """
         with torch.no_grad():
             sampled = sample_categorical(self.fc(h).softmax(-1))
@@ -263,13 +264,13 @@ class DecoderWithAttention(nn.Module):
 
         features: (N, G, E) annotation vectors
         captions: (N, R, L) token ids, <start> ... <end> <pad>
-        lengths: (N, R) true lengths, <start> and <end> counted; best on the CPU, which needs them
-        sampling_prob: scheduled sampling, see `_scheduled_sampling`
-        hard_fraction: hard attention, the share of captions that look at sampled locations
+        lengths: (N, R) true lengths, <start> and <end> counted; they are needed on the CPU
+        sampling_prob: the probability of scheduled sampling, see `_scheduled_sampling`
+        hard_fraction: the share of captions with hard attention, that is with sampled locations
 
         Returns, for the W tokens to predict (all but <start>), image by image, caption by
         caption: logits (W, V) and targets (W,); and alphas (N, R, T, P), zero after the end. With
-        hard attention also the weights of the context vectors, likewise (N, R, T, P).
+        hard attention, also the weights of the context vectors, (N, R, T, P) too.
         """
         packed = PackedCaptions.of(lengths.cpu(), captions.shape[2], features.device)
         annotations = self.encode_memory(features.index_select(0, packed.images))
@@ -288,7 +289,7 @@ class DecoderWithAttention(nn.Module):
             state, gates = tuple(x[:m] for x in state), token_gates[t]
             if sampling_prob and t > 0:
                 gates = self._scheduled_sampling(gates, state[0], annotations, sampling_prob)
-            # With one caption an image the grid is full and in order.
+            # With one caption per image the grid is full and in order.
             state, alpha, weight = self.step(
                 gates, state, annotations, packed.grids[t],
                 slots[t] if captions.shape[1] > 1 else None, hard_attention)

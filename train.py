@@ -4,7 +4,7 @@ Train the captioning model.
     python train.py                                            # phase 1: the decoder alone
     python train.py --checkpoint BEST_checkpoint_X.pth.tar --fine_tune_encoder   # phase 2
     python train.py --checkpoint BEST_checkpoint_X.pth.tar --self_critical       # phase 3
-    python train.py --resume                                   # go on where the run stood
+    python train.py --resume                                   # continue an interrupted run
     torchrun --nproc_per_node=4 train.py                       # the same run on four GPUs
 """
 
@@ -53,7 +53,7 @@ def train(args, checkpoint, processes):
             run.start_phase(validate(state, val_loader))
         for epoch in run.epochs():
             stats = {"epoch": epoch, **train_one_epoch(state, train_loader, epoch, run)}
-            run.save()  # whatever becomes of the validation
+            run.save()  # in case the validation fails
             stats |= validate(state, val_loader)
             run.end_epoch(stats)
     run.print_summary()
@@ -69,12 +69,12 @@ def main(argv=None):
 
 def get_run(argv):
     """
-    The options, and the checkpoint to start from, None if there is none. A resumed run has the
-    options of its checkpoint, and a new phase those of the model.
+    The options, and the checkpoint to start from or None. A resumed run takes its options from the
+    checkpoint, a new phase only those of the model.
     """
     args = get_args(argv)
     if args.resume and args.checkpoint:
-        raise UserError("--resume goes on, --checkpoint starts a phase; pass one of them")
+        raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
     if args.checkpoint:
         checkpoint = checkpoints.load(args.checkpoint)
         return get_args(argv, args.checkpoint, model_options(checkpoint)), checkpoint
@@ -101,91 +101,93 @@ def make_parser():
     add("--batch_size", type=positive_int, default=80,
         help="captions per step, over all processes")
     add("--accumulate", type=positive_int, default=1,
-        help="go through each step's captions in so many parts, which takes less memory")
+        help="split each step's captions into this many parts, which takes less memory")
     add("--single_captions", action="store_true",
-        help="shuffle captions one by one, not images with all their captions")
+        help="shuffle single captions instead of images with all their captions")
     add("--workers", type=non_negative_int, default=1,
         help="processes that load batches; 0: none")
     add("--cache_features", action=flag, default=True,
         help="with a frozen encoder, encode each image once and keep the result beside the data")
     add("--cache_in", choices=("disk", "ram", "device"),
-        help="where to read it from while training; the fastest in which it fits")
+        help="where to read it from while training; if not given, the fastest in which it fits")
 
     add = parser.add_argument_group(
         "model", "with --checkpoint and --resume these come from the file").add_argument
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
-        "a state dict, or a checkpoint to take the encoder of; --checkpoint and --resume "
-        "bring their own")
-    add("--emb_dim", type=positive_int, help="word embeddings; 512, or the size of --embeddings")
+        "a state dict, or a checkpoint whose encoder to use; not with --checkpoint and --resume, "
+        "which have their own")
+    add("--emb_dim", type=positive_int,
+        help="size of the word embeddings; if not given, that of --embeddings, else 512")
     add("--attention_dim", type=positive_int, default=512,
-        help="hidden layer that scores each location")
-    add("--decoder_dim", type=positive_int, default=512, help="state of the LSTM")
+        help="size of the hidden layer that scores each location")
+    add("--decoder_dim", type=positive_int, default=512, help="size of the LSTM's state")
     add("--dropout", type=Number(float, least=0, below=1), default=0.5,
-        help="of the state that scores the words")
+        help="of the LSTM's state before the logits")
     add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
     add("--fine_tune_embeddings", action=flag, default=True,
-        help="train the embeddings too, those of --embeddings as well")
+        help="train the embeddings, including those of --embeddings")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=positive_int, default=120, help="stop here if not stopped earlier")
+    add("--epochs", type=positive_int, default=120, help="the most epochs to train")
     add("--decoder_lr", type=non_negative_float, default=4e-4, help="learning rate of Adam")
     add("--encoder_lr", type=non_negative_float, default=1e-4, help="with --fine_tune_encoder")
     add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
     add("--augment", action="store_true", help="train on random crops and mirror images; not with "
         "cached features")
     add("--grad_clip", type=non_negative_float, default=5.0,
-        help="each gradient's bound, plus and minus")
-    add("--ema", type=Number(float, least=0, below=1), default=0.0, help="validate and save the "
-        "exponential moving average of the weights, with this decay at each step (0.999); 0: none")
-    add("--cosine", action="store_true", help="the learning rate falls to 0 over --epochs, in half "
-        "a cosine, whatever validation says")
-    add("--lr_decay", type=Number(float, above=0, most=1), default=0.8, help="factor after each "
-        "--decay_after epochs without better validation BLEU-4 (--self_critical: CIDEr-D)")
+        help="clip each gradient to plus or minus this value")
+    add("--ema", type=Number(float, least=0, below=1), default=0.0, help="validate and save an "
+        "exponential moving average of the weights with this decay per step, such as 0.999; 0: "
+        "none")
+    add("--cosine", action="store_true", help="let the learning rate fall to 0 over --epochs along "
+        "half a cosine, instead of by --lr_decay")
+    add("--lr_decay", type=Number(float, above=0, most=1), default=0.8, help="multiply the "
+        "learning rate by this after each --decay_after epochs without a better validation BLEU-4 "
+        "(--self_critical: CIDEr-D)")
     add("--decay_after", type=positive_int, default=8, help="see --lr_decay")
     add("--stop_after", type=positive_int, default=20,
-        help="epochs without a better one that end the run")
+        help="end the run after this many epochs without improvement")
     add("--val_beam_size", type=positive_int, default=1,
-        help="beam of the free-running validation")
+        help="beam size of the free-running validation")
     add("--seed", type=non_negative_int, default=0,
-        help="of weights, dropout and the order of batches")
+        help="of initial weights, dropout and the order of batches")
 
     add = parser.add_argument_group("loss").add_argument
     add("--alpha_c", type=non_negative_float, default=1.0,
-        help="weight of doubly stochastic attention")
+        help="weight of the doubly stochastic attention term")
     add("--attention", choices=("soft", "hard"), default="soft",
-        help="hard: look at one location, drawn at random; section 4.1 of the paper")
+        help="hard: attend to one sampled location; section 4.1 of the paper")
     add("--lambda_r", type=non_negative_float, default=0.01,
-        help="hard attention: weight of the reward")
+        help="hard attention: weight of the reward term")
     add("--lambda_e", type=non_negative_float, default=0.01,
-        help="hard attention: weight of the entropy")
+        help="hard attention: weight of the entropy term")
     add("--sampling_max", type=Number(float, least=0, most=1), default=0.0, help="scheduled "
-        "sampling: the probability of a word of the model's own in place of the true one, at most")
+        "sampling: the highest probability of feeding back a sampled word instead of the true one")
     add("--sampling_step", type=non_negative_float, default=0.05,
-        help="it begins at 0 and rises by this ...")
-    add("--sampling_every", type=positive_int, default=5, help="... after so many epochs")
+        help="the probability starts at 0 and rises by this ...")
+    add("--sampling_every", type=positive_int, default=5, help="... after every so many epochs")
     add("--self_critical", action="store_true",
-        help="with --checkpoint: train on the CIDEr-D of captions that the model samples")
+        help="with --checkpoint: train on the CIDEr-D of captions sampled from the model")
     add("--samples", type=Number(int, least=2), default=5,
         help="--self_critical: captions sampled per image")
 
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint", help="start a new phase from this model")
     add("--resume", nargs="?", const=True, metavar="FILE",
-        help="go on with a run, its options and all; without FILE, the latest in "
-        "--checkpoint_folder")
+        help="continue a run with its options; without FILE, the latest in --checkpoint_folder")
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
     add("--save_minutes", type=non_negative_float, default=10.0,
         help="time between saves within an epoch")
-    add("--checkpoint_folder", default=".", help="where checkpoints and the log go")
-    add("--tensorboard", action="store_true", help="log to tensorboard_NAME/ too")
+    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
+    add("--tensorboard", action="store_true", help="also log to tensorboard_NAME/")
 
     add_device_options(parser.add_argument_group("device"))
     return parser
 
 
 def get_args(argv=None, source=None, options=None):
-    """options: those by name that a checkpoint, the file `source`, brings along"""
+    """options: default values by option name, from the checkpoint file `source`"""
     parser = make_parser()
     parser.set_options_from(source, options or {})
     args = parser.parse_args(argv)
@@ -193,8 +195,8 @@ def get_args(argv=None, source=None, options=None):
         for name, without in (("attention", "soft"), ("sampling_max", 0),
                               ("single_captions", False)):
             if getattr(args, name) != without:
-                parser.error(f"--{name} is of training on true captions, which --self_critical "
-                             f"does without; leave one of the two out")
+                parser.error(f"--{name} is for training on true captions, which --self_critical "
+                             f"does not use; leave one of the two out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     return args

@@ -1,6 +1,6 @@
 """
-The ground floor, which imports nothing of ours: errors that a user sees, the options that scripts
-share, files written whole or not at all, devices and processes.
+The ground floor, which imports no other module of this repository: errors that a user sees, options
+that several scripts share, atomic file writes, devices and processes.
 """
 
 import argparse
@@ -29,10 +29,10 @@ def run_script(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     try:
         main()
-    except BrokenPipeError:  # `| head` has seen enough: Python's last flush must not fail too
+    except BrokenPipeError:  # as in `| head`: Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for one
+    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for example
         interrupted = isinstance(error, KeyboardInterrupt)
         message = str(error) or "interrupted"
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
@@ -44,14 +44,14 @@ def run_script(main):
 
 class Number:
     """
-    An argparse type: an int or a float within bounds. NaN is within none.
+    An argparse type: an int or a float within bounds. NaN is rejected.
 
     least, most: inclusive bounds; above, below: exclusive ones
     """
 
     def __init__(self, kind, least=None, most=None, above=None, below=None):
         self.kind, self.__name__ = kind, kind.__name__  # argparse names it in "invalid int value"
-        self.bounds = [(words, bound, holds) for words, bound, holds in (
+        self.bounds = [(text, bound, is_met) for text, bound, is_met in (
             ("at least", least, lambda value: value >= least),
             ("above", above, lambda value: value > above),
             ("at most", most, lambda value: value <= most),
@@ -62,9 +62,9 @@ class Number:
 
     def check(self, value):
         """The value; argparse.ArgumentTypeError if it is out of bounds."""
-        if not all(holds(value) for _, _, holds in self.bounds):
-            wanted = " and ".join(f"{words} {bound}" for words, bound, _ in self.bounds)
-            raise argparse.ArgumentTypeError(f"is {value}, it must be {wanted}")
+        if not all(is_met(value) for _, _, is_met in self.bounds):
+            allowed = " and ".join(f"{text} {bound}" for text, bound, _ in self.bounds)
+            raise argparse.ArgumentTypeError(f"is {value}, it must be {allowed}")
         return value
 
 
@@ -74,7 +74,7 @@ non_negative_float = Number(float, least=0)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand, and the default of each option that has one."""
+    """Keep the line breaks of descriptions, and show the default of each option that has one."""
 
     def _get_help_string(self, action):
         unset = action.default is None or action.default is False
@@ -83,8 +83,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 class Parser(argparse.ArgumentParser):
     """
-    An ArgumentParser whose errors are UserErrors of one line. Options are not abbreviated: `--lr`
-    would silently be `--lr_decay`.
+    An ArgumentParser that raises its errors as one-line UserErrors. Options cannot be abbreviated:
+    `--lr` would silently mean `--lr_decay`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (?:-\w+/)?(\S+): ", r"\1: ", message)
-        message = re.sub(r"^(\S+): is ", r"\1 is ", message)  # of a Number
+        message = re.sub(r"^(\S+): is ", r"\1 is ", message)  # the error of a Number
         raise UserError(f"{message}; --help lists the options")
 
     def options(self):
@@ -101,8 +101,8 @@ class Parser(argparse.ArgumentParser):
 
     def set_options_from(self, source, values):
         """
-        Take these values by name as defaults, those of unknown options aside. UserError that names
-        the file `source` if one is not of its option's type or range.
+        Take these values, by option name, as defaults; unknown names are ignored. Raises UserError,
+        which names the file `source`, for a value that is not of its option's type or range.
         """
         known = {action.dest: action for action in self._actions if action.dest in values}
         for name, action in known.items():
@@ -114,14 +114,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def _check_option(action, value):
-    """argparse.ArgumentTypeError unless an option can have this value, which was not parsed"""
+    """argparse.ArgumentTypeError unless this value, which was not parsed, suits the option"""
     kinds = str if action.nargs != 0 else bool  # flags take no argument
     if isinstance(action.type, Number):
         kinds = (int, float) if action.type.kind is float else int
-    right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+    valid = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
     if value is None and action.default is None:
         return
-    if not right or action.choices and value not in action.choices:
+    if not valid or action.choices and value not in action.choices:
         raise argparse.ArgumentTypeError(f"is {ascii(value)[:50]}")
     if isinstance(action.type, Number):
         action.type.check(value)
@@ -141,8 +141,8 @@ def add_device_options(parser):
 @contextmanager
 def atomic_write(path):
     """
-    `with atomic_write(path) as temporary:` write to `temporary`; the file then stands at `path`
-    whole, even after a power failure, or not at all if an error is raised.
+    `with atomic_write(path) as temporary:` write to `temporary`. The complete file then replaces
+    `path`, safe even after a power failure; if an error is raised, `path` is left as it was.
     """
     temporary = f"{path}.tmp"  # same folder, since os.replace stays within a file system
     try:
@@ -179,7 +179,7 @@ def read_text(path, next_step=""):
         raise UserError(f"{path} not found" + f"; {next_step}" * bool(next_step)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except (OSError, ValueError) as error:  # a folder, no permission; a name with a NUL
+    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}") from None
 
@@ -202,14 +202,15 @@ def broken_json(path, error, line=None):
 
 def write_json(path, content):
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content))  # json.dump would take the slow encoder
+        file.write(json.dumps(content))  # json.dump would use the slow encoder
 
 
 @contextmanager
 def exclusive_lock(path, busy, timeout=0.5):
     """
     Hold the lock file `path` while the block runs; the system releases it if the process dies.
-    Raises UserError(busy) if another process still holds it after `timeout` seconds.
+    Raises UserError with the message `busy` if another process still holds it after `timeout`
+    seconds.
     """
     lock = FileLock(path)
     try:
@@ -219,11 +220,11 @@ def exclusive_lock(path, busy, timeout=0.5):
     try:
         yield
     finally:
-        if os.name == "posix":  # while we still have it: afterwards it may be another's
+        if os.name == "posix":  # before the release: afterwards it may belong to another process
             with suppress(FileNotFoundError):
                 os.remove(path)
         lock.release()
-        if os.name != "posix":  # Windows keeps a file that is open, ours or another's
+        if os.name != "posix":  # Windows does not remove an open file
             with suppress(OSError):
                 os.remove(path)
 
@@ -232,7 +233,7 @@ def exclusive_lock(path, busy, timeout=0.5):
 
 
 def set_seed(seed):
-    """Seed every generator that we draw from: Python's, NumPy's and torch's on all devices."""
+    """Seed the random generators of Python, NumPy and torch (on all devices)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -240,20 +241,20 @@ def set_seed(seed):
 
 def autocast(device, amp):
     """
-    A context that multiplies matrices in half precision on this device: amp is "bf16", "fp16"
-    or None, which leaves everything as it is. Weights stay float32 all the same.
+    A context in which matrix products on this device are in half precision: amp is "bf16", "fp16"
+    or None, which changes nothing. Weights stay in float32.
     """
     return torch.autocast(device.type, AMP.get(amp), enabled=amp is not None)
 
 
 def find_device(name=None):
     """
-    torch.device by its name, by default the GPU if there is one; UserError if it isn't there.
-    From here on torch computes as all our scripts do.
+    The torch.device of this name, by default the GPU if there is one; UserError if it is not
+    available. Also makes torch's global settings those that all scripts use.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; nothing on others
-    # Numbers below 1e-38 become 0: sharp attention is full of them, and they cost a CPU 10 times
-    # as long as others.
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    # Numbers below 1e-38 become 0: sharp attention is full of them, and on a CPU they take 10 times
+    # as long as other numbers.
     torch.set_flush_denormal(True)
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -264,7 +265,7 @@ def find_device(name=None):
 
 
 class Distributed(NamedTuple):
-    """One process of those that `torchrun --nproc_per_node=K` started, or the only one."""
+    """One of the processes that `torchrun --nproc_per_node=K` started, or the only process."""
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -302,8 +303,10 @@ class Distributed(NamedTuple):
 @contextmanager
 def distributed(device=None):
     """
-    `with distributed(device) as processes:` join the processes that torchrun started, or be the
-    only one. device: as in `find_device`; under torchrun each process takes a GPU of its own.
+    `with distributed(device) as processes:` join the processes that torchrun started, if it did.
+
+    device: as in `find_device`; under torchrun each process takes its own GPU
+    Yields a `Distributed`.
     """
     device = find_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))

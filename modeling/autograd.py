@@ -1,10 +1,10 @@
 """
 Autograd functions for the decoder's loop and its cross-entropy: the same numbers as the plain
-expressions, faster and in less memory. `models.py` can be read without them.
+expressions, faster and in less memory. `models.py` can be understood without reading them.
 
 A layer that runs once per time step has one weight gradient per step, and autograd adds them up
-one by one. Here each step only keeps the factors of its gradient; when the last step has gone
-backward, one large matrix product makes the sum (`DeferredGradients`).
+one by one. Here each step only stores the factors of its gradient; after the last step's backward
+pass, one large matrix product computes the sum (`DeferredGradients`).
 """
 
 from functools import partial
@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 class DeferredGradients(torch.autograd.Function):
     """
-    `anchor = DeferredGradients.apply(make_gradients, *tensors)`: once every function that takes the
-    anchor as an input has gone backward, make_gradients() returns the gradients of the tensors.
+    `anchor = DeferredGradients.apply(make_gradients, *tensors)`: once the backward pass of every
+    function that takes the anchor as an input has run, make_gradients() is called and returns the
+    gradients of the tensors.
     """
 
     @staticmethod
@@ -34,8 +35,8 @@ class DeferredLinear:
     """
     `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
 
-    weight (O, I), bias (O,), x (M, I) with another M each time. Under autocast the weight is
-    cast once, not at every step.
+    weight (O, I), bias (O,), x (M, I), where M may differ from call to call. Under autocast the
+    weight is cast once, not at every step.
     """
 
     def __init__(self, weight, bias):
@@ -44,7 +45,7 @@ class DeferredLinear:
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), bias.to(dtype)
         self.weight, self.bias = weight.detach(), bias.detach()
-        self.inputs, self.grads = [], []  # one of each per step
+        self.inputs, self.grads = [], []  # one entry per step
         self.anchor = DeferredGradients.apply(
             partial(self._make_gradients, self.inputs, self.grads), weight, bias)
 
@@ -84,15 +85,15 @@ class AttentionEnergy:
 
     keys (N, P, A), weight (A,), query (n, R, A) for the first n <= N images; returns (n, R, P).
 
-    The sum over (N, R, P, A) is the decoder's largest tensor by far. It is never stored: it is
-    computed for a few images at a time, small enough for the processor's cache, and computed again
-    in the backward pass.
+    keys + query, (n, R, P, A), would be the decoder's largest tensor by far. It is never stored:
+    it is computed for a few images at a time, small enough for the processor's cache, and computed
+    again in the backward pass.
     """
 
     def __init__(self, keys, weight):
         weight = weight.to(keys.dtype)
         self.keys, self.weight = keys.detach(), weight
-        self.d_keys = []  # one tensor from the first backward on, still without factor `weight`
+        self.d_keys = []  # one tensor after the first backward, without the factor `weight`
         self.anchor = DeferredGradients.apply(
             partial(self._make_gradients, self.keys, weight.detach(), self.d_keys), keys, weight)
 
@@ -108,15 +109,15 @@ class AttentionEnergy:
         return _Energy.apply(query, self.weight, self.anchor, self.keys, self.d_keys)
 
 
-def _chunk_size(tensor, numbers):
-    """How many items of so many numbers each to process at a time, at least 1."""
-    # What the caches of a few cores hold; on a GPU, enough to keep it busy.
+def _chunk_size(tensor, numel):
+    """How many items of `numel` elements each to process at a time, at least 1."""
+    # As much as the caches of a few cores hold; on a GPU, enough to keep it busy.
     budget = 4 << 20 if tensor.device.type == "cpu" else 1 << 30
-    return max(1, budget // max(1, numbers * tensor.element_size()))
+    return max(1, budget // max(1, numel * tensor.element_size()))
 
 
 def _blocks(keys, query):
-    """Slices of a few images each, and a buffer (images, R, P, A) for them."""
+    """Yield slices of a few images each, and a buffer (images, R, P, A) for them."""
     shape = query.shape[1], *keys.shape[1:]
     step = min(len(query), _chunk_size(keys, shape[0] * shape[1] * shape[2]))
     buffer = keys.new_empty(step, *shape)
@@ -166,8 +167,8 @@ class _Energy(torch.autograd.Function):
 
 def log_softmax_parts(logits, targets):
     """
-    The two parts of a log-probability, the target's logit and the logsumexp, each (W,) in float32
-    at least, without a second tensor of the logits' size. logits (W, V), targets (W,)
+    The two parts of a log-probability, the target's logit and the logsumexp, each (W,) in at least
+    float32, without a second tensor of the logits' size. logits (W, V), targets (W,)
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = _chunk_size(logits, logits.shape[1])
@@ -177,9 +178,9 @@ def log_softmax_parts(logits, targets):
 
 class CrossEntropy(torch.autograd.Function):
     """
-    `CrossEntropy.apply(logits, targets, weights)`: F.cross_entropy's sum over the tokens, in
-    float32 at least, but without a second and third tensor of the logits' size: the gradient is the
-    only one.
+    `CrossEntropy.apply(logits, targets, weights)`: F.cross_entropy with reduction="sum", in at
+    least float32. The gradient is the only further tensor of the logits' size; PyTorch's version
+    needs two more.
 
     logits (W, V), targets (W,); weights (W,) of the tokens, or None
     """
@@ -199,7 +200,7 @@ class CrossEntropy(torch.autograd.Function):
         grads = grad.expand_as(totals) if weights is None else grad * weights.to(totals.dtype)
         for part, target, total, out, d_loss in zip(
                 *(x.split(rows) for x in (logits, targets, totals, d_logits, grads))):
-            # Rounded to the logits' precision only at the end: p - 1 is small.
+            # Rounded to the logits' precision only at the end, since p - 1 may be small.
             d_part = (part - total.unsqueeze(1)).exp_()
             d_part.scatter_add_(1, target.unsqueeze(1), torch.full_like(total, -1).unsqueeze(1))
             out.copy_(d_part.mul_(d_loss.unsqueeze(1)))

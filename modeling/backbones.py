@@ -1,6 +1,6 @@
 """
-Convolutional classifiers of torchvision and timm, cut down to what the encoder needs: the
-part that makes the feature map, its weights, its normalisation, and what to fine-tune.
+Convolutional classifiers of torchvision and timm, reduced to what the encoder needs: the layers
+up to the feature map, their weights, the input normalisation, and which modules to fine-tune.
 """
 
 import re
@@ -14,7 +14,7 @@ from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Children that belong to the head, or (Inception, GoogLeNet) to the auxiliary ones for training.
+# Children that belong to the head, or (Inception, GoogLeNet) to the auxiliary heads for training.
 _HEADS = re.compile("fc|classifier|heads?|pre_logits|global_pool|avgpool|dropout|flatten")
 _AUXILIARY = re.compile("aux[12]|AuxLogits")
 
@@ -23,7 +23,7 @@ class Backbone(NamedTuple):
     body: nn.Sequential  # the classifier's children without its head
     channels: int  # of the feature map: E
     fine_tuned: list  # modules beyond stride 4: blocks 2-4 of a ResNet
-    mean: tuple  # what its images, 0..1, were normalised with
+    mean: tuple  # with which its images, 0..1, are normalised
     std: tuple
 
 
@@ -42,8 +42,8 @@ def load_backbone(name, weights):
     else:
         model, mean, std = _from_timm(name, weights)
     state = None if weights in ("imagenet", "none", None) else _read_file(weights, name)
-    captioner = isinstance(state, dict) and "encoder_args" in state
-    if state is not None and not captioner:
+    is_captioner = isinstance(state, dict) and "encoder_args" in state
+    if state is not None and not is_captioner:
         _load_classifier(model, state, name, weights)
 
     body = []
@@ -57,14 +57,14 @@ def load_backbone(name, weights):
         last[-1] = nn.Identity()  # VGG: section 4.3 takes the map before the last max pooling
     probed = _probe(body)
     if probed is None and hasattr(model, "forward_features"):
-        # A timm model that is no chain of its children: HRNet, DLA and the like.
+        # A timm model that is not a sequence of its children: HRNet, DLA and similar ones.
         model.reset_classifier(0, "")
         body = nn.Sequential(model)
         probed = _probe(body)
     if probed is None:
         raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
                         f"try resnet101, vgg19 or tf_efficientnet_lite0")
-    if captioner:
+    if is_captioner:
         _load_encoder(body, state, name, weights)
     if weights == "none":
         calibrate_batchnorm(body)
@@ -76,17 +76,17 @@ def _from_torchvision(name, weights):
 
     pretrained = None
     if weights == "imagenet":
-        # V1 is what the tutorial used; V2 classifies better, but its features transfer worse.
+        # The tutorial used V1; V2 classifies better, but its features transfer worse.
         available = torchvision.models.get_model_weights(name)
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
     try:
         model = torchvision.models.get_model(name, weights=pretrained)
-    except Exception as error:  # OSError, HTTPException, RuntimeError where the hash is wrong
+    except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash
         if pretrained is None:
             raise
         raise UserError(f"could not download {pretrained.url} ({error}); fetch that file and pass "
                         f"--encoder_weights FILE, or --encoder_weights none") from None
-    if name in ("googlenet", "inception_v3"):  # torchvision's own weights want -1..1
+    if name in ("googlenet", "inception_v3"):  # torchvision's weights expect -1..1
         return model, (0.5,) * 3, (0.5,) * 3
     return model, IMAGENET_MEAN, IMAGENET_STD
 
@@ -104,7 +104,7 @@ def _from_timm(name, weights):
     except Exception as error:
         if weights != "imagenet":
             raise
-        # huggingface_hub raises many kinds; all of them mean that there are no weights.
+        # huggingface_hub raises many kinds of errors; all mean that there are no weights.
         url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"could not download {url} ({reason}); fetch that file and pass "
@@ -113,55 +113,56 @@ def _from_timm(name, weights):
 
 
 def _read_file(path, name):
-    """A state dict, or a checkpoint of ours."""
+    """A state dict, or one of our checkpoints."""
     if not Path(path).is_file():
         raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file  # what timm's hub serves; timm requires it
+            from safetensors.torch import load_file  # timm's download format; timm requires it
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _unfit(path, name, error) from None
+        raise _weights_error(path, name, error) from None
 
 
 def _load_encoder(body, checkpoint, name, path):
-    """The encoder of a trained captioner."""
+    """Load the encoder of a trained captioner."""
     try:
-        theirs = checkpoint["encoder_args"]["name"]
-        if theirs != name:
-            raise UserError(f"{path} has the encoder {theirs}, not {name}; pass --encoder {theirs}")
+        found = checkpoint["encoder_args"]["name"]
+        if found != name:
+            raise UserError(f"{path} has the encoder {found}, not {name}; pass --encoder {found}")
         body.load_state_dict({key.removeprefix("resnet."): tensor
                               for key, tensor in checkpoint["encoder"].items()})
     except UserError:
         raise
     except Exception as error:
-        raise _unfit(path, name, error) from None
+        raise _weights_error(path, name, error) from None
 
 
 def _load_classifier(model, state, name, path):
-    """A state dict with the classifier's own keys; it may lack the head's."""
+    """Load a state dict with the classifier's own keys; those of the head may be missing."""
     try:
         report = model.load_state_dict(state, strict=False)
     except Exception as error:
-        raise _unfit(path, name, error) from None
-    lacking = [key for key in report.missing_keys
+        raise _weights_error(path, name, error) from None
+    missing = [key for key in report.missing_keys
                if not _HEADS.fullmatch(key.partition(".")[0])
                and not key.endswith("num_batches_tracked")]
-    if lacking or report.unexpected_keys:
-        key, what = ((lacking[0], "lacks") if lacking else (report.unexpected_keys[0], "also has"))
-        raise UserError(f"{path} does not fit {name}: it {what} {key}")
+    if missing or report.unexpected_keys:
+        key, verb = ((missing[0], "lacks") if missing else (report.unexpected_keys[0], "also has"))
+        raise UserError(f"{path} does not fit {name}: it {verb} {key}")
 
 
-def _unfit(path, name, error):
-    return UserError(f"{path} holds no weights of {name}: {' '.join(str(error).split())[:200]}")
+def _weights_error(path, name, error):
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{path} does not hold weights of {name}: {reason}")
 
 
 @torch.no_grad()
 def calibrate_batchnorm(body):
     """
-    Give a random network's BatchNorms the statistics of noise. Without any, activations of a
-    deep residual network grow with every block, to 1e5 in a ResNet-101.
+    Set the statistics of a random network's BatchNorms to those of noise images. With the initial
+    ones, activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
     """
     norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -177,33 +178,33 @@ def calibrate_batchnorm(body):
 def _probe(body):
     """
     Run one small image. Returns the channels of the feature map and the modules whose output
-    lies beyond stride 4; None if what comes out is no feature map.
+    is beyond stride 4; None if the output is not a feature map.
     """
-    side, beyond, hooks = 128, [], []
+    side, beyond_stride_4, hooks = 128, [], []
 
-    def note(module, _, out):
+    def check_output(module, _, out):
         if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[3] < side // 4:
-            beyond.append(module)
+            beyond_stride_4.append(module)
 
-    def watch(module):
+    def register_hooks(module):
         if isinstance(module, (nn.Sequential, nn.ModuleList)) or hasattr(module, "default_cfg"):
             for child in module.children():
-                watch(child)
+                register_hooks(child)
         else:
-            hooks.append(module.register_forward_hook(note))
+            hooks.append(module.register_forward_hook(check_output))
 
-    watch(body)
+    register_hooks(body)
     try:
         out = body.eval()(torch.zeros(1, 3, side, side))
         channels = out.shape[1]
         if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
             return None
     except Exception:
-        return None  # parts that do not fit one behind the other fail in all sorts of ways
+        return None  # children that are not a sequence fail in many ways
     finally:
         for hook in hooks:
             hook.remove()
     weights = sum(p.numel() for p in body.parameters())
-    if sum(p.numel() for module in beyond for p in module.parameters()) < weights / 2:
-        return None  # a transformer that turns tokens into a map at its very end
-    return channels, beyond
+    if sum(p.numel() for module in beyond_stride_4 for p in module.parameters()) < weights / 2:
+        return None  # a transformer that turns tokens into a map only at its end
+    return channels, beyond_stride_4

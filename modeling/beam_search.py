@@ -8,11 +8,11 @@ import torch
 from modeling.sampling import most_likely_location
 from utils import Number, UserError, positive_int
 
-MAX_LENGTH_PENALTY = 10  # beyond, only the length would count, and powers overflow
+MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 
 
 def add_search_options(parser):
-    """The options of the scripts that search; `search_options` turns them into arguments."""
+    """The options of beam search; `search_options` turns them into its keyword arguments."""
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=positive_int, default=50, help="longest caption, in words")
     add("--length_penalty", type=Number(float, least=0, most=MAX_LENGTH_PENALTY), default=0.0,
@@ -23,7 +23,7 @@ def add_search_options(parser):
 
 
 def search_options(args):
-    """The keyword arguments of `beam_search` that `add_search_options` asked for."""
+    """The keyword arguments of `beam_search` from the options of `add_search_options`."""
     return {"max_len": args.max_len, "length_penalty": args.length_penalty, "no_unk": args.no_unk,
             "hard_attention": most_likely_location if args.attention == "hard" else None}
 
@@ -47,13 +47,13 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     <end> counted; at 1 that is the mean per word
     no_unk: never choose <unk>; probabilities stay as they are
     hard_attention: see `Attention`; at test time it is `most_likely_location`
-    callback: called after each step, for the n images still active, with the scores and tokens of
-    each slot's best continuations, (n, K, C), -inf where there is none, and with the beams kept of
-    them: their scores, -inf beyond the beam's width, tokens and parents, (n, K)
+    callback: called after each step, for the n images still active, with five tensors: scores and
+    tokens of each slot's best continuations, (n, K, C), scores -inf for closed slots; and scores,
+    tokens and parents of the beams kept from them, (n, K), scores -inf beyond the image's width
 
-    The rule is the tutorial's: a beam that reaches <end> is set aside and the beam shrinks
-    by one; of those set aside the best total log-probability wins. If none has finished
-    after max_len tokens, the best unfinished one is returned.
+    The rule is the tutorial's: a beam that reaches <end> is set aside, and the search continues
+    with one beam less; of those set aside, the best total log-probability wins. If none has
+    finished after max_len tokens, the best unfinished one is returned.
 
     Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size or if
     length_penalty is not 0..10, UserError if the decoder's logits are not finite.
@@ -72,14 +72,14 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     annotations = decoder.encode_memory(features)
     state = decoder.init_hidden_state(annotations)
     tokens = torch.full((n, beam_size), start, device=device)
-    # A closed slot has score -inf. At first only slot 0 is open, since all are alike.
+    # A closed slot has score -inf. At first only slot 0 is open, since all would be equal.
     scores = state[0].new_full((n, beam_size), -torch.inf)
     scores[:, 0] = 0
-    slots = torch.arange(0, n * beam_size, beam_size, device=device)  # the open ones: M
-    width = torch.full((n, 1), beam_size, device=device)  # of each image's beam
+    slots = torch.arange(0, n * beam_size, beam_size, device=device)  # the M open ones
+    width = torch.full((n, 1), beam_size, device=device)  # beams left for each image
     best_finished = scores.new_full((n, n_best), -torch.inf)
-    rows = torch.arange(n, device=device)  # which image each row still active belongs to
-    history = []  # per step: the image rows and their (tokens, parents, scores, alphas)
+    rows = torch.arange(n, device=device)  # the image of each row still active
+    history = []  # per step: rows and their tokens, parents, scores, alphas
 
     for length in range(1, max_len + 1):
         token_gates = decoder.embed_to_gates(tokens.flatten()[slots], annotations)
@@ -98,33 +98,34 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         best_finished = best_finished.topk(n_best).values
         scores = scores.masked_fill(ended, -torch.inf)
         width = (scores > -torch.inf).sum(1, keepdim=True)
-        # Scores only fall, so an image is done once its best open beam, even with the most
-        # favourable length, is below the worst finished one wanted.
+        # Scores only decrease, so an image is done once its best open beam, even at the most
+        # favourable length, ranks below the n_best-th finished one.
         active = scores.max(1).values / max_len ** length_penalty > best_finished[:, -1]
         source = slots.new_zeros(tokens.numel()).index_copy(  # slot -> its row in the state
             0, slots, torch.arange(len(slots), device=device))
-        first = torch.arange(0, tokens.numel(), beam_size, device=device).unsqueeze(1)
-        source = source[first + parents]  # (N, K): of each slot's parent
+        first_slot = torch.arange(0, tokens.numel(), beam_size, device=device).unsqueeze(1)
+        source = source[first_slot + parents]  # (N, K): of each slot's parent
         is_open = ((scores > -torch.inf) & active.unsqueeze(1)).flatten()
-        m, images = torch.stack([is_open.sum(), active.sum()]).tolist()  # the step's one host sync
-        if m == 0:
+        # The step's only transfer from the device to the host:
+        num_open, num_active = torch.stack([is_open.sum(), active.sum()]).tolist()
+        if num_open == 0:
             break
-        slots = _true_indices(is_open, m)
+        slots = _true_indices(is_open, num_open)
         state = tuple(x.index_select(0, source.flatten()[slots]) for x in state)
-        if images <= len(rows) // 2:  # drop the done ones, seldom, since the others are copied
-            keep = _true_indices(active, images)
+        if num_active <= len(rows) // 2:  # drop the rows that are done; rarely, since it copies
+            kept = _true_indices(active, num_active)
             new_row = torch.zeros_like(rows).index_copy(
-                0, keep, torch.arange(images, device=device))
+                0, kept, torch.arange(num_active, device=device))
             slots = new_row[slots // beam_size] * beam_size + slots % beam_size
-            rows, tokens, scores = rows[keep], tokens[keep], scores[keep]
-            best_finished, width = best_finished[keep], width[keep]
-            annotations = annotations[keep]
+            rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
+            best_finished, width = best_finished[kept], width[kept]
+            annotations = annotations[kept]
     return _backtrack(history, end, n, n_best, length_penalty)
 
 
 def _extend(scores, log_probs, slots, width, callback=None):
     """
-    The best continuations of each image's open slots, `width` of them.
+    The `width` best continuations of each image's open slots.
 
     scores (N, K), log_probs (M, V) of the M open slots, width (N, 1)
     Returns scores (-inf beyond the width), tokens and parents (slots), each (N, K)
@@ -132,15 +133,16 @@ def _extend(scores, log_probs, slots, width, callback=None):
     n, k = scores.shape
     # The K best of an image are among the K best of each of its slots.
     best, tokens = log_probs.topk(min(k, log_probs.shape[1]))  # (M, min(K, V))
-    each = best.shape[1]
+    per_slot = best.shape[1]
     total = scores.flatten()[slots].unsqueeze(1) + best
-    total = scores.new_full((n * k, each), -torch.inf).index_copy(0, slots, total.to(scores.dtype))
+    total = scores.new_full((n * k, per_slot), -torch.inf).index_copy(
+        0, slots, total.to(scores.dtype))
     tokens = _scatter_to_slots(tokens, slots, (n, k))
     top, index = total.view(n, -1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
-    kept = top, tokens.flatten(1).gather(1, index), index // each
+    kept = top, tokens.flatten(1).gather(1, index), index // per_slot
     if callback:
-        callback(total.view(n, k, each), tokens, *kept)
+        callback(total.view(n, k, per_slot), tokens, *kept)
     return kept
 
 
@@ -155,7 +157,7 @@ def _true_indices(mask, count):
 
 
 def _backtrack(history, end, n, n_best, length_penalty):
-    """Follow the parents back from the winners: N Captions."""
+    """Follow the parents back from the best last tokens. Returns N Captions."""
     steps, alpha = len(history), history[0][-1]
     tokens, parents = np.zeros((2, steps, n, alpha.shape[1]), dtype=np.int64)
     scores = np.full(tokens.shape, -np.inf)
@@ -168,23 +170,23 @@ def _backtrack(history, end, n, n_best, length_penalty):
     finished = (tokens == end) & (scores > -np.inf)
     captions = []
     for i in range(n):
-        lasts = np.argwhere(finished[:, i])  # (step, slot) of every finished beam
-        if not len(lasts):
-            lasts = np.array([(steps - 1, slot) for slot in range(tokens.shape[2])
-                              if scores[-1, i, slot] > -np.inf])
-        if not len(lasts):
+        ends = np.argwhere(finished[:, i])  # (step, slot) of every finished beam
+        if not len(ends):
+            ends = np.array([(steps - 1, slot) for slot in range(tokens.shape[2])
+                             if scores[-1, i, slot] > -np.inf])
+        if not len(ends):
             raise UserError("the model's scores are not finite: it is damaged, or too large for "
                             "--amp fp16; leave that out, or pass another --model")
-        ranks = scores[lasts[:, 0], i, lasts[:, 1]] / (lasts[:, 0] + 1.0) ** length_penalty
+        ranks = scores[ends[:, 0], i, ends[:, 1]] / (ends[:, 0] + 1.0) ** length_penalty
         best = np.argsort(-ranks, kind="stable")[:n_best]
         first, *others = (_path(tokens[:, i], parents[:, i], scores[:, i], alphas[:, i], end, *last)
-                          for last in lasts[best])
+                          for last in ends[best])
         captions.append(first._replace(alternatives=others))
     return captions
 
 
 def _path(tokens, parents, scores, alphas, end, step, slot):
-    """One image's beam that stands in `slot` after `step`; all but alphas (T, K)"""
+    """The Caption of the beam in `slot` after `step`; arrays of one image, (T, K) or (T, K, P)"""
     score, finished = float(scores[step, slot]), bool(tokens[step, slot] == end)
     path, attention = [], []
     for t in range(step, -1, -1):

@@ -1,6 +1,6 @@
 """
-Checkpoints of whole modules, as the well-known tutorial wrote them, in today's format or in the one
-before it: their tensors by name, and the arguments of our model, without running their code.
+Checkpoints of whole modules, as the tutorial wrote them, in torch's zip format or the one before
+it: extracts their tensors by name and the arguments of our model, without running their code.
 """
 
 import math
@@ -8,22 +8,23 @@ import math
 from modeling.stub_unpickler import Refused, Stub, Tensor, one_line_errors
 from utils import UserError
 
-MAX_DEPTH, MAX_PARTS = 32, 100_000  # of a tree of modules; a ResNet-152 has 4 and 2000
+MAX_DEPTH, MAX_PARTS = 32, 100_000  # of a tree of modules; a ResNet-152: 4 and 2000
 
 
 def convert(root, path):
     """
-    The parts of a checkpoint in our format from one of the tutorial's, whose encoder and decoder
-    are whole modules. It never carried a word map; its optimizers are left behind.
+    Convert one of the tutorial's checkpoints, whose encoder and decoder are whole modules, to the
+    dictionary of our format. It has no word map, and its optimizers are left out.
 
-    root: what `read` found in the file
+    root: what `stub_unpickler.read` found in the file
 
-    Raises UserError that names the module or tensor that is not there.
+    Raises UserError that names the module or tensor that is missing.
     """
     with one_line_errors(path):
         for name in ("encoder", "decoder"):
             if not isinstance(root.get(name), Stub):
-                raise UserError(f"{path} holds no {name}: it is no checkpoint of whole modules")
+                raise UserError(f"{path} has no module {name}: it is not a checkpoint of whole "
+                                f"modules")
         encoder, decoder = (_state_dict(root[name]) for name in ("encoder", "decoder"))
         size = _attribute(root["encoder"], "adaptive_pool", "output_size")
         size = size[0] if isinstance(size, tuple) and size else size
@@ -44,17 +45,17 @@ def convert(root, path):
 
 
 def _state_dict(module):
-    """Name -> Tensor of a stub and all the modules in it."""
+    """Name -> Tensor, of a stub and all modules in it."""
     tensors, todo, seen, parts = {}, [((), module)], set(), 0
     while todo:
         path, module = todo.pop()
-        children = module.part("_modules")
-        own = module.part("_parameters") | module.part("_buffers")
-        parts += len(children) + len(own)  # of which modules may share one dictionary
+        children = module.dict_attribute("_modules")
+        direct = module.dict_attribute("_parameters") | module.dict_attribute("_buffers")
+        parts += len(children) + len(direct)  # counted again where modules share a dictionary
         if id(module) in seen or len(path) > MAX_DEPTH or parts > MAX_PARTS:
-            raise Refused("a tree of modules without end")
+            raise Refused("an endless tree of modules")
         seen.add(id(module))
-        tensors |= {".".join((*path, name)): tensor for name, tensor in own.items()
+        tensors |= {".".join((*path, name)): tensor for name, tensor in direct.items()
                     if isinstance(tensor, Tensor)}
         todo += [((*path, name), child) for name, child in children.items()
                  if isinstance(child, Stub)]
@@ -62,24 +63,24 @@ def _state_dict(module):
 
 
 def _backbone(encoder, path):
-    """Which ResNet of torchvision, by its third block: layers, three convolutions each or two."""
+    """The name of torchvision's ResNet with as many layers in block 3 and convolutions in each."""
     layers = {name.split(".")[2] for name in encoder if name.startswith("resnet.6.")}
     names = ({6: "resnet50", 23: "resnet101", 36: "resnet152"}
              if "resnet.6.0.conv3.weight" in encoder else {2: "resnet18", 6: "resnet34"})
     if len(layers) not in names:
-        raise UserError(f"{path} holds an encoder that is no ResNet of torchvision: resnet.6 has "
+        raise UserError(f"{path} has an encoder that is not a ResNet of torchvision: resnet.6 has "
                         f"{len(layers)} layers, not {', '.join(map(str, names))}")
     return names[len(layers)]
 
 
 def _attribute(module, child, name):
-    """An attribute of one of a stub's modules, None if there is none."""
-    child = module.part("_modules").get(child)
+    """An attribute of a child of a stub; None if there is no such child or attribute."""
+    child = module.dict_attribute("_modules").get(child)
     return child.state.get(name) if isinstance(child, Stub) else None
 
 
 def _decoder_args(decoder, path):
-    """The arguments of DecoderWithAttention that the shapes of its tensors tell."""
+    """The arguments of DecoderWithAttention that follow from the shapes of its tensors."""
     def shape(name):
         if name not in decoder or len(decoder[name].shape) != 2:
             raise UserError(f"{path} lacks the decoder's matrix {name}")

@@ -1,6 +1,6 @@
 """
-`PackedCaptions`: a padded batch of captions laid out time step by time step, as
-torch.nn.utils.rnn.pack_padded_sequence does it, with the images that the captions share.
+`PackedCaptions`: a padded batch of captions in order of time steps, as in
+torch.nn.utils.rnn.pack_padded_sequence, with the images that the captions share.
 """
 
 from functools import partial
@@ -11,21 +11,21 @@ import torch
 
 class PackedCaptions(NamedTuple):
     """
-    The longest captions come first, so that those which go on at step t are a prefix of all, and
-    their images a prefix of all images. Made on the CPU, so that the decoder's loop never waits for
-    a GPU to say how many captions are left.
+    The longest captions come first, so the captions still active at step t are the first ones, and
+    so are their images. Computed on the CPU, so that the decoder's loop never waits for a GPU to
+    know how many captions are active.
 
-    W is the number of tokens to predict, that is all but the <start>s.
+    W is the number of tokens to predict, all except <start>.
     """
     images: torch.Tensor  # (N,) the images, longest caption first
     image_of: torch.Tensor  # (N R,) for each caption, longest first, the position of its image
-    batch_sizes: list  # T numbers M: how many captions go on at each step
-    grids: list  # T pairs (n, R): the images left, and the most captions that one of them has left
-    # Step by step, (W,) each:
+    batch_sizes: list  # T numbers M: the captions active at each step
+    grids: list  # T pairs (n, R): the active images, and the most active captions of one of them
+    # In order of steps, (W,) each:
     slots: torch.Tensor  # a caption's index in the flattened grid of its step
-    tokens: torch.Tensor  # the index in captions (N, R, L) of the token that is read
-    steps: torch.Tensor  # its index in a tensor (N, R, T)
-    by_caption: torch.Tensor  # the permutation from step by step to caption by caption
+    tokens: torch.Tensor  # the input token's index in captions (N, R, L)
+    steps: torch.Tensor  # the token's index in a tensor (N, R, T)
+    by_caption: torch.Tensor  # the permutation from order of steps to order of captions
 
     @staticmethod
     def of(lengths, width, device):
@@ -38,13 +38,13 @@ class PackedCaptions(NamedTuple):
         rank_in_image = decode_lengths.argsort(dim=1, **longest_first).argsort(1)
         rank = rank_in_image.flatten()[captions]
         all_steps = torch.arange(int(decode_lengths.max())).unsqueeze(1)
-        goes_on = decode_lengths.flatten()[captions] > all_steps  # (T, N R)
-        n, r = ((goes_on * (x + 1)).max(1).values for x in (image_of, rank))
-        step, caption = goes_on.nonzero(as_tuple=True)
+        active = decode_lengths.flatten()[captions] > all_steps  # (T, N R)
+        n, r = ((active * (x + 1)).max(1).values for x in (image_of, rank))
+        step, caption = active.nonzero(as_tuple=True)
         steps = captions[caption] * len(all_steps) + step
         slots = image_of[caption] * r[step] + rank[caption]
         tokens = captions[caption] * width + step
         to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
         per_token = torch.stack([slots, tokens, steps, steps.argsort()])  # one copy instead of four
-        return PackedCaptions(to_device(images), to_device(image_of), goes_on.sum(1).tolist(),
+        return PackedCaptions(to_device(images), to_device(image_of), active.sum(1).tolist(),
                               list(zip(n.tolist(), r.tolist())), *to_device(per_token))

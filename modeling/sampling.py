@@ -1,6 +1,6 @@
 """
-Random choices: tokens drawn from the decoder's distribution, and the locations that stochastic
-hard attention looks at (paper section 4.1).
+Random choices: tokens sampled from the decoder's distribution, and the locations of stochastic
+hard attention (paper section 4.1).
 """
 
 import torch
@@ -8,11 +8,11 @@ import torch
 
 def sample_categorical(probabilities):
     """
-    One index for each row (..., K), drawn with its probability: (...) int64.
+    Sample one index per row of probabilities (..., K): (...) int64.
 
-    It is the first of K exponential waiting times with these rates, which unlike
+    It is the index of the smallest of K exponential waiting times with these rates, which unlike
     torch.multinomial does not make the CPU wait for a GPU. Probabilities that are not finite give
-    some index; the loss, which is not finite either, reports them.
+    an arbitrary index; training reports them, since its loss is not finite either.
     """
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
@@ -29,8 +29,9 @@ def most_likely_location(alpha):
 
 def sample_location(alpha, hard):
     """
-    Hard attention in training: a location drawn from alpha (n, R, P), equation 8, for the captions
-    for which hard (N, R) is true; the others keep alpha, the expectation.
+    Hard attention in training: weights (n, R, P) that are 1 at a location sampled from alpha
+    (n, R, P), equation 8, for the captions where hard (N, R) is true; alpha, the expectation, for
+    the others.
     """
     n, r, _ = alpha.shape
     sampled = one_hot_locations(alpha, sample_categorical(alpha.detach()))
@@ -40,13 +41,13 @@ def sample_location(alpha, hard):
 @torch.no_grad()
 def sample_captions(decoder, features, word_map, samples, max_len=50):
     """
-    Draw captions from the decoder's distribution, token by token: `samples` for each image.
+    Sample captions from the decoder's distribution, token by token: `samples` for each image.
 
     decoder: in evaluation mode; features: (N, G, E)
 
     Returns captions (N, samples, L) int64, <start> ... <end> <pad>, and their lengths (N, samples)
-    on the CPU, <start> and <end> counted, as the decoder's forward takes them. One that has not
-    ended after max_len tokens stops there, without <end>.
+    on the CPU, <start> and <end> counted, as the decoder's forward takes them. A caption that has
+    not ended after max_len tokens is cut off there, without <end>.
     """
     n, device = len(features), features.device
     annotations = decoder.encode_memory(features)
@@ -59,9 +60,9 @@ def sample_captions(decoder, features, word_map, samples, max_len=50):
         state, *_ = decoder.step(token_gates, state, annotations, (n, samples), unfinished)
         tokens = sample_categorical(decoder.logits(state[0]).softmax(-1))
         captions[unfinished, t] = tokens
-        going_on = (tokens != word_map["<end>"]).nonzero().squeeze(1)
-        unfinished, tokens = unfinished[going_on], tokens[going_on]
-        state = tuple(x[going_on] for x in state)
+        active = (tokens != word_map["<end>"]).nonzero().squeeze(1)
+        unfinished, tokens = unfinished[active], tokens[active]
+        state = tuple(x[active] for x in state)
         if len(unfinished) == 0:
             break
     ended = captions == word_map["<end>"]

@@ -1,1 +1,1 @@
-"""Photographs and captions -> the files that training reads."""
+"""Images and captions -> the files that training reads."""

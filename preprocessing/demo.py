@@ -1,11 +1,11 @@
 """
-Draw small captioned scenes: a data set in minutes, with the truth about where things are.
+Draw small captioned scenes: a data set made in minutes, with the true position of each object.
 
     python -m preprocessing.demo FOLDER        # 1600 training, 100 validation, 200 test scenes
     python -m preprocessing.demo FOLDER --train 3000 --seed 1
 
-A scene is one shape at a place, or two shapes in a relation. Each gets five captions that are all
-true, and the box of each object, so that attention can be scored and not only shown.
+A scene is one shape at a place, or two shapes in a relation. Each gets five true captions, and the
+box of each object, so that attention can be scored and not only shown.
 """
 
 import json
@@ -31,12 +31,12 @@ from utils import (
     write_json,
 )
 
-DRAWING_VERSION = 1  # raise it whenever scenes are drawn differently, so that none is reused
+DRAWING_VERSION = 1  # increase it when scenes are drawn differently, so that old ones are redrawn
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 3, 6  # pixels, least distance to the edge and between two objects
 SIZES = {"small": (90, 98), "large": (114, 122)}  # pixels, longer side of the object's box
-# Each shape is drawn three times, one copy within the other, so that its form shows inside its box
-# and not at its edge alone: (scale, brightness).
+# Each shape is drawn three times, one copy inside the other, so that its form shows throughout its
+# box and not only at its edge: (scale, brightness).
 COPIES = (1, 1), (0.72, 0.55), (0.44, 1)
 COLOURS = {
     "red": (214, 40, 40), "yellow": (238, 212, 30), "green": (38, 150, 62),
@@ -69,7 +69,7 @@ SHAPES = {  # polygons of any scale, y downwards
 }  # fmt: skip
 
 ALL_OBJECTS = list(product(SIZES, COLOURS, SHAPES))
-ONE_OBJECT = [([thing], place) for thing, place in product(ALL_OBJECTS, PLACES)]
+ONE_OBJECT = [([obj], place) for obj, place in product(ALL_OBJECTS, PLACES)]
 TWO_OBJECTS = [([a, b], relation) for a, b, relation in product(ALL_OBJECTS, ALL_OBJECTS, RELATIONS)
        if a[1] != b[1] and a[2] != b[2]]  # fmt: skip
 
@@ -78,33 +78,34 @@ def choose_scenes(n, rng):
     """
     n different scenes in random order, one in eight of a single object.
 
-    A scene is (things, where): things are (size, colour, shape), and where is a key of PLACES for
-    one thing, of RELATIONS for two; the upper or left one of two comes first.
-    Raises UserError if there are not so many.
+    A scene is (objects, where): an object is (size, colour, shape), and where is a key of PLACES
+    for one object, of RELATIONS for two; the upper or left one of two comes first.
+    Raises UserError if fewer than n exist.
     """
     if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
         raise UserError(f"{n} scenes asked for; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
                         f"different ones exist")
-    ones = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
-    scenes = rng.sample(ONE_OBJECT, ones) + rng.sample(TWO_OBJECTS, n - ones)
+    single = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
+    scenes = rng.sample(ONE_OBJECT, single) + rng.sample(TWO_OBJECTS, n - single)
     rng.shuffle(scenes)
     return scenes
 
 
 def describe(scene):
     """The five captions of a scene; all true, all different, in lower case, without full stop."""
-    things, where = scene
+    objects, where = scene
     # Only two of the five give the size: a model attends most to an object at the first word about
-    # it, and attention is scored at colours and shapes, which tell the objects apart.
-    full = ["a " + " ".join(thing) for thing in things]
-    short = [f"a {colour} {shape}" for _, colour, shape in things]
-    if len(things) == 1:
+    # it, and attention is scored at colours and shapes, which distinguish the objects.
+    full = ["a " + " ".join(obj) for obj in objects]
+    short = [f"a {colour} {shape}" for _, colour, shape in objects]
+    if len(objects) == 1:
         [sized_a], [a], place = full, short, PLACES[where]
         return [f"{sized_a} {place}", f"there is {a} {place}", f"{a} is {place}",
                 f"{place} is {a}", f"the picture shows {sized_a} {place}"]  # fmt: skip
-    (sized_a, sized_b), (a, b), back = full, short, RELATIONS[where]
+    (sized_a, sized_b), (a, b), inverse = full, short, RELATIONS[where]
     return [f"{sized_a} {where} {sized_b}", f"there is {a} {where} {b}", f"{a} is {where} {b}",
-            f"{b} is {back} {a}", f"the picture shows {sized_b} {back} {sized_a}"]  # fmt: skip
+            f"{b} is {inverse} {a}",
+            f"the picture shows {sized_b} {inverse} {sized_a}"]  # fmt: skip
 
 
 def box(points):
@@ -114,7 +115,7 @@ def box(points):
 
 
 def outline(shape, size, centre, tilt):
-    """Corners (x, y) in pixels; tilt in radians, the longer side of the box is size pixels."""
+    """Corners (x, y) in pixels; tilt: radians; size: pixels, the longer side of the box."""
     points = [(x * cos(tilt) - y * sin(tilt), x * sin(tilt) + y * cos(tilt))
               for x, y in SHAPES[shape]]  # fmt: skip
     x0, y0, x1, y1 = box(points)
@@ -130,48 +131,48 @@ def choose_centres(sizes, where, rng):
     if len(sizes) == 1:
         ranges = (lows[0], lows[0] + 12), (SIDE / 2 - 10, SIDE / 2 + 10), (highs[0] - 12, highs[0])
         return [[rng.uniform(*ranges[cell]) for cell in where]]
-    least = sum(sizes) / 2 + GAP
-    slack = highs[1] - lows[0] - least
+    min_distance = sum(sizes) / 2 + GAP
+    slack = highs[1] - lows[0] - min_distance
     start, end = sorted(rng.uniform(0, slack) for _ in range(2))
-    along = [lows[0] + start, lows[0] + least + end]
-    while True:  # the other axis: the distance along must be more than twice that across
+    along = [lows[0] + start, lows[0] + min_distance + end]
+    while True:  # along the relation's axis, the distance must be more than twice that across it
         across = [rng.uniform(low, high) for low, high in zip(lows, highs, strict=True)]
         if abs(across[0] - across[1]) < (along[1] - along[0]) / 2:
             pairs = (across, along) if where == "above" else (along, across)
             return list(zip(*pairs, strict=True))
 
 
-def lay_out(scene, rng):
-    """A background (light, with a texture) and the objects on it: [(outline, RGB colour)]."""
-    # On a plain background every cell of a deep feature map tells what the objects are, and a
+def compose(scene, rng):
+    """A light, textured background, and the polygons to draw on it: [(outline, RGB colour)]."""
+    # On a plain background every cell of a deep feature map reveals what the objects are, and a
     # model need not attend to them. A texture of several scales keeps features local.
     background = np.full((SIDE, SIDE, 3), [rng.randint(193, 220) for _ in range(3)], np.float32)
-    for cells in (3, 8, 32, 128):
-        noise = Image.frombytes("RGB", (cells, cells), rng.randbytes(cells * cells * 3))
+    for side in (3, 8, 32, 128):
+        noise = Image.frombytes("RGB", (side, side), rng.randbytes(side * side * 3))
         background += np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) * 0.2 - 26
     background = Image.fromarray(background.clip(0, 255).astype(np.uint8))
 
-    things, where = scene
-    sizes = [rng.uniform(*SIZES[size]) for size, _, _ in things]
-    objects = []
+    objects, where = scene
+    sizes = [rng.uniform(*SIZES[size]) for size, _, _ in objects]
+    polygons = []
     centres = choose_centres(sizes, where, rng)
-    for (_, colour, shape), size, centre in zip(things, sizes, centres, strict=True):
+    for (_, colour, shape), size, centre in zip(objects, sizes, centres, strict=True):
         tilt = radians(rng.uniform(-8, 8))
         rgb = tuple(min(max(c + rng.randint(-14, 14), 0), 255) for c in COLOURS[colour])
-        objects.append((outline(shape, size, centre, tilt), rgb))
-    return background, objects
+        polygons.append((outline(shape, size, centre, tilt), rgb))
+    return background, polygons
 
 
-def draw(background, objects, factor=4):
-    """The picture of these objects, antialiased by drawing `factor` times larger."""
+def draw(background, polygons, factor=4):
+    """The picture of these polygons, antialiased by drawing `factor` times larger."""
     picture = background.copy()
-    for points, rgb in objects:
+    for points, rgb in polygons:
         x0, y0, x1, y1 = box(points)
         middle = (x0 + x1) / 2, (y0 + y1) / 2
         corner = int(x0) - 1, int(y0) - 1
         size = int(x1) + 2 - corner[0], int(y1) + 2 - corner[1]
         for scale, brightness in COPIES:
-            # In pixels of the finer picture, whose centres lie at half a pixel.
+            # In pixels of the finer picture, whose centres are at half a pixel.
             polygon = [tuple(factor * (m + scale * (v - m) - c) - 0.5
                              for v, m, c in zip(point, middle, corner)) for point in points]
             mask = Image.new("L", (size[0] * factor, size[1] * factor))
@@ -183,22 +184,22 @@ def draw(background, objects, factor=4):
 def draw_scene(scene, seed, path):
     """
     Write the scene's picture; returns the box of each object, in fractions of the side. The PNG
-    file carries both as text: if it is there already, it is left as it is.
+    file contains both as text, so a picture that has been drawn before is not drawn again.
     """
-    about = json.dumps([DRAWING_VERSION, scene, seed])
+    description = json.dumps([DRAWING_VERSION, scene, seed])
     try:
         with Image.open(path) as image:
-            if image.info.get("scene") == about:
+            if image.info.get("scene") == description:
                 return json.loads(image.info["boxes"])
-    except (OSError, KeyError, ValueError):  # none there, or not a picture of ours
+    except (OSError, KeyError, ValueError):  # no file, or not one of our pictures
         pass
-    background, objects = lay_out(scene, Random(seed))
-    boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in objects]
+    background, polygons = compose(scene, Random(seed))
+    boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in polygons]
     info = PngInfo()
-    info.add_text("scene", about)
+    info.add_text("scene", description)
     info.add_text("boxes", json.dumps(boxes))
-    with atomic_write(path) as temporary:  # noise hardly compresses, so level 1 does
-        draw(background, objects).save(temporary, "png", compress_level=1, pnginfo=info)
+    with atomic_write(path) as temporary:  # level 1 is enough: noise hardly compresses
+        draw(background, polygons).save(temporary, "png", compress_level=1, pnginfo=info)
     return boxes
 
 
@@ -211,13 +212,13 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     and height, and the words that name this object and no other of the scene: its colour and
     its shape.
 
-    Returns the path of folder/dataset_demo.json. It is written last: if it is there, so is all
-    else. The same arguments give the same files; pictures that are there are not touched.
-    Raises UserError if another process draws into the folder.
+    Returns the path of folder/dataset_demo.json. It is written last: if it exists, the data set
+    is complete. The same arguments give the same files; existing pictures are not drawn again.
+    Raises UserError if another process is drawing into the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder / ".lock", f"another process draws into {folder}; wait for it"):
+    with exclusive_lock(folder / ".lock", f"another process is drawing into {folder}; wait for it"):
         return _make_demo(folder, train, val, test, seed)
 
 
@@ -248,9 +249,9 @@ def _make_demo(folder, train, val, test, seed):
 if __name__ == "__main__":
     parser = Parser(prog="python -m preprocessing.demo",
                     description="Draw a captioned demo data set.")
-    parser.add_argument("folder", help="where the pictures and dataset_demo.json go")
+    parser.add_argument("folder", help="where to write the pictures and dataset_demo.json")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=non_negative_int, default=n,
                             help="number of scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice and the drawing")
+    parser.add_argument("--seed", type=int, default=0, help="of the random generator")
     run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

@@ -1,6 +1,6 @@
 """
-Features of a frozen encoder: each image is encoded once, for all epochs and all its captions,
-and kept on disk, in RAM or on the GPU.
+Cached features of a frozen encoder: each image is encoded once for all epochs and captions, and
+its features are kept on disk, in RAM or on the GPU.
 """
 
 import copy
@@ -19,20 +19,20 @@ from utils import UserError
 
 def cache_features(dataset, encoder, device, amp=None, batch_size=32):
     """
-    Encode each image of the dataset and keep the annotation vectors in an HDF5 file beside its
+    Encode each image of the dataset and write the annotation vectors to an HDF5 file beside its
     images: "features" (I, G, E) float16. Returns the file's path.
 
-    The name carries a hash of the image file's state, of the encoder and its weights and of
-    amp (see utils.autocast), so a cache never serves other images or another encoder; a complete
-    one is used again. What an interrupted call has encoded is kept, and the next one goes on.
-    Raises UserError if the disk is too small, a feature too large for float16, or another process
-    is writing the same file.
+    The name contains a hash of the image file's state, the encoder, its weights and amp (see
+    utils.autocast), so a cache is never used for other images or another encoder; a complete one is
+    used again. The work of an interrupted call is kept, and the next call continues it.
+    Raises UserError if the disk is too small, a feature is too large for float16, or another
+    process is writing the same file.
     """
-    path = _path(dataset, encoder, amp)
+    path = _cache_path(dataset, encoder, amp)
     staging = StagingFolder(path.parent, path.stem, path.stem, [path.name])
     if path.exists():
-        _check(path, dataset.num_images, encoder)
-        staging.remove()  # what a process leaves that is killed just after it has moved the file
+        _check_cache(path, dataset.num_images, encoder)
+        staging.remove()  # exists if a process was killed just after it had moved the file
         return path
     images = copy.copy(dataset)
     images.by_image = True
@@ -46,16 +46,16 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
             staging.check_space(" or pass --no-cache_features")
             if not resumed:
                 staging.start()
-            _encode_rest(staging, images, encoder, device, batch_size)
+            _encode_remaining(staging, images, encoder, device, batch_size)
             staging.move()
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {str(error).partition(chr(10))[0]}; what is "
-                        f"done is kept, the same command goes on") from None
+        raise UserError(f"{path} cannot be written: {str(error).partition(chr(10))[0]}; the "
+                        f"finished part is kept, run the same command to continue") from None
     return path
 
 
-def _encode_rest(staging, images, encoder, device, batch_size):
-    """Encode the images that are not done yet."""
+def _encode_remaining(staging, images, encoder, device, batch_size):
+    """Encode the images that are not encoded yet."""
     [file], done = staging.arrays.values(), staging.done["features"]
     bar = tqdm(total=len(images), initial=done, desc=f"encoding {Path(file.path).stem}",
                unit="image", disable=None)
@@ -75,46 +75,46 @@ def _encode_rest(staging, images, encoder, device, batch_size):
         staging.save()
 
 
-def _check(path, images, encoder):
-    """UserError unless the file holds this encoder's features of so many images."""
+def _check_cache(path, num_images, encoder):
+    """UserError unless the file holds this encoder's features of `num_images` images."""
     try:
         with h5py.File(path, "r") as file:
             features = file["features"]
-            sound = features.dtype == np.float16 and features.ndim == 3 \
-                and len(features) == images and features.shape[2] == encoder.encoder_dim
-    except Exception:  # what HDF5 makes of foreign bytes is of all sorts
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is damaged; delete it, and it is made anew")
+            valid = features.dtype == np.float16 and features.ndim == 3 \
+                and len(features) == num_images and features.shape[2] == encoder.encoder_dim
+    except Exception:  # HDF5 raises many kinds for foreign bytes
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is damaged; delete it, and it will be made again")
 
 
-def _path(dataset, encoder, amp):
-    stat, weights = os.stat(dataset.path), hashlib.sha256()
-    weights.update(repr((encoder.args, amp, stat.st_size, stat.st_mtime_ns)).encode())
+def _cache_path(dataset, encoder, amp):
+    stat, digest = os.stat(dataset.path), hashlib.sha256()
+    digest.update(repr((encoder.args, amp, stat.st_size, stat.st_mtime_ns)).encode())
     for name, tensor in encoder.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     return dataset.path.with_name(
-        f"{stem}_{encoder.args['name']}_{weights.hexdigest()[:16]}.hdf5")
+        f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5")
 
 
-def load_features(path, where, device):
+def load_features(path, storage, device):
     """
-    Where training reads cached features from: the path itself ("disk"), or a tensor
-    (I, G, E) float16 in RAM ("ram") or on the device ("device"). None chooses the fastest that
-    fits with as much room again to spare.
+    Cached features as training reads them: the path itself for storage "disk", a tensor (I, G, E)
+    float16 in RAM for "ram" or on the device for "device". None chooses the fastest of these with
+    enough free space for twice the features.
     """
     with h5py.File(path, "r") as file:
         features = file["features"]
-        if where is None:
-            where = _choose_storage(features.nbytes, device)
-        if where == "disk":
+        if storage is None:
+            storage = _choose_storage(features.nbytes, device)
+        if storage == "disk":
             return path
         tensor = torch.empty(features.shape, dtype=torch.float16,
-                             device=device if where == "device" else "cpu")
+                             device=device if storage == "device" else "cpu")
         step = max(1, (64 << 20) // max(1, features.nbytes // max(1, len(features))))
-        for i in range(0, len(features), step):  # never a second copy of them all
+        for i in range(0, len(features), step):  # in pieces: no second copy of all features
             tensor[i:i + step] = torch.from_numpy(features[i:i + step]).to(tensor.device)
     return tensor
 
@@ -124,6 +124,6 @@ def _choose_storage(size, device):
         return "device"
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS does not tell
+    except (ValueError, OSError):  # macOS does not say
         return "disk"
     return "ram" if free > 2 * size else "disk"

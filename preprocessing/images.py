@@ -1,4 +1,4 @@
-"""Pictures of any kind -> upright RGB -> the square that the encoder sees."""
+"""Image files of any kind -> upright RGB -> the square input of the encoder."""
 
 import os
 import sys
@@ -12,16 +12,16 @@ from PIL import ExifTags, Image
 
 from utils import UserError
 
-# A picture that can be read is read without a warning about what is unusual in it.
+# Pillow's warnings about unusual but readable files are not for the user.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-# imageio tries to import pillow_heif for every picture. Where it is not installed, say so once: the
-# search would take a third as long as decoding a small photograph.
+# imageio tries to import pillow_heif for every picture. If it is not installed, record that here:
+# each failed import would take a third of the time of decoding a small photograph.
 if find_spec("pillow_heif") is None:
     sys.modules["pillow_heif"] = None
 
-OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, 8 bits a channel, most photographs
-# EXIF orientation -> quarter turns to the left that set the picture upright, and whether it must
-# be mirrored then. imageio's own rotate=True mirrors grey and palette pictures the wrong way.
+OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, with 8 bits per channel
+# EXIF orientation -> quarter turns to the left that make the picture upright, and whether it must
+# then be mirrored. imageio's own rotate=True mirrors grey and palette pictures the wrong way.
 TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True),
          8: (1, False)}
 
@@ -30,47 +30,49 @@ def read_rgb(path):
     """
     Read any picture as upright RGB: uint8 (height, width, 3).
 
-    EXIF rotation is applied, transparency laid over white, 16 bits and floats are
-    brought to 8, and of an animation the first frame is taken.
-    Raises UserError if the file is missing, not a readable picture or of more than 179 million
+    EXIF rotation is applied, transparency is blended with white, 16-bit and float values are
+    scaled to 8 bits, and the first frame of an animation is taken.
+    Raises UserError if the file is missing, is not a readable picture or has more than 179 million
     pixels, which would take gigabytes (Pillow's limit against decompression bombs).
     """
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an image")
     try:
-        # imageio gets the open file: it would take some names for web addresses or archives.
+        # imageio gets the open file: it would mistake some names for web addresses or archives.
         with open(path, "rb") as file, iio.imopen(file, "r", plugin="pillow") as picture:
             info = picture.metadata(index=0)
             pixels = picture.read(index=0, mode=_target_mode(info["mode"], info),
                                   writeable_output=False)
-            # Asked for again, since Pillow sets TIFF files upright itself when it reads them.
+            # Read again, since Pillow turns TIFF files upright itself when it reads them.
             info = picture.metadata(index=0, exclude_applied=False)
             return _upright_rgb(pixels, info.get("Orientation"))
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
-    except Exception as error:  # decoders raise all sorts: EOFError, RuntimeError, struct.error
+    except Exception as error:  # decoders raise many kinds: EOFError, RuntimeError, struct.error
         raise UserError(f"{path} is not a readable image: {_reason(error)}") from None
 
 
 def to_rgb(image):
-    """The same for a PIL image in memory, which stays as it is."""
+    """As `read_rgb`, for a PIL image in memory, which is not changed."""
     mode = _target_mode(image.mode, image.info)
     pixels = np.asarray(image.convert(mode) if mode else image)
     return _upright_rgb(pixels, image.getexif().get(ExifTags.Base.Orientation))
 
 
 def _target_mode(mode, info):
-    """The Pillow mode to convert to; None where Pillow would clip values instead of scaling."""
+    """The Pillow mode to convert to; None where Pillow would clip values, not scale them."""
     if mode.startswith("I") or mode == "F":
         return None
-    # Through RGBA, since converting straight to RGB shows whatever colour stands under a
-    # transparent pixel.
+    # By way of RGBA, since converting directly to RGB shows the colour stored under a transparent
+    # pixel.
     return "RGB" if mode in OPAQUE_MODES and "transparency" not in info else "RGBA"
 
 
 def _upright_rgb(pixels, orientation):
     """
     pixels: (H, W) of more than 8 bits, or uint8 (H, W, 3 or 4); orientation: EXIF's number or None
+
+    Returns uint8 (H, W, 3), without transparency and upright.
     """
     if pixels.dtype != np.uint8:
         pixels = np.repeat(_to_8_bits(pixels)[..., None], 3, axis=2)
@@ -86,7 +88,7 @@ def _upright_rgb(pixels, orientation):
 
 
 def _to_8_bits(pixels):
-    """Integers of 0 to 65535, or floats of 0 to their maximum (at least 1) -> uint8"""
+    """Integers from 0 to 65535, or floats from 0 to their maximum (at least 1) -> uint8"""
     is_float = pixels.dtype.kind == "f"
     if is_float and not np.isfinite(pixels).all():
         raise ValueError("it has values that are not finite")
@@ -95,8 +97,8 @@ def _to_8_bits(pixels):
 
 
 def _reason(error):
-    """In one line why a picture could not be read."""
-    if "`pillow`" in str(error) and error.__cause__:  # imageio's own line, around the true reason
+    """One line on why a picture could not be read."""
+    if "`pillow`" in str(error) and error.__cause__:  # imageio's message around the real reason
         error = error.__cause__
     if isinstance(error, InitializationError):
         return "it is in none of the formats that Pillow knows"
@@ -107,9 +109,9 @@ def _reason(error):
 
 def read_image(path, size=256):
     """
-    Read a picture for the encoder: uint8 (3, size, size), resized to a square as in the
-    tutorial, whatever its aspect ratio. PIL's bilinear filter widens as it shrinks, so nothing
-    is aliased. Raises UserError as `read_rgb` does.
+    Read a picture for the encoder: uint8 (3, size, size), resized to a square as in the tutorial,
+    without keeping its aspect ratio. PIL's bilinear filter is antialiased. Raises UserError as
+    `read_rgb` does.
     """
     return resize_square(read_rgb(path), size)
 

@@ -1,4 +1,4 @@
-"""create_input_files(): captioned photographs -> the files that we train on."""
+"""create_input_files(): images and captions -> the files that training reads."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError, read_json, write_json
 
 IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
-CHUNK = 4  # images that a process reads at a time: few, since an interrupt waits for them
+CHUNK = 4  # images that a process reads at a time; few, since an interrupt waits for them
 
 
 class Options(NamedTuple):
-    """What the content of the files depends on, apart from the images and their captions."""
+    """The options that determine the content of the files, besides images and captions."""
     captions_per_image: int
     min_word_freq: int
     max_len: int
@@ -45,13 +45,13 @@ def create_word_map(captions, min_word_freq):
 
 
 def _sample(captions, n, rng):
-    """n of the captions without replacement; if there are fewer, all, filled up by repetition."""
+    """n captions sampled without replacement; if there are fewer, all, and some repeated."""
     missing = max(n - len(captions), 0)
     return rng.sample(captions, n - missing) + rng.choices(captions, k=missing)
 
 
 def _encode(caption, word_map, max_len):
-    """<start>, the words and <end> as ids, padded to max_len + 2 of them."""
+    """The ids of <start>, the words and <end>, padded to length max_len + 2."""
     ids = [word_map.get(word, word_map["<unk>"]) for word in caption]
     padding = [word_map["<pad>"]] * (max_len - len(caption))
     return [word_map["<start>"], *ids, word_map["<end>"], *padding]
@@ -59,12 +59,14 @@ def _encode(caption, word_map, max_len):
 
 def _find_images(splits, options):
     """
-    Look for the files of the CaptionedImages {split: list}. Returns those that are there, why the
-    others are not, and a hash of the options, the captions and each file's size and time.
+    Look for the image files of splits, {split: list of CaptionedImages}. Returns the splits with
+    those found, a message for each missing one, and a hash of the options, the captions and each
+    file's size and modification time.
     """
     found, missing = {split: [] for split in splits}, []
-    others = options._asdict()
-    digest = hashlib.sha256(json.dumps([others.pop("captions_per_image"), others]).encode())
+    other_options = options._asdict()
+    captions_per_image = other_options.pop("captions_per_image")
+    digest = hashlib.sha256(json.dumps([captions_per_image, other_options]).encode())
     for split, images in splits.items():
         for image in images:
             state = None
@@ -77,7 +79,7 @@ def _find_images(splits, options):
                     missing.append(f"{image.path} is not a file")
             except FileNotFoundError:
                 missing.append(f"{image.path} not found")
-            except OSError as error:  # a name too long, a folder that is without permission
+            except OSError as error:  # a name that is too long, no permission
                 missing.append(f"{image.path}: {error.strerror}")
             digest.update(json.dumps([split, image.record, state]).encode())
     return found, missing, digest.hexdigest()
@@ -89,7 +91,7 @@ def _bad_images(reasons, next_step):
 
 
 def _check_bad_images(splits, bad, skip_bad_images, note=""):
-    """UserError if there are bad images that may not be skipped, or none but those to train on."""
+    """UserError if there are bad images and they may not be skipped, or none left to train on."""
     if bad and not skip_bad_images:
         raise _bad_images(
             bad, f"repair them, remove their captions or pass --skip_bad_images{note}")
@@ -98,72 +100,73 @@ def _check_bad_images(splits, bad, skip_bad_images, note=""):
 
 
 def _try_read(path):
-    """The (3, 256, 256) uint8 image, or as a str why it can't be read."""
+    """The image, uint8 (3, 256, 256), or a str that says why it cannot be read."""
     try:
         return read_image(path, IMAGE_SIZE)
-    except Exception as error:  # whatever a broken file causes, the others must still be read
+    except Exception as error:  # any error of a broken file: the others must still be read
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
-def _transfer(file, row, paths):
-    """Read images into the ResumableHDF5 `file`, from `row` on; returns [[row, reason]] of bad."""
+def _read_chunk(file, row, paths):
+    """Read images into rows of a ResumableHDF5 from `row` on; [[row, reason]] for bad ones."""
     images = [_try_read(path) for path in paths]
     file.write(row, [None if isinstance(image, str) else image for image in images])
     return [[i, image] for i, image in enumerate(images, row) if isinstance(image, str)]
 
 
-def _transfer_all(chunks, workers):
-    """Yield _transfer(*chunk) in order. Workers write the pixels themselves, into the files."""
+def _read_chunks(chunks, workers):
+    """Yield _read_chunk(*chunk) in order. Worker processes write the pixels to the files."""
     if workers <= 1:
-        yield from (_transfer(*chunk) for chunk in chunks)
+        yield from (_read_chunk(*chunk) for chunk in chunks)
         return
-    waiting = deque()
+    pending = deque()
     try:
         with open_pool(workers) as pool:
             for chunk in chunks:
-                waiting.append(pool.submit(_transfer, *chunk))
-                if len(waiting) == 64 * workers:  # enough to do while progress is saved to disk
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(_read_chunk, *chunk))
+                if len(pending) == 64 * workers:  # keeps workers busy while progress is saved
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a reading process died, out of memory? The same command goes on where it "
-                        "stood; with --workers 1 it needs less") from None
+        raise UserError("a worker process died, perhaps out of memory; run the same command to "
+                        "continue, with --workers 1 if memory is short") from None
 
 
 def _read_images(staging, splits, workers):
-    """Read all images that are not done yet into the HDF5 files."""
-    places = [(split, row) for split, images in splits.items()
-              for row in range(staging.done[split], len(images), CHUNK)]
+    """Read all images that have not been read yet into the HDF5 files."""
+    positions = [(split, row) for split, images in splits.items()
+                 for row in range(staging.done[split], len(images), CHUNK)]
     chunks = ((staging.arrays[split], row,
-               [image.path for image in splits[split][row:row + CHUNK]]) for split, row in places)
-    before = staging.rows_done
+               [image.path for image in splits[split][row:row + CHUNK]])
+              for split, row in positions)
+    initial = staging.rows_done
     with (
-        closing(_transfer_all(chunks, workers)) as transferred,
-        tqdm(desc="reading", unit="image", initial=before, total=staging.rows,
+        closing(_read_chunks(chunks, workers)) as results,
+        tqdm(desc="reading", unit="image", initial=initial, total=staging.rows,
              disable=None) as bar,
     ):
         start = time.monotonic()
         try:
-            for (split, row), bad in zip(places, transferred):
+            for (split, row), bad in zip(positions, results):
                 staging.advance(split, min(row + CHUNK, len(splits[split])), bad)
                 bar.update(staging.rows_done - bar.n)
         finally:
             staging.save()
         seconds = time.monotonic() - start
-    read = staging.rows - before
-    print(f"{read} images read in {seconds:.1f} s, {read / max(seconds, 1e-9):.0f} images/s")
+    count = staging.rows - initial
+    print(f"{count} images read in {seconds:.1f} s, {count / max(seconds, 1e-9):.0f} images/s")
 
 
 def _drop_bad_images(staging, splits, missing, skip_bad_images):
-    """Returns the splits without the images that could not be read; UserError as above."""
+    """The splits without images that cannot be read; UserError as in _check_bad_images."""
     bad = missing + [reason for rows in staging.bad.values() for _, reason in rows]
     rows = {split: {row for row, _ in staging.bad[split]} for split in splits}
     splits = {split: [image for row, image in enumerate(images) if row not in rows[split]]
               for split, images in splits.items()}
     if not splits["TRAIN"]:
         staging.remove()
-    _check_bad_images(splits, bad, skip_bad_images, ", which does not read the others again")
+    _check_bad_images(splits, bad, skip_bad_images, "; the other images will not be read again")
     staging.drop_bad()
     if bad:
         print("\n  ".join([f"{len(bad)} bad images dropped:", *bad]))
@@ -171,9 +174,9 @@ def _drop_bad_images(staging, splits, missing, skip_bad_images):
 
 
 def _write_captions(staging, name, splits, options):
-    """The word map, and of each split the captions drawn, their lengths and the references."""
-    trained_on = (caption for image in splits["TRAIN"] for caption in image.captions)
-    word_map = create_word_map(trained_on, options.min_word_freq)
+    """Write the word map, and each split's sampled captions, their lengths and references."""
+    train_captions = (caption for image in splits["TRAIN"] for caption in image.captions)
+    word_map = create_word_map(train_captions, options.min_word_freq)
     rng = random.Random(options.seed)
     for split, images in splits.items():
         captions = [caption for image in images
@@ -188,24 +191,25 @@ def _write_captions(staging, name, splits, options):
     write_json(staging.path(staging.files[-1]), word_map)
 
 
-def _is_there(staging):
+def _is_already_made(staging):
     """
-    Whether the very files that we would make are in the output folder already. Raises UserError
-    if there are others of the same names.
+    Whether the output folder already has exactly the files that we would make. Raises UserError if
+    it has other files of the same names.
     """
     paths = [os.path.join(staging.output, file) for file in staging.files]
-    there = [path for path in paths if os.path.exists(path)]
-    if not there:
+    existing = [path for path in paths if os.path.exists(path)]
+    if not existing:
         return False
     try:
         with h5py.File(paths[0], "r") as file:
             same = file.attrs.get("made_from") == staging.key.encode()
     except OSError:  # missing or damaged
         same = False
-    if same and there == paths:
+    if same and existing == paths:
         return True
-    raise UserError(f"{there[0]} is there already, of other images, captions or options or without "
-                    "the files beside it; pass --overwrite, another --output_folder or --dataset")
+    raise UserError(f"{existing[0]} already exists, made from other images, captions or options, "
+                    f"or other files of its data set are missing; pass --overwrite, another "
+                    f"--output_folder or --dataset")
 
 
 def _stage(output_folder, name, key, splits, captions_per_image):
@@ -222,8 +226,8 @@ def _stage(output_folder, name, key, splits, captions_per_image):
 
 def _start_or_resume(staging, overwrite):
     if staging.started:
-        print(f"{staging.rows_done} of {staging.rows} images are in {staging.folder} already; "
-              f"going on")
+        print(f"{staging.rows_done} of {staging.rows} images are already in {staging.folder}; "
+              f"continuing")
     else:
         staging.remove()
     staging.check_space()
@@ -232,20 +236,21 @@ def _start_or_resume(staging, overwrite):
 
 
 @contextmanager
-def _progress_kept(staging):
-    """Where writing fails or is interrupted, say that the same command goes on."""
+def _explain_interruption(staging):
+    """If writing fails or is interrupted, say that the same command continues it."""
     try:
         yield
-    except BrokenPipeError:  # of what we print
+    except BrokenPipeError:  # stdout was closed
         raise
     except OSError as error:
-        kept = "; what is done is kept, the same command goes on" if staging.started else ""
+        kept = ("; the finished part is kept, run the same command to continue"
+                if staging.started else "")
         raise UserError(f"cannot write to {staging.output}: {error}{kept}") from error
     except KeyboardInterrupt:
         if not staging.started:
             raise
         raise KeyboardInterrupt(f"interrupted; {staging.rows_done} images are kept in "
-                                f"{staging.folder}, the same command goes on") from None
+                                f"{staging.folder}, run the same command to continue") from None
 
 
 def create_input_files(
@@ -263,7 +268,7 @@ def create_input_files(
     skip_bad_images=False,
 ):
     """
-    Write the files that train.py and eval.py read; all appear together at the end, or none does.
+    Write the files that train.py and eval.py read. All appear together at the end, or none does.
 
     For SPLIT in TRAIN (train and restval), VAL, TEST and N_c = captions_per_image:
       {SPLIT}_IMAGES_{NAME}.hdf5      "images" (I, 3, 256, 256) uint8, attribute captions_per_image
@@ -273,26 +278,27 @@ def create_input_files(
                                       the objects of the picture if the data set has them
       WORDMAP_{NAME}.json             word -> id
     NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq. TRAIN_IMAGES has an attribute
-    made_from, a hash of what all this is made from: if it is there already, nothing is done.
+    made_from, a hash of everything the files are made from: if they already exist with the same
+    hash, nothing is done.
 
-    What a killed run has read stays in .unfinished_{NAME} in the output folder, and the next run
-    goes on with it.
+    The images that a killed run has read stay in .unfinished_{NAME} in the output folder, and the
+    next run continues with them.
 
-    karpathy_json_path: a file in Karpathy's form, or what own_captions.read_captions returns
+    karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns
     image_folder: an image is at image_folder/filepath/filename; filepath may be missing
-    min_word_freq: words that the captions trained on do not have more often become <unk>
-    max_len: longer captions, in words, are references only
-    workers: processes that decode images; all CPUs if None; 0 and 1 do it here
-    seed: of the captions sampled from an image's
-    overwrite: make the files anew, even if there are files of these names
-    skip_bad_images: leave out images that are missing or can't be read
+    min_word_freq: words that occur at most this often in the training captions become <unk>
+    max_len: captions of more words are only used as references
+    workers: processes that decode images; None: one per CPU; 0 and 1: none besides this one
+    seed: for sampling captions_per_image of an image's captions
+    overwrite: make the files again, even if files of these names exist
+    skip_bad_images: leave out images that are missing or cannot be read
 
-    Raises UserError for anything wrong with the data, with all the bad images in one go, and for
-    files of the same names that are made from something else.
+    Raises UserError for anything wrong with the data, listing all bad images at once, and for files
+    of the same names that were made from something else.
     """
     name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     if os.path.basename(name) != name:
-        raise UserError(f"no files can be named {name}; pass another --dataset")
+        raise UserError(f"{name} cannot be part of a file name; pass another --dataset")
     if isinstance(karpathy_json_path, dict):
         karpathy, source = karpathy_json_path, karpathy_json_path["source"]
     else:
@@ -301,16 +307,16 @@ def create_input_files(
     splits, missing, key = _find_images(
         read_splits(karpathy, source, image_folder, max_len), options)
     _check_bad_images(splits, missing, skip_bad_images,
-                      "; the others have not been looked into yet")
+                      "; the other images have not been read yet")
     staging = _stage(output_folder, name, key, splits, captions_per_image)
-    with _progress_kept(staging):
+    with _explain_interruption(staging):
         os.makedirs(output_folder, exist_ok=True)
         with staging.lock(f"another process is making {name} in {output_folder}; wait for it"):
             if not (staging.resume(overwrite) and staging.complete):
-                if not overwrite and _is_there(staging):
-                    staging.remove()  # what a killed run with --overwrite has left
-                    print(f"{name} in {output_folder} is complete already; --overwrite makes it "
-                          f"anew")
+                if not overwrite and _is_already_made(staging):
+                    staging.remove()  # exists if a run with --overwrite was killed
+                    print(f"{name} in {output_folder} is already complete; --overwrite makes it "
+                          f"again")
                     return
                 _start_or_resume(staging, overwrite)
                 _read_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)

@@ -1,4 +1,4 @@
-"""Captions and splits in Karpathy's form, checked: the images that `create_input_files` reads."""
+"""Captions and splits in Karpathy's JSON format, read and checked."""
 
 import os
 from collections import Counter
@@ -13,27 +13,27 @@ SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 
 class CaptionedImage(NamedTuple):
     path: str
-    captions: list  # those of 1 to max_len words, each a list of words
+    captions: list  # its captions of 1 to max_len words, each a list of words
     record: dict  # the image's entry in REFERENCES
 
 
 def _not_karpathy(where):
-    return UserError(f"{where} is not in Karpathy's form: it needs filename, split and sentences, "
-                     "each with a list of tokens")
+    return UserError(f"{where} is not in Karpathy's format: it needs filename, split and "
+                     f"sentences, each with a list of tokens")
 
 
 def _check_name(entry, where):
-    """filepath/filename of an image in Karpathy's form."""
+    """filepath/filename of an image in Karpathy's format; UserError if they are not valid."""
     parts = {"filepath": entry.get("filepath", ""), "filename": entry["filename"]}
     for key, part in parts.items():
         empty = key == "filename" and not part
         if not isinstance(part, str) or empty or "\0" in part or not _is_text(part):
-            raise UserError(f"{where}: {key} {part!r} is no name of a file; correct it")
+            raise UserError(f"{where}: {key} {part!r} is not a file name; correct it")
     return os.path.join(*parts.values())
 
 
 def _is_text(text):
-    """Whether it can be encoded; JSON allows half of a surrogate pair, which cannot."""
+    """Whether UTF-8 can encode it; JSON allows half of a surrogate pair, which it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -42,7 +42,7 @@ def _is_text(text):
 
 
 def _check_captions(entry, where):
-    """The token lists of an image in Karpathy's form."""
+    """The token lists of an image in Karpathy's format; UserError if they are not valid."""
     try:
         captions = [sentence["tokens"] for sentence in entry["sentences"]]
     except (KeyError, TypeError):
@@ -67,7 +67,7 @@ def _captioned_image(entry, index, source, image_folder, max_len):
     name, split = _check_name(entry, where), entry["split"]
     where = f"{where}, {name}"
     if not isinstance(split, str) or split not in SPLITS:
-        raise UserError(f"{source}: split {split!r} of {name} is none of {', '.join(SPLITS)}")
+        raise UserError(f"{source}: split {split!r} of {name} is not one of {', '.join(SPLITS)}")
     captions = _check_captions(entry, where)
     name = os.path.relpath(os.path.join(image_folder, name), image_folder)
     if name.split(os.sep)[0] == os.pardir:
@@ -80,7 +80,8 @@ def _captioned_image(entry, index, source, image_folder, max_len):
     }
     if "objects" in entry:
         if not _are_objects(entry["objects"]):
-            raise UserError(f"{where}: objects are not a list of a box, 4 numbers, and words each")
+            raise UserError(f"{where}: objects must be a list, each with a box of 4 numbers and "
+                            f"words")
         record["objects"] = entry["objects"]
     usable = [caption for caption in references if len(caption) <= max_len]
     return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
@@ -89,23 +90,23 @@ def _captioned_image(entry, index, source, image_folder, max_len):
 def _are_objects(objects):
     """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
     return isinstance(objects, list) and all(
-        isinstance(thing, dict) and isinstance(thing.get("box"), list) and len(thing["box"]) == 4
-        and all(type(x) in (int, float) for x in thing["box"])
-        and isinstance(thing.get("words"), list)
-        and all(isinstance(word, str) for word in thing["words"]) for thing in objects)
+        isinstance(obj, dict) and isinstance(obj.get("box"), list) and len(obj["box"]) == 4
+        and all(type(x) in (int, float) for x in obj["box"])
+        and isinstance(obj.get("words"), list)
+        and all(isinstance(word, str) for word in obj["words"]) for obj in objects)
 
 
 def read_splits(karpathy, source, image_folder, max_len):
     """
-    {split: CaptionedImages} of TRAIN, VAL and TEST in the order of the JSON, those without a
-    caption of 1 to max_len words left out.
+    Check the content of a JSON file: {split: CaptionedImages} for TRAIN, VAL and TEST, in the order
+    of the file, without images that have no caption of 1 to max_len words.
 
     source: the path of the JSON, for errors
-    Raises UserError unless all are in Karpathy's form, each once, with a name inside the image
-    folder. Whether that file exists is not checked.
+    Raises UserError unless every image is in Karpathy's format, occurs once and is inside the image
+    folder. Whether its file exists is not checked.
     """
     if not isinstance(karpathy, dict) or not isinstance(karpathy.get("images"), list):
-        raise UserError(f"{source} has no list 'images'; captions of your own go to --captions")
+        raise UserError(f"{source} has no list 'images'; pass captions of your own as --captions")
     if not os.path.isdir(image_folder):
         raise UserError(f"image folder {image_folder} not found")
     splits = {split: [] for split in SPLITS.values()}
@@ -113,7 +114,7 @@ def read_splits(karpathy, source, image_folder, max_len):
     for index, entry in enumerate(karpathy["images"]):
         split, image = _captioned_image(entry, index, source, image_folder, max_len)
         if image.path in seen:
-            raise UserError(f"{source}: {image.record['filename']} is there twice; merge the two")
+            raise UserError(f"{source}: {image.record['filename']} occurs twice; merge the two")
         seen.add(image.path)
         if image.captions:
             splits[split].append(image)

@@ -1,13 +1,15 @@
 """
-Captions of your own -> Karpathy's form. The format is recognised by the file's content:
+Captions of your own -> Karpathy's format. The kind of file is recognised by its content:
 
   COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
   Flickr8k    a.jpg#0<TAB>A dog.
-  table       of tabs, |, commas or semicolons: a header names the columns; without one there are
-              two, file name and caption. Flickr30k's results.csv and Kaggle's captions.txt are such
+  table       separated by tabs, |, commas or semicolons, such as Flickr30k's results.csv and
+              Kaggle's captions.txt: a header names the columns; without one there are two, file
+              name and caption
 
-A column or key "split" (train, restval, val, test) is kept; without it, whole images are drawn.
+A column or key "split" (train, restval, val, test) is kept; without it, images are assigned to
+splits at random, each with all its captions.
 """
 
 import csv
@@ -21,15 +23,15 @@ from utils import UserError, broken_json, read_text
 IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
 CAPTION_KEYS = ("caption", "text", "sentence", "comment")
 
-# A reader below yields these tuples: file name, caption, split or None, COCO's image id or None.
+# The readers below yield tuples (file name, caption, split or None, COCO's image id or None).
 
 
 def split_words(caption):
     """
     Lower-case words of a caption; punctuation and symbols separate words as spaces do.
 
-    Gives Karpathy's tokens for all 40,000 captions of Flickr8k. By Unicode category, so that it
-    holds for other quotation marks and scripts too; a composed and a decomposed é are one word.
+    Gives Karpathy's tokens for all 40,000 captions of Flickr8k. Uses Unicode categories, so that it
+    works for other quotation marks and scripts too; composed and decomposed é are the same.
     """
     text = unicodedata.normalize("NFC", caption.lower())
     return "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
@@ -50,7 +52,7 @@ def _from_coco(path, content):
             yield image["file_name"], annotation["caption"], image.get("split"), image["id"]
     except (AttributeError, KeyError, TypeError):
         raise UserError(
-            f"{path} is not in COCO's form: images need id and file_name, "
+            f"{path} is not in COCO's format: images need id and file_name, "
             "annotations image_id and caption"
         ) from None
 
@@ -96,9 +98,9 @@ def _rows(path, reader):
 
 
 def _from_table(path, lines):
-    separator = re.search(r"[\t|,;]", lines[0])  # the first: a caption, full of commas, comes later
+    separator = re.search(r"[\t|,;]", lines[0])  # the first one: later captions contain commas
     delimiter = separator.group() if separator else "\t"
-    # Only CSV proper has a use for quotation marks; elsewhere they are just part of a caption.
+    # Quotation marks have a meaning in CSV only; elsewhere they are part of a caption.
     quoting = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
     rows = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
     header = [cell.strip().strip('"').lower() for cell in next(_rows(path, rows))]
@@ -111,14 +113,14 @@ def _from_table(path, lines):
         columns, image_at, caption_at = {"image": 0, "caption": 1}, 0, 1
         rows = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
     split_at = columns.get("split")
-    without = []
+    incomplete_lines = []
     for row in _rows(path, rows):
         if any("\n" in cell for cell in row):
             raise UserError(
-                f"{path}, line {rows.line_num}: a quotation mark opened before is not closed on "
-                "its line; close it, or put each caption on one line"
+                f"{path}, line {rows.line_num}: an opening quotation mark is not closed on its "
+                "line; close it, or put each caption on one line"
             )
-        if caption_at == len(columns) - 1:  # then what is too much is the caption's own commas
+        if caption_at == len(columns) - 1:  # further columns are commas in the caption
             row[caption_at:] = [delimiter.join(row[caption_at:])] if row[caption_at:] else []
         if len(row) > len(columns):
             raise UserError(f"{path}, line {rows.line_num}: {len(row)} columns, not {len(columns)}")
@@ -126,21 +128,22 @@ def _from_table(path, lines):
             split = None if split_at is None else row[split_at].strip().strip('"')
             yield row[image_at].strip().strip('"'), row[caption_at], split, None
         elif row:
-            without.append(rows.line_num)
-    if without:  # Flickr30k's results.csv has one such line
-        print(f"{path}: {len(without)} lines without a caption ignored, first line {without[0]}")
+            incomplete_lines.append(rows.line_num)
+    if incomplete_lines:  # Flickr30k's results.csv has one
+        print(f"{path}: {len(incomplete_lines)} lines without a caption ignored, first line "
+              f"{incomplete_lines[0]}")
 
 
 def _unrecognised(path):
     return UserError(
-        f"{path}: format not recognised; looked for COCO's images and annotations, JSON lines or "
+        f"{path}: format not recognised; expected COCO's images and annotations, JSON lines or "
         f"a table with an image ({', '.join(IMAGE_KEYS)}) and a caption "
         f"({', '.join(CAPTION_KEYS)}), name.jpg#0<TAB>caption, or two columns name.jpg,caption"
     )
 
 
 def _read(path):
-    """The tuples of a file in any of the formats."""
+    """The tuples from a file in any of the formats."""
     text = read_text(path)
     lines = [line.rstrip("\r") for line in text.strip("\n").split("\n")]
     if not text.strip():
@@ -149,14 +152,14 @@ def _read(path):
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            if not lines[0].rstrip().endswith("}"):  # not a whole object: one JSON over many lines
+            if not lines[0].rstrip().endswith("}"):  # not JSON lines: one object over many lines
                 raise broken_json(path, error) from None
             return _from_objects(path, _from_json_lines(path, lines))
         if isinstance(content, list):
             first = content[0] if content and isinstance(content[0], dict) else {}
             if "score" in first and "references" in first:
-                raise UserError(f"{path} holds the captions of a model, from eval.py --results; "
-                                "training needs people's own")
+                raise UserError(f"{path} holds captions generated by a model, from eval.py "
+                                f"--results; training needs captions written by people")
             return _from_objects(path, content)
         if "annotations" in content:
             return _from_coco(path, content)
@@ -169,7 +172,7 @@ def _read(path):
 
 
 def _draw_splits(names, seed, val_fraction, test_fraction):
-    """Name -> split, the same for the same names in any order."""
+    """Name -> random split, which does not depend on the order of the names."""
     if not 0 <= val_fraction <= val_fraction + test_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} must "
                         f"be at least 0 and below 1 together")
@@ -182,11 +185,11 @@ def _draw_splits(names, seed, val_fraction, test_fraction):
 
 def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
     """
-    Karpathy's form of a caption file: {"source": path, "images": [{"filename", "split", "imgid",
-    "sentences": [{"tokens", "raw"}]}]}, "cocoid" if it is COCO's; in order of first captions.
+    A caption file in Karpathy's format: {"source": path, "images": [{"filename", "split", "imgid",
+    "sentences": [{"tokens", "raw"}]}]}, with "cocoid" for COCO's; in order of their first captions.
 
-    seed and the fractions, of the images, count only if the file names no splits.
-    Raises UserError for a file that is broken, not recognised or names some splits only.
+    seed and the fractions of the images are used only if the file has no splits.
+    Raises UserError for a file that is broken, not recognised or has splits for some images only.
     """
     images = {}
     for filename, caption, split, cocoid in _read(path):
@@ -205,5 +208,5 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
         for filename, image in images.items():
             image["split"] = splits[filename]
     elif missing:
-        raise UserError(f"{path}: {missing[0]} has no split, though others have one")
+        raise UserError(f"{path}: {missing[0]} has no split, but other images have one")
     return {"source": path, "images": list(images.values())}

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent."""
+"""Worker processes that exit when their parent does."""
 
 import multiprocessing
 import os
@@ -8,21 +8,21 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
-# Forked workers start at once and share the memory of what is imported already (torch); macOS has
-# fork too, but its system libraries do not survive it.
+# Forked workers start at once and share the memory of modules already imported (torch); macOS has
+# fork too, but its system libraries do not work after it.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 @contextmanager
 def open_pool(processes):
     """
-    A ProcessPoolExecutor whose processes end as soon as this one does, even if it is killed. If
+    A ProcessPoolExecutor whose processes exit as soon as this one does, even if it is killed. If
     the block is left early, tasks that have not started are cancelled.
     """
     context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker)
     try:
-        with defer_interrupt():  # one that comes during os.fork is lost
+        with defer_interrupt():  # a Ctrl-C during os.fork would be lost
             pool.submit(int)  # starts the processes
         yield pool
     finally:
@@ -31,14 +31,14 @@ def open_pool(processes):
 
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's was forked with us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-    # Waits for a pipe to close that the parent holds open. Workers that were forked later hold it
-    # open too; the last one sees it close first and ends, then the one before it, and so on: all
-    # end within milliseconds.
+    # Waits until a pipe closes that the parent keeps open. Workers forked later keep it open too:
+    # the last one sees it close and exits first, then the one before it, and so on, all within
+    # milliseconds.
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -46,7 +46,7 @@ def _end_with_parent():
 @contextmanager
 def defer_interrupt():
     """Defer a Ctrl-C until the block has ended."""
-    if threading.current_thread() is not threading.main_thread():  # others never get one
+    if threading.current_thread() is not threading.main_thread():  # other threads never get it
         yield
         return
     interrupted = []

@@ -1,6 +1,6 @@
 """
-HDF5 files that are filled row by row and may be left off at any moment: a killed process leaves
-them sound, and the next one goes on. Input files and feature caches are made in this way.
+HDF5 files that are written row by row and can be resumed: a process may be killed at any moment,
+and the next one continues. Used for input files and feature caches.
 """
 
 import os
@@ -15,7 +15,7 @@ import numpy as np
 from preprocessing.processes import defer_interrupt
 from utils import UserError, exclusive_lock, read_json, sync_folder, write_json
 
-SAVE_SECONDS = 2  # no more work than that is lost if the process is killed
+SAVE_SECONDS = 2  # time between saves of the progress: the work lost if the process is killed
 
 
 @dataclass
@@ -23,11 +23,11 @@ class ResumableHDF5:
     """
     An HDF5 file with one dataset, whose rows are written straight into the file.
 
-    The space of every row is allocated when the file is created and its structure never changes
-    again, so a process that is killed while it writes leaves a sound file, and several processes
-    can write different rows at the same time.
+    Space for every row is allocated when the file is created, and its structure never changes
+    afterwards, so a process that is killed while writing leaves a valid file, and several
+    processes can write different rows at the same time.
 
-    shape: (rows, ...); offset: the byte at which row 0 starts, known once it is created or found
+    shape: (rows, ...); offset: the byte at which row 0 starts, set by `create` and `inspect`
     """
     path: str
     dataset: str
@@ -46,14 +46,14 @@ class ResumableHDF5:
         allocation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         with h5py.File(self.path, "w") as file:
             file.attrs.update(self.attributes)
-            # Without times, the same content gives the same bytes.
+            # Without timestamps, the same content gives the same bytes.
             dataset = file.create_dataset(self.dataset, self.shape, self.dtype, track_times=False,
                                           dcpl=allocation)
             self.offset = dataset.id.get_offset() or 0  # None if there are no rows
         self.sync()
 
-    def find(self):
-        """The number of rows of the file that is there; OSError or KeyError if it is damaged."""
+    def inspect(self):
+        """The number of rows of the existing file; OSError or KeyError if it is damaged."""
         with h5py.File(self.path, "r") as file:
             rows, self.offset = len(file[self.dataset]), file[self.dataset].id.get_offset() or 0
         if os.path.getsize(self.path) < self.offset + rows * self.row_bytes:
@@ -61,24 +61,24 @@ class ResumableHDF5:
         return rows
 
     def write(self, first, rows):
-        """Write rows, arrays of our dtype, from row number `first` on; None skips one."""
+        """Write rows, arrays of our dtype, from row number `first` on; None skips a row."""
         with open(self.path, "rb+", buffering=0) as file:
             for number, row in enumerate(rows, first):
                 if row is not None:
                     file.seek(self.offset + number * self.row_bytes)
                     rest = memoryview(row).cast("B")
-                    while rest:  # a signal, or a disk that is nearly full, may cut it short
+                    while rest:  # a signal or a nearly full disk may interrupt the write
                         rest = rest[file.write(rest):]
 
-    def drop(self, dropped):
-        """Leave these rows out of the file; a killed call can be repeated."""
+    def drop_rows(self, dropped):
+        """Remove these rows from the file; a killed call can be repeated."""
         rows = np.setdiff1d(np.arange(self.shape[0]), dropped)
-        if self.find() == len(rows):  # done already
+        if self.inspect() == len(rows):  # already done
             return
         kept = ResumableHDF5(f"{self.path}.kept", self.dataset, (len(rows), *self.shape[1:]),
                              self.dtype, self.attributes)
         check_space(os.path.dirname(self.path), len(rows) * self.row_bytes,
-                    ", and the same command goes on")
+                    ", then run the same command to continue")
         kept.create()
         with open(self.path, "rb") as source, open(kept.path, "rb+") as target:
             target.seek(kept.offset)
@@ -94,24 +94,24 @@ class ResumableHDF5:
 
 
 def check_space(folder, needed, next_step=""):
-    """UserError unless the folder's disk has room for so many bytes."""
+    """UserError unless the folder's disk has `needed` bytes of free space."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-                        f"make room{next_step}")
+                        f"free up space{next_step}")
 
 
 class StagingFolder:
     """
-    The folder .unfinished_{name} in which files are made, and moved to the output folder only when
-    all are complete. Its progress.json says how many rows of the HDF5 files are safe on the disk.
+    The folder .unfinished_{name} in which files are made; they are moved to the output folder when
+    all are complete. Its progress.json says how many rows of the HDF5 files are safely on disk.
 
-    files     names of all the files; the last one is moved last, since the others are found by it
-    key       a hash of all that the files are made from; a folder of another key is not resumed
+    files     names of all files; the last is moved last, since it is the one that others look for
+    key       a hash of everything the files are made from; only a folder of the same key is resumed
     arrays    {label: ResumableHDF5}
-    done      {label: rows that are done, from the first one on}
-    bad       {label: [[row, reason]]} of those among them that have no content
-    complete  whether the files have only to be moved
+    done      {label: number of rows done, from the first one on}
+    bad       {label: [[row, reason]]} of those rows that have no content
+    complete  whether the files only have to be moved
     started   whether there is work to resume
     """
 
@@ -126,7 +126,7 @@ class StagingFolder:
         self._saved = time.monotonic()
 
     def add(self, label, file, dataset, shape, dtype, **attributes):
-        """One of the files is an HDF5 file with this dataset."""
+        """Declare that one of the files is an HDF5 file with this dataset."""
         self.arrays[label] = ResumableHDF5(self.path(file), dataset, shape, dtype, attributes)
         self._reset()
 
@@ -151,8 +151,8 @@ class StagingFolder:
 
     def resume(self, overwrite=False):
         """
-        Whether there is work to resume. A run with --overwrite starts anew, unless that work was
-        started with --overwrite itself.
+        Read the progress of an earlier process; returns whether there is work to resume. A run with
+        --overwrite resumes only work that was also started with --overwrite.
         """
         try:
             found = read_json(self._progress)
@@ -160,8 +160,8 @@ class StagingFolder:
                 for name in ("done", "bad", "overwrite", "complete"):
                     setattr(self, name, found[name])
                 self.started = all(map(self._exists, self.files) if self.complete else
-                                   map(self._is_sound, self.arrays))
-        except (UserError, OSError, KeyError, TypeError, ValueError):  # none there, or damaged
+                                   map(self._is_valid, self.arrays))
+        except (UserError, OSError, KeyError, TypeError, ValueError):  # missing or damaged
             self.started = False
         if not self.started:
             self._reset()
@@ -170,18 +170,18 @@ class StagingFolder:
     def _exists(self, file):
         return any(os.path.exists(os.path.join(f, file)) for f in (self.folder, self.output))
 
-    def _is_sound(self, label):
+    def _is_valid(self, label):
         rows = self.arrays[label].shape[0]
-        return self.arrays[label].find() in (rows, rows - len(self.bad[label]))
+        return self.arrays[label].inspect() in (rows, rows - len(self.bad[label]))
 
     def check_space(self, next_step=""):
-        """UserError unless the disk has room for the rows that are not done yet."""
-        left = sum((array.shape[0] - self.done[label]) * array.row_bytes
-                   for label, array in self.arrays.items())
-        check_space(self.output, left, next_step)
+        """UserError unless the disk has space for the rows that are not done yet."""
+        remaining = sum((array.shape[0] - self.done[label]) * array.row_bytes
+                        for label, array in self.arrays.items())
+        check_space(self.output, remaining, next_step)
 
     def start(self, overwrite=False):
-        """A new folder with space for every row."""
+        """Create an empty folder, and the HDF5 files with space for every row."""
         self.remove()
         os.makedirs(self.folder)
         for array in self.arrays.values():
@@ -190,35 +190,35 @@ class StagingFolder:
         self.save()
 
     def advance(self, label, done, bad=()):
-        """So many rows are done now; `bad`, [[row, reason]], are new ones without content."""
+        """Record that `done` rows are done; bad: [[row, reason]] of new rows without content."""
         self.bad[label] += bad
         self.done[label] = done
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 
     def save(self):
-        """First the rows go to the disk, then the message that they are there."""
-        if not self.started:  # removed
+        """Flush the rows to disk, then record that they are there."""
+        if not self.started:  # the folder was removed
             return
         for label, done in self.done.items():
             if done:
                 self.arrays[label].sync()
             # An interrupt may have come between the two assignments of advance().
-            self.bad[label] = [[row, why] for row, why in self.bad[label] if row < done]
+            self.bad[label] = [[row, reason] for row, reason in self.bad[label] if row < done]
         write_json(self._progress, {name: getattr(self, name) for name in
                                     ("key", "overwrite", "complete", "done", "bad")})
         self._saved = time.monotonic()
 
     def drop_bad(self):
-        """Leave the rows without content out of the files; a killed call can be repeated."""
+        """Remove the rows without content from the files; a killed call can be repeated."""
         for label, array in self.arrays.items():
-            array.drop([row for row, _ in self.bad[label]])
+            array.drop_rows([row for row, _ in self.bad[label]])
 
     def move(self):
         """Move the files to the output folder; a killed call can be repeated."""
         *others, last = self.files
         with defer_interrupt():
-            if os.path.exists(self.path(last)):  # that of other files must not stand beside ours
+            if os.path.exists(self.path(last)):  # the old one must not lie beside new files
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.output, last))
                     sync_folder(self.output)
@@ -230,7 +230,7 @@ class StagingFolder:
             self.remove()
 
     def _move(self, file):
-        with suppress(FileNotFoundError):  # moved already
+        with suppress(FileNotFoundError):  # already moved
             os.replace(self.path(file), os.path.join(self.output, file))
 
     def remove(self):

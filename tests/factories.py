@@ -78,7 +78,7 @@ def make_case(seed, end_bias):
     return decoder, torch.randn(8, 4, 9, dtype=torch.float64)
 
 
-# Images with captions in Karpathy's form, and the input files that are made of them
+# Images with captions in Karpathy's format, and the input files that are made of them
 
 
 def karpathy_entry(filename, split="train", captions=("a dog",), **more):

@@ -194,7 +194,7 @@ def test_missing_part_is_named(path, part):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint[part]
     torch.save(checkpoint, path)
-    refused(path, "does not hold a whole model", part)
+    refused(path, "does not hold a complete model", part)
 
 
 def test_missing_or_misshapen_tensor_is_named(path):
@@ -240,11 +240,11 @@ def test_word_map_of_another_size_is_refused(path):
                                    {f"word{i}": i for i in range(6)}])
 def test_what_is_no_word_map_is_named(path, other):
     without_word_map(path)
-    with pytest.raises(UserError, match=f"{path.parent}/WORDMAP_other.json is no word map"):
+    with pytest.raises(UserError, match=f"{path.parent}/WORDMAP_other.json is not a word map"):
         load_captioner(path, "cpu", write_map(path.parent, other))
     checkpoint = torch.load(path, weights_only=True)
     torch.save({**checkpoint, "word_map": other}, path)
-    refused(path, "is no word map")
+    refused(path, "is not a word map")
 
 
 def test_conversion_puts_a_word_map_inside(path, models, capsys):
@@ -301,7 +301,7 @@ def test_options_of_a_trained_model_have_short_and_long_spellings():
 
 def test_arguments_and_words_are_checked_as_a_file_is_loaded(path):
     checkpoint = torch.load(path, weights_only=True)
-    for part, message in (({"word_map": {**WORD_MAP, "dog": 9}}, "is no word map"),
+    for part, message in (({"word_map": {**WORD_MAP, "dog": 9}}, "is not a word map"),
                           ({"encoder_args": {"name": 3}}, "its encoder has no name"),
                           ({"decoder_args": {}}, "missing 4 required positional arguments")):
         torch.save({**checkpoint, **part}, path)

@@ -79,7 +79,7 @@ MISTAKES = {
         ("--sampling_max 1.5", "--sampling_max is 1.5, it must be at least 0 and at most 1"),
         ("--self_critical", "needs a trained model to start from, --checkpoint FILE"),
         ("--self_critical --attention hard --checkpoint x",
-         "--attention is of training on true captions, which --self_critical does without"),
+         "--attention is for training on true captions, which --self_critical does not use"),
         ("--epochs x", "--epochs: invalid int value: 'x'; --help lists the options"),
         ("--lr 3", "unrecognized arguments: --lr 3"),  # options are not abbreviated
     ],

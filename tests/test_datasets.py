@@ -126,7 +126,7 @@ def test_images_of_another_shape_or_type_are_refused(data, shape, dtype):
     [99] * len(TUTORIAL_LENGTHS)])
 def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, lengths):
     write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, lengths)
-    with pytest.raises(UserError, match=f"{FILES[1]}: caption 0 does not go from <start> to <end>"):
+    with pytest.raises(UserError, match=f"{FILES[1]}: caption 0 is not <start>, words and <end>"):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
@@ -152,7 +152,7 @@ def test_files_of_two_data_sets_do_not_go_together(tmp_path):
     write_tutorial_files(tmp_path)
     other = {**TUTORIAL_WORD_MAP, "dog": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
     (tmp_path / FILES[3]).write_text(json.dumps(other))
-    with pytest.raises(UserError, match="the WORDMAP are not of one data set"):
+    with pytest.raises(UserError, match="these two files and the WORDMAP do not belong"):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
@@ -164,7 +164,7 @@ def test_files_of_two_data_sets_do_not_go_together(tmp_path):
     ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "see 5")])
 def test_a_word_map_with_gaps_twins_or_without_special_words_says_so(data, word_map, reason):
     (data[0] / FILES[3]).write_text(json.dumps(word_map))
-    with pytest.raises(UserError, match=f"{FILES[3]} is no word map: .*{reason}"):
+    with pytest.raises(UserError, match=f"{FILES[3]} is not a word map: .*{reason}"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
 
 

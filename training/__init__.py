@@ -1,1 +1,1 @@
-"""What train.py is made of."""
+"""Training: the parts of train.py's loop."""

@@ -1,4 +1,4 @@
-"""What train.py's recipe begins with: data, model, cached features, batches and criterion."""
+"""Builds what train.py needs: data, model, cached features, data loaders and criterion."""
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,8 +21,8 @@ def load_splits(args, processes):
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0:
-        raise UserError(f"{name} has no validation images, which say when to stop; give some the "
-                        f"split 'val', or create_input_files.py a larger --val_fraction")
+        raise UserError(f"{name} has no validation images, which decide when to stop; give some "
+                        f"the split 'val', or pass create_input_files.py a larger --val_fraction")
     val_data.entries  # noqa: B018  read now, so that a broken file is not found an epoch later
     if len(train_data) < processes.world_size:
         raise UserError(f"{name} has {len(train_data)} training images; too few for "
@@ -31,7 +31,7 @@ def load_splits(args, processes):
 
 
 def build_model(args, checkpoint, word_map, device):
-    """Encoder and decoder on the device: the checkpoint's, without one as the options say."""
+    """Encoder and decoder on the device: the checkpoint's, or new ones as the options say."""
     if checkpoint:
         encoder, decoder = _model_of_checkpoint(checkpoint, args, word_map)
     else:
@@ -47,8 +47,8 @@ def _new_model(args, word_map):
     if args.embeddings:
         embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
         if args.emb_dim not in (None, emb_dim):
-            raise UserError(f"{args.embeddings} has {emb_dim} numbers a word, --emb_dim is "
-                            f"{args.emb_dim}; leave --emb_dim out")
+            raise UserError(f"{args.embeddings} has {emb_dim} numbers per word, --emb_dim "
+                            f"is {args.emb_dim}; leave --emb_dim out")
     decoder = DecoderWithAttention(args.attention_dim, emb_dim, args.decoder_dim, len(word_map),
                                    encoder.encoder_dim, args.dropout)
     if embeddings is not None:
@@ -57,7 +57,7 @@ def _new_model(args, word_map):
 
 
 def model_options(checkpoint):
-    """train.py's options that say what model a checkpoint holds."""
+    """The options of train.py that describe the model in a checkpoint."""
     sizes = checkpoint["decoder_args"]
     return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
             "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
@@ -65,19 +65,19 @@ def model_options(checkpoint):
 
 
 def _model_of_checkpoint(checkpoint, args, word_map):
-    """UserError unless it is the model that the options ask for, with the data's word map."""
-    path, word_map_then = args.resume or args.checkpoint, checkpoint.get("word_map")
-    if word_map_then is None:  # a whole module of the tutorial's
+    """The checkpoint's model; UserError unless it matches the options and the data's word map."""
+    path, saved_word_map = args.resume or args.checkpoint, checkpoint.get("word_map")
+    if saved_word_map is None:  # a checkpoint of the tutorial
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
             raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
                             f"words, the data have {len(word_map)}")
-    elif word_map_then != word_map:
-        word = min(word for word in word_map_then.keys() | word_map.keys()
-                   if word_map_then.get(word) != word_map.get(word))
-        raise UserError(f"{path} was trained with another word map ({len(word_map_then)} words) "
-                        f"than that of the data ({len(word_map)} words); the word {word!r} is "
-                        f"number {word_map_then.get(word)} there and {word_map.get(word)} here; to "
-                        f"begin with its encoder alone, pass it as --encoder_weights, with "
+    elif saved_word_map != word_map:
+        word = min(word for word in saved_word_map.keys() | word_map.keys()
+                   if saved_word_map.get(word) != word_map.get(word))
+        raise UserError(f"{path} was trained with another word map ({len(saved_word_map)} words) "
+                        f"than that of the data ({len(word_map)} words): the id of {word!r} is "
+                        f"{saved_word_map.get(word)} there and {word_map.get(word)} here; to use "
+                        f"only its encoder, pass it as --encoder_weights, with "
                         f"--encoder {checkpoint['encoder_args']['name']}")
     for option, value in model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
@@ -90,7 +90,7 @@ def _model_of_checkpoint(checkpoint, args, word_map):
 
 
 def cache_features_if_frozen(args, encoder, datasets, processes):
-    """With a frozen encoder, make the data sets return its features instead of images."""
+    """If the encoder is frozen, make the data sets return its features instead of images."""
     if args.fine_tune_encoder or not args.cache_features:
         return
     if args.augment:
@@ -107,7 +107,7 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
 
 
 def build_loaders(args, train_data, val_data, processes):
-    """Their batches, each process's share of them."""
+    """Training and validation DataLoaders, of this process's share of each batch."""
     items = args.batch_size if args.single_captions else max(
         1, args.batch_size // train_data.captions_per_image)
     rank, world_size = processes.rank, processes.world_size
@@ -115,24 +115,24 @@ def build_loaders(args, train_data, val_data, processes):
     val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, rank, world_size)
     smallest = len(train_data) // train_sampler.num_batches // world_size
     if args.accumulate > smallest:
-        raise UserError(f"--accumulate {args.accumulate} is more parts than some steps have "
-                        f"{'captions' if args.single_captions else 'images'} in a process, "
-                        f"{smallest}; lower it or raise --batch_size")
+        unit = "captions" if args.single_captions else "images"
+        raise UserError(f"--accumulate {args.accumulate} is too large: some steps have only "
+                        f"{smallest} {unit} per process; lower it or raise --batch_size")
     return (build_loader(train_data, train_sampler, args.workers, processes.device),
             build_loader(val_data, val_sampler, args.workers, processes.device))
 
 
 def build_loader(data, sampler, workers, device):
-    workers = 0 if data.in_memory else workers  # what is in memory need not be fetched
+    workers = 0 if data.in_memory else workers  # data in memory needs no workers
     return DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers,
                       persistent_workers=workers > 0,
                       pin_memory=device.type == "cuda" and not data.in_memory,
                       worker_init_fn=leave_signals_to_parent,
-                      generator=torch.Generator())  # leaves the global one, dropout's, alone
+                      generator=torch.Generator())  # not the global one, which dropout uses
 
 
 def build_criterion(args, data):
-    """What the options say is minimised; data: the training images' CaptionDataset"""
+    """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
         return SelfCritical(data, args.alpha_c, args.samples)
     if args.attention == "hard":

@@ -18,8 +18,8 @@ def load_embeddings(emb_file, word_map):
     """
     Pretrained word vectors from a file in GloVe's text format: a word and D numbers per line.
 
-    Words are compared as they stand: ours and those of glove.6B are lower-case. A word that the
-    file lacks gets init_embedding's random vector.
+    Words must match exactly: ours and those of glove.6B are lower-case. A word that is not in the
+    file gets a random vector, see `init_embedding`.
 
     Returns the (V, D) float32 embeddings, row i for word id i, and D.
     Raises UserError, with the line number, for a line without exactly D finite numbers.
@@ -55,7 +55,7 @@ def load_embeddings(emb_file, word_map):
 
 
 def _to_floats(texts):
-    """The float32 array of some texts, None unless all are finite numbers."""
+    """Texts as a float32 array; None unless all are finite numbers."""
     try:
         numbers = np.array(texts, dtype=np.float32)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`train_one_epoch` and `validate`, which train.py calls in turns."""
+"""`train_one_epoch` and `validate`, which train.py calls in turn."""
 
 import signal
 import time
@@ -15,20 +15,20 @@ from modeling.beam_search import beam_search
 from training.losses import Batch, doubly_stochastic_loss
 from utils import UserError, autocast
 
-SIDES = ("left", "right")  # words that a mirrored image would make wrong
-CHECK_EVERY = 20  # steps between the checks of the loss on a GPU, which has to be waited for
+SIDES = ("left", "right")  # words that are wrong for a mirrored image
+CHECK_EVERY = 20  # steps between checks of the loss on a GPU, since each check waits for it
 
 
 def train_one_epoch(state, loader, epoch, run):
     """
-    Train on the batches of an epoch that state.progress does not count yet, keep it up to date and
+    Train on the batches of an epoch that state.progress does not count as done, update progress and
     save as often as the options say.
 
     state: TrainingState; run: Run, which handles signals and saves
 
-    Returns the criterion's metrics of the epoch, its learning rate, seconds and captions/s.
-    Raises UserError where a loss or a weight is not finite, before anything of it is saved, and
-    Interrupted after a signal.
+    Returns the criterion's metrics of the epoch, the learning rate, seconds and captions/s.
+    Raises UserError if a loss or weight is not finite, before it is saved, and Interrupted after a
+    signal.
     """
     args, processes, progress = state.args, state.processes, state.progress
     state.decoder.train(state.criterion.dropout)
@@ -52,13 +52,13 @@ def train_one_epoch(state, loader, epoch, run):
             num_tokens, num_captions, stop, save_due = processes.all_reduce(
                 int((lengths - 1).sum()), state.criterion.num_captions(lengths),
                 bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
-            if stop:  # whichever process got the signal, all stop here
+            if stop:  # some process got a signal: all of them stop at this step
                 run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
                 break
             if save_due and step > first_step:
                 update_progress(step)
                 run.save()
-            # Dropout follows from these alone, so a resumed run draws the same.
+            # Dropout depends on these numbers alone, so a resumed run has the same.
             torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
             if args.augment:
                 images = augment(images, captions, loader.dataset.word_map)
@@ -80,7 +80,7 @@ def train_one_epoch(state, loader, epoch, run):
 
 def train_step(state, batch):
     """
-    One step of the optimizer. batch: a `Batch` whose features are still images, or cached features
+    One step of the optimizer. batch: a `Batch` whose features may still be images
 
     Returns the loss (a scalar without gradient), and the criterion's total and correct.
     """
@@ -103,17 +103,17 @@ def train_step(state, batch):
 
 
 def scheduled_sampling_prob(args, epoch):
-    """Rises by --sampling_step after every --sampling_every epochs, up to --sampling_max."""
+    """It rises by --sampling_step after every --sampling_every epochs, up to --sampling_max."""
     return min(args.sampling_max, args.sampling_step * ((epoch - 1) // args.sampling_every))
 
 
 def derive_seed(*numbers):
-    """One seed out of several numbers."""
+    """One seed computed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def micro_batches(batch, count):
-    """The batch in `count` parts of about the same number of images."""
+    """Yield the batch in `count` parts with about the same number of images."""
     for part in np.array_split(np.arange(len(batch.images)), count):
         part = slice(part[0], part[-1] + 1)
         yield batch._replace(features=batch.features[part], captions=batch.captions[part],
@@ -121,7 +121,7 @@ def micro_batches(batch, count):
 
 
 def encode(encoder, batch, device, fine_tune=False):
-    """The batch on the device, images turned into features; lengths stay on the CPU."""
+    """The batch on the device, with images encoded into features; lengths stay on the CPU."""
     features, captions = (x.to(device, non_blocking=True)
                           for x in (batch.features, batch.captions))
     if features.dtype == torch.uint8:
@@ -134,29 +134,29 @@ def encode(encoder, batch, device, fine_tune=False):
 
 def augment(images, captions, word_map):
     """
-    Random crops of 7/8 of the edge, half of them mirrored, except where a caption says left or
-    right, which would then be wrong.
+    Random crops of 7/8 of the width and height, half of them mirrored, but never images with a
+    caption that contains left or right.
 
     images: uint8 (N, 3, S, S); captions: (N, R, L) token ids
     Returns uint8 (N, 3, 7/8 S, 7/8 S).
     """
     sides = torch.tensor([word_map[word] for word in SIDES if word in word_map], dtype=torch.long)
-    keep_sides = torch.isin(captions, sides).flatten(1).any(1)
+    has_side = torch.isin(captions, sides).flatten(1).any(1)
     crop = v2.RandomCrop(images.shape[-1] * 7 // 8)
     crop_and_flip = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    return torch.stack([(crop if keep else crop_and_flip)(image)
-                        for image, keep in zip(images, keep_sides.tolist())])
+    return torch.stack([(crop if side else crop_and_flip)(image)
+                        for image, side in zip(images, has_side.tolist())])
 
 
 class EpochTotals:
     """
-    What an epoch's log is made of: loss or reward, tokens right, tokens, captions, seconds.
+    Sums over an epoch, for its metrics: loss or reward, correct tokens, tokens, captions, seconds.
 
-    so_far: these five numbers for the batches before, from all processes
+    initial: these five numbers for the batches already done, of all processes
     """
 
-    def __init__(self, so_far, processes):
-        self.total, self.correct, self.tokens, self.captions, self._seconds = so_far
+    def __init__(self, initial, processes):
+        self.total, self.correct, self.tokens, self.captions, self._seconds = initial
         if not processes.is_main:  # `sums` adds up all processes
             self.total, self.correct = 0.0, 0
         self._processes, self._start = processes, time.perf_counter()
@@ -174,8 +174,8 @@ class EpochTotals:
 
 class FiniteCheck:
     """
-    UserError where a loss or a weight is not finite. The first bad step is kept on the device,
-    since reading it waits for a GPU.
+    Raises UserError if a loss or weight is not finite. The first bad step is recorded on the device
+    and rarely read, since reading it waits for a GPU.
     """
 
     def __init__(self, epoch, steps, state):
@@ -197,17 +197,18 @@ class FiniteCheck:
 
     def _fail(self, what, batch):
         raise UserError(f"epoch {self.epoch}, batch {batch}: {what} is not finite; the checkpoints "
-                        f"are as they were before; try a lower --decoder_lr")
+                        f"were not changed; try a lower --decoder_lr")
 
 
 @torch.inference_mode()
 def validate(state, loader):
     """
-    Caption every image once without teacher forcing: BLEU-1..4 and CIDEr-D, one of which decides
-    which model is the best. Beside them, with teacher forcing: loss, top-5 accuracy, and BLEU-4 as
-    the tutorial reports it, of each caption's most likely tokens given the true ones before them.
+    Caption every image once without teacher forcing, for BLEU-1..4 and CIDEr-D, one of which
+    decides which model is the best. Also, with teacher forcing: loss, top-5 accuracy, and BLEU-4 as
+    the tutorial reports it, of the most likely token after each true beginning.
 
     state: TrainingState, whose averaged models are validated
+    Returns these metrics by their names in the log.
     """
     args, processes, data = state.args, state.processes, loader.dataset
     encoder, decoder = state.averaged_encoder, state.averaged_decoder.eval()
@@ -221,15 +222,15 @@ def validate(state, loader):
         with autocast(processes.device, args.amp):
             batch = encode(encoder, batch, processes.device)
             logits, targets, alphas = decoder(*batch[:3])
-            found = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
-        # This batch's part of the mean over all validation captions.
+            hypotheses = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
+        # This batch's share of the mean over all validation captions.
         loss += doubly_stochastic_loss(logits, targets, alphas, args.alpha_c, num_tokens,
                                        num_captions)
         correct += top_k_correct(logits, targets)
         tokens += len(targets)
         teacher_forced += _teacher_forced(logits.argmax(1), targets, lengths)
         generated += [(data.entry(int(i))["references"], [word_of[id] for id in caption.tokens])
-                      for i, caption in zip(rows, found)]
+                      for i, caption in zip(rows, hypotheses)]
     loss, correct, tokens = processes.all_reduce(float(loss), int(correct), tokens)
     generated = processes.all_gather(generated)
     teacher_forced = processes.all_gather(teacher_forced)
@@ -243,7 +244,7 @@ def validate(state, loader):
 
 def _teacher_forced(predicted, targets, lengths):
     """
-    Pairs for BLEU, one per caption: the references of its image, and its most likely tokens.
+    Pairs for BLEU, one per caption: its image's references and its most likely tokens, as strings.
 
     predicted, targets: (W,) ids, caption by caption; lengths (N, R)
     """

@@ -1,13 +1,13 @@
 """
-What training minimises: `doubly_stochastic_loss`, and the criteria of which train.py takes one,
-`TeacherForcing`, `HardAttention` or `SelfCritical`.
+The training loss: `doubly_stochastic_loss`, and the criteria `TeacherForcing`, `HardAttention` and
+`SelfCritical`, of which train.py uses one.
 
-A criterion is called once per step, or once per part of it (`--accumulate`):
+A criterion is called once per step, or once per part of a step (`--accumulate`):
 
     loss, total, correct = criterion(decoder, batch)
 
-batch: a `Batch`. The loss is a scalar to go backward from; total and correct are tensors to be
-added up over an epoch, which `metrics` turns into what the log holds.
+batch: a `Batch`. The loss is a scalar to backpropagate; total and correct are tensors that are
+summed over an epoch, from which `metrics` computes the values for the log.
 """
 
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from modeling.sampling import sample_captions
 
 HARD_FRACTION = 0.5  # hard attention: the share of captions with sampled locations, section 4.1
 BASELINE_DECAY = 0.9  # hard attention: of the moving average of log-probabilities, section 4.1
-MIN_ALPHA = 1e-30  # smaller attention weights count as this where their logarithm is taken
+MIN_ALPHA = 1e-30  # smaller attention weights are raised to this before the logarithm
 
 
 class Batch(NamedTuple):
     """
-    A batch on the device, or a part of one. The two numbers are what the loss's sums are divided
-    by: those of the whole step, in all parts and all processes, over the number of processes,
-    since these average their gradients.
+    A batch on the device, or a part of one. num_tokens and num_captions are the divisors of the
+    loss's sums: their totals over the whole step, in all parts and processes, divided by the number
+    of processes, since processes average their gradients.
     """
     features: torch.Tensor  # (N, G, E)
     captions: torch.Tensor  # (N, R, L) token ids
@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 def doubly_stochastic_loss(logits, targets, alphas, alpha_c=1.0, num_tokens=None,
                            num_captions=None):
     """
-    Cross-entropy plus doubly stochastic attention, equation 14: the attention that a
-    caption pays to a location should come to 1 over all its tokens.
+    Cross-entropy plus the doubly stochastic attention term, equation 14: the attention to each
+    location should sum to 1 over the tokens of a caption.
 
     logits (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
 
@@ -55,19 +55,19 @@ def doubly_stochastic_loss(logits, targets, alphas, alpha_c=1.0, num_tokens=None
 
 
 def doubly_stochastic_penalty(alphas):
-    """(N, R, T, P) -> (N, R): the mean square of how far each location's attention is from 1"""
+    """(N, R, T, P) -> (N, R): the mean over locations of (1 - sum over steps) squared"""
     return ((1 - alphas.sum(2)) ** 2).mean(-1)
 
 
 class Criterion:
-    """What all criteria have in common; `baseline` is their only state."""
+    """The base class of all criteria; `baseline` is the only state between steps."""
 
     dropout = True
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     baseline = torch.zeros(())
 
     def num_captions(self, lengths):
-        """How many captions it makes of lengths (N, R)."""
+        """The number of captions that the criterion uses for lengths (N, R)."""
         return lengths.numel()
 
     def after_step(self, processes):
@@ -75,7 +75,7 @@ class Criterion:
 
 
 class TeacherForcing(Criterion):
-    """Every token is predicted from the true ones before it, on soft attention (section 4.2)."""
+    """Every token is predicted from the true ones before it, with soft attention (section 4.2)."""
 
     def __init__(self, alpha_c=1.0):
         self.alpha_c = alpha_c
@@ -94,12 +94,12 @@ class TeacherForcing(Criterion):
 
 class HardAttention(TeacherForcing):
     """
-    Stochastic hard attention, section 4.1: the decoder looks at one location, drawn from alpha. The
-    choice has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
-    equation 11), less a moving average of earlier ones (`baseline`, nats).
+    Stochastic hard attention, section 4.1: the decoder attends to one location, sampled from alpha.
+    Sampling has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
+    equation 11), minus a moving average of earlier ones (`baseline`, nats).
 
     lambda_r, lambda_e: the weights of the reward and of alpha's entropy, as in the paper
-    hard_fraction: the share of captions whose locations are drawn; the others see the expectation
+    hard_fraction: the share of captions with sampled locations; the others use the expectation
     """
 
     def __init__(self, alpha_c, lambda_r, lambda_e, hard_fraction=HARD_FRACTION):
@@ -117,7 +117,7 @@ class HardAttention(TeacherForcing):
         objective = reinforce_attention(alphas, weights, reward, self.lambda_e)
         self._log_prob_sum = self._log_prob_sum + log_probs.sum()
         self._num_captions += log_probs.numel()
-        # The logged loss leaves the attention's part out, to be comparable with soft attention's.
+        # The logged loss leaves out this objective, so that it is comparable with soft attention.
         return (loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens,
                 top_k_correct(logits.detach(), targets))
 
@@ -129,7 +129,7 @@ class HardAttention(TeacherForcing):
 
 
 def caption_log_probs(logits, targets, lengths):
-    """(N, R): the log-probability of each caption in nats; the arguments are forward's"""
+    """(N, R): the log-probability of each caption in nats; arguments as in the decoder's forward"""
     chosen, totals = log_softmax_parts(logits, targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
     return chosen.new_zeros(lengths.numel()).index_add_(
@@ -138,11 +138,11 @@ def caption_log_probs(logits, targets, lengths):
 
 def reinforce_attention(alphas, weights, reward, lambda_e):
     """
-    The terms of the paper's equation 12 that are about choosing locations: reward times
+    The terms of the paper's equation 12 for the choice of locations: reward times
     log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
 
-    alphas, weights (N, R, T, P): attention, and the context vector's weights, a 1 at the sampled
-    location. Where these are alpha itself, the sum of alpha d(log alpha) is 0: no gradient.
+    alphas, weights (N, R, T, P): attention, and the context vector's weights, 1 at the sampled
+    location. Where the weights are alpha itself, the sum of alpha d(log alpha) is 0: no gradient.
     reward: (N, R)
     """
     log_alphas = alphas.clamp(min=MIN_ALPHA).log()
@@ -154,9 +154,9 @@ def reinforce_attention(alphas, weights, reward, lambda_e):
 class SelfCritical(Criterion):
     """
     Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples
-    captions; each is rewarded by its CIDEr-D less the mean of the others of the image (Luo 2020,
-    arXiv 2003.09971). There is no dropout, so that the distribution sampled from is the one that
-    is trained.
+    captions; each is rewarded by its CIDEr-D minus the mean of the image's other samples (Luo 2020,
+    arXiv 2003.09971). There is no dropout, so that the model trains the same distribution that it
+    samples from.
 
     data: the training images' CaptionDataset; samples: captions per image, at least 2
     """
@@ -190,10 +190,10 @@ class SelfCritical(Criterion):
 
 def self_critical_loss(logits, targets, lengths, rewards, num_captions=None):
     """
-    A scalar whose gradient is minus that of the expected reward, in the mean over the samples.
+    A scalar whose gradient estimates minus that of the expected reward, averaged over the samples.
 
-    logits (W, V), targets (W,), lengths (N, R) of the R captions sampled for each image, R > 1
-    rewards: (N, R); num_captions divides instead of N * R
+    logits (W, V), targets (W,), lengths (N, R): of the R captions sampled for each image, R > 1
+    rewards: (N, R); num_captions: the divisor instead of N * R
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     advantage = (rewards - others).flatten()
@@ -205,8 +205,8 @@ def self_critical_loss(logits, targets, lengths, rewards, num_captions=None):
 class Reward:
     """
     CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image.
-    <end> counts as a word, in the document frequencies too: without it, captions that break off
-    anywhere are rewarded (arXiv 2305.12254).
+    <end> counts as a word, also in the document frequencies: otherwise incomplete captions are
+    rewarded (arXiv 2305.12254).
     """
 
     END = "<end>"
@@ -218,7 +218,11 @@ class Reward:
         self.cider = CiderD(self.references)
 
     def __call__(self, images, captions, lengths):
-        """images: N indices; captions (N, R, L) and lengths (N, R) of `sample_captions`: (N, R)"""
+        """
+        images: N indices; captions (N, R, L), lengths (N, R): from `sample_captions`
+
+        Returns the rewards, float32 (N, R).
+        """
         candidates = [[self.words[i] for i in caption[1:length]]
                       for caption, length in zip(captions.flatten(0, 1).tolist(),
                                                  lengths.flatten().tolist())]

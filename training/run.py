@@ -1,6 +1,6 @@
 """
-`Run`: a training run in its checkpoint folder, where it is locked, saved, logged, interrupted and
-resumed.
+`Run`: a training run in its checkpoint folder: its lock, checkpoints, log, interruption and
+resumption.
 """
 
 import json
@@ -15,10 +15,11 @@ from training.interrupts import Interrupted, Interrupts
 from training.state import monitor
 from utils import UserError, atomic_write, exclusive_lock
 
-# Options of one start of the program, not of the run.
+# Options of a single start of the script, which are not saved with the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
-# Options that a resumed run keeps, since optimizer and model depend on them; those that the order
-# of the batches follows from, which matters within an epoch; those that the cosine counts steps by.
+# Options that must not change when a run is resumed: always, since optimizer and model depend on
+# them; within an epoch, since the order of its batches does; and with --cosine, since the learning
+# rate does.
 FIXED = ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings", "self_critical",
          "ema", "augment", "embeddings", "cosine")
 FIXED_WITHIN_EPOCH = ("batch_size", "single_captions", "seed", "attention", "accumulate")
@@ -27,8 +28,8 @@ FIXED_WITH_COSINE = ("batch_size", "single_captions", "epochs")
 
 class Run:
     """
-    `with Run(state, train_data) as run:` the run in args.checkpoint_folder. A signal within the
-    block saves the state and ends it with the command that goes on.
+    `with Run(state, train_data) as run:` the run in args.checkpoint_folder. After a signal within
+    the block, the state is saved and the script exits with the command that continues the run.
 
     state: TrainingState; train_data: its CaptionDataset
     """
@@ -53,27 +54,27 @@ class Run:
             self.interrupts.__exit__()
 
     def _stop(self, interrupted):
-        self.interrupts.ignore_signals()  # a second Ctrl-C must not break off the saving
+        self.interrupts.ignore_signals()  # a second Ctrl-C must not interrupt saving
         self.save()
         if not self.processes.is_main:
             raise SystemExit(interrupted.code) from None
         progress = self.state.progress
         raise Interrupted(
             interrupted.signum, f"stopped in epoch {progress.epoch + 1} after {progress.step} of "
-            f"{self.state.steps_per_epoch} batches, all saved; go on with: "
+            f"{self.state.steps_per_epoch} batches, all saved; continue with: "
             f"{resume_command(self.args, self.processes)}") from None
 
     def start_phase(self, stats):
-        """stats: validation of the checkpoint's model, which the phase is to improve."""
-        self.processes.print(f"start   {_show(stats)}")
+        """stats: the validation metrics of the checkpoint's model, the score to improve on"""
+        self.processes.print(f"start   {_format_scores(stats)}")
         self.state.start_phase(stats[monitor(self.args)])
         with self.interrupts.deferred():
             if not best_path(self.args).exists():
-                self.save(best_path(self.args))  # a new folder has a best model from its start
-            self.save()  # from here on --resume goes on with this phase
+                self.save(best_path(self.args))  # so that a new folder has a best model
+            self.save()  # from here on --resume continues this phase
 
     def epochs(self):
-        """The numbers of the epochs that are left, until the options say to stop."""
+        """Yield the numbers of the remaining epochs, until the options say to stop."""
         progress = self.state.progress
         while progress.epoch < self.args.epochs \
                 and progress.epochs_since_improvement < self.args.stop_after:
@@ -90,28 +91,28 @@ class Run:
                              data=self.data, **state.state_dict())
 
     def end_epoch(self, stats):
-        """Print, count, log and save an epoch; stats: of its training and validation"""
-        trained = (f"reward {stats['train_reward']:.3f}" if self.args.self_critical else
-                   f"loss {stats['train_loss']:.3f}")
-        self.processes.print(f"epoch {stats['epoch']:3d}   {trained} in "
-                             f"{stats['train_seconds']:.0f} s   {_show(stats)}")
+        """Print, count, log and save an epoch; stats: its training and validation metrics"""
+        training = (f"reward {stats['train_reward']:.3f}" if self.args.self_critical else
+                    f"loss {stats['train_loss']:.3f}")
+        self.processes.print(f"epoch {stats['epoch']:3d}   {training} in "
+                             f"{stats['train_seconds']:.0f} s   {_format_scores(stats)}")
         with self.interrupts.deferred():
             if self.state.after_epoch(stats):
                 self.save(best_path(self.args))
             if self._log:
                 self._log.write(stats)
-            self.save()  # last: without it, none of the above has happened
+            self.save()  # last: until then, a resumed run repeats all of the above
 
     def print_summary(self):
         progress, name = self.state.progress, {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}
         best = progress.epoch - progress.epochs_since_improvement
-        source = f"epoch {best}" if best else "the model that the phase began with"
+        source = f"epoch {best}" if best else "the model that the phase started from"
         self.processes.print(
             f"done after epoch {progress.epoch}: best validation {name[monitor(self.args)]} "
-            f"{progress.best:.2f}, of {source}, in {best_path(self.args)}")
+            f"{progress.best:.2f}, from {source}, in {best_path(self.args)}")
 
 
-def _show(stats):
+def _format_scores(stats):
     return (f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
             f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 "
             f"{stats['bleu4']:.2f}, CIDEr-D {stats['cider_d']:.2f}")
@@ -119,8 +120,8 @@ def _show(stats):
 
 class Log:
     """
-    log_NAME.jsonl, and TensorBoard's files if asked for. Opening it makes the folder this run's:
-    the files of another run that was there are removed.
+    log_NAME.jsonl, and TensorBoard's files with --tensorboard. Unless the run continues what is in
+    the folder, creating its Log removes the log and the checkpoints of an earlier run.
     """
 
     def __init__(self, args, progress):
@@ -130,10 +131,10 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError(
-                    "--tensorboard needs a package; run pip install tensorboard") from None
+                raise UserError("--tensorboard needs the package tensorboard; run pip install "
+                                "tensorboard") from None
         folder.mkdir(parents=True, exist_ok=True)
-        # A resumed run keeps the rows up to where it goes on; a new phase adds to those before it.
+        # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         rows = []
         if self.path.exists() and _continues(args):
             rows = self.path.read_text(errors="replace").splitlines()
@@ -162,7 +163,7 @@ class Log:
 
 
 def _epoch(line):
-    """The epoch of a row of the log; infinity if a kill has left only part of the row."""
+    """The epoch of a row of the log; infinity if the row was cut off when a run was killed."""
     try:
         epoch = json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -182,7 +183,7 @@ def best_path(args):
 
 
 def _continues(args):
-    """Whether what the run begins with lies in its folder: it adds to what is there."""
+    """Whether the run starts from a checkpoint in its own folder, and so continues its log."""
     source = args.resume or args.checkpoint
     return bool(source) and Path(source).resolve().parent == Path(args.checkpoint_folder).resolve()
 
@@ -190,21 +191,21 @@ def _continues(args):
 @contextmanager
 def lock_run(args, processes):
     """
-    A context in which no other run of the data set may write to the checkpoint folder. UserError if
-    one does, or if an earlier run is there that is not to be replaced.
+    A context in which no other run of the data set can write to the checkpoint folder. UserError if
+    one does so now, or if the folder has an earlier run that may not be replaced.
     """
     if not processes.is_main:
         yield
         return
     folder = Path(args.checkpoint_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Worker processes of a run that was killed take some seconds to notice it.
+    # Worker processes of a killed run keep the lock for some seconds.
     with exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
                         f"another run of {args.data_name} is training in {folder}; wait for it or "
                         f"pass another --checkpoint_folder", timeout=15):
         for path in (last_path(args), best_path(args)):
             if path.exists() and not args.overwrite and not _continues(args):
-                raise UserError(f"{path} is of an earlier run; pass --resume to go on with it, "
+                raise UserError(f"{path} is of an earlier run; pass --resume to continue it, "
                                 f"--overwrite to replace it, or another --checkpoint_folder")
         yield
 
@@ -219,30 +220,31 @@ def load_run(path):
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
     if not isinstance(checkpoint.get("options"), dict) \
             or not isinstance(checkpoint.get("progress"), dict):
-        raise UserError(f"{path} is damaged: it has no options or no progress of a run")
+        raise UserError(f"{path} is damaged: the run's options or progress are missing")
     if not isinstance(checkpoint.get("data"), dict | None):  # None in older runs
         raise UserError(f"{path} is damaged: it does not say what data it was trained on")
     return checkpoint
 
 
 def check_unchanged(args, options, progress):
-    """UserError if args differ from the run's options in one that it depends on."""
+    """UserError if args differ from the run's saved options in one that must not change."""
     fixed = [*FIXED, *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
              *FIXED_WITH_COSINE * options["cosine"]]
     for option in fixed:
         if getattr(args, option) != options[option]:
-            raise UserError(f"{args.resume} was run with {option} {options[option]}, which a "
-                            f"resumed run keeps; for a new phase pass --checkpoint {args.resume}")
+            raise UserError(f"{args.resume} was run with {option} {options[option]}, which "
+                            f"--resume cannot change; for a new phase pass --checkpoint "
+                            f"{args.resume}")
 
 
 def restore_state(state, checkpoint, train_data):
-    """Make `state` that of the checkpoint; UserError unless it fits the run and its data."""
+    """Load the checkpoint into `state`; UserError unless it fits the options and the data."""
     args, progress = state.args, checkpoint["progress"]
-    data, data_then = describe_data(args, train_data), checkpoint.get("data")
-    if data_then not in (None, data):
-        differ = ", ".join(f"{key} {data_then.get(key)}, now {data[key]}" for key in data
-                           if data_then.get(key) != data[key])
-        raise UserError(f"{args.resume} was trained on other data: {differ}; pass their "
+    data, saved_data = describe_data(args, train_data), checkpoint.get("data")
+    if saved_data not in (None, data):
+        changes = ", ".join(f"{key} {saved_data.get(key)}, now {data[key]}" for key in data
+                            if saved_data.get(key) != data[key])
+        raise UserError(f"{args.resume} was trained on other data: {changes}; pass their "
                         f"--data_folder, or --checkpoint {args.resume} for a new phase")
     try:
         state.load_state_dict(checkpoint)
@@ -250,12 +252,12 @@ def restore_state(state, checkpoint, train_data):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{args.resume} does not fit this run: {reason}") from None
     progress = state.progress
-    state.processes.print(f"going on with {args.resume}: {progress.epoch} epochs and "
+    state.processes.print(f"resuming {args.resume}: {progress.epoch} epochs and "
                           f"{progress.step} batches are done")
 
 
 def describe_data(args, data):
-    """What a resumed run must find unchanged, since the order of its batches follows from it."""
+    """A summary of the data, which must be the same when a run is resumed."""
     return {"name": args.data_name, "images": data.num_images,
             "captions_per_image": data.captions_per_image,
             "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
@@ -263,10 +265,10 @@ def describe_data(args, data):
 
 def resume_command(args, processes):
     program, world_size = "python", processes.world_size
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size > 1:
-        program = f"torchrun --nproc_per_node={here}"
-    if world_size > here:  # and on each machine
-        program += (f" --nnodes={world_size // here} --rdzv_backend=c10d "
+        program = f"torchrun --nproc_per_node={local_world_size}"
+    if world_size > local_world_size:  # to be run on each machine
+        program += (f" --nnodes={world_size // local_world_size} --rdzv_backend=c10d "
                     f"--rdzv_endpoint=HOST:PORT")
     return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"

@@ -1,6 +1,6 @@
 """
-`TrainingState`: everything that training changes. What `state_dict` returns is enough for
-`load_state_dict` to go on bit for bit.
+`TrainingState`: everything that training changes. After `load_state_dict(state_dict)`, training
+continues bit for bit.
 """
 
 import math
@@ -11,29 +11,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-# Checkpoints call these fields of Progress by older names.
+# Older names of these fields of Progress, which checkpoints keep.
 FILE_NAMES = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
-    epoch: int = 0  # whole epochs done
+    """How far a run has come."""
+    epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
-    best: float | None = None  # score so far, of the metric that `monitor` names
+    best: float | None = None  # the best score so far, of the metric that `monitor` names
     epochs_since_improvement: int = 0
-    previous_rows: int = 0  # of the log, by earlier phases
+    previous_rows: int = 0  # rows in the log from earlier phases
     baseline: float = 0.0  # of hard attention
-    step: int = 0  # batches done of the epoch begun, and what they add up to:
-    sums: list = field(default_factory=lambda: [0.0, 0, 0, 0, 0.0])  # see engine.EpochTotals
+    step: int = 0  # batches done in the current epoch
+    sums: list = field(default_factory=lambda: [0.0, 0, 0, 0, 0.0])  # theirs, of EpochTotals
 
     def to_dict(self):
-        """As checkpoints hold it."""
+        """The content of a checkpoint's `progress`."""
         return {FILE_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, content):
-        """The opposite, for older checkpoints too; ValueError unless it is a run's progress."""
+        """The inverse of `to_dict`, for older checkpoints too; ValueError if it is not valid."""
         content = dict(content)
         if "best_bleu4" in content:  # its name when BLEU-4 alone could decide
             content["best"] = content.pop("best_bleu4")
@@ -46,7 +46,7 @@ class Progress:
         if not all(type(n) is int and n >= 0 for n in counts) or len(progress.sums) != 5 \
                 or not all(type(n) in (int, float) for n in (*numbers, *scores)) \
                 or progress.epoch and progress.best is None:
-            raise ValueError("its progress is not that of a run")
+            raise ValueError("its progress is not valid")
         return progress
 
 
@@ -57,13 +57,13 @@ def monitor(args):
 
 class TrainingState:
     """
-    args: train.py's options; encoder, decoder: on processes.device; steps_per_epoch: of the
+    args: train.py's options; encoder, decoder: on processes.device; steps_per_epoch: steps of the
     optimizer
 
     encoder, decoder            the models that are trained
     parallel_encoder, ..._decoder  the same, wrapped for gradients of several processes
-    averaged_encoder, ..._decoder  what is validated and saved: with --ema the averages of the
-                                weights, else the models themselves
+    averaged_encoder, ..._decoder  the models that are validated and saved: with --ema the averages
+                                of the weights, else the models themselves
     criterion, optimizer, scheduler, scaler, progress
     """
 
@@ -72,7 +72,7 @@ class TrainingState:
         self.encoder, self.decoder = encoder, decoder
         self.steps_per_epoch = steps_per_epoch
         trained = [decoder, *[encoder] * args.fine_tune_encoder]
-        # Wrapped for gradients only: validation and checkpoints use the bare modules.
+        # Wrapped for gradients only: validation and checkpoints use the modules themselves.
         self.parallel_decoder = _parallel(decoder, processes)
         self.parallel_encoder = (_parallel(encoder, processes) if args.fine_tune_encoder
                                  else encoder)
@@ -85,7 +85,7 @@ class TrainingState:
               "initial_lr": lr}
              for model, lr in zip(trained, (args.decoder_lr, args.encoder_lr))], fused=True)
         self.scheduler = _build_scheduler(args, self.optimizer, steps_per_epoch)
-        # float16 reaches down to 6e-8 only: losses are scaled up so that no gradient is lost.
+        # float16 has no numbers below 6e-8: losses are scaled up so that no gradient underflows.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.progress = Progress()
 
@@ -102,7 +102,7 @@ class TrainingState:
         return self.optimizer.param_groups[0]["lr"]
 
     def after_step(self):
-        """What follows the optimizer's step."""
+        """Update averages, learning rate and criterion after the optimizer's step."""
         for average, model in self._averages:
             average.update_parameters(model)
         if self.args.cosine:
@@ -110,29 +110,29 @@ class TrainingState:
         self.criterion.after_step(self.processes)
 
     def after_epoch(self, stats):
-        """Count a whole epoch. stats: its metrics. Returns whether it is the best so far."""
+        """Count a complete epoch. stats: its metrics. Returns whether it is the best so far."""
         progress, score = self.progress, stats[monitor(self.args)]
-        better = progress.best is None or score > progress.best
+        improved = progress.best is None or score > progress.best
         self.progress = Progress(
-            stats["epoch"], stats["bleu4"], score if better else progress.best,
-            0 if better else progress.epochs_since_improvement + 1, progress.previous_rows,
+            stats["epoch"], stats["bleu4"], score if improved else progress.best,
+            0 if improved else progress.epochs_since_improvement + 1, progress.previous_rows,
             progress.baseline)
         if not self.args.cosine:
             lr = self.last_lr
             self.scheduler.step(score)
             if self.last_lr != lr:
                 self.processes.print(f"learning rate is now {self.last_lr:.3g}")
-        return better
+        return improved
 
     def start_phase(self, score):
-        """The score of the model that a phase begins with is the one to improve on."""
+        """Set the score to improve on: that of the model from which a phase starts."""
         self.progress.best = score
         self._restore_scheduler()
 
     def state_dict(self):
         """
-        What a checkpoint holds besides the averaged models. `trained` is the weights that their
-        averages are of, None without --ema.
+        A checkpoint's content besides the averaged models. `trained` holds the weights that are
+        averaged, None without --ema.
         """
         trained = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
         return {"trained": trained if self.args.ema else None,
@@ -141,10 +141,10 @@ class TrainingState:
 
     def load_state_dict(self, state):
         """
-        Go on where `state` was taken; encoder and decoder were built of the same checkpoint.
-        Older checkpoints may lack trained and scaler.
+        Restore what `state_dict` returned. encoder and decoder must already have the weights of the
+        same checkpoint. Older checkpoints may lack `trained` and `scaler`.
 
-        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError unless it fits.
+        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError if it does not fit.
         """
         progress = Progress.from_dict(state["progress"])
         if progress.step > self.steps_per_epoch:
@@ -155,7 +155,7 @@ class TrainingState:
         if self.args.ema:
             trained = state.get("trained")
             if not isinstance(trained, dict) or trained.keys() != {"encoder", "decoder"}:
-                raise ValueError("it lacks the weights that its average is of")
+                raise ValueError("it lacks the weights that were being averaged")
             self.encoder.load_state_dict(trained["encoder"])
             self.decoder.load_state_dict(trained["decoder"])
         self.progress = progress
@@ -169,7 +169,7 @@ class TrainingState:
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     def _restore_scheduler(self):
-        """Its state follows from progress, so that no checkpoint holds it."""
+        """Compute the scheduler's state from `progress`, so that checkpoints need not hold it."""
         if not self.args.cosine:
             best = self.progress.best
             self.scheduler.best = -math.inf if best is None else best
@@ -188,8 +188,8 @@ def _parallel(module, processes):
 
 def _average(model, decay):
     """
-    The exponential moving average of a model's weights. Of n steps it keeps n / (n + 9) of itself,
-    `decay` at most: with a constant decay it would long be dominated by random weights.
+    The exponential moving average of a model's weights. Its decay at step n is n / (n + 9), at most
+    `decay`: with a constant decay the initial random weights would dominate it for a long time.
     """
     @torch.no_grad()
     def update(averages, weights, _):
@@ -202,7 +202,7 @@ def _average(model, decay):
 
 
 def half_cosine(step, steps):
-    """The factor of the learning rate at a step, counted from 0: it would be 0 after all steps."""
+    """The learning rate's factor at `step` of `steps`, counted from 0; at `steps` it is 0."""
     return 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
 
@@ -212,7 +212,7 @@ def _build_scheduler(args, optimizer, steps_per_epoch):
         # same rates to a resumed run.
         steps = args.epochs * steps_per_epoch
         return LambdaLR(optimizer, lambda step: half_cosine(step, steps))
-    constant = args.lr_decay == 1  # which ReduceLROnPlateau refuses as a factor
+    constant = args.lr_decay == 1  # ReduceLROnPlateau does not accept 1 as a factor
     return ReduceLROnPlateau(
         optimizer, mode="max", factor=0.0 if constant else args.lr_decay,
         patience=math.inf if constant else args.decay_after - 1, threshold=0, eps=0)
@@ -220,18 +220,18 @@ def _build_scheduler(args, optimizer, steps_per_epoch):
 
 def _load_optimizer(optimizer, state, trained):
     """
-    Give the optimizer the state of a checkpoint; trained: whether it must know every weight.
+    Load a checkpoint's state into the optimizer; trained: whether it must cover every weight.
 
-    Raises ValueError or the like unless the state is one of such an optimizer: its settings but
-    the learning rate, and averages of the weights' own sizes.
+    Raises ValueError or other errors unless the settings, apart from the learning rate, are equal
+    and the averages of gradients have the sizes of the weights.
     """
     def settings():
         return [{key: value for key, value in group.items()
                  if key not in ("params", "lr", "initial_lr")} for group in optimizer.param_groups]
 
-    ours, initial_lrs = settings(), [group["initial_lr"] for group in optimizer.param_groups]
+    expected, initial_lrs = settings(), [group["initial_lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    if settings() != ours or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
+    if settings() != expected or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
                                      for group in optimizer.param_groups):
         raise ValueError("its optimizer has other settings")
     for group, initial_lr in zip(optimizer.param_groups, initial_lrs):

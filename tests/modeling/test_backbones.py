@@ -72,7 +72,7 @@ def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
 
 @pytest.mark.parametrize("name", [
     "resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto",
-    "repvgg_a0", "dla34", "efficientvit_b0"])  # dla34 is no chain of its children
+    "repvgg_a0", "dla34", "efficientvit_b0"])  # dla34 is not a sequence of its children
 def test_body_gives_timms_own_features(monkeypatch, name):
     expected, got, backbone = features_of(
         monkeypatch, timm, "create_model", name, lambda model, image: model.forward_features(image))
@@ -114,7 +114,7 @@ def test_unknown_name_lists_similar_ones():
         load_backbone("resnet-xyz", "none")
 
 
-# --- weights from a file ---
+# Weights from a file
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ KEY = "features.3.conv.0.0.weight"
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop(KEY), f"lacks {KEY}"),
     (lambda state: state.update({"decoder.fc": torch.zeros(1)}), "also has decoder.fc"),
-    (lambda state: state.update({KEY: torch.zeros(3)}), f"holds no weights of .*{KEY}"),
+    (lambda state: state.update({KEY: torch.zeros(3)}), f"does not hold weights of .*{KEY}"),
 ])
 def test_weights_that_do_not_fit_name_file_and_key(tmp_path, classifier, change, message):
     state = body_of(classifier)
@@ -175,7 +175,7 @@ def test_weights_that_do_not_fit_name_file_and_key(tmp_path, classifier, change,
 def test_file_without_weights_is_named(tmp_path, content, suffix):
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path} holds no weights of squeezenet1_1"):
+    with pytest.raises(UserError, match=f"{path} does not hold weights of squeezenet1_1"):
         load_backbone("squeezenet1_1", path)
 
 
@@ -185,7 +185,7 @@ def test_missing_weights_file_is_named(tmp_path):
             load_backbone("squeezenet1_1", path)
 
 
-# --- downloads ---
+# Downloads
 
 PROBLEMS = [URLError("no network"), TimeoutError("timed out"),
             RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")]
@@ -231,7 +231,7 @@ def test_imagenet_weights_are_the_tutorials(monkeypatch):
     assert asked == [torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1]
 
 
-# --- what the repository ships ---
+# What the repository ships
 
 
 def test_shipped_encoder_loads_and_expects_images_of_minus_1_to_1():
@@ -256,5 +256,5 @@ def test_weights_may_be_a_checkpoint_with_that_encoder(tmp_path):
     with pytest.raises(UserError, match="pass --encoder mobilenetv3_small_050"):
         Encoder(name="resnet18", weights=str(path))
     torch.save({"encoder_args": {"name": "resnet18"}, "encoder": {"resnet.0.weight": 3}}, path)
-    with pytest.raises(UserError, match="holds no weights of resnet18"):
+    with pytest.raises(UserError, match="does not hold weights of resnet18"):
         Encoder(name="resnet18", weights=str(path))

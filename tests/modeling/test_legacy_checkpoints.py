@@ -277,9 +277,9 @@ def test_file_of_torch_04_loads(tmp_path, state, monkeypatch):
 @pytest.mark.parametrize("name", ["encoder", "decoder"])
 def test_missing_module_is_named(path, state, form, name):
     state[name] = {"fc.bias": 1}
-    refused(write(path, state, form), f"holds no {name}")
+    refused(write(path, state, form), f"has no module {name}")
     del state[name]
-    refused(write(path, state, form), f"holds no {name}")
+    refused(write(path, state, form), f"has no module {name}")
 
 
 @pytest.mark.parametrize("name", ["embedding", "decode_step"])
@@ -292,12 +292,12 @@ def test_missing_or_misshapen_tensor_is_named(path, state, form):
     for bias, message in ((None, "the decoder lacks fc.bias"),
                           (nn.Parameter(torch.ones(7)), "fc.bias has size (7,), not (6,)")):
         state["decoder"].fc.bias = bias
-        refused(write(path, state, form), "does not hold a whole model", message)
+        refused(write(path, state, form), "does not hold a complete model", message)
 
 
 def test_other_encoder_is_named(path, state, form):
     state["encoder"].resnet[6] = layers(5)
-    refused(write(path, state, form), "no ResNet of torchvision", "5 layers")
+    refused(write(path, state, form), "not a ResNet of torchvision", "5 layers")
 
 
 class Call:
@@ -346,7 +346,7 @@ def test_tree_of_modules_without_end_is_refused(tmp_path, kind):
     magic = b"".join(pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": True}))
     root = b"\x80\2}(U\1x" + TREES[kind] + b"U\7encoderj\xff\0\0\0U\7decoderj\xff\0\0\0u."
     (tmp_path / "x").write_bytes(magic + root + pickle.dumps([], 2))
-    refused(tmp_path / "x", "a tree of modules without end")
+    refused(tmp_path / "x", "an endless tree of modules")
 
 
 def test_arguments_larger_than_the_tensors_are_refused(tmp_path):
@@ -355,7 +355,7 @@ def test_arguments_larger_than_the_tensors_are_refused(tmp_path):
     args = dict(decoder.args)
     for name in ("vocab_size", "attention_dim", "decoder_dim", "embed_dim", "encoder_dim"):
         checkpoint = {"decoder_args": {**args, name: 1 << 40}, "decoder": decoder.state_dict()}
-        with pytest.raises(UserError, match="x does not hold a whole model"):
+        with pytest.raises(UserError, match="x does not hold a complete model"):
             checkpoints.check_model(checkpoint, "x")
     with pytest.raises(UserError, match="encoded_image_size is not from 1 to 256"):
         checkpoints.check_model({"decoder_args": {**args, "encoded_image_size": 1 << 20},

@@ -1,4 +1,4 @@
-"""A file of torch.save is read without running any of it; what is no part of one is refused."""
+"""A file of torch.save is read without running any of it; foreign content is refused."""
 
 import copyreg
 import io
@@ -303,7 +303,7 @@ def test_tensor_within_its_storage_is_read(tmp_path, form):
     root = {"format": 1, "x": tensor(view=(None,) if form == "old" else ())}
     path = write_pickle(tmp_path / "x", pickled(root), form, FLOATS)
     assert read(path)[0]["x"].read(path).tolist() == [[1, 2], [3, 4]]
-    refused(path, "does not hold a whole model")  # but is not refused
+    refused(path, "does not hold a complete model")  # but is not refused
 
 
 @pytest.mark.parametrize("wrong", [
@@ -461,7 +461,7 @@ def test_bomb_ends_in_one_line_within_10_seconds_and_2_gb(bombs, form, name):
     seconds, message = bombs[name, form]
     assert seconds < 10
     assert "\n" not in message and len(message) < 600
-    assert " is refused: " in message or " damaged " in message or " whole model: " in message \
+    assert " is refused: " in message or " damaged " in message or " complete model: " in message \
         or " is not a checkpoint of " in message, message
 
 
@@ -503,15 +503,15 @@ def test_flipped_bytes_give_one_line_or_what_was_there(tmp_path, form):
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_what_is_no_file_is_refused(tmp_path, kind):
     (os.mkdir if kind == "folder" else os.mkfifo)(tmp_path / "x")
-    refused(tmp_path / "x", "it is no file")
+    refused(tmp_path / "x", "it is not a file")
 
 
 def test_files_of_big_endian_machines_are_refused(tmp_path):
     """Their numbers would be read as others."""
     head = (pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": False}, {}, []))
     (tmp_path / "x").write_bytes(b"".join(head))
-    refused(tmp_path / "x", "it is of a big-endian machine")
+    refused(tmp_path / "x", "it was written on a big-endian machine")
     with zipfile.ZipFile(tmp_path / "x", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps({}, 2))
         archive.writestr("a/byteorder", "big")
-    refused(tmp_path / "x", "it is of a big-endian machine")
+    refused(tmp_path / "x", "it was written on a big-endian machine")

@@ -106,7 +106,7 @@ def test_boxes_are_tight_around_what_each_object_changed():
     """The oracle: the pixels that differ when the object is left out."""
     rng = Random(5)
     for scene in demo.choose_scenes(50, rng):
-        background, objects = demo.lay_out(scene, rng)
+        background, objects = demo.compose(scene, rng)
         picture = demo.draw(background, objects)
         for i, (points, _) in enumerate(objects):
             without = demo.draw(background, objects[:i] + objects[i + 1 :])
@@ -165,7 +165,7 @@ def test_what_captions_say_of_place_and_size_is_true_of_the_boxes(images):
 def test_every_colour_is_drawn_as_its_name():
     for colour, rgb in demo.COLOURS.items():
         scene = ([("large", colour, "square")], (1, 1))
-        background, objects = demo.lay_out(scene, Random(0))
+        background, objects = demo.compose(scene, Random(0))
         assert far_apart(demo.draw(background, objects).getpixel((128, 128)), rgb) <= 14
 
 

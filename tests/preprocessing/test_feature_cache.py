@@ -244,6 +244,6 @@ def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch)
 def test_full_disk_is_refused_beforehand(small, encoder, monkeypatch):
     files = beside(small[0])
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(UserError, match="make room or pass --no-cache_features"):
+    with pytest.raises(UserError, match="free up space or pass --no-cache_features"):
         cache_features(small[0], encoder, "cpu")
     assert beside(small[0]) == files

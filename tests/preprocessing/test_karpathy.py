@@ -1,4 +1,4 @@
-"""What is not in Karpathy's form is refused with one line that names the place."""
+"""What is not in Karpathy's format is refused with one line that names the place."""
 
 import pytest
 from factories import karpathy_entry as entry
@@ -11,8 +11,8 @@ from utils import UserError, write_json
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([entry("a.png", "dev")], r"split 'dev' of a\.png is none of train, restval, val, test"),
-        ([entry("a.png"), entry("a.png")], r"a\.png is there twice"),
+        ([entry("a.png", "dev")], r"split 'dev' of a\.png is not one of train, restval, val, test"),
+        ([entry("a.png"), entry("a.png")], r"a\.png occurs twice"),
         ([entry("../a.png")], r"\.\./a\.png is not inside the image folder"),
         ([entry("a.png", captions=["the <end>"])], r"a\.png: a caption has <end>"),
         ([entry("a.png", "val")], "no image to train on"),
@@ -44,7 +44,7 @@ def test_what_is_no_name_of_a_file_is_refused(tmp_path, key, name):
     if (key, name) == ("filepath", ""):
         return
     write_json(tmp_path / "dataset.json", {"images": [entry("a.png") | {key: name}]})
-    with pytest.raises(UserError, match=rf"dataset.json: image 0: {key} .* no name of a file"):
+    with pytest.raises(UserError, match=rf"dataset.json: image 0: {key} .* not a file name"):
         create_input_files("x", tmp_path / "dataset.json", tmp_path, output_folder=tmp_path / "out")
 
 

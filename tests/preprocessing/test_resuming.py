@@ -73,7 +73,7 @@ def count_reads(monkeypatch):
 
 def test_what_was_read_is_not_read_again_to_skip_the_bad_images(tmp_path, monkeypatch):
     entries = [entry(f"{i}.png") for i in range(6)]
-    with pytest.raises(UserError, match="which does not read the others again"):
+    with pytest.raises(UserError, match="the other images will not be read again"):
         create(tmp_path, entries, bad=["2.png"])
     paths = count_reads(monkeypatch)
     create(tmp_path, entries, bad=["2.png"], skip_bad_images=True)
@@ -104,7 +104,7 @@ def test_resumed_run_reads_only_what_is_missing(tmp_path, monkeypatch, capsys, w
     assert create_killed(tmp_path, input_files, "read_image", 5, entries=MIXED)
     paths = count_reads(monkeypatch)
     create(tmp_path, MIXED, workers=workers)
-    assert "4 of 6 images are in" in capsys.readouterr().out
+    assert "4 of 6 images are already in" in capsys.readouterr().out
     assert workers or paths == ["1.png", "3.png"]  # training images come first
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -137,7 +137,7 @@ def test_complete_data_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(input_files, "read_image", None)
     create(tmp_path, ONE_PER_SPLIT)
-    assert "is complete already; --overwrite makes it anew" in capsys.readouterr().out
+    assert "is already complete; --overwrite makes it again" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
@@ -154,7 +154,7 @@ def test_files_of_something_else_are_not_overwritten_unless_told_so(tmp_path, ch
     else:
         next((tmp_path / "out").glob("VAL_CAPLENS*")).unlink()
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="TRAIN_IMAGES_x_.* is there already.* --output_folder"):
+    with pytest.raises(UserError, match="TRAIN_IMAGES_x_.* already exists.* --output_folder"):
         create(tmp_path, ONE_PER_SPLIT, **options)
     assert contents(tmp_path / "out") == before
     create(tmp_path, ONE_PER_SPLIT, overwrite=True, **options)
@@ -208,7 +208,7 @@ def test_disk_that_is_full_keeps_what_is_done(tmp_path, monkeypatch):
         return write(self, row, images)
 
     monkeypatch.setattr(ResumableHDF5, "write", fail)
-    with pytest.raises(UserError, match="No space left.* kept, the same command goes on"):
+    with pytest.raises(UserError, match="No space left.* kept, run the same command"):
         create(tmp_path, many_entries())
     paths = count_reads(monkeypatch)
     create(tmp_path, many_entries())
@@ -265,11 +265,12 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.count("\n") == 1
     assert stderr.startswith("create_input_files.py: interrupted; ")
-    assert stderr.endswith("the same command goes on\n")
+    assert stderr.endswith("run the same command to continue\n")
     [work] = (tmp_path / "out").iterdir()
     done = read_json(work / "progress.json")["done"]["TRAIN"]
     again = subprocess.run(command, capture_output=True, text=True)
-    assert f"{done} of 40 images are in" in again.stdout and not again.returncode, again.stderr
+    assert f"{done} of 40 images are already in" in again.stdout
+    assert not again.returncode, again.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -286,4 +287,4 @@ def test_helpers_end_with_a_killed_parent_and_a_new_run_starts_at_once(tmp_path,
         time.sleep(0.05)
     assert not any(map(runs, helpers))
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "images are in" in done.stdout
+    assert done.returncode == 0 and "images are already in" in done.stdout

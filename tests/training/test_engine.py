@@ -63,7 +63,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_step(data, tmp_path, m
 
 
 def test_more_parts_than_images_are_an_error(data, tmp_path):
-    with pytest.raises(UserError, match="12 is more parts than some steps have images in a"):
+    with pytest.raises(UserError, match="--accumulate 12 is too large: some steps have only"):
         train.main(train_args(data, tmp_path, "--batch_size", "55", "--accumulate", "12"))
 
 

@@ -53,7 +53,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
             train.main(train_args(data, parts, *options))
     assert stopped.value.code == 128 + getattr(signal, signum)
     last = parts / f"checkpoint_{NAME}.pth.tar"
-    assert str(stopped.value).endswith(f"go on with: python train.py --resume {last}")
+    assert str(stopped.value).endswith(f"continue with: python train.py --resume {last}")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.main(["--checkpoint_folder", str(parts), "--resume", "--workers", "1"])
     a, b = load_checkpoint(whole), load_checkpoint(parts)
@@ -73,7 +73,7 @@ def test_stopped_self_critical_training_goes_on_bit_for_bit(data, tmp_path, monk
         raise_signal_at(patched, 6, signal.SIGINT)
         with pytest.raises(Interrupted):
             train.main([*options, str(tmp_path / "parts")])
-    with pytest.raises(UserError, match="was run with ema 0.0, which a resumed run keeps"):
+    with pytest.raises(UserError, match="was run with ema 0.0, which --resume cannot change"):
         train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume", "--ema", "0.9"])
     train.main(["--checkpoint_folder", str(tmp_path / "parts"), "--resume"])
     a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
@@ -147,7 +147,7 @@ def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, 
     assert process.returncode == 128 + getattr(signal, signum)
     [line] = errors.splitlines()
     assert line.startswith("train.py: stopped in epoch ") and line.endswith(
-        f"all saved; go on with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar")
+        f"all saved; continue with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar")
 
 
 @pytest.mark.parametrize("world_size, local, command", [

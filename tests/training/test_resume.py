@@ -120,17 +120,17 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
     word_map["<unk>"], word_map["<start>"] = word_map["<start>"], word_map["<unk>"]
     del checkpoint["data"]
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="the word '<start>' is number 30 there and 31 here"):
+    with pytest.raises(UserError, match="the id of '<start>' is 30 there and 31 here"):
         train.main(resume)
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"self_critical": True, "single_captions": True}, "--single_captions is of training on true"),
+    ({"self_critical": True, "single_captions": True}, "--single_captions is for training on true"),
     ({"attention": "purple"}, "is damaged: its option attention is 'purple'"),
-    ({"ema": 0.5}, "it lacks the weights that its average is of"),
-    ({"cosine": True, "batch_size": 40}, "was run with batch_size 40, which a resumed run keeps"),
-    ({"cosine": True}, "was run with epochs 1, which a resumed run keeps"),
-    ({"embeddings": "glove.txt"}, "was run with embeddings glove.txt, which a resumed run keeps"),
+    ({"ema": 0.5}, "it lacks the weights that were being averaged"),
+    ({"cosine": True, "batch_size": 40}, "was run with batch_size 40, which --resume cannot change"),
+    ({"cosine": True}, "was run with epochs 1, which --resume cannot change"),
+    ({"embeddings": "glove.txt"}, "was run with embeddings glove.txt, which --resume cannot change"),
 ])
 def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, options, message):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
@@ -149,8 +149,8 @@ def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, 
     ("options", {"epochs": "many"}, "its option epochs is 'many'"),
     ("options", {"batch_size": [80]}, "its option batch_size is"),
     ("options", {"data_folder": None}, "its option data_folder is"),
-    ("progress", {"epoch": -1}, "its progress is not that of a run"),
-    ("progress", {"sums": [1, 2]}, "its progress is not that of a run"),
+    ("progress", {"epoch": -1}, "its progress is not valid"),
+    ("progress", {"sums": [1, 2]}, "its progress is not valid"),
     ("progress", {"step": 999}, "999 of 2 batches are done"),
     ("optimizer", {"param_groups": []}, "does not fit this run"),
     ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
@@ -158,12 +158,12 @@ def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, 
     ("lr", "x", "has other settings"),
     ("betas", None, "has other settings"),
     ("options", {"dropout": math.nan}, "its option dropout is nan"),
-    ("progress", {"best": None}, "its progress is not that of a run"),
+    ("progress", {"best": None}, "its progress is not valid"),
     ("data", 5, "does not say what data"),
-    ("decoder_args", {"decoder_dim": 33}, "does not hold a whole model"),
-    ("decoder_args", 5, "does not hold a whole model"),
-    ("word_map", [], "is no word map"),
-    ("word_map", {5: 5}, "is no word map"),
+    ("decoder_args", {"decoder_dim": 33}, "does not hold a complete model"),
+    ("decoder_args", 5, "does not hold a complete model"),
+    ("word_map", [], "is not a word map"),
+    ("word_map", {5: 5}, "is not a word map"),
     ("optimizer", {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2),
                                  "exp_avg_sq": torch.zeros(2)}}}, "have other sizes"),
 ], ids=str)

@@ -28,7 +28,7 @@ def test_a_run_that_cannot_begin_leaves_the_one_before(data, tmp_path, monkeypat
     with pytest.raises(UserError, match="gone.txt"):
         train.main(train_args(data, tmp_path, "--overwrite", "--embeddings", "gone.txt"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="--tensorboard needs a package"):
+    with pytest.raises(UserError, match="--tensorboard needs the package"):
         train.main(train_args(data, tmp_path, "--overwrite", "--tensorboard"))
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -114,7 +114,7 @@ def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(data, tm
                   for folder in ("one", "two")))
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith("done after epoch 1: best validation BLEU-4 ") and printed.endswith(
-        f"of the model that the phase began with, in {tmp_path / 'two' / best.name}")
+        f"from the model that the phase started from, in {tmp_path / 'two' / best.name}")
 
 
 def test_fine_tuning_starts_from_the_checkpoint_and_trains_blocks_2_to_4_only(
