@@ -5,10 +5,11 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
     python checkpoints.py BEST NEW --half                   # make a small one, to pass on
     python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of two phases
 
-A file holds `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args` (their
-constructors' arguments), `word_map`, and those of train.py also `options`, `progress`, `bleu4` and
-everything needed to continue the run exactly. With train.py's --ema, `encoder` and `decoder` are
-the averaged weights, and those being trained are in `trained`.
+A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
+(their constructors' arguments) and `word_map`. Those of train.py also hold what continues the run:
+`options`, `data` (a summary of the data set), `bleu4`, and of `training.state.TrainingState`
+`optimizer`, `scaler`, `progress` and `trained`. With --ema, `encoder` and `decoder` are the
+averaged weights, and those being trained are in `trained`.
 
 Checkpoints of whole modules, as the tutorial wrote them, can be loaded as well, without running
 their code (see modeling/legacy_checkpoints.py).

@@ -126,7 +126,7 @@ class CaptionDataset(Dataset):
     One split of a data set. An item is an image with its R captions or, with
     by_image=False, one caption with its image (R = 1):
 
-      image     uint8 (3, 256, 256), or float16 (P, E) where `use_features` was called
+      image     uint8 (3, 256, 256), or float16 (G, E) where `use_features` was called
       captions  int64 (R, L) word ids: <start> words <end> <pad>...
       lengths   int64 (R,) true lengths, <start> and <end> counted
 

@@ -1,6 +1,7 @@
 """
 The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044):
-`Encoder`, `Attention`, soft or hard, and `DecoderWithAttention`.
+`Encoder`, `Attention`, soft or hard, and `DecoderWithAttention`. tests/reference.py has the same
+equations as plainly as they can be written; here they are arranged for speed.
 
 # N images   R captions per image   P locations (paper: L)   E encoder size (paper: D)
 # H decoder size   A attention size   V vocabulary (paper: K)   T time steps (paper: C)   K beams
@@ -116,7 +117,15 @@ def pooling_matrix(cells, size, device, dtype):
 
 
 class Attention(nn.Module):
-    """Soft attention, paper section 4.2: a small network scores each location against h."""
+    """
+    Soft attention, paper section 4.2: a small network scores each location a_p against the state h,
+
+        e_p = full_att(relu(encoder_att(a_p) + decoder_att(h)))     alpha = softmax(e)
+
+    and the context vector is the sum of alpha_p a_p. encoder_att is applied in `encode_memory`,
+    once per image, and decoder_att in `step`; `modeling.autograd.AttentionEnergy` is full_att of
+    the ReLU.
+    """
 
     def __init__(self, encoder_dim, decoder_dim, attention_dim):
         super().__init__()

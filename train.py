@@ -22,7 +22,8 @@ from training.build import (
     model_options,
 )
 from training.engine import train_one_epoch, validate
-from training.run import Run, check_unchanged, load_run, lock_run, restore_state
+from training.resume import check_unchanged, load_run, restore_state
+from training.run import Run, lock_run
 from training.state import TrainingState
 from utils import (
     Number,
@@ -60,14 +61,14 @@ def train(args, checkpoint, processes):
 
 
 def main(argv=None):
-    args, checkpoint = get_run(argv)
+    args, checkpoint = get_options_and_checkpoint(argv)
     with distributed(args.device) as processes:
         args.data_name = args.data_name or find_data_name(args.data_folder)
         with lock_run(args, processes):
             train(args, checkpoint, processes)
 
 
-def get_run(argv):
+def get_options_and_checkpoint(argv):
     """
     The options, and the checkpoint to start from or None. A resumed run takes its options from the
     checkpoint, a new phase only those of the model.

@@ -1,6 +1,6 @@
 """
 How good captions are: BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention
-accuracy. ROUGE-L and METEOR are pycocoevalcap's, see scores.py.
+accuracy. ROUGE-L and METEOR are pycocoevalcap's: see scores.py and coco_caption.py.
 """
 
 import math

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from factories import write_scenes
@@ -7,9 +9,9 @@ from factories import write_scenes
 def one_thread():
     """
     One thread computes in one order, whatever else the machine does; and small models spend more
-    time waiting for threads than computing.
+    time waiting for threads than computing. TEST_THREADS=2 shows that no test depends on it.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 @pytest.fixture(scope="session")

@@ -47,10 +47,11 @@ def train_one_epoch(state, loader, epoch, run):
 
     with run.interrupts.deferred():
         step = first_step
+        # The sampler gives the same order again: the indices of the loader's images or captions.
         for (images, captions, lengths), rows in zip(bar, loader.sampler):
             # The loss is a mean over the tokens of the joint batch of all processes.
             num_tokens, num_captions, stop, save_due = processes.all_reduce(
-                int((lengths - 1).sum()), state.criterion.num_captions(lengths),
+                int((lengths - 1).sum()), state.criterion.count_captions(lengths),
                 bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
             if stop:  # some process got a signal: all of them stop at this step
                 run.interrupts.signum = run.interrupts.signum or signal.SIGTERM

@@ -66,7 +66,7 @@ class Criterion:
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     baseline = torch.zeros(())
 
-    def num_captions(self, lengths):
+    def count_captions(self, lengths):
         """The number of captions that the criterion uses for lengths (N, R)."""
         return lengths.numel()
 
@@ -180,7 +180,7 @@ class SelfCritical(Criterion):
         return (loss + self.alpha_c * penalty, rewards.sum(),
                 torch.zeros((), dtype=torch.long))
 
-    def num_captions(self, lengths):
+    def count_captions(self, lengths):
         return len(lengths) * self.samples
 
     @staticmethod

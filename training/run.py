@@ -1,29 +1,23 @@
 """
-`Run`: a training run in its checkpoint folder: its lock, checkpoints, log, interruption and
-resumption.
+`Run`: a training run in its checkpoint folder: its lock, checkpoints, log and interruption.
 """
 
 import json
-import os
-import shlex
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoints
 from training.interrupts import Interrupted, Interrupts
-from training.state import monitor
+from training.resume import (
+    TRANSIENT_OPTIONS,
+    best_path,
+    continues,
+    describe_data,
+    last_path,
+    resume_command,
+)
+from training.state import monitored_metric
 from utils import UserError, atomic_write, exclusive_lock
-
-# Options of a single start of the script, which are not saved with the run.
-TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
-# Options that must not change when a run is resumed: always, since optimizer and model depend on
-# them; within an epoch, since the order of its batches does; and with --cosine, since the learning
-# rate does.
-FIXED = ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings", "self_critical",
-         "ema", "augment", "embeddings", "cosine")
-FIXED_WITHIN_EPOCH = ("batch_size", "single_captions", "seed", "attention", "accumulate")
-FIXED_WITH_COSINE = ("batch_size", "single_captions", "epochs")
 
 
 class Run:
@@ -67,7 +61,7 @@ class Run:
     def start_phase(self, stats):
         """stats: the validation metrics of the checkpoint's model, the score to improve on"""
         self.processes.print(f"start   {_format_scores(stats)}")
-        self.state.start_phase(stats[monitor(self.args)])
+        self.state.set_score_to_beat(stats[monitored_metric(self.args)])
         with self.interrupts.deferred():
             if not best_path(self.args).exists():
                 self.save(best_path(self.args))  # so that a new folder has a best model
@@ -104,11 +98,12 @@ class Run:
             self.save()  # last: until then, a resumed run repeats all of the above
 
     def print_summary(self):
-        progress, name = self.state.progress, {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}
+        progress = self.state.progress
+        metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[monitored_metric(self.args)]
         best = progress.epoch - progress.epochs_since_improvement
         source = f"epoch {best}" if best else "the model that the phase started from"
         self.processes.print(
-            f"done after epoch {progress.epoch}: best validation {name[monitor(self.args)]} "
+            f"done after epoch {progress.epoch}: best validation {metric} "
             f"{progress.best:.2f}, from {source}, in {best_path(self.args)}")
 
 
@@ -136,7 +131,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         rows = []
-        if self.path.exists() and _continues(args):
+        if self.path.exists() and continues(args):
             rows = self.path.read_text(errors="replace").splitlines()
         if args.resume:
             while len(rows) > progress.previous_rows and not _epoch(rows[-1]) <= progress.epoch:
@@ -145,7 +140,7 @@ class Log:
             progress.previous_rows = len(rows)
         with atomic_write(self.path) as temporary:
             Path(temporary).write_text("".join(row + "\n" for row in rows))
-        if not (source and _continues(args)):
+        if not (source and continues(args)):
             for path in (last_path(args), best_path(args)):
                 path.unlink(missing_ok=True)
         self._previous_rows = progress.previous_rows
@@ -171,23 +166,6 @@ def _epoch(line):
     return epoch if type(epoch) is int else float("inf")
 
 
-# Files in the checkpoint folder
-
-
-def last_path(args):
-    return Path(args.checkpoint_folder) / f"checkpoint_{args.data_name}.pth.tar"
-
-
-def best_path(args):
-    return Path(args.checkpoint_folder) / f"BEST_checkpoint_{args.data_name}.pth.tar"
-
-
-def _continues(args):
-    """Whether the run starts from a checkpoint in its own folder, and so continues its log."""
-    source = args.resume or args.checkpoint
-    return bool(source) and Path(source).resolve().parent == Path(args.checkpoint_folder).resolve()
-
-
 @contextmanager
 def lock_run(args, processes):
     """
@@ -204,71 +182,7 @@ def lock_run(args, processes):
                         f"another run of {args.data_name} is training in {folder}; wait for it or "
                         f"pass another --checkpoint_folder", timeout=15):
         for path in (last_path(args), best_path(args)):
-            if path.exists() and not args.overwrite and not _continues(args):
+            if path.exists() and not args.overwrite and not continues(args):
                 raise UserError(f"{path} is of an earlier run; pass --resume to continue it, "
                                 f"--overwrite to replace it, or another --checkpoint_folder")
         yield
-
-
-# Resuming
-
-
-def load_run(path):
-    """The checkpoint of a run to resume; UserError unless it is one."""
-    checkpoint = checkpoints.load(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    if not isinstance(checkpoint.get("options"), dict) \
-            or not isinstance(checkpoint.get("progress"), dict):
-        raise UserError(f"{path} is damaged: the run's options or progress are missing")
-    if not isinstance(checkpoint.get("data"), dict | None):  # None in older runs
-        raise UserError(f"{path} is damaged: it does not say what data it was trained on")
-    return checkpoint
-
-
-def check_unchanged(args, options, progress):
-    """UserError if args differ from the run's saved options in one that must not change."""
-    fixed = [*FIXED, *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
-             *FIXED_WITH_COSINE * options["cosine"]]
-    for option in fixed:
-        if getattr(args, option) != options[option]:
-            raise UserError(f"{args.resume} was run with {option} {options[option]}, which "
-                            f"--resume cannot change; for a new phase pass --checkpoint "
-                            f"{args.resume}")
-
-
-def restore_state(state, checkpoint, train_data):
-    """Load the checkpoint into `state`; UserError unless it fits the options and the data."""
-    args, progress = state.args, checkpoint["progress"]
-    data, saved_data = describe_data(args, train_data), checkpoint.get("data")
-    if saved_data not in (None, data):
-        changes = ", ".join(f"{key} {saved_data.get(key)}, now {data[key]}" for key in data
-                            if saved_data.get(key) != data[key])
-        raise UserError(f"{args.resume} was trained on other data: {changes}; pass their "
-                        f"--data_folder, or --checkpoint {args.resume} for a new phase")
-    try:
-        state.load_state_dict(checkpoint)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{args.resume} does not fit this run: {reason}") from None
-    progress = state.progress
-    state.processes.print(f"resuming {args.resume}: {progress.epoch} epochs and "
-                          f"{progress.step} batches are done")
-
-
-def describe_data(args, data):
-    """A summary of the data, which must be the same when a run is resumed."""
-    return {"name": args.data_name, "images": data.num_images,
-            "captions_per_image": data.captions_per_image,
-            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
-
-
-def resume_command(args, processes):
-    program, world_size = "python", processes.world_size
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size > 1:
-        program = f"torchrun --nproc_per_node={local_world_size}"
-    if world_size > local_world_size:  # to be run on each machine
-        program += (f" --nnodes={world_size // local_world_size} --rdzv_backend=c10d "
-                    f"--rdzv_endpoint=HOST:PORT")
-    return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"

@@ -1,6 +1,6 @@
 """
 `TrainingState`: everything that training changes. After `load_state_dict(state_dict)`, training
-continues bit for bit.
+continues bit for bit; resume.py says what else that takes.
 """
 
 import math
@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-# Older names of these fields of Progress, which checkpoints keep.
-FILE_NAMES = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
+# Checkpoints keep older names of these fields of Progress.
+CHECKPOINT_KEYS = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Progress:
     """How far a run has come."""
     epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
-    best: float | None = None  # the best score so far, of the metric that `monitor` names
+    best: float | None = None  # the best score so far, of the `monitored_metric`
     epochs_since_improvement: int = 0
     previous_rows: int = 0  # rows in the log from earlier phases
     baseline: float = 0.0  # of hard attention
@@ -29,7 +29,7 @@ class Progress:
 
     def to_dict(self):
         """The content of a checkpoint's `progress`."""
-        return {FILE_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        return {CHECKPOINT_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, content):
@@ -37,7 +37,7 @@ class Progress:
         content = dict(content)
         if "best_bleu4" in content:  # its name when BLEU-4 alone could decide
             content["best"] = content.pop("best_bleu4")
-        names = {FILE_NAMES.get(name, name): name for name in cls.__dataclass_fields__}
+        names = {CHECKPOINT_KEYS.get(name, name): name for name in cls.__dataclass_fields__}
         progress = cls(**{names[key]: value for key, value in content.items() if key in names})
         counts = (progress.epoch, progress.epochs_since_improvement, progress.previous_rows,
                   progress.step)
@@ -50,7 +50,7 @@ class Progress:
         return progress
 
 
-def monitor(args):
+def monitored_metric(args):
     """The validation metric that decides which model is the best."""
     return "cider_d" if args.self_critical else "bleu4"
 
@@ -71,7 +71,7 @@ class TrainingState:
         self.args, self.processes, self.criterion = args, processes, criterion
         self.encoder, self.decoder = encoder, decoder
         self.steps_per_epoch = steps_per_epoch
-        trained = [decoder, *[encoder] * args.fine_tune_encoder]
+        trained = [decoder, encoder] if args.fine_tune_encoder else [decoder]
         # Wrapped for gradients only: validation and checkpoints use the modules themselves.
         self.parallel_decoder = _parallel(decoder, processes)
         self.parallel_encoder = (_parallel(encoder, processes) if args.fine_tune_encoder
@@ -111,7 +111,7 @@ class TrainingState:
 
     def after_epoch(self, stats):
         """Count a complete epoch. stats: its metrics. Returns whether it is the best so far."""
-        progress, score = self.progress, stats[monitor(self.args)]
+        progress, score = self.progress, stats[monitored_metric(self.args)]
         improved = progress.best is None or score > progress.best
         self.progress = Progress(
             stats["epoch"], stats["bleu4"], score if improved else progress.best,
@@ -124,8 +124,8 @@ class TrainingState:
                 self.processes.print(f"learning rate is now {self.last_lr:.3g}")
         return improved
 
-    def start_phase(self, score):
-        """Set the score to improve on: that of the model from which a phase starts."""
+    def set_score_to_beat(self, score):
+        """A phase is to improve on the score of the model that it starts from."""
         self.progress.best = score
         self._restore_scheduler()
 

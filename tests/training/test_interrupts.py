@@ -22,7 +22,7 @@ from factories import (
 import checkpoints
 import train
 from training.interrupts import Interrupted, leave_signals_to_parent
-from training.run import resume_command
+from training.resume import resume_command
 from utils import Distributed, UserError
 
 

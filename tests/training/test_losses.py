@@ -107,7 +107,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 
     criterion = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
                              samples=3, max_len=2)
-    assert criterion.num_captions(torch.zeros(400, 1)) == 1200
+    assert criterion.count_captions(torch.zeros(400, 1)) == 1200
     assert not criterion.dropout
     criterion.reward = lambda images, captions, lengths: torch.tensor(
         [[rewards[tuple(c[1:n])] for c, n in zip(*rows)]
