@@ -22,7 +22,7 @@ from training.build import (
     model_options,
 )
 from training.engine import train_one_epoch, validate
-from training.resume import check_unchanged, load_run, restore_state
+from training.resume import check_same_data, check_unchanged, load_run, restore_state
 from training.run import Run, lock_run
 from training.state import TrainingState
 from utils import (
@@ -42,16 +42,22 @@ from utils import (
 def train(args, checkpoint, processes):
     set_seed(args.seed)
     train_data, val_data = load_splits(args, processes)
+    if args.resume:
+        check_same_data(args, checkpoint, train_data)
     encoder, decoder = build_model(args, checkpoint, train_data.word_map, processes.device)
     cache_features_if_frozen(args, encoder, (train_data, val_data), processes)
     train_loader, val_loader = build_loaders(args, train_data, val_data, processes)
     state = TrainingState(args, encoder, decoder, build_criterion(args, train_data),
                           train_loader.sampler.num_batches, processes)
+    start = None
     if args.resume:
-        restore_state(state, checkpoint, train_data)
+        restore_state(state, checkpoint)
+    elif checkpoint:
+        # Before Run: interrupted here, the phase has not begun, and there is nothing to resume.
+        start = validate(state, val_loader)
     with Run(state, train_data) as run:
-        if checkpoint and not args.resume:
-            run.start_phase(validate(state, val_loader))
+        if start:
+            run.start_phase(start)
         for epoch in run.epochs():
             stats = {"epoch": epoch, **train_one_epoch(state, train_loader, epoch, run)}
             run.save()  # in case the validation fails

@@ -52,15 +52,19 @@ def check_unchanged(args, options, progress):
                             f"{args.resume}")
 
 
-def restore_state(state, checkpoint, train_data):
-    """Load the checkpoint into `state`; UserError unless it fits the options and the data."""
-    args, progress = state.args, checkpoint["progress"]
+def check_same_data(args, checkpoint, train_data):
+    """UserError unless the checkpoint's run was trained on this data."""
     data, saved_data = describe_data(args, train_data), checkpoint.get("data")
     if saved_data not in (None, data):
         changes = ", ".join(f"{key} {saved_data.get(key)}, now {data[key]}" for key in data
                             if saved_data.get(key) != data[key])
         raise UserError(f"{args.resume} was trained on other data: {changes}; pass their "
                         f"--data_folder, or --checkpoint {args.resume} for a new phase")
+
+
+def restore_state(state, checkpoint):
+    """Load the checkpoint into `state`; UserError unless it fits the options."""
+    args = state.args
     try:
         state.load_state_dict(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -120,7 +120,7 @@ class Log:
     """
 
     def __init__(self, args, progress):
-        folder, source = Path(args.checkpoint_folder), args.resume or args.checkpoint
+        folder = Path(args.checkpoint_folder)
         self.path, self._writer = folder / f"log_{args.data_name}.jsonl", None
         if args.tensorboard:
             try:
@@ -140,7 +140,7 @@ class Log:
             progress.previous_rows = len(rows)
         with atomic_write(self.path) as temporary:
             Path(temporary).write_text("".join(row + "\n" for row in rows))
-        if not (source and continues(args)):
+        if not continues(args):
             for path in (last_path(args), best_path(args)):
                 path.unlink(missing_ok=True)
         self._previous_rows = progress.previous_rows

@@ -1,12 +1,21 @@
 """The checkpoint folder: logs, locks, phases, what is replaced and what is not."""
 
 import math
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from factories import NAME, ROOT, load_checkpoint, log_rows, same, train_args
+from factories import (
+    NAME,
+    ROOT,
+    load_checkpoint,
+    log_rows,
+    raise_signal_at,
+    same,
+    train_args,
+)
 
 import train
 from utils import UserError
@@ -88,6 +97,20 @@ def test_a_second_phase_is_what_resume_goes_on_with_from_its_start(data, tmp_pat
     monkeypatch.undo()
     train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 1, 2]  # of both phases
+
+
+def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(
+        data, tmp_path, monkeypatch):
+    """Saved without the score to beat, it would be resumed and replace a better best model."""
+    train.main(train_args(data, tmp_path, "--epochs", "2"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    raise_signal_at(monkeypatch, 1, signal.SIGINT, "training.engine.beam_search")
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
+                    "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
+                    "--device", "cpu", "--workers", "0"])
+    assert "resume" not in str(interrupted.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_phase_from_another_folder_replaces_a_run_only_with_overwrite(data, tmp_path):
