@@ -1,5 +1,5 @@
 """
-Our code against the textbook version of tests/reference.py, in one run and in turns.
+Compare the speed of our code with the textbook version of tests/reference.py, in turns.
 
     python benchmark.py                                    # all stages, on the GPU if there is one
     python benchmark.py --stages training search           # some of them
@@ -8,20 +8,20 @@ Our code against the textbook version of tests/reference.py, in one run and in t
 Sizes are the tutorial's on COCO: 2048-wide features of 256 x 256 images on an 8 x 8 grid (the
 textbook version pools them to 14 x 14 beforehand), 9490 words, captions of 12.5 words on average
 with <start> and <end>, all layers 512 wide. Weights, features and captions are random.
-Times are medians, after one run to warm up. Memory is the peak of live tensors on top of what
-both versions hold before and after: features, parameters and their gradients.
+Times are medians, after one warm-up run. Memory is the peak of live tensors beyond those that exist
+before and after: features, parameters and their gradients.
 """
 
 import os
 
-# The profiler counts memory; its log is no table.
+# The profiler, which measures memory, must not write to the table.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 
+from benchmarks.end_to_end import cache, coco, start_up
 from benchmarks.files import loading, preprocessing
 from benchmarks.measuring import matmul_rate
 from benchmarks.model import encoding, scaling, search, training
-from benchmarks.whole import cache, coco, start_up
 from utils import AMP, Parser, find_device, run_script, write_json
 
 STAGES = {stage.__name__: stage for stage in (
@@ -35,8 +35,9 @@ def get_args(argv=None):
     add("--repeats", type=int, default=5, help="timed runs of each version")
     add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
         "where there is one, else the CPU")
-    add("--amp", choices=AMP, help="our version in half precision; the textbook stays in float32")
-    add("--json", metavar="FILE", help="write the figures there too")
+    add("--amp", choices=AMP,
+        help="run our version in half precision; the textbook version stays in float32")
+    add("--json", metavar="FILE", help="also write the results to this file")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}, it must be at least 1")
@@ -46,27 +47,27 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     args.device = find_device(args.device)
-    on = machine(args.device)
-    print(f"{on}\n")
+    machine = describe_machine(args.device)
+    print(f"{machine}\n")
     print(f"{'stage':52}{'textbook':>11}{'ours':>11}{'ratio':>8}   peak memory")
     rows = []
     for stage in args.stages:
         for row in STAGES[stage](args):
             rows.append(row)
-            print(show(row), flush=True)
+            print(format_row(row), flush=True)
     if args.json:
-        write_json(args.json, {"machine": on, "torch": torch.__version__,
+        write_json(args.json, {"machine": machine, "torch": torch.__version__,
                                "rows": rows})
 
 
-def machine(device):
+def describe_machine(device):
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}, {matmul_rate(device) / 1e9:.0f} GFLOP/s in float32 products of 2048 x 2048"
 
 
-def show(row):
+def format_row(row):
     line = f"{row['stage']:52}"
     for version in ("textbook", "ours"):
         line += f"{row[version]:9.3f} s" if row.get(version) is not None else f"{'–':>11}"

@@ -9,8 +9,8 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
     python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
-On stdout stands one line per caption, its fields divided by tabs: the path unless --img is a single
-file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
+Prints one line per caption to stdout, with fields separated by tabs: the path unless --img is a
+single file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
 
 As a library, for paths, pictures and arrays alike:
 
@@ -56,12 +56,12 @@ from visualization.files import OVERLAY, find_images, overlay_paths, save_attent
 @dataclass
 class Captioned:
     """An image, its caption, and where the model looked for each word."""
-    source: Any = field(repr=False)  # as it was given: a path, a PIL image or an array
+    source: Any = field(repr=False)  # the path, PIL image or array that was passed
     words: list[str]  # T of them
     attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1
     score: float  # total log-probability in nats
-    finished: bool  # whether the caption reached <end>, or was cut off at max_len
-    n_best: list[tuple[str, float]]  # texts and scores, the best first; this one is the first
+    finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
+    n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
 
     @property
     def text(self):
@@ -74,36 +74,36 @@ class Captioned:
 
     @property
     def image(self):
-        """The photograph, uint8 (H, W, 3); read each time, so that many of them take no memory."""
-        return read_any(self.source)
+        """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
+        return load_pixels(self.source)
 
     def figure(self, smooth=True):
         """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
-        from visualization.attention import attention_grid  # only here: matplotlib takes a while
+        from visualization.attention import attention_grid  # only here: matplotlib is slow
 
         return attention_grid(self.image, self.words, self.attention, smooth)
 
     def save(self, path, smooth=True):
         """
-        Write the attention for each word in the form that the path's suffix asks for: .html, .gif
-        or .mp4, or a picture. Raises ValueError for a suffix that is none of these, OSError if the
-        file cannot be written.
+        Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
+        or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
         """
         save_attention(self, path, smooth)
 
     def _repr_html_(self):
-        """What a notebook shows: the photograph, and over each word where the model looked."""
+        """The view in a notebook: the photograph, and where the model looked for each word."""
         return page.fragment(self)
 
 
 class Captioner:
     """
-    A model that is ready to caption: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
+    A trained model that captions images:
+    `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
 
-    model: a checkpoint; the one that comes with the program if not given
-    word_map: a WORDMAP file, for checkpoints that carry none
+    model: a checkpoint; if not given, the one that comes with the program
+    word_map: a WORDMAP file, for checkpoints without word map
     device, amp: as the options of caption.py
-    Raises UserError if the checkpoint is missing or is none.
+    Raises UserError if the checkpoint is missing or not valid.
     """
 
     def __init__(self, model=PRETRAINED, word_map=None, device=None, amp=None):
@@ -116,52 +116,52 @@ class Captioner:
         """
         images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
         these, a list or an array (N, H, W, 3)
-        options: of `each`
+        options: those of `iterate`
 
-        Returns a Captioned, for several images a list. Raises UserError for one it cannot read.
+        Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
         several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
             images, Image.Image)
-        found = list(self.each(list(images) if several else [images], **options))
-        for result in found:
+        results = list(self.iterate(list(images) if several else [images], **options))
+        for result in results:
             if isinstance(result, UserError):
                 raise result
-        return found if several else found[0]
+        return results if several else results[0]
 
-    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
+    def iterate(self, images, beam_size=5, n_best=1, batch_size=32, **search):
         """
-        Yield a Captioned for each of a list of images in order, or the UserError that reading it
-        gave. While the model works on a batch, threads read the next one.
+        Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
+        readable. While the model captions one batch, threads read the next.
 
-        batch_size: images at a time; n_best and search: of beam_search
+        batch_size: images at a time; n_best, search: options of beam_search
         """
         batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
         with ThreadPoolExecutor() as pool:
-            following = pool.map(_try_read, batches[0] if batches else [])
-            for sources, after in zip(batches, [*batches[1:], []]):
-                pixels, following = list(following), pool.map(_try_read, after)
-                good = [image for image in pixels if isinstance(image, torch.Tensor)]
+            next_pixels = pool.map(_try_read, batches[0] if batches else [])
+            for sources, next_sources in zip(batches, [*batches[1:], []]):
+                pixels, next_pixels = list(next_pixels), pool.map(_try_read, next_sources)
+                readable = [image for image in pixels if isinstance(image, torch.Tensor)]
                 captions = iter(())
-                if good:
+                if readable:
                     with torch.inference_mode(), autocast(self.device, self.amp):
-                        features = self.encoder(torch.stack(good).to(self.device))
+                        features = self.encoder(torch.stack(readable).to(self.device))
                         captions = iter(beam_search(self.decoder, features, self.word_map,
                                                     beam_size, n_best=n_best, **search))
                 for source, image in zip(sources, pixels):
                     yield image if isinstance(image, UserError) else self._to_words(
                         source, next(captions))
 
-    def grow_tree(self, image, beam_size=5, **search):
+    def build_tree(self, image, beam_size=5, **search):
         """
-        What the search for an image's caption kept and dropped, a `beam_tree.Tree`, which
-        `beam_tree.draw_tree` draws. Raises UserError for an image it cannot read.
+        What the search for an image's caption kept and dropped, as a `beam_tree.Tree`, which
+        `beam_tree.draw_tree` draws. Raises UserError if the image is not readable.
         """
         from visualization import beam_tree
 
         with torch.inference_mode(), autocast(self.device, self.amp):
-            pixels = torch.from_numpy(resize_square(read_any(image)))
+            pixels = torch.from_numpy(resize_square(load_pixels(image)))
             features = self.encoder(pixels[None].to(self.device))
-            return beam_tree.grow_tree(self.decoder, features, self.word_map, beam_size, **search)
+            return beam_tree.build_tree(self.decoder, features, self.word_map, beam_size, **search)
 
     def _to_words(self, source, caption):
         """The Captioned of a beam_search.Caption"""
@@ -171,8 +171,8 @@ class Captioner:
                          caption.score, caption.finished, n_best)
 
 
-def read_any(source):
-    """uint8 (H, W, 3) of a path, a PIL image or an array; UserError if it is none of them"""
+def load_pixels(source):
+    """uint8 (H, W, 3) from a path, a PIL image or an array; UserError if that is not possible"""
     if isinstance(source, (str, os.PathLike)):
         return read_rgb(os.fspath(source))
     if isinstance(source, Image.Image):
@@ -180,18 +180,18 @@ def read_any(source):
     source = np.asarray(source)
     if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
             (), (1,), (3,), (4,)) or 0 in source.shape:
-        raise UserError(f"an array {source.dtype} of {source.shape} is no image; pass uint8 of "
+        raise UserError(f"an array {source.dtype} of {source.shape} is not an image; pass uint8 of "
                         f"(H, W), (H, W, 3) or (H, W, 4)")
     return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
 
 
 def _try_read(source):
-    """uint8 (3, 256, 256), or the UserError that says why there is none"""
+    """uint8 (3, 256, 256), or a UserError that says why the image is not readable"""
     try:
-        return torch.from_numpy(resize_square(read_any(source)))
+        return torch.from_numpy(resize_square(load_pixels(source)))
     except UserError as error:
         return error
-    except Exception as error:  # whatever a broken file sets off, the others are captioned
+    except Exception as error:  # any error of a broken file: the others must be captioned
         return UserError(f"{source} is not a readable image: {error!r}")
 
 
@@ -212,22 +212,22 @@ def get_args(argv=None):
     add_search_options(parser)
     add = parser.add_argument_group("pictures").add_argument
     add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
-        "folder for those of several, or one .html for all; if not given, "
+        "folder for the overlays of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the locations of the attention grid")
     add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,
         help="the same as --no-smooth")
-    add("--show", action="store_true", help="show overlays in a window too")
+    add("--show", action="store_true", help="also show overlays in a window")
     add("--beam_tree", metavar="FILE.svg", help="draw what the search for a single image "
         "considered, kept and dropped")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
 
-def check(args):
-    """UserError for options that make no sense together."""
+def check_options(args):
+    """UserError for options that contradict each other."""
     if args.n_best > args.beam_size:
         raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
                         f"it is {args.beam_size}")
@@ -236,23 +236,24 @@ def check(args):
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
         raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
     if args.out and page.is_page(args.out) and not args.smooth:
-        raise UserError(f"--no-smooth is for pictures; {args.out} blends locations")
+        raise UserError(f"--no-smooth is for pictures; HTML pages such as {args.out} always blend "
+                        f"locations")
     find_device(args.device)
 
 
 def main():
     args = get_args()
-    check(args)
+    check_options(args)
     paths = find_images(args.img)
     single = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
     if args.beam_tree and not single:
-        raise UserError("--beam_tree is of one image; pass a single file as --img")
-    one_page = args.out and page.is_page(args.out) and not single  # of all images
+        raise UserError("--beam_tree is for one image; pass a single file as --img")
+    one_page = args.out and page.is_page(args.out) and not single  # for all images
     overlays = overlay_paths(paths, None if one_page else args.out, single)
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
     search, failed, for_page = search_options(args), 0, []
-    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **search)
+    results = captioner.iterate(paths, args.beam_size, args.n_best, args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
         if isinstance(result, UserError):
@@ -282,7 +283,7 @@ def main():
 
 
 def print_captions(captioned, args, single):
-    """A line per caption, or a JSON object. single: whether the caption needs no path before it"""
+    """Print a line per caption, or a JSON object. single: whether to leave out the image's path"""
     if args.json:
         n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
         fields = {"image": captioned.name, **n_best[0], "words": captioned.words,
@@ -294,7 +295,7 @@ def print_captions(captioned, args, single):
                  for text, score in captioned.n_best]
     tqdm.write("\n".join(lines), file=sys.stdout)
     if not captioned.words:
-        tqdm.write(f"{captioned.name}: the model has no words for it; it may need more training",
+        tqdm.write(f"{captioned.name}: the caption is empty; the model may need more training",
                    file=sys.stderr)
     sys.stdout.flush()
 
@@ -312,8 +313,8 @@ def draw_beam_tree(captioner, path, args):
     from visualization.beam_tree import draw_tree
 
     with writing(args.beam_tree, make_folder=True):
-        draw_tree(captioner.grow_tree(path, args.beam_size, n_best=args.n_best,
-                                      **search_options(args)), args.beam_tree)
+        draw_tree(captioner.build_tree(path, args.beam_size, n_best=args.n_best,
+                                       **search_options(args)), args.beam_tree)
     print(f"beam tree: {args.beam_tree}", file=sys.stderr)
 
 

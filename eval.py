@@ -45,25 +45,26 @@ def get_args(argv=None):
     add_search_options(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--beam_sizes", type=positive_int, nargs="+", default=[1, 3, 5],
-        help="a row of the table each; 1 is greedy decoding")
+        help="one row of the table for each; 1 is greedy decoding")
     add("--metrics", nargs="+", metavar="NAME",
         help=f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given")
     add("--tokens", choices=("ptb", "data"),
-        help="the PTB tokenizer's words, which is the default for --metrics where there is Java, "
-             "or the data set's as they stand")
+        help="ptb: words from the PTB tokenizer, which is the default for --metrics if Java is "
+             "installed; data: the data set's words")
     add("--bootstrap", type=positive_int, metavar="N",
         help="95 %% intervals from N resamples of the images; --compare: 1000 if not given")
-    add("--seed", type=non_negative_int, default=0, help="of the resamples")
+    add("--seed", type=non_negative_int, default=0, help="for the resamples")
     add = parser.add_argument_group("output").add_argument
     add("--results", metavar="FILE", help="write the captions of the last beam size as JSON, with "
         "each image's scores if --metrics is given")
-    add("--report", metavar="FILE", help="write a page of metrics with intervals, lengths, and "
-        "best, worst and random images at the last beam size; with all metrics and 1000 resamples "
-        "if not told otherwise")
-    add("--image_folder", help="where the photographs are, for --report; without it they are shown "
-        "as the model sees them, resized to a square")
+    add("--report", metavar="FILE", help="write an HTML page with metrics and intervals, caption "
+        "lengths, and the best, worst and random images at the last beam size; unless given, with "
+        "--metrics all --bootstrap 1000")
+    add("--image_folder", help="for --report: where the photographs are; without it they are "
+        "shown as the model sees them, resized to a square")
     add("--compare", nargs=2, metavar=("A.json", "B.json"),
-        help="compare two files of --results, without model and data; all metrics if not given")
+        help="compare two files of --results, which needs neither model nor data; "
+        "with --metrics all unless given")
     args = parser.parse_args(argv)
     if args.compare and (args.report or args.results):
         parser.error("--compare prints a table; leave --report and --results out")
@@ -75,7 +76,7 @@ def get_args(argv=None):
         args.bootstrap = args.bootstrap or 1000
     args.search = search_options(args)
     args.names = parse_names(args.metrics or ["all" if args.compare else "bleu"])
-    # The plain table stays comparable with those of training, whatever is installed.
+    # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
     args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
     return args
 
@@ -91,15 +92,16 @@ def main(argv=None):
 
 
 def check_outputs(args):
-    """UserError if a file that is asked for cannot be written: said before any work."""
+    """UserError if an output file cannot be written; checked before any work."""
     for option in ("results", "report"):
         file = getattr(args, option)
         if file and not Path(file).resolve().parent.is_dir():
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
-            raise UserError(f"--{option} {file} is a folder; name a file in it")
+            raise UserError(f"--{option} {file} is a folder; pass a file in it")
     if args.report and not page.is_page(args.report):
-        raise UserError(f"--report {args.report} is a web page; let its name end in .html")
+        raise UserError(f"--report {args.report}: the report is a web page, its name must end in "
+                        f".html")
 
 
 def evaluate(args, processes):

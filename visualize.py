@@ -1,8 +1,8 @@
 """
-Draw how training went: what train.py logged after each epoch, as curves.
+Draw training curves from the log of train.py.
 
     python visualize.py curves log_NAME.jsonl -o curves.png
-    python visualize.py curves runs/*/log_*.jsonl -o curves.png    # several runs, a line for each
+    python visualize.py curves runs/*/log_*.jsonl -o curves.png    # several runs in one picture
 """
 
 import sys
@@ -18,8 +18,8 @@ def get_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser(
         "curves", help="loss, reward, BLEU-4, CIDEr-D, learning rate and speed by epoch",
-        description="Draw the figures that train.py logged after each epoch, a panel for each.")
-    curves.add_argument("logs", nargs="+", metavar="log_NAME.jsonl", help="a line for each file")
+        description="Draw what train.py logged after each epoch, with a panel for each metric.")
+    curves.add_argument("logs", nargs="+", metavar="log_NAME.jsonl", help="drawn as one line each")
     curves.add_argument("-o", "--out", default="curves.png", help="PNG, PDF or SVG")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""From photographs to batches: reading and shrinking, writing HDF5, opening captions."""
+"""From image files to batches: reading and resizing images, writing HDF5, loading captions."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measuring import compare, in_a_process
+from benchmarks.measuring import compare, measure_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from preprocessing.input_files import create_input_files
 from preprocessing.resumable_hdf5 import ResumableHDF5
@@ -23,7 +23,7 @@ COCO_IMAGES = 113_287  # of its training split, 5 captions each
 
 
 def draw_photographs(folder, n, different=100):
-    """n JPEG files of 500 x 375 pixels, smooth noise that packs about as well as photographs."""
+    """n JPEG files of 500 x 375 pixels, noise that compresses about as well as photographs."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{i:06d}.jpg" for i in range(n)]
     for i, path in enumerate(paths):
@@ -44,7 +44,7 @@ def write_karpathy(path, photographs):
 
 
 def preprocessing(args):
-    """Reading and shrinking photographs and writing them to HDF5; and its memory."""
+    """Reading and resizing photographs and writing them to HDF5, and the memory this takes."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         photographs = draw_photographs(folder, 1000)
@@ -69,17 +69,18 @@ def preprocessing(args):
 
         pixels = np.zeros((400, 3, 256, 256), np.uint8)
 
-        def raw():
-            with open(folder / "raw", "wb") as file:
+        def plain_file():
+            with open(folder / "plain", "wb") as file:
                 for image in pixels:
                     file.write(image)
 
-        def written():
+        def resumable_file():
             ours = ResumableHDF5(folder / "ours.hdf5", "images", pixels.shape, np.uint8)
             ours.create()
             ours.write(0, pixels)
 
-        yield compare("writing 400 images; textbook: a plain file", raw, written, args,
+        yield compare("writing 400 images; textbook: a plain file", plain_file,
+                      resumable_file, args,
                       memory=False)
 
     peaks = {n: memory_of_preprocessing(n) for n in (1000, 5000)}
@@ -91,17 +92,17 @@ def preprocessing(args):
 
 
 def memory_of_preprocessing(n):
-    """Peak bytes of a process, its readers included, that turns n photographs into HDF5."""
+    """Peak bytes of a process, including its workers, that writes n photographs to HDF5."""
     with tempfile.TemporaryDirectory() as folder:
         write_karpathy(Path(folder, "k.json"), draw_photographs(Path(folder), n))
-        return in_a_process(f"""
+        return measure_process(f"""
             from preprocessing.input_files import create_input_files
             create_input_files("p", {folder!r} + "/k.json", {folder!r}, output_folder={folder!r})
         """)["bytes"]
 
 
 def loading(args):
-    """Opening a training split of COCO's size, and starting workers that read from it."""
+    """Loading the captions of a split of COCO's size, and starting workers that read from it."""
     for images in (COCO_IMAGES // 100, COCO_IMAGES):
         with tempfile.TemporaryDirectory() as folder:
             yield from opening(folder, images)
@@ -115,15 +116,15 @@ def opening(folder, images):
     words = {f"word{i}": i for i in range(1, VOCAB - 3)}
     write_json(f"{folder}/WORDMAP_x.json", WORD_MAP | words)
     with h5py.File(f"{folder}/TRAIN_IMAGES_x.hdf5", "w") as file:
-        file.attrs["captions_per_image"] = 5  # no pixel is ever written: the file is small
+        file.attrs["captions_per_image"] = 5  # no pixels are written: the file stays small
         file.create_dataset("images", (images, 3, 256, 256), "uint8")
     count = len(captions)
     del captions, lengths
-    textbook = in_a_process(f"""
+    textbook = measure_process(f"""
         captions = json.load(open({folder!r} + "/TRAIN_CAPTIONS_x.json"))
         lengths = json.load(open({folder!r} + "/TRAIN_CAPLENS_x.json"))
     """)
-    ours = in_a_process(f"""
+    ours = measure_process(f"""
         from datasets import CaptionDataset
         data = CaptionDataset({folder!r}, "x", "TRAIN")
     """)
@@ -131,7 +132,7 @@ def opening(folder, images):
            "ours": ours["seconds"], "textbook_bytes": textbook["bytes_beyond_imports"],
            "ours_bytes": ours["bytes_beyond_imports"]}
     for method in ("fork", "spawn"):
-        workers = in_a_process(f"""
+        workers = measure_process(f"""
             from torch.utils.data import DataLoader
             from datasets import ResumableBatchSampler, CaptionDataset
             data = CaptionDataset({folder!r}, "x", "TRAIN")
@@ -145,6 +146,6 @@ def opening(folder, images):
             result["start"] = time.perf_counter() - start
             result["private"] = [private(w.pid) for w in batches._workers]
         """)
-        own = " and ".join(f"{size / 1e6:.0f}" for size in workers["private"])
+        memory = " and ".join(f"{size / 1e6:.0f}" for size in workers["private"])
         yield {"stage": f"  two workers' first batch, {method}", "ours": workers["start"],
-               "worker_bytes": workers["private"], "note": f"{own} MB of their own"}
+               "worker_bytes": workers["private"], "note": f"{memory} MB of their own"}

@@ -1,4 +1,4 @@
-"""Times and memory, of two functions in turns or of a process of its own."""
+"""Measures time and memory, of two functions in turns or of a separate process."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ def seconds(function, device):
 
 
 def compare(stage, textbook, ours, args, memory=True):
-    """A row: both versions in turns, so that whatever else the machine does meets them alike."""
+    """A row of the table; both versions run in turns, so that other load affects them equally."""
     textbook(), ours()
     times = [[seconds(function, args.device) for function in (textbook, ours)]
              for _ in tqdm(range(args.repeats), stage, disable=None, leave=False)]
@@ -39,7 +39,7 @@ def compare(stage, textbook, ours, args, memory=True):
 
 
 def peak_memory(function, device):
-    """Bytes of tensors that live at once while the function runs, beyond those before."""
+    """The peak bytes of live tensors while the function runs, beyond those that existed before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -55,7 +55,7 @@ def peak_memory(function, device):
 
 
 def matmul_rate(device):
-    """FLOP/s of a float32 product that is large enough to run at the machine's own speed."""
+    """FLOP/s of a float32 matrix product that is large enough to reach the machine's full speed."""
     a = torch.rand(2048, 2048, device=device)
     times = [seconds(lambda: a @ a, device) for _ in range(20)]
     return 2 * 2048 ** 3 / min(times)
@@ -66,11 +66,11 @@ def exponent(sizes, times):
     return np.polyfit(np.log(sizes), np.log(times), 1)[0]
 
 
-def in_a_process(code):
+def measure_process(code):
     """
-    Run Python code in a process of its own (on Linux, which tells the peaks). Returns the seconds
-    after its imports, the peak bytes of it and its largest child, how much of its own came after
-    the imports, and what else it puts into the dictionary `result`.
+    Run Python code in a separate process (on Linux only, which reports peak memory). Returns a
+    dictionary: `seconds` after the imports, `bytes`, the peak of the process plus that of its
+    largest child, `bytes_beyond_imports`, and whatever the code adds to its variable `result`.
     """
     imports, code = [], textwrap.dedent(code).strip().split("\n")
     while code and code[0].startswith(("from ", "import ")):
@@ -83,6 +83,6 @@ def in_a_process(code):
         "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
         "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
         "print(json.dumps(result))"])
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent,
+    process = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent,
                           check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])

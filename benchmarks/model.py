@@ -1,4 +1,4 @@
-"""The decoder's training step, beam search and encoder against the textbook's."""
+"""The decoder's training step, beam search and the encoder, compared with the textbook version."""
 
 import copy
 import statistics
@@ -22,7 +22,7 @@ WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB
 
 
 def random_captions(n, r, seed=0, mean=12.5, vocab=None):
-    """captions (n, r, L) and lengths (n, r) as in COCO: mean 12.5, standard deviation 2.4, skew"""
+    """captions (n, r, L); lengths (n, r) as in COCO: mean 12.5, standard deviation 2.4, skewed"""
     rng = np.random.default_rng(seed)
     shortest = 0.64 * mean
     lengths = shortest + rng.gamma(3.5, (mean - shortest) / 3.5, (n, r))
@@ -37,24 +37,24 @@ def random_captions(n, r, seed=0, mean=12.5, vocab=None):
 
 def step_flops(n, lengths):
     """
-    What a training step of the decoder needs, frozen encoder: the products of the model in its
-    cheapest form (attention projected once per image and on 64 cells, no padding), 2 FLOPs per
-    multiplication and addition. Backward, a product costs once more for its weight and once more
-    for its input, where that has a gradient: features have none. What is not a product (softmax,
-    gates, optimiser) counts for nothing, so a share of 100 % cannot be reached.
+    The least FLOPs of a training step of the decoder with a frozen encoder: the model's matrix
+    products in their cheapest form (attention projected once per image, on 64 cells; no padding),
+    2 FLOPs per multiplication and addition. In the backward pass a product costs the same again for
+    its weight and again for its input, if that has a gradient, which features have not. Other
+    operations (softmax, gates, optimizer) are not counted, so 100 % cannot be reached.
     """
     a = h = e = SIZE  # attention, decoder, embedding
-    words = int((lengths - 1).sum())
+    tokens = int((lengths - 1).sum())
     per_image = 2 * CELLS * ENCODER_DIM * a + 2 * 2 * ENCODER_DIM * h  # keys; h and c
     attention = PIXELS * 2 * a
     context = 2 * PIXELS * CELLS + 2 * CELLS * ENCODER_DIM
     lstm = 2 * (e + ENCODER_DIM + h) * 4 * h
-    rest = 2 * h * (a + ENCODER_DIM) + 2 * h * VOCAB  # query and gate; scores
-    return 2 * n * per_image + words * (3 * (attention + lstm + rest) + 2 * context)
+    linear = 2 * h * (a + ENCODER_DIM) + 2 * h * VOCAB  # query and gate; logits
+    return 2 * n * per_image + tokens * (3 * (attention + lstm + linear) + 2 * context)
 
 
 def training_step(decoder, n, r, args, vocab=None, mean=12.5):
-    """Forward and backward of n images with r captions each: two functions, and the lengths."""
+    """Two functions, forward and backward of n images with r captions each; and the lengths."""
     features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
     encoded = reference.encode(features).repeat_interleave(r, 0)
     captions, lengths = random_captions(n, r, 0, mean, vocab)
@@ -88,12 +88,12 @@ def training(args):
         yield row | {"note": f"{100 * row['floor_share']:.0f} % of the FLOP floor"}
 
 
-def talkative_decoder(device):
+def decoder_with_realistic_lengths(device):
     """
-    A random decoder whose captions end as real ones do, after 11 words on average.
+    A random decoder whose captions are as long as real ones, 11 words on average.
 
-    Unit 0 of the LSTM is made a clock: it rises at each word, from a start that depends on the
-    image, and pulls at <end>. The other words' scores are sharpened to a trained model's.
+    Unit 0 of the LSTM serves as a clock: it rises at each step, from a value that depends on the
+    image, and raises the logit of <end>. The other logits are scaled to those of a trained model.
     """
     torch.manual_seed(0)
     decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, ENCODER_DIM)
@@ -116,7 +116,7 @@ def talkative_decoder(device):
 
 
 def search(args):
-    decoder = talkative_decoder(args.device)
+    decoder = decoder_with_realistic_lengths(args.device)
     features = torch.rand(100, CELLS, ENCODER_DIM, device=args.device)
     encoded = reference.encode(features)
     for beam_size in (1, 3, 5):
@@ -139,7 +139,7 @@ def search(args):
 
 
 def encoding(args):
-    """ResNet-101 with torchvision's own layout in float32, and ours, in bf16 too."""
+    """ResNet-101 in float32 in torchvision's memory layout, and ours, in float32 and bf16."""
     torch.manual_seed(0)
     encoder = Encoder(weights="none").to(args.device).eval()
     plain = copy.deepcopy(encoder.resnet).to(memory_format=torch.contiguous_format)
@@ -160,22 +160,23 @@ def encoding(args):
 
 
 def scaling(args):
-    """Cost against each size alone, the others as usual, and the exponent seen: 1 is linear."""
-    def step(n, r=5, vocab=None, mean=12.5):
+    """How the time grows with each size alone, and the exponent: 1 is linear."""
+    def make_step(n, r=5, vocab=None, mean=12.5):
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM)
         return training_step(decoder.to(args.device), n, r, args, vocab, mean)[1]
 
-    def searched(n, beam_size):
+    def make_search(n, beam_size):
         features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
         return lambda: beam_search(decoder, features, WORD_MAP, beam_size)
 
-    decoder = talkative_decoder(args.device)
+    decoder = decoder_with_realistic_lengths(args.device)
     for what, sizes, make in (
-            ("training step, images of 5 captions", (8, 16, 32, 64), lambda n: step(n)),
-            ("training step, vocabulary", (2500, 5000, 10000, 20000), lambda v: step(16, 5, v)),
-            ("training step, words a caption", (6, 12, 24, 48), lambda t: step(16, mean=t)),
-            ("beam search at 5, images", (25, 50, 100, 200), lambda n: searched(n, 5)),
-            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: searched(100, k))):
+            ("training step, images of 5 captions", (8, 16, 32, 64), lambda n: make_step(n)),
+            ("training step, vocabulary", (2500, 5000, 10000, 20000),
+             lambda v: make_step(16, 5, v)),
+            ("training step, words a caption", (6, 12, 24, 48), lambda t: make_step(16, mean=t)),
+            ("beam search at 5, images", (25, 50, 100, 200), lambda n: make_search(n, 5)),
+            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: make_search(100, k))):
         times = []
         for size in sizes:
             function = make(size)

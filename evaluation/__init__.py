@@ -1,1 +1,1 @@
-"""What eval.py measures, and how it shows it."""
+"""Evaluation: captions of a split, their metrics, tables and reports."""

@@ -1,6 +1,6 @@
 """
-A model's captions of every image of a split; and the data set's training captions, which tell
-whether they are novel.
+A model's captions for every image of a split, and the data set's training captions, which show
+which of them are novel.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps
 
 
 class ImageCaption(NamedTuple):
-    """What the model says of one image at one beam size, and how well it attended"""
+    """The model's caption of one image at one beam size, and its attention accuracy"""
     words: list
     score: float  # total log-probability in nats
     object_words: int  # how many of the words name objects
-    hits: int  # at how many of them the attention was in the object's box
+    hits: int  # for how many of them the attention was in the object's box
     near_hits: int  # the same with the pointing game's margin
-    attention: np.ndarray = None  # (T, P), of the last beam size and with --report only
+    attention: np.ndarray = None  # (T, P), only at the last beam size and with --report
 
 
 @torch.inference_mode()
@@ -34,12 +34,12 @@ def caption_split(model, data, args, processes):
     """
     Caption every image once at each of args.beam_sizes; each process takes its share.
 
-    model: encoder, decoder and word map, as `checkpoints.load_captioner` gives them; the model
-    says its own words, those of the data set's word map are not needed
+    model: encoder, decoder and word map, as `checkpoints.load_captioner` returns them; the data
+    set's own word map is not needed
     data: the CaptionDataset of the split
     args: eval.py's options
 
-    Returns per beam size the ImageCaptions of all images, in every process.
+    Returns for each beam size the ImageCaptions of all images, in every process.
     """
     encoder, decoder, word_map, *_ = model
     words_of = {i: word for word, i in word_map.items()}
@@ -74,18 +74,18 @@ def _image_caption(caption, words_of, objects, nouns):
 
 
 def object_nouns(data):
-    """The words that name objects in this data set; none where it has no boxes of objects"""
-    return {noun for i in range(len(data)) for thing in data.entry(i).get("objects", [])
-            for noun in thing["words"]}
+    """The words that name objects in this data set; empty if it has no boxes of objects"""
+    return {noun for i in range(len(data)) for obj in data.entry(i).get("objects", [])
+            for noun in obj["words"]}
 
 
 def read_training_captions(data_folder, data_name):
-    """The training captions, a set of tuples of words; None if their file is not there"""
+    """The training captions, a set of tuples of words; None if their file does not exist"""
     path = Path(data_folder) / f"TRAIN_REFERENCES_{data_name}.json"
     if not path.exists():
         return None
     try:
         return {tuple(words) for entry in read_json(path) for words in entry["references"]}
     except (TypeError, KeyError):
-        raise UserError(f"{path} is no list of images with references, lists of words; run "
+        raise UserError(f"{path} is not a list of images with references, lists of words; run "
                         f"create_input_files.py again") from None

@@ -10,26 +10,26 @@ import numpy as np
 import pycocoevalcap
 from tqdm import tqdm
 
-# As pycocoevalcap drops them. The tokenizer writes brackets in small letters, so they stay.
+# As in pycocoevalcap. The tokenizer writes -lrb- and so on in lower case, so brackets are kept.
 PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":",
                "-", "--", "...", ";"}
-# METEOR 1.5's parameters for English; weights of exact, stem, synonym and paraphrase matches.
+# METEOR 1.5's parameters for English; the weights are for exact, stem, synonym, paraphrase matches.
 MATCH_WEIGHTS, ALPHA, BETA, GAMMA, DELTA = np.array([1.0, 0.6, 0.8, 0.6]), 0.85, 0.2, 0.6, 0.75
-UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # or Java takes the locale's
+UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # Java's default is the locale's
 
 
 class JavaError(Exception):
-    """Why there is no answer, in a few words."""
+    """A Java program cannot run or has failed; the message says why."""
 
 
 @functools.cache
 def java_missing():
-    """Why the programs cannot run here, "" if they can."""
+    """The reason why Java programs cannot run here, "" if they can."""
     try:
         works = subprocess.run(["java", "-version"], capture_output=True).returncode == 0
     except OSError:
         return "java is not in the PATH"
-    # macOS has a java that only says where to get one.
+    # macOS has a `java` that only says how to install Java.
     return "" if works else "java -version fails"
 
 
@@ -42,10 +42,10 @@ def _folder(name):
 
 def tokenize(captions):
     """
-    Captions (strings) -> lists of words, in small letters and without punctuation.
+    Captions (strings) -> lists of lower-case words without punctuation.
 
-    The result is that of pycocoevalcap's PTBTokenizer, which is not called because it writes its
-    input into the folder where it is installed. Raises JavaError.
+    The result equals that of pycocoevalcap's PTBTokenizer, which is not called because it writes
+    its input to its installation folder. Raises JavaError.
     """
     lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
     command = ["java", *UTF8, "-cp", "stanford-corenlp-3.4.1.jar",
@@ -60,10 +60,10 @@ def tokenize(captions):
 
 def meteor_sums(references, hypotheses):
     """
-    What METEOR sums over the images, for the reference that fits best: float64 (N, 23).
+    The statistics that METEOR sums over images, for the best reference of each: float64 (N, 23).
     references: per image a list of captions, hypotheses: per image one; lists of words
 
-    Loading its paraphrases takes Java 2 GB and some seconds. Raises JavaError.
+    METEOR takes 2 GB of memory and some seconds to load its paraphrases. Raises JavaError.
     """
     lines = []
     for captions, hypothesis in zip(references, hypotheses):
@@ -74,7 +74,7 @@ def meteor_sums(references, hypotheses):
     with subprocess.Popen(command, cwd=_folder("meteor"), stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
-        writer.start()  # while we read: the pipes hold less than all lines and answers
+        writer.start()  # concurrently, since the pipes' buffers cannot hold all lines
         try:
             answers = [process.stdout.readline().split() for _ in
                        tqdm(lines, desc="METEOR", unit="caption", delay=2, leave=False,
@@ -85,14 +85,14 @@ def meteor_sums(references, hypotheses):
     if any(len(answer) != 23 for answer in answers):
         raise JavaError("METEOR failed; it needs 2 GB of memory")
     sums = np.array(answers, dtype=np.float64).reshape(-1, 23)
-    # METEOR counts no chunk for a caption that is matched whole and in one piece.
-    whole = (sums[:, [0, 1]] == sums[:, [21, 22]]).all(1) & (sums[:, 20] == 1)
-    sums[whole, 20] = 0
+    # METEOR counts 0 chunks for a caption that is matched completely in one chunk.
+    complete = (sums[:, [0, 1]] == sums[:, [21, 22]]).all(1) & (sums[:, 20] == 1)
+    sums[complete, 20] = 0
     return sums
 
 
 def _write(pipe, lines):
-    with suppress(OSError), pipe:  # Java has ended, which the reader notices
+    with suppress(OSError), pipe:  # Java has exited, which the reader notices
         pipe.writelines(line.encode() for line in lines)
 
 
@@ -103,9 +103,9 @@ def _last_line(text):
 
 def meteor_from_sums(sums):
     """
-    METEOR, 0..1, of summed `meteor_sums` (..., 23): lengths and function words of caption and
-    reference (4), per kind of match the content and function words matched of both (4 x 4),
-    chunks, and words matched of both (2). The figure that the program itself gives for such a sum.
+    METEOR, 0..1, from summed `meteor_sums` (..., 23): lengths and function words of caption and
+    reference (4), for each kind of match the matched content and function words of both (4 x 4),
+    chunks, and matched words of both (2). Equals the score of the program itself for such a sum.
     """
     lengths, function = sums[..., 0:2], sums[..., 2:4]
     matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)

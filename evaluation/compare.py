@@ -1,4 +1,4 @@
-"""Two models' captions of the same images, compared image by image: `eval.py --compare`."""
+"""Compares two models' captions of the same images: `eval.py --compare`."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from utils import UserError
 
 def compare(path_a, path_b, args):
     """
-    Print each metric of two files of eval.py --results, their difference, its 95 % interval over
-    resamples of the images, the same ones for both, and the share of the resamples in which A is
+    Print each metric for two files of eval.py --results, their difference with its 95 % interval
+    over resamples of the images (the same for both), and the share of resamples in which A is
     higher.
 
     args: eval.py's options: names (of the metrics), tokens, bootstrap (resamples), seed
@@ -23,7 +23,7 @@ def compare(path_a, path_b, args):
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
     (first, second), missing = scores.measure(systems, references, args.names)
     if "unseen" in missing:
-        missing["unseen"] = "it takes the training captions; run eval.py on the model"
+        missing["unseen"] = "it needs the training captions; run eval.py on the model"
     draws = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in (first, second)]
     print(f"A {path_a}, B {path_b}: {len(a)} images")
     print("metric             A         B     A - B       low      high  A higher")
@@ -39,11 +39,11 @@ def compare(path_a, path_b, args):
 
 
 def check_same_images(path_a, a, path_b, b):
-    """UserError unless both files are of the same images with the same references."""
+    """UserError unless both files have the same images with the same references."""
     if unshared := a.keys() ^ b.keys():
         image = min(unshared, key=str)
         path = path_a if image in a else path_b
-        raise UserError(f"{path_a} and {path_b} are of different images: {image} is only in "
+        raise UserError(f"{path_a} and {path_b} have different images: {image} is only in "
                         f"{path}, one of {len(unshared)}; caption the same split with both models")
     for image in a:
         if sorted(a[image][1]) != sorted(b[image][1]):
@@ -52,7 +52,7 @@ def check_same_images(path_a, a, path_b, b):
 
 
 def _difference(name, a, b):
-    """Interval of a - b and how often it is above 0: three cells, dashes for the vocabulary"""
+    """The interval of a - b and how often it is above 0: three cells, dashes without resamples"""
     if a is None:
         return "".join(cell(name, None, 10) for _ in range(3))
     ends, higher = scores.interval(a - b), np.mean((a > b) + (a == b) / 2)

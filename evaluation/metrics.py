@@ -1,5 +1,5 @@
 """
-How good captions are: BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention
+Metrics: BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention
 accuracy. ROUGE-L and METEOR are pycocoevalcap's: see scores.py and coco_caption.py.
 """
 
@@ -23,12 +23,12 @@ def bleu(references, hypotheses):
     Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), unsmoothed, 0..100; equal to NLTK's corpus_bleu.
 
     references: per image a list of captions, hypotheses: per image one caption; a caption is
-    a list of words (or ids). Empty references count for nothing and are left out.
+    a list of words (or ids). Empty references are ignored.
     """
     sums = sum((np.array(bleu_sums(captions, hypothesis))
                 for captions, hypothesis in zip(references, hypotheses)), np.zeros(10))
-    # NLTK's stand-in for a precision of 0: BLEU-4 is 1e-75 or so then, and an early epoch in which
-    # no 4-gram matches is still better or worse than another by its shorter n-grams.
+    # What NLTK puts in place of a precision of 0: BLEU-4 is then about 1e-75, so early epochs in
+    # which no 4-gram matches are still ranked by their shorter n-grams.
     tiny = sys.float_info.min
     return [float(bleu_from_sums(sums, order, tiny)) for order in (1, 2, 3, 4)]
 
@@ -49,8 +49,8 @@ def bleu_sums(references, hypothesis):
 
 def bleu_from_sums(sums, order, least_precision=0.0):
     """
-    BLEU-`order`, 0..100, of summed `bleu_sums` (..., 10). least_precision: for n-grams none of
-    which match, if any word does
+    BLEU-`order`, 0..100, from summed `bleu_sums` (..., 10). least_precision: the precision of
+    n-grams of which none match, if any word does
     """
     matches, totals = sums[..., :order], sums[..., 4:4 + order]
     length, closest = sums[..., 8], sums[..., 9]
@@ -65,19 +65,19 @@ def bleu_from_sums(sums, order, least_precision=0.0):
 
 
 class TfIdfVector(NamedTuple):
-    """A caption as CIDEr compares it"""
+    """A caption's TF-IDF weights, which CIDEr compares"""
     weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
-    norms: list  # their 4 Euclidean lengths
+    norms: list  # the Euclidean norms of the 4 weight vectors
     length: int  # in words
 
 
 class TfIdf:
     """
-    Weighs n-grams by how few images have them. Words are compared as they stand; CIDEr's paper
-    stems them.
+    TF-IDF weights of n-grams with fixed document frequencies. Words are compared without stemming,
+    unlike in CIDEr's paper.
 
-    documents: per image a list of captions, lists of words or of ids. Their document frequencies
-    are fixed from here on. Raises ValueError if there are none.
+    documents: per image a list of captions, lists of words or of ids, in which document frequencies
+    are counted. Raises ValueError if there are none.
     """
 
     def __init__(self, documents):
@@ -87,14 +87,15 @@ class TfIdf:
         for captions in documents:
             found.update({gram for caption in captions for counts in ngrams(caption)
                           for gram in counts})
-        # An n-gram of one image weighs as much as one of none, so it need not be kept: most are.
-        self._rare = math.log(len(documents))
-        self._weight = {gram: self._rare - math.log(count) for gram, count in found.items()
-                        if count > 1}
+        # An n-gram of one image has the same weight as one of none, so these, which are most, need
+        # not be stored.
+        self._max_idf = math.log(len(documents))
+        self._idf = {gram: self._max_idf - math.log(count) for gram, count in found.items()
+                     if count > 1}
 
     def vector(self, counts):
         """The `TfIdfVector` of a caption's `ngrams`"""
-        weights = [{gram: count * self._weight.get(gram, self._rare)
+        weights = [{gram: count * self._idf.get(gram, self._max_idf)
                     for gram, count in found.items()} for found in counts]
         norms = [math.sqrt(sum([x * x for x in part.values()])) for part in weights]
         return TfIdfVector(weights, norms, counts[0].total())
@@ -102,8 +103,8 @@ class TfIdf:
 
 def cider(candidate, references):
     """
-    CIDEr of one caption, 0..10 (Vedantam et al. 2015, equations 1 to 3, times 10 as its authors'
-    code has it): the mean cosine between caption and reference, over n = 1..4 and the references.
+    CIDEr of one caption, 0..10 (Vedantam et al. 2015, equations 1 to 3, times 10 as in its authors'
+    code): the cosine between caption and reference, averaged over n = 1..4 and the references.
     All are `TfIdfVector`s.
     """
     return _mean_over_references(
@@ -112,9 +113,9 @@ def cider(candidate, references):
 
 def cider_d(candidate, references, sigma=6.0):
     """
-    CIDEr-D of one caption, 0..10 (the same paper, section 5.2 on): a word repeated gains nothing,
-    since the caption's weights are clipped to the reference's, and lengths that differ cost (a
-    Gaussian; sigma in words). What coco-caption prints as "CIDEr" is this.
+    CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): the caption's weights are
+    clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
+    the score (a Gaussian; sigma in words). coco-caption prints this as "CIDEr".
     """
     return _mean_over_references([
         sum(_cosines(candidate, reference, clip=True))
@@ -123,15 +124,15 @@ def cider_d(candidate, references, sigma=6.0):
 
 
 def _cosines(a, b, clip=False):
-    """Those of the n-grams of n = 1..4 that both have. clip: the weights of a to those of b"""
+    """Cosines between a and b for n = 1..4, where they are not 0. clip: limit a's weights to b's"""
     cosines = []
     for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
-        # In the order of the words, not of a set, which changes from process to process: a resumed
-        # run has the same rewards to the last bit.
+        # Summed in the order of words; a set's order differs between processes, and a resumed run
+        # must have the same rewards to the last bit.
         products = ([min(weight, y[gram]) * y[gram] for gram, weight in x.items() if gram in y]
                     if clip else [weight * y[gram] for gram, weight in x.items() if gram in y])
         if not products:
-            break  # they have no longer n-gram in common either
+            break  # then they have no longer n-grams in common either
         if norm_x and norm_y:
             cosines.append(sum(products) / (norm_x * norm_y))
     return cosines
@@ -143,7 +144,7 @@ def _mean_over_references(sums):
 
 class CiderD:
     """
-    CIDEr-D of many captions. With the training set's captions as documents it is the reward of
+    CIDEr-D of many captions. With the training captions as documents it is the reward of
     self-critical training. documents: as in `TfIdf`
     """
 
@@ -152,8 +153,8 @@ class CiderD:
 
     def score(self, candidates, references):
         """
-        candidates: C captions; references: for each the captions of its image, empty ones left
-        out. A list that is given several times is worked on once.
+        candidates: C captions; references: for each the captions of its image, of which empty ones
+        are ignored. A list that occurs several times is processed once.
 
         Returns float64 (C,), 0..10.
         """
@@ -183,11 +184,11 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0):
 
     words: T words, alphas: (T, P) on a square grid over the image
     objects: [{"box": [left, top, right, bottom] as fractions of the image, "words": [...]}]
-    nouns: all words that name objects in the data set; one that names nothing in this
-    image is a miss.
+    nouns: all words that name objects in the data set; one that names no object of this image is
+    a miss
     margin: how far outside the box the location may be, as a fraction of the image
 
-    Returns hits and object words, two counts.
+    Returns two counts: hits and object words.
     """
     hits = total = 0
     for word, alpha in zip(words, alphas):
@@ -197,7 +198,7 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0):
         side = round(len(alpha) ** 0.5)
         row, column = divmod(int(np.argmax(alpha)), side)
         x, y = (column + 0.5) / side, (row + 0.5) / side
-        boxes = [thing["box"] for thing in objects if word in thing["words"]]
+        boxes = [obj["box"] for obj in objects if word in obj["words"]]
         hits += any(left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
                     for left, top, right, bottom in boxes)
     return hits, total

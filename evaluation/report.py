@@ -20,19 +20,20 @@ ENVIRONMENT = page.ENVIRONMENT.overlay(loader=FileSystemLoader(Path(__file__).pa
 
 def write_report(path, evaluation, data, image_folder=None, seed=0):
     """
-    evaluation: a table.Evaluation whose last beam size is the one that is shown, with attention
+    evaluation: a table.Evaluation; images are shown with the captions of its last beam size, which
+    must have attention
     data: the CaptionDataset
     image_folder: where the photographs are; without it they are shown as the model sees them,
     resized to a square
-    seed: of the images drawn at random
+    seed: for choosing the random images
 
     Raises UserError if a photograph cannot be read, OSError if the page cannot be written.
     """
     captions, metrics = evaluation.beams[-1].captions, evaluation.beams[-1].metrics
     scores = scores_by_image(metrics, len(data))
     if not scores[0]:
-        raise UserError("--report ranks images, which the metrics asked for don't score; "
-                        "add one, such as --metrics CIDEr-D")
+        raise UserError("--report ranks images, but none of these metrics scores single images; "
+                        "add one that does, such as --metrics CIDEr-D")
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     drawn = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
@@ -60,7 +61,7 @@ def check_photographs(data, folder):
 
 
 def _view(data, i, caption, score, image_folder):
-    """One image with its caption, attention and references, as HTML. score: behind its name"""
+    """One image with its caption, attention and references, as HTML. score: text after its name"""
     entry = data.entry(i)
     return Markup(page.view(SimpleNamespace(
         name=f"{entry['filename'] or entry['image_id']} · {score}",
@@ -78,7 +79,7 @@ def _photograph(data, i, folder):
 
 
 def _row(names, beam):
-    """A beam size's row of the table: its cells with their intervals, texts"""
+    """A beam size's row of the table: the texts of its cells and intervals"""
     cells = []
     for name in names:
         value = cell(name, beam.metrics[name].total if name in beam.metrics else None).strip()
@@ -89,8 +90,8 @@ def _row(names, beam):
 
 def _lengths(captions, data):
     """
-    For the histogram: of the captions and of the references, how many words they have on average
-    and the share of those that have 0, 1, 2, … words.
+    For the histogram, of the captions and of the references: the mean number of words, and the
+    share of those with 0, 1, 2, … words.
     """
     counts = [np.bincount([len(caption.words) for caption in captions]),
               np.bincount([len(words) for i in range(len(data))

@@ -23,30 +23,30 @@ def write_results(path, data, captions, scores=None):
 
 def read_results(path):
     """
-    {image_id: (caption, references)}, texts. Raises UserError if the file is not one of
-    `write_results`, or if an image is in it twice.
+    {image_id: (caption, references)}, as strings. Raises UserError if the file is not one of
+    `write_results`, or if an image occurs in it twice.
     """
     rows, found = read_json(path, NEXT_STEP), {}
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is no list of captions; {NEXT_STEP}")
+        raise UserError(f"{path} is not a list of captions; {NEXT_STEP}")
     for i, row in enumerate(rows):
         if reason := _defect(row):
             raise UserError(f"{path}, entry {i}: {reason}; {NEXT_STEP}")
         if row["image_id"] in found:
-            raise UserError(f"{path} has image {row['image_id']} twice; give one caption an image")
+            raise UserError(f"{path} has image {row['image_id']} twice; give one caption per image")
         found[row["image_id"]] = row["caption"], row["references"]
     return found
 
 
 def _defect(row):
-    """What a row lacks, or None"""
+    """What is wrong with a row, or None"""
     if not isinstance(row, dict):
-        return "it is no object"
+        return "it is not an object"
     if type(row.get("image_id")) not in (int, str):
-        return "it has no image_id, a number or a text"
+        return "its image_id is not a number or string"
     if not isinstance(row.get("caption"), str):
-        return "it has no caption, a text"
+        return "its caption is not a string"
     texts = row.get("references")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return "it has no references, a list of texts"
+        return "its references are not a list of strings"
     return None

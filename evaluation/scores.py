@@ -1,4 +1,4 @@
-"""All metrics of sets of captions from one call, and their bootstrap intervals."""
+"""Computes all metrics of sets of captions in one call, and their bootstrap intervals."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,9 +23,9 @@ NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen",
 
 
 class Metric(NamedTuple):
-    """A figure that follows from sums over the images, so a resample need not be scored anew."""
-    sums: np.ndarray  # (N, S) what each image adds; None for the vocabulary, which is no sum
-    value: Callable  # sums (..., S) -> figures (...), as the table shows them
+    """A metric that is computed from sums over images, so that resamples are cheap."""
+    sums: np.ndarray  # (N, S), each image's summands; None for the vocabulary, which is no sum
+    value: Callable  # sums (..., S) -> values (...), as the table shows them
 
     @property
     def total(self):
@@ -34,8 +34,8 @@ class Metric(NamedTuple):
 
 def parse_names(names):
     """
-    What --metrics was given -> names as in NAMES and in their order; "all" and "bleu" stand for
-    several. UserError that lists the valid ones for any other.
+    The arguments of --metrics, in any case, -> names as in NAMES and in their order; "all" and
+    "bleu" stand for several. UserError that lists the valid names for an unknown one.
     """
     groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
     wanted = set()
@@ -48,10 +48,10 @@ def parse_names(names):
 
 def tokenize(systems, references, tokens=None):
     """
-    Captions as the field tokenises them. tokens: "ptb" (UserError without Java), "data" for the
-    words as they stand, None for PTB where Java is.
+    Tokenise captions. tokens: "ptb" for the PTB tokenizer (UserError without Java), "data" to leave
+    the words as they are, None for PTB if Java is installed.
 
-    Returns systems and references as `measure` takes them, and what was done, in words.
+    Returns systems and references as `measure` takes them, and a description of the tokens.
     """
     if tokens == "data":
         return systems, references, "the data set's"
@@ -69,14 +69,15 @@ def tokenize(systems, references, tokens=None):
 
 def measure(systems, references, names, novel=None):
     """
-    Every metric of several sets of captions of the same images.
+    Compute metrics for several sets of captions of the same images.
 
-    systems: each a list of N captions, references: per image a list; a caption is a list of
-    words; names: of NAMES; novel: per system N truth values, whether the caption is no training
-    caption, which is the metric "unseen"; None if not known.
+    systems: each a list of N captions; references: per image a list; a caption is a list of words
+    names: from NAMES
+    novel: per system N booleans, whether a caption is not a training caption, for the metric
+    "unseen"; None if not known
     Document frequencies are those of `references`.
 
-    Returns per system {name: Metric}, and {name: reason} of the metrics that could not be had.
+    Returns per system {name: Metric}, and {name: reason} for the metrics that are missing.
     """
     references = [[words for words in captions if words] for captions in references]
     found, missing = _score_images(systems, references, names), {}
@@ -101,14 +102,14 @@ def measure(systems, references, names, novel=None):
 
 
 def _mean(values, scale):
-    """The metric that is the mean of a value per image"""
+    """The Metric that is the mean over images of these values, times scale"""
     values = np.array(values, dtype=np.float64)
     return Metric(np.stack([values, np.ones_like(values)], 1),
                   lambda sums: scale * sums[..., 0] / sums[..., 1])
 
 
 def _score_images(systems, references, names):
-    """Per system {name: Metric} of BLEU, ROUGE-L, CIDEr and CIDEr-D, as far as asked for"""
+    """Per system {name: Metric} for those of BLEU, ROUGE-L, CIDEr and CIDEr-D in names"""
     bleu = [name for name in BLEU if name in names]
     ciders = {name: function for name, function in (("CIDEr", cider), ("CIDEr-D", cider_d))
               if name in names}
@@ -137,7 +138,7 @@ def _score_images(systems, references, names):
 
 
 def scores_by_image(metrics, num_images):
-    """Per image {name: value}, as if the image were all there is; no vocabulary"""
+    """Per image {name: value}, each computed from this image alone; without the vocabulary"""
     columns = {name: metric.value(metric.sums).round(4).tolist()
                for name, metric in metrics.items() if metric.sums is not None}
     return [{name: column[i] for name, column in columns.items()} for i in range(num_images)]
@@ -146,24 +147,24 @@ def scores_by_image(metrics, num_images):
 def resample(metrics, resamples, seed=0):
     """
     The metrics of `resamples` sets of N images, drawn from the N with replacement: {name:
-    float64 (resamples,)}. The same seed draws the same images, so two systems are compared in
-    pairs. CIDEr's document frequencies stay those of the whole set. The vocabulary is left out:
-    a resample holds 63 % of the images, so it would always be too small.
+    float64 (resamples,)}. The same seed draws the same images, so that two systems can be compared
+    in pairs. CIDEr's document frequencies stay those of all images. The vocabulary is left out:
+    a resample has 63 % of the images, so it would always be too small.
     """
     metrics = {name: metric for name, metric in metrics.items() if metric.sums is not None}
     if not metrics:
         return {}
-    n, random = len(next(iter(metrics.values())).sums), np.random.default_rng(seed)
+    n, rng = len(next(iter(metrics.values())).sums), np.random.default_rng(seed)
     parts = []
-    for start in range(0, resamples, 100):  # a hundred at a time: 100 N numbers
-        times = np.stack([np.bincount(random.integers(n, size=n), minlength=n)
-                          for _ in range(min(100, resamples - start))]).astype(np.float64)
-        parts.append({name: metric.value(times @ metric.sums) for name, metric in metrics.items()})
+    for start in range(0, resamples, 100):  # 100 at a time, to limit memory
+        counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n)
+                           for _ in range(min(100, resamples - start))]).astype(np.float64)
+        parts.append({name: metric.value(counts @ metric.sums) for name, metric in metrics.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in metrics}
 
 
 def interval(values):
-    """Where 95 % of the values lie: from, to"""
+    """The ends of the interval that contains the middle 95 % of the values"""
     return np.percentile(values, [2.5, 97.5])
 
 

@@ -1,4 +1,4 @@
-"""An evaluation and its table: a row per beam size, and below what the columns mean."""
+"""An evaluation and its table: a row per beam size, and notes that explain the columns."""
 
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ EXPLAINED = {
 
 
 class BeamResult(NamedTuple):
-    """The captions found with one beam size, and how good they are: a row of the table"""
+    """The captions at one beam size and their metrics: a row of the table"""
     beam_size: int
     captions: list  # an ImageCaption per image
     metrics: dict  # {name: scores.Metric}
     intervals: dict  # {name: (low, high)}; None without --bootstrap
-    attention: str  # the cell of `attention_accuracy`; None if the data set has no boxes of objects
+    attention: str  # `attention_accuracy` as text; None if the data set has no boxes of objects
 
 
 class Evaluation(NamedTuple):
@@ -35,15 +35,15 @@ class Evaluation(NamedTuple):
 
 def evaluate_captions(title, by_beam, data, training, args):
     """
-    Score captions and explain the scores: an Evaluation.
+    Score captions. Returns an Evaluation.
 
-    by_beam: per beam size the captions of all images, as `captions.caption_split` gives them
+    by_beam: per beam size the captions of all images, as `captions.caption_split` returns them
     data: the CaptionDataset; training: its training captions, a set of tuples of words, or None
     args: eval.py's options
     """
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
-    # Training captions are the data set's words, so this comes before PTB's.
+    # Before the PTB tokenizer, since training captions have the data set's own words.
     novel = None if training is None else [[tuple(words) not in training for words in captions]
                                            for captions in systems]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
@@ -80,7 +80,7 @@ def print_evaluation(evaluation):
 
 
 def cell(name, value, width=None):
-    """A figure as wide as its column; a dash for None"""
+    """A number as text of its column's width; a dash for None"""
     width = width or len(name) + 2
     if value is None:
         return f"{'–':>{width}}"
@@ -92,26 +92,26 @@ def heading(names):
 
 
 def row(names, values):
-    """The values of {name: value}, each under its name in `heading`; a dash where there is none"""
+    """The values of {name: value}, each under its name in `heading`; dashes for missing ones"""
     return "".join(cell(name, values.get(name)) for name in names)
 
 
 def attention_accuracy(captions):
-    """The cell of attention accuracy, without and with margin; a dash if no object was named"""
+    """Attention accuracy as text, without and with margin; a dash if no object was named"""
     total = sum(caption.object_words for caption in captions)
     hits = sum(caption.hits for caption in captions), sum(caption.near_hits for caption in captions)
     return "  ".join(f"{100 * hit / total:.2f} %" for hit in hits) if total else "–"
 
 
 def footnotes(names, tokens, missing):
-    """What a reader has to know about the columns, a line each."""
+    """Lines that explain the columns."""
     notes = [f"tokens: {tokens}"]
     notes += [EXPLAINED[name] for name in names if name in EXPLAINED and name not in missing]
     return notes + [f"{name}: –, {reason}" for name, reason in missing.items()]
 
 
 def bootstrap_notes(names, resamples, seed):
-    """How the intervals came about, in a line or two"""
+    """Lines that explain the intervals"""
     notes = [f"low, high: 95 % interval, {resamples} resamples of the images, seed {seed}"]
     if any(name.startswith("CIDEr") for name in names):
         notes.append("CIDEr's document frequencies are those of all images in every resample")

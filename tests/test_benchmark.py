@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmarks import measuring, model, whole
+from benchmarks import end_to_end, measuring, model
 from datasets import CaptionDataset
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
@@ -42,7 +42,7 @@ def test_random_captions_are_as_long_as_cocos():
 
 @pytest.mark.parametrize("beam_size", [1, 3, 5])
 def test_captions_of_the_benchmarks_decoder_are_as_long_as_real_ones(beam_size):
-    decoder = model.talkative_decoder(torch.device("cpu"))
+    decoder = model.decoder_with_realistic_lengths(torch.device("cpu"))
     captions = beam_search(decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM),
                            model.WORD_MAP, beam_size)
     lengths = [len(caption.tokens) for caption in captions]
@@ -100,7 +100,7 @@ def test_textbook_and_ours_compute_the_same(small):
 @pytest.mark.parametrize("fine_tune, cached", [(False, False), (True, False), (False, True)])
 def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, cached, tmp_path):
     """They train the decoder, and the encoder only if asked to, on every batch."""
-    whole.write_data_set(tmp_path, TRAIN=20)
+    end_to_end.write_data_set(tmp_path, TRAIN=20)
     args = benchmark.get_args([])
     args.device = torch.device("cpu")
     encoder = Encoder(name="resnet18", weights="none")
@@ -108,15 +108,15 @@ def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, cached, tmp_path
     data = CaptionDataset(tmp_path, "x", "TRAIN")
     if cached:
         data.use_features(torch.rand(20, model.CELLS, encoder.encoder_dim).half())
-    steps = whole.Step(encoder, data, args, fine_tune, prepared=cached)
-    before = [copy.deepcopy(model.state_dict()) for model in (encoder, steps.state.decoder)]
-    steps.run()
-    for model_before, model_after, trained in zip(before, (encoder, steps.state.decoder),
+    runner = end_to_end.EpochRunner(encoder, data, args, fine_tune, preload=cached)
+    before = [copy.deepcopy(model.state_dict()) for model in (encoder, runner.state.decoder)]
+    runner.run()
+    for model_before, model_after, trained in zip(before, (encoder, runner.state.decoder),
                                                   (fine_tune, True)):
         changed = [not torch.equal(model_before[name], weight)
                    for name, weight in model_after.state_dict().items()]
         assert any(changed) == trained
-    assert {int(state["step"]) for state in steps.state.optimizer.state.values()} == {2}
+    assert {int(state["step"]) for state in runner.state.optimizer.state.values()} == {2}
 
 
 def test_the_textbook_is_the_one_that_the_tests_compare_with():

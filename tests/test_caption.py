@@ -190,7 +190,7 @@ def test_an_animation_and_a_beam_tree_are_drawn_of_one_image(run, photos):
     tree = ElementTree.parse(photos / "tree.svg")
     drawn = "".join(tree.getroot().itertext())
     assert all(word in drawn for word in out.split()) and f"beam tree: {photos}/tree.svg" in err
-    assert "beam_tree is of one image" in run(photos, "--beam_tree", photos / "tree.svg")[2]
+    assert "beam_tree is for one image" in run(photos, "--beam_tree", photos / "tree.svg")[2]
     assert "must end in .svg" in run(photos / "0.png", "--beam_tree", photos / "tree.png")[2]
 
 
@@ -244,7 +244,7 @@ def test_captioner_says_what_it_cannot_read(model, photos, tmp_path):
     with pytest.raises(UserError, match="nowhere.jpg not found"):
         model([photos / "0.png", "nowhere.jpg"])
     for array in (np.zeros((20, 30, 3)), np.zeros((20, 30, 2), np.uint8), np.zeros((0, 3), "u1")):
-        with pytest.raises(UserError, match="is no image; pass uint8"):
+        with pytest.raises(UserError, match="is not an image; pass uint8"):
             model(array)
     one = model(photos / "1.png", max_len=6)
     one.save(tmp_path / "x.png")

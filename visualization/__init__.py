@@ -1,1 +1,1 @@
-"""Pictures, pages and animations of attention, curves and beam search."""
+"""Pictures, HTML pages and animations of attention, training curves and beam search."""

@@ -14,7 +14,7 @@ from visualization.figures import FONT_FILE
 
 SIZE, SMALL = 13, 10.5  # pixels, the letters of words and of scores
 ROW, BOX, GAP, MARGIN = 26, 21, 36, 18  # pixels: lines, nodes, between columns, around
-HEAD = 104  # pixels, down to the first node
+HEADER = 104  # pixels, down to the middle of the first node
 TEXT, FAINT_TEXT, BACKGROUND = "#1b1b1b", "#6f6f6f", "#ffffff"
 LINK, DROPPED_LINK = "#8fa9c9", "#e4e4e4"
 # Fill and outline of nodes that are kept, finished, and on the path of the best caption.
@@ -23,11 +23,11 @@ KEPT, FINISHED, BEST = ("#e9f0f9", "#8fa9c9"), ("#dcefdc", "#3f8a4a"), ("#ffe7b0
 
 @dataclass(eq=False)
 class Node:
-    """A word that could continue a beam."""
+    """A candidate word that continues a beam."""
 
     word: str
     total: float  # log-probability in nats of the caption up to this word
-    parent: "Node | None"  # a node kept in the step before; None for <start>
+    parent: "Node | None"  # a node kept in the previous step; None for <start>
     kept: bool
     finished: bool  # kept, and the word is <end>
     is_best: bool = False  # on the path of the caption that the search returned
@@ -50,12 +50,12 @@ class Tree:
     finished: bool  # whether it has reached <end>
 
 
-def grow_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
+def build_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
     """
-    What `beam_search` considers on its way to the caption of one image: at each step the
-    beam_size best continuations of each beam still open, which is all that can be kept.
+    Run `beam_search` for one image and record what it considers: at each step the beam_size best
+    continuations of each open beam, since no others can be kept. Returns a Tree.
 
-    features: (1, G, E); options: beam_search's others
+    features: (1, G, E); options: the other options of beam_search
     """
     words = {i: word for word, i in word_map.items()}
     steps, beams = [], [None] * beam_size  # beams: the last Node of each slot
@@ -88,15 +88,15 @@ def grow_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
 
 def draw_tree(tree, path):
     """
-    Write an SVG: a column for each step, in it the candidates by their totals, the kept ones in
-    boxes and joined to their parents. Of those dropped it shows two for each beam. The file is
-    there whole or not at all.
+    Write an SVG with `atomic_write`: a column for each step with the candidates, the best total
+    first; the kept ones are in boxes and linked to their parents. Of the dropped ones it shows two
+    for each beam.
     """
-    shown = [_shown(nodes, tree.beam_size) for nodes in tree.steps]
+    shown = [_nodes_to_draw(nodes, tree.beam_size) for nodes in tree.steps]
     x = MARGIN + _width("<start>", SIZE) + 16
-    columns = [f'{_box(MARGIN, HEAD, x - MARGIN, BEST)}{_text(MARGIN + 8, HEAD, "<start>")}']
-    # Of each node the middle of its left edge and the x of its right one; None is <start>.
-    positions, right, links = {None: (MARGIN, HEAD)}, {None: x}, []
+    columns = [f'{_box(MARGIN, HEADER, x - MARGIN, BEST)}{_text(MARGIN + 8, HEADER, "<start>")}']
+    # For each node the middle of its left edge, and the x of its right edge; None is <start>.
+    positions, right, links = {None: (MARGIN, HEADER)}, {None: x}, []
     for number, (nodes, all_nodes) in enumerate(zip(shown, tree.steps), 1):
         left = x + GAP
         x = left + 24 + max(_width(n.word, SIZE) + _width(_score(n), SMALL) for n in nodes)
@@ -104,22 +104,22 @@ def draw_tree(tree, path):
         columns.append(_text(left, 64, f"step {number}", weight="bold") + _text(
             left, 80, f"{kept} of {len(all_nodes)} kept", SMALL, FAINT_TEXT))
         for row, node in enumerate(nodes):
-            positions[node], right[node] = (left, HEAD + row * ROW), x
+            positions[node], right[node] = (left, HEADER + row * ROW), x
             links.append(_link(node, positions, right))
             columns.append(_node(node, *positions[node], x - left))
         if len(all_nodes) > len(nodes):
-            columns.append(_text(left + 8, HEAD + len(nodes) * ROW,
+            columns.append(_text(left + 8, HEADER + len(nodes) * ROW,
                                  f"and {len(all_nodes) - len(nodes)} more", SMALL, FAINT_TEXT))
-    head, head_width = _head(tree)
-    width = max(x, head_width) + MARGIN
-    height = HEAD + ROW * max(len(nodes) for nodes in shown) + MARGIN
-    links = "\n".join(link for _, link in sorted(links))  # the ones drawn first lie below
+    header, header_width = _header(tree)
+    width = max(x, header_width) + MARGIN
+    height = HEADER + ROW * max(len(nodes) for nodes in shown) + MARGIN
+    links = "\n".join(link for _, link in sorted(links))  # those drawn first are below
     svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" \
 viewBox="0 0 {width:.0f} {height:.0f}" font-family="DejaVu Sans, Verdana, sans-serif" \
 style="color-scheme: light">
 <title>Beam search with {tree.beam_size} beams</title>
 <rect width="100%" height="100%" fill="{BACKGROUND}"/>
-{head}
+{header}
 {links}
 {chr(10).join(columns)}
 </svg>
@@ -128,13 +128,13 @@ style="color-scheme: light">
         file.write(svg)
 
 
-def _shown(nodes, beam_size):
-    """The kept nodes and the best of those dropped"""
+def _nodes_to_draw(nodes, beam_size):
+    """The kept nodes and the best of the dropped ones"""
     dropped = [node for node in nodes if not node.kept][:2 * beam_size]
     return [node for node in nodes if node.kept or node in dropped]
 
 
-def _head(tree):
+def _header(tree):
     """Two lines: the caption with its score, and the legend. Returns SVG and its width."""
     caption = f"{' '.join(tree.words) or '(no words)'} ({tree.score:.2f})"
     parts, x = [_text(MARGIN, 18, caption, SIZE + 2, weight="bold")], MARGIN
@@ -153,7 +153,7 @@ def _head(tree):
 
 
 def _node(node, x, y, width):
-    """A word and its score in one line, boxed if it is kept; its whole path as a tooltip."""
+    """A word and its score on one line, in a box if it is kept; its path as a tooltip."""
     words = " ".join(n.word for n in node.path())
     tooltip = f"{words}\nlog-probability {node.log_prob:.3f}, total {node.total:.3f}"
     colour, box = FAINT_TEXT, ""
@@ -166,7 +166,7 @@ def _node(node, x, y, width):
 
 def _link(node, positions, right):
     """
-    How far to the front the line from a node's parent is drawn (0, 1 or 2), and the line as SVG.
+    The line from a node's parent: its drawing order (0, 1 or 2, the last in front), and its SVG.
     """
     (x1, y1), (x2, y2) = (right[node.parent], positions[node.parent][1]), positions[node]
     middle, order = (x1 + x2) / 2, node.kept + node.is_best
@@ -176,7 +176,7 @@ def _link(node, positions, right):
 
 
 def _box(x, y, width, colours, height=BOX, rounded=False):
-    """A box around the middle y"""
+    """A box that is vertically centred at y"""
     fill, stroke = colours
     return (f'<rect x="{x:.1f}" y="{y - height / 2}" width="{width:.1f}" height="{height}" '
             f'rx="{height / 2 if rounded else 3}" fill="{fill}" stroke="{stroke}" '
@@ -184,7 +184,7 @@ def _box(x, y, width, colours, height=BOX, rounded=False):
 
 
 def _text(x, y, text, size=SIZE, colour=TEXT, weight="normal", anchor="start"):
-    """A line of text around the middle y"""
+    """A line of text that is vertically centred at y"""
     return (f'<text x="{x:.1f}" y="{y + 0.35 * size:.1f}" font-size="{size}" fill="{colour}" '
             f'font-weight="{weight}" text-anchor="{anchor}">{_escape(text)}</text>')
 
@@ -194,7 +194,7 @@ def _score(node):
 
 
 def _escape(text):
-    """Text as XML shows it; characters that XML does not allow are replaced."""
+    """Text escaped for XML; characters that XML does not allow are replaced."""
     return escape(re.sub(r"[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
@@ -204,5 +204,5 @@ def _font():
 
 
 def _width(text, size):
-    """Pixels that a text takes in DejaVu Sans, a wide font; East Asian letters are square."""
+    """The width of a text in DejaVu Sans, a wide font; East Asian letters count as squares."""
     return sum(max(_font().getlength(c), 100 * (c > "\u2e80")) for c in text) * size / 100

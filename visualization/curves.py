@@ -24,7 +24,7 @@ PANELS = [
     ("Captions per second of training", {"captions_per_second": ("", "-")}),
 ]
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#444444", "#e69f00"]
-WIDTH, HEIGHT = 4.0, 2.5  # inches, of a panel
+WIDTH, HEIGHT = 4.0, 2.5  # of a panel, inches
 DPI = 120  # pixels per inch
 MAX_NAME = 45  # letters of a name
 
@@ -33,16 +33,16 @@ class Run(NamedTuple):
     name: str
     epochs: list  # numbers; a later phase of training continues the count
     rows: list  # for each epoch a dictionary of numbers
-    starts: list  # indices of the rows that begin a phase
+    starts: list  # indices of the rows at which a phase begins
 
 
 def read_run(path, name):
     """
-    A Run from the JSON lines of log_NAME.jsonl. A line that is no row, such as one that a kill has
-    cut off, is skipped and named on stderr. Raises UserError for a file without any row.
+    A Run from the JSON lines of log_NAME.jsonl. Invalid lines, such as one cut off when a run was
+    killed, are skipped and reported on stderr. Raises UserError for a file without valid rows.
     """
     rows, starts, epochs, skipped = [], [], [], []
-    before = last = 0  # epochs in the phases before this one; the last epoch of this one
+    before = last = 0  # epochs in earlier phases; the last epoch of this phase
     for number, line in enumerate(read_text(path).splitlines(), 1):
         row = _parse_row(line)
         if row is None:
@@ -57,12 +57,12 @@ def read_run(path, name):
     if not rows:
         raise UserError(f"{path} has no row of a training log; pass a log_NAME.jsonl of train.py")
     if skipped:
-        print(f"{path}: no row of a log, skipped: line {', '.join(skipped)}", file=sys.stderr)
+        print(f"{path}: skipped as not a row of a log: line {', '.join(skipped)}", file=sys.stderr)
     return Run(name, epochs, rows, starts)
 
 
 def _parse_row(line):
-    """The finite numbers of a line by their keys; None without an epoch or anything to draw."""
+    """The finite numbers in a line, by key; None if there is no epoch or nothing to draw."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def _parse_row(line):
 
 
 def name_runs(paths):
-    """A name for each log: its folder's if these all differ, else the file's, else the path."""
+    """A name for each log: its folder's if these differ, else the file's, else the path."""
     paths = [Path(path).absolute() for path in paths]
     for names in ([path.parent.name for path in paths], [path.stem for path in paths]):
         if len(set(names)) == len(paths):
@@ -85,8 +85,8 @@ def name_runs(paths):
 
 def draw_curves(runs):
     """
-    A matplotlib Figure with a panel for each quantity that some Run has logged. In it each run has
-    a line, which is interrupted where a new phase begins; a thin vertical line marks the place.
+    A matplotlib Figure with a panel for each quantity that some Run has logged. Each run has a
+    line, with a gap where a new phase begins; a thin vertical line marks it.
     """
     panels = [(title, keys) for title, keys in PANELS
               if any(key in row for run in runs for row in run.rows for key in keys)]
@@ -142,5 +142,5 @@ def _legend(parent, lines, names, **options):
     legend = parent.legend(lines, ["-"] * len(lines), fontsize=9, framealpha=1,
                            edgecolor="none", **options)
     for text, name in zip(legend.get_texts(), names):
-        text.set_parse_math(False)  # a dollar sign in a folder's name is no formula
+        text.set_parse_math(False)  # a dollar sign in a name is not a formula
         text.set_text(name)

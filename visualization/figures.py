@@ -1,5 +1,5 @@
 """
-Matplotlib figures as files and in a window.
+Saves Matplotlib figures to files, or shows them in a window.
 
 Figures are made without pyplot, which would look for a display: only `show` needs one.
 """
@@ -17,8 +17,8 @@ FONT_FILE = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf
 
 def find_format(path):
     """
-    The picture format of a path's suffix, png without one. Raises ValueError if matplotlib has no
-    such format.
+    The picture format for a path's suffix, png if it has none. Raises ValueError if matplotlib does
+    not support it.
     """
     suffix = Path(path).suffix[1:].lower() or "png"
     if suffix not in FigureCanvasAgg.get_supported_filetypes():
@@ -29,12 +29,13 @@ def find_format(path):
 
 def save(figure, path):
     """
-    Write a figure in the format of the path's suffix; the file is there whole or not at all.
+    Write a figure in the format of the path's suffix, with `atomic_write`.
 
-    Raises ValueError for a suffix that matplotlib does not know, OSError if it can't be written.
+    Raises ValueError for a suffix that matplotlib does not support, OSError if it cannot be
+    written.
     """
     kind = find_format(path)
-    # PNG's level 3 takes a third of the time of the usual 6 for a tenth more bytes.
+    # PNG's level 3 takes a third of the time of the default 6, for a tenth more bytes.
     options = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, **options)

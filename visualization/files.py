@@ -15,10 +15,10 @@ ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of severa
 
 def find_images(patterns):
     """
-    The paths that files, folders and globs stand for, in this order, each once. In a folder or
-    glob these are the files with an image's suffix, sorted, without subfolders.
+    The image paths for files, folders and globs, in this order, without repetitions. A folder or
+    glob stands for its files with an image's suffix, sorted, without subfolders.
 
-    Our own overlays are left out, also where the shell has expanded the glob.
+    Our own overlays are left out, even if the shell has expanded the glob.
     Raises UserError for a folder or glob without images; a file need not exist.
     """
     paths = []
@@ -39,17 +39,17 @@ def find_images(patterns):
 
 def overlay_paths(paths, out, single):
     """
-    A path for the overlay of each image, no two alike and none that of an image.
+    A path for the overlay of each image, all different, and none that of an image.
 
-    out: as in the options of caption.py; single: whether one image was named, so that `out` may
+    out: as in the options of caption.py; single: whether a single file was given, so that `out` may
     be the file of its overlay
-    Raises UserError if that would overwrite the image, or if a folder is needed but out is a file.
+    Raises UserError if that would overwrite the image, or if out is a file but a folder is needed.
     """
     if out and single and os.path.basename(out) and not os.path.isdir(out):
         if os.path.realpath(out) == os.path.realpath(paths[0]):
             raise UserError(f"--out {out} is the image itself; pass another file")
         try:
-            check_suffix(out)  # now, since it is drawn only when all the work is done
+            check_suffix(out)  # now, before all the work is done
         except ValueError as error:
             raise UserError(f"--out {out} cannot be written: {error}") from None
         return [out]
@@ -72,15 +72,14 @@ def overlay_paths(paths, out, single):
     return overlays
 
 
-# Matplotlib, scikit-image and imageio are imported only where they are needed: whoever wants
-# captions alone does not wait for them.
+# Matplotlib, scikit-image and imageio are imported only where they are needed, so that captions
+# without pictures start faster.
 
 
 def save_attention(captioned, path, smooth=True):
     """
-    Write a `caption.Captioned` in the form that the path's suffix asks for: an HTML page, an
-    animation or a picture. Raises ValueError for a suffix that is none of these, OSError if the
-    file cannot be written.
+    Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
+    picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
     """
     if page.is_page(path):
         page.write_page(path, [captioned], captioned.text)
@@ -108,7 +107,7 @@ def _is_animation(path):
 
 @contextmanager
 def writing(path, make_folder=False):
-    """`with writing(path):` an error while the file is written becomes a UserError."""
+    """`with writing(path):` turn errors of writing the file into UserErrors."""
     try:
         if make_folder:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -1,10 +1,10 @@
 // Shows where the model looked for a word, in every .sat of the document. A notebook runs this once
-// for each of its views, so views that were made ready before are left alone.
+// for each of its views, so views that are already set up are skipped.
 (() => {
   const UPSCALE = 8; // pixels of the mask per location; the browser interpolates between them
   const mask = document.createElement("canvas"), dim = document.createElement("canvas");
 
-  // An index mirrored into 0..n-1, about the centres or the outer edges of the first and the last.
+  // An index reflected into 0..n-1, at the centres or the outer edges of the first and last pixel.
   function mirrorAtCentre(i, n) {
     const period = Math.max(1, 2 * n - 2), at = ((i % period) + period) % period;
     return at < n ? at : period - at;
@@ -15,8 +15,8 @@
     return at < n ? at : 2 * n - 1 - at;
   }
 
-  // (side * UPSCALE, side): the share of each location in each pixel along one edge; rows sum to 1.
-  // As scikit-image's pyramid_expand in attention.py: linear interpolation, then a Gaussian blur.
+  // (side * UPSCALE, side): the weight of each location in each pixel along one edge; rows sum to 1.
+  // Like scikit-image's pyramid_expand in attention.py: linear interpolation, then a Gaussian blur.
   function upsamplingWeights(side) {
     const size = side * UPSCALE, sigma = UPSCALE / 3, radius = Math.round(4 * sigma);
     const linear = Array.from({ length: size }, (_, pixel) => {
@@ -42,56 +42,56 @@
 
   // Draws the attention into `mask` as opacity; the most attended place is opaque.
   function drawMask(alpha, side) {
-    const shares = upsamplingWeights(side), size = side * UPSCALE, light = [];
-    for (const row of shares) {
+    const weights = upsamplingWeights(side), size = side * UPSCALE, opacity = [];
+    for (const row of weights) {
       const blended = Array.from({ length: side }, (_, x) =>
         row.reduce((sum, share, y) => sum + share * alpha[y * side + x], 0));
-      for (const column of shares) {
-        light.push(column.reduce((sum, share, x) => sum + share * blended[x], 0));
+      for (const column of weights) {
+        opacity.push(column.reduce((sum, share, x) => sum + share * blended[x], 0));
       }
     }
-    const largest = light.reduce((a, b) => Math.max(a, b)) || 1;
+    const largest = opacity.reduce((a, b) => Math.max(a, b)) || 1;
     mask.width = mask.height = size;
     const pixels = new ImageData(size, size);
-    light.forEach((value, i) => { pixels.data[4 * i + 3] = Math.round(255 * value / largest); });
+    opacity.forEach((value, i) => { pixels.data[4 * i + 3] = Math.round(255 * value / largest); });
     mask.getContext("2d").putImageData(pixels, 0, 0);
   }
 
-  // The photograph bright where the mask is opaque and a dark grey elsewhere, as attention.py draws
-  // it: weight * (0.45 + 0.55 * photograph) + (1 - weight) * 0.25 * grey, with weights from 0 to 1.
+  // Draws the photograph bright where the mask is opaque and dark grey elsewhere, as attention.py
+  // does: weight * (0.45 + 0.55 * photograph) + (1 - weight) * 0.25 * grey, with weights from 0 to 1.
   function drawOverlay(canvas, photograph) {
     const width = photograph.naturalWidth, height = photograph.naturalHeight;
-    function layer(context, operation, what) {
+    function layer(context, operation, source) {
       context.globalCompositeOperation = operation;
-      if (typeof what === "string") {
-        context.fillStyle = what;
+      if (typeof source === "string") {
+        context.fillStyle = source;
         context.fillRect(0, 0, width, height);
       } else {
-        context.drawImage(what, 0, 0, width, height);
+        context.drawImage(source, 0, 0, width, height);
       }
     }
     dim.width = canvas.width = width;
     dim.height = canvas.height = height;
-    const dark = dim.getContext("2d"), lit = canvas.getContext("2d");
+    const dark = dim.getContext("2d"), bright = canvas.getContext("2d");
     layer(dark, "source-over", photograph);
     layer(dark, "saturation", "#000"); // grey
     layer(dark, "source-over", "rgb(0 0 0 / 75%)");
-    lit.imageSmoothingQuality = "high";
-    layer(lit, "source-over", photograph);
-    layer(lit, "source-over", "rgb(255 255 255 / 45%)");
-    layer(lit, "destination-in", mask);
-    layer(lit, "destination-over", dim);
+    bright.imageSmoothingQuality = "high";
+    layer(bright, "source-over", photograph);
+    layer(bright, "source-over", "rgb(255 255 255 / 45%)");
+    layer(bright, "destination-in", mask);
+    layer(bright, "destination-over", dim);
   }
 
-  function makeReady(root) {
+  function setUp(root) {
     const side = Number(root.dataset.side);
     const attention = Uint8Array.from(atob(root.dataset.attention), (c) => c.charCodeAt(0));
     const list = root.querySelector(".sat-words"), words = [...root.querySelectorAll(".sat-word")];
     const photograph = root.querySelector("img"), canvas = root.querySelector("canvas");
     const status = root.querySelector(".sat-where");
-    // Indices of words, -1 for none. What the mouse is over is shown until it leaves; what was
-    // tapped, clicked or reached with keys stays.
-    let hovered = -1, selected = -1, before = -1;
+    // Indices of words, -1 for none. A hovered word is shown until the mouse leaves; a word that was
+    // tapped, clicked or reached with keys stays selected.
+    let hovered = -1, selected = -1, selectedBefore = -1;
 
     function update() {
       const shown = hovered >= 0 ? hovered : selected;
@@ -103,7 +103,7 @@
       status.textContent = shown < 0 ? status.dataset.hint
         : `${words[shown].textContent}: ${words[shown].dataset.where}`;
       if (shown < 0) return;
-      if (!photograph.naturalWidth) { // not there yet
+      if (!photograph.naturalWidth) { // not loaded yet
         photograph.addEventListener("load", update, { once: true });
         return;
       }
@@ -126,7 +126,7 @@
 
     if (!list) return; // a caption without words
     list.addEventListener("pointerover", (event) => {
-      // A finger hovers over nothing. Between two words the first stays, so that nothing flickers.
+      // Touch does not hover. Between two words the first stays shown, so that nothing flickers.
       if (event.pointerType === "touch" || indexOf(event) < 0) return;
       hovered = indexOf(event);
       update();
@@ -136,11 +136,12 @@
       update();
     });
     list.addEventListener("focusin", (event) => select(indexOf(event)));
-    // A second tap on a word takes its selection back; focus comes between, so remember.
-    list.addEventListener("pointerdown", () => { before = selected; });
+    // A second tap on a word deselects it. The tap also focuses and so selects the word before the
+    // click event, hence selectedBefore.
+    list.addEventListener("pointerdown", () => { selectedBefore = selected; });
     list.addEventListener("click", (event) => {
-      if (indexOf(event) >= 0) select(indexOf(event) === before ? -1 : indexOf(event));
-      before = -1;
+      if (indexOf(event) >= 0) select(indexOf(event) === selectedBefore ? -1 : indexOf(event));
+      selectedBefore = -1;
     });
     list.addEventListener("keydown", (event) => {
       const at = indexOf(event), next = getComputedStyle(list).direction === "rtl" ? -1 : 1;
@@ -148,7 +149,7 @@
         event.key];
       if (to === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
       event.preventDefault();
-      event.stopPropagation(); // from a notebook, which has arrow keys of its own
+      event.stopPropagation(); // a notebook uses the arrow keys too
       hovered = -1;
       const word = Math.min(Math.max(to, 0), words.length - 1);
       words[word].focus();
@@ -156,7 +157,7 @@
     });
     canvas.addEventListener("click", showPhotograph);
     document.addEventListener("keydown", function escape(event) {
-      // A cell that is run again leaves a view behind that nobody sees.
+      // When a notebook's cell is run again, its old view is no longer in the document.
       if (!root.isConnected) document.removeEventListener("keydown", escape);
       else if (event.key === "Escape") showPhotograph();
     });
@@ -166,7 +167,7 @@
   for (const root of document.querySelectorAll(".sat")) {
     if (!root.satReady) {
       root.satReady = true;
-      makeReady(root);
+      setUp(root);
     }
   }
 })();

@@ -1,6 +1,6 @@
 """
-Captions and where the model looked for each word, as an HTML page that needs nothing beside it: no
-network, no other file. page.html has its parts, page.css and page.js go into each page.
+Captions, and where the model looked for each word, as a self-contained HTML page, which needs no
+network and no other file. page.html is its template; page.css and page.js are put into each page.
 """
 
 import base64
@@ -19,9 +19,9 @@ from utils import atomic_write
 
 LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
-# Shares of the attention in one ninth of the photograph; spread evenly, each has 0.11.
+# A ninth of the photograph with less of the attention than this is not named; 0.11 is average.
 SPREAD = 0.17
-PLACES = ("at the upper left", "at the top", "at the upper right",
+POSITIONS = ("at the upper left", "at the top", "at the upper right",
           "on the left", "in the centre", "on the right",
           "at the lower left", "at the bottom", "at the lower right")
 HINT = ("Point at a word, tap it or use the arrow keys to see where the model looked; "
@@ -33,8 +33,8 @@ STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind 
 
 def escape(text):
     """
-    Text as Markup that shows it as it is; Markup stays as it is. What UTF-8 cannot encode, as in
-    some file names, is written out as an escape sequence.
+    Text escaped for HTML, as Markup; Markup is not changed. Characters that UTF-8 cannot encode, as
+    in some file names, become escape sequences.
     """
     if not isinstance(text, str) or isinstance(text, Markup):
         return text
@@ -50,7 +50,7 @@ def _nats(score):
     return f"{score:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
-# Templates of other packages are found through ENVIRONMENT.overlay(loader=...).
+# Other packages use ENVIRONMENT.overlay(loader=...) for their own templates.
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER), autoescape=True, finalize=escape, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True)
@@ -62,17 +62,17 @@ ENVIRONMENT.globals.update(
 
 def attention_page(captioned, title):
     """
-    A whole HTML document: photographs, captions, and over each word where the model looked.
+    A complete HTML document: photographs, captions, and where the model looked for each word.
 
     captioned: objects with
-      name        the photograph's file; its last part is the heading
+      name        the photograph's path; its last part is the heading
       image       uint8 (H, W, 3), of any shape
       words       T strings
-      attention   (T, P) on a square grid, P = side * side, row by row, over the photograph squashed
-                  to a square; the page stretches it back. Each word has its own scale, in 255 steps
+      attention   (T, P) on a square grid, P = side * side, row by row, which covers the photograph
+                  resized to a square. Each word has its own scale, in 255 steps
       score       total log-probability in nats
-      n_best      (text, score), the best first, the caption itself among them; shown if several
-      references  strings, if there are any; folded away
+      n_best      (text, score), the best first, including the caption itself; shown if several
+      references  optional: strings, which are collapsed
     title: of the document
 
     Raises ValueError unless there is one row of attention per word and P is a square.
@@ -83,14 +83,14 @@ def attention_page(captioned, title):
 
 
 def document(title, lead, parts):
-    """A whole HTML document. title, lead: texts; parts: HTML, `view`'s among it"""
+    """A complete HTML document. title, lead: texts; parts: HTML, such as that of `view`"""
     return str(_macros().document(title, lead, list(map(Markup, parts))))
 
 
 def fragment(captioned):
     """
-    The same view of one image, for a notebook's cell. Style and script touch only such views, and
-    any number of them may stand in one document.
+    The view of one image as HTML for a notebook's cell. Style and script affect only such views,
+    and one document may contain several.
     """
     return str(_macros().fragment(view(captioned, "p", HINT)))
 
@@ -100,7 +100,7 @@ def is_page(path):
 
 
 def write_page(path, captioned, title):
-    """Write `attention_page` to a file, which is there whole or not at all; OSError if it can't."""
+    """Write `attention_page` with `atomic_write`; OSError if the file cannot be written."""
     content = attention_page(captioned, title)
     with atomic_write(path) as temporary:
         Path(temporary).write_text(content, encoding="utf-8", newline="\n")
@@ -110,8 +110,8 @@ def view(captioned, heading, hint=""):
     """
     The <article> of one image, as Markup.
 
-    captioned: as in `attention_page`; heading: the tag around its name; hint: shown as long as no
-    word is chosen
+    captioned: as in `attention_page`; heading: the tag of its name; hint: shown while no word is
+    selected
     """
     words, attention = captioned.words, np.asarray(captioned.attention, dtype=np.float32)
     side = math.isqrt(attention.shape[-1])
@@ -121,8 +121,8 @@ def view(captioned, heading, hint=""):
     return _macros().view(
         captioned,
         {"uri": _jpeg(image), "ratio": image.shape[1] / image.shape[0]},
-        {"side": side, "in_bytes": _in_bytes(attention),
-         "places": [_place(alpha) for alpha in attention.reshape(-1, side, side)]},
+        {"side": side, "base64": _to_base64(attention),
+         "descriptions": [_describe(alpha) for alpha in attention.reshape(-1, side, side)]},
         heading, hint)
 
 
@@ -130,24 +130,24 @@ def _macros():
     return ENVIRONMENT.get_template("page.html").module
 
 
-def _in_bytes(attention):
-    """Base64 of a byte per cell, row by row; each word's most attended cell is 255."""
+def _to_base64(attention):
+    """Base64 of a byte per location, row by row; each word's most attended location is 255."""
     largest = attention.max(1, initial=0, keepdims=True)
     scaled = np.rint(255 * attention / np.where(largest > 0, largest, 1))
     return base64.b64encode(scaled.astype(np.uint8).tobytes()).decode()
 
 
-def _place(alpha):
-    """Words for the ninth of the photograph with most of the attention (side, side)."""
+def _describe(alpha):
+    """Text that names the ninth of the photograph with most of the attention (side, side)."""
     edges = np.linspace(0, alpha.shape[0], 4)
-    cells = np.arange(alpha.shape[0])
-    # (3, side): how much of each cell lies in each third
-    thirds = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    starts = np.arange(alpha.shape[0])
+    # (3, side): how much of each location's row or column is in each third
+    thirds = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
     thirds = thirds.clip(min=0)
     ninths = (thirds @ alpha @ thirds.T).ravel() / (alpha.sum() or 1)
     if ninths.max() < SPREAD:
         return "attention spread over the photograph"
-    return f"most attention {PLACES[ninths.argmax()]}, {100 * ninths.max():.0f} %"
+    return f"most attention {POSITIONS[ninths.argmax()]}, {100 * ninths.max():.0f} %"
 
 
 def _jpeg(image):

@@ -61,7 +61,7 @@ def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
     monkeypatch.setattr(eval_script, "caption_split", None)  # said before any work
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):
         eval_script.main([*stub_options, "--report", path, "--image_folder", str(tmp_path)])
-    with pytest.raises(UserError, match="--report r.txt is a web page; let its name end in .html"):
+    with pytest.raises(UserError, match="--report r.txt: the report is a web page"):
         eval_script.main([*stub_options, "--report", "r.txt"])
     with pytest.raises(UserError, match="--report .* is a folder"):
         eval_script.main([*stub_options, "--report", str(tmp_path)])

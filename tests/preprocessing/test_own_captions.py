@@ -138,8 +138,8 @@ def test_own_captions_without_validation_images_give_a_warning(script, capsys):
     Path("mine.csv").write_text("0.png,A dog.\n")
     script("--captions", "mine.csv")
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "warning: mine.csv has no val images, to choose the best epoch by",
-        "warning: mine.csv has no test images, to evaluate with",
+        "warning: mine.csv has no val images, which training needs",
+        "warning: mine.csv has no test images, which evaluation needs",
     ]
 
 

@@ -130,9 +130,9 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
     ({"self_critical": True, "single_captions": True}, "--single_captions is for training on true"),
     ({"attention": "purple"}, "is damaged: its option attention is 'purple'"),
     ({"ema": 0.5}, "it lacks the weights that were being averaged"),
-    ({"cosine": True, "batch_size": 40}, "was run with batch_size 40, which --resume cannot"),
+    ({"cosine": True, "batch_size": 40}, "run with batch_size 40, which --resume cannot change"),
     ({"cosine": True}, "was run with epochs 1, which --resume cannot change"),
-    ({"embeddings": "glove.txt"}, "was run with embeddings glove.txt, which --resume cannot"),
+    ({"embeddings": "glove.txt"}, "run with embeddings glove.txt, which --resume cannot change"),
 ])
 def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, options, message):
     train.main(train_args(data, tmp_path, "--epochs", "1"))

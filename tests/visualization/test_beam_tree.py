@@ -10,7 +10,7 @@ from factories import make_case
 
 from modeling.beam_search import beam_search
 from visualization import beam_tree
-from visualization.beam_tree import draw_tree, grow_tree
+from visualization.beam_tree import build_tree, draw_tree
 
 WORDS = ["<pad>", "a", "dog", "&", "<b>", "running", "on", "sand", "<unk>", "<start>", "<end>"]
 WORD_MAP = {word: i for i, word in enumerate(WORDS)}
@@ -22,7 +22,7 @@ def make_tree(seed, beam_size, **options):
     """A tree of 12 steps at most, with its decoder and image"""
     decoder, features = make_case(seed, end_bias=(-9, -4, -1, 1)[seed % 4])
     image = features[seed:seed + 1]
-    return grow_tree(decoder, image, WORD_MAP, beam_size, 12, **options), decoder, image
+    return build_tree(decoder, image, WORD_MAP, beam_size, 12, **options), decoder, image
 
 
 def textbook(decoder, image, path):
@@ -86,7 +86,7 @@ def test_the_kept_are_the_best_and_a_finished_one_takes_a_place():
         with torch.no_grad():
             decoder.fc.weight[WORD_MAP["<end>"], 0] = 0  # no clock: <end> comes up now and then
         # Searching for all k of them it goes on to the end.
-        tree, width = grow_tree(decoder, features[:1], WORD_MAP, k, 12, n_best=k), k
+        tree, width = build_tree(decoder, features[:1], WORD_MAP, k, 12, n_best=k), k
         for nodes in tree.steps:
             kept = [node for node in nodes if node.kept]
             assert nodes[:width] == kept and len(kept) == width
@@ -199,7 +199,7 @@ def test_words_that_are_no_xml_are_escaped(tmp_path):
     strange = ["<pad>", "a&b", '"<i>"', "]]>", "\x00\x1b", "\ud800", "𝛼 é 犬", "'", "<unk>",
                "<start>", "<end>"]
     decoder, features = make_case(0, end_bias=-9)
-    tree = grow_tree(decoder, features[:1], {word: i for i, word in enumerate(strange)}, 11, 6)
+    tree = build_tree(decoder, features[:1], {word: i for i, word in enumerate(strange)}, 11, 6)
     root = draw(tree, tmp_path)
     drawn = {word for word, *_ in nodes_of(root)}
     assert {"a&b", '"<i>"', "]]>", "𝛼 é 犬", "'", "<unk>", "\ufffd\ufffd"} <= drawn
@@ -207,14 +207,14 @@ def test_words_that_are_no_xml_are_escaped(tmp_path):
 
 def test_an_empty_caption_has_a_tree_too(tmp_path):
     decoder, features = make_case(0, end_bias=1e4)
-    tree = grow_tree(decoder, features[:1], WORD_MAP, 3)
+    tree = build_tree(decoder, features[:1], WORD_MAP, 3)
     assert tree.words == [] and tree.finished and len(tree.steps) == 1
     assert "(no words)" in "".join(draw(tree, tmp_path).itertext())
 
 
 def test_a_beam_wider_than_the_vocabulary_keeps_what_there_is():
     decoder, features = make_case(1, end_bias=-9)
-    tree = grow_tree(decoder, features[:1], WORD_MAP, 20, 3)
+    tree = build_tree(decoder, features[:1], WORD_MAP, 20, 3)
     assert [sum(node.kept for node in nodes) for nodes in tree.steps][:2] == [11, 10]
     assert all(math.isfinite(node.total) for nodes in tree.steps for node in nodes)
 

@@ -139,7 +139,7 @@ def test_a_line_cut_off_by_a_kill_is_skipped_and_said(draw, tmp_path):
     log = write_log(tmp_path / "x.jsonl", FIRST, '{"epoch": 4, "lr": 0.00')
     code, said = draw(log)
     assert code == 0 and (tmp_path / "curves.png").exists()
-    assert said == f"{log}: no row of a log, skipped: line 4\ncurves: curves.png\n"
+    assert said == f"{log}: skipped as not a row of a log: line 4\ncurves: curves.png\n"
     assert curves.read_run(log, "").epochs == [1, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""Whole epochs and whole scripts, as a user runs them."""
+"""Complete epochs and scripts, as a user runs them."""
 
 import json
 import shutil
@@ -16,16 +16,16 @@ from PIL import Image
 import checkpoints
 import train
 from benchmarks.files import COCO_IMAGES
-from benchmarks.measuring import compare, in_a_process, seconds
+from benchmarks.measuring import compare, measure_process, seconds
 from benchmarks.model import (
     CELLS,
     ENCODER_DIM,
     SIZE,
     VOCAB,
     WORD_MAP,
+    decoder_with_realistic_lengths,
     random_captions,
     reference,
-    talkative_decoder,
 )
 from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.beam_search import beam_search
@@ -58,25 +58,25 @@ def options(args, folder, *more):
             "none", "--device", str(args.device), *amp, *more]
 
 
-class Prepared(list):
-    """The batches of a loader of features, where and as the decoder wants them."""
+class PreloadedBatches(list):
+    """The batches of a loader of cached features, in float32 on the device."""
 
     def __init__(self, loader, device):
         super().__init__((features.to(device).float(), *rest) for features, *rest in loader)
         self.dataset, self.sampler = loader.dataset, loader.sampler
 
 
-class Step:
-    """Steps of train.py on this data: run() goes through all batches once."""
+class EpochRunner:
+    """Training as in train.py on this data: run() trains for one epoch."""
 
-    def __init__(self, encoder, data, args, fine_tune=False, prepared=False):
+    def __init__(self, encoder, data, args, fine_tune=False, preload=False):
         run_args = train.get_args(options(args, "."))
         run_args.fine_tune_encoder = fine_tune
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
         sampler = ResumableBatchSampler(len(data), 16)
         self.loader = build_loader(data, sampler, run_args.workers, args.device)
-        if prepared:
-            self.loader = Prepared(self.loader, args.device)
+        if preload:
+            self.loader = PreloadedBatches(self.loader, args.device)
         self.state = TrainingState(run_args, encoder, decoder.to(args.device),
                                    build_criterion(run_args, data), sampler.num_batches,
                                    Distributed(args.device))
@@ -88,7 +88,7 @@ class Step:
 
 
 def cache(args):
-    """An epoch of train.py from the feature cache, without it, and what the decoder alone takes."""
+    """An epoch of train.py with the feature cache and without it, and with the decoder alone."""
     with tempfile.TemporaryDirectory() as folder:
         write_data_set(folder, TRAIN=96, VAL=5)
         times = {}
@@ -99,23 +99,23 @@ def cache(args):
                                    option, "--epochs", str(epochs)))
             log = Path(folder, "run", "log_x.jsonl").read_text().splitlines()
             times[option] = min(json.loads(line)["train_seconds"] for line in log[1:])
-        torch.manual_seed(0)  # the encoder of that run, whose features are there
+        torch.manual_seed(0)  # the same encoder as in that run, whose features exist
         encoder = Encoder(weights="none").to(args.device).eval()
         data = CaptionDataset(folder, "x", "TRAIN")
         with autocast(args.device, args.amp):
             path = cache_features(data, encoder, args.device, args.amp)
         data.use_features(load_features(path, None, args.device))
-        steps = Step(encoder, data, args, prepared=True)
-        steps.run()
-        own = min(seconds(steps.run, args.device) for _ in range(3))
+        runner = EpochRunner(encoder, data, args, preload=True)
+        runner.run()
+        decoder_alone = min(seconds(runner.run, args.device) for _ in range(3))
     cached, uncached = times["--cache_features"], times["--no-cache_features"]
     yield {"stage": "epoch of 96 images, ResNet-101; textbook: no cache", "textbook": uncached,
-           "ours": cached, "decoder": own,
-           "note": f"{cached / own:.2f} times the decoder's own {own:.3f} s"}
+           "ours": cached, "decoder": decoder_alone,
+           "note": f"{cached / decoder_alone:.2f} times the decoder's own {decoder_alone:.3f} s"}
 
 
 def coco(args):
-    """Passes over COCO with ResNet-101, from a part of each; nothing of the real data is read."""
+    """Epochs of COCO with ResNet-101, extrapolated from a part, on random data of its sizes."""
     gpu = args.device.type == "cuda"
     part, batches = (320, 20) if gpu else (48, 3)
     scale = COCO_IMAGES / part
@@ -130,14 +130,14 @@ def coco(args):
                 data.use_features(features)
             else:
                 data = CaptionDataset(folder, "x", "TRAIN")
-            steps = Step(encoder, data, args, fine_tune)
-            steps.run()
-            time = scale * min(seconds(steps.run, args.device) for _ in range(3))
+            runner = EpochRunner(encoder, data, args, fine_tune)
+            runner.run()
+            time = scale * min(seconds(runner.run, args.device) for _ in range(3))
             what = "fine-tuning ResNet-101" if fine_tune else "decoder alone, from the cache"
             yield {"stage": f"epoch of COCO, {what}", "ours": time,
                    "note": f"from {batches} of {COCO_IMAGES // 16 + 1} batches"}
     encoder.eval()
-    decoder, n = talkative_decoder(args.device), 5000 if gpu else 50
+    decoder, n = decoder_with_realistic_lengths(args.device), 5000 if gpu else 50
     images = torch.randint(0, 256, (50, 3, 256, 256), dtype=torch.uint8)
 
     @torch.inference_mode()
@@ -158,25 +158,26 @@ def coco(args):
 
 
 def start_up(args):
-    """caption.py on one photograph, from the shell's prompt to the overlay; and imports."""
+    """caption.py on one photograph, from the start of Python to the overlay; and imports."""
     with tempfile.TemporaryDirectory() as folder:
         encoder = Encoder(weights="none")
-        checkpoints.save(f"{folder}/model.pth.tar", encoder, talkative_decoder(torch.device("cpu")),
+        decoder = decoder_with_realistic_lengths(torch.device("cpu"))
+        checkpoints.save(f"{folder}/model.pth.tar", encoder, decoder,
                          WORD_MAP | {f"word{i}": i for i in range(1, VOCAB - 3)})
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)).save(
             f"{folder}/photo.jpg")
         command = ["caption.py", "--img", f"{folder}/photo.jpg", "--model",
                    f"{folder}/model.pth.tar", "--device", str(args.device)]
-        whole = in_a_process(f"""
+        total = measure_process(f"""
             import subprocess
             subprocess.run([sys.executable, *{command!r}], check=True, capture_output=True)
         """)
-        yield {"stage": "caption.py on one photograph, ResNet-101", "ours": whole["seconds"]}
+        yield {"stage": "caption.py on one photograph, ResNet-101", "ours": total["seconds"]}
     for script in ("train", "eval"):
-        took = in_a_process(f"""
+        imports = measure_process(f"""
             import importlib
             importlib.import_module({script!r})
             result["plots"] = "matplotlib" in sys.modules
         """)
-        yield {"stage": f"importing {script}.py", "ours": took["seconds"],
-               "note": "with matplotlib" if took["plots"] else "without matplotlib"}
+        yield {"stage": f"importing {script}.py", "ours": imports["seconds"],
+               "note": "with matplotlib" if imports["plots"] else "without matplotlib"}
