@@ -8,8 +8,8 @@ from factories import write_scenes
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """
-    One thread computes in one order, whatever else the machine does; and small models spend more
-    time waiting for threads than computing. TEST_THREADS=2 shows that no test depends on it.
+    One thread always computes in the same order, and for small models several threads spend more
+    time waiting than computing. TEST_THREADS=2 shows that no test depends on it.
     """
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 

@@ -1,4 +1,4 @@
-"""What several tests need: small decoders, captions and data sets."""
+"""Shared by several tests: small decoders, captions and data sets."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ NAME = "demo_5_cap_per_img_0_min_word_freq"
 
 
 def write_scenes(folder, train, val, test):
-    """So many scenes and their input files in this folder, which is returned."""
+    """Draw scenes and write their input files into this folder, which is returned."""
     create_input_files("demo", make_demo(folder / "demo", train, val, test), folder / "demo",
                        min_word_freq=0, output_folder=folder, workers=1)
     return folder
@@ -57,10 +57,10 @@ def make_captions(n, r, vocab_size=23, longest=9, seed=0):
 
 def make_case(seed, end_bias):
     """
-    A random decoder and 8 images; end_bias says how soon captions end.
+    A random decoder and 8 images; the larger end_bias, the sooner captions end.
 
-    Left to itself a random LSTM falls into a loop and ends at once or never. So unit 0 is made
-    a clock: it rises at each step, from a value that depends on the image, and pulls at <end>.
+    Captions of a random LSTM repeat words and end at once or never. So unit 0 serves as a clock: it
+    rises at each step, from a value that depends on the image, and raises the logit of <end>.
     """
     decoder = make_decoder(VOCAB, seed=seed).eval()
     end, size = WORD_MAP["<end>"], 6
@@ -78,7 +78,7 @@ def make_case(seed, end_bias):
     return decoder, torch.randn(8, 4, 9, dtype=torch.float64)
 
 
-# Images with captions in Karpathy's format, and the input files that are made of them
+# Images with captions in Karpathy's format, and the input files made from them
 
 
 def karpathy_entry(filename, split="train", captions=("a dog",), **more):
@@ -108,7 +108,7 @@ def write_karpathy(folder, entries, bad=()):
             path.write_bytes(b"no image at all")
         else:
             Image.new("RGB", (40, 30), (grey_of(i),) * 3).save(path)
-        os.utime(path, (1, 1))  # drawn twice, it is the same file
+        os.utime(path, (1, 1))  # so that drawing it again gives the same file
     write_json(folder / "dataset.json", {"images": entries, "dataset": "x"})
     return folder / "dataset.json"
 
@@ -147,7 +147,7 @@ def restore_interrupts():
 
 
 def kill_at(module, name, k):
-    """From its k-th call on, the function of this name ends this process as a power cut would."""
+    """From its k-th call on, the function of this name kills the process."""
     function, calls = getattr(module, name), []
 
     def counted(*args, **options):
@@ -204,13 +204,13 @@ def log_rows(folder):
 
 
 def timeless_rows(folder):
-    """The log without what differs from run to run."""
+    """The rows of the log without their times."""
     return [{key: value for key, value in row.items() if "second" not in key}
             for row in log_rows(folder)]
 
 
 def same(a, b):
-    """Whether they are equal bit for bit, through dictionaries and lists."""
+    """Whether two values are equal bit for bit, including nested dictionaries and lists."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -221,7 +221,7 @@ def same(a, b):
 
 
 def run_script(script, *args, processes=1):
-    """A script in a process of its own, or in several by torchrun."""
+    """Run a script in its own process, or in several with torchrun."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
@@ -250,8 +250,8 @@ CAPTION_WORDS = (
 
 def caption_sets(count, seed):
     """
-    `count` sets of 2..5 images: references, and captions that share words with them or are one of
-    them. Captions have 4 words and more: NLTK counts a missed n-gram in each that is shorter.
+    Yield `count` sets of 2..5 images: references, and captions that share words with them or equal
+    one of them. Captions have at least 4 words: in shorter ones NLTK counts a missed n-gram.
     """
     rng = random.Random(seed)
 

@@ -1,11 +1,11 @@
 """
-The textbook version: what the paper and the tutorial describe, written as plainly as it
-goes and slow on purpose of nothing but plainness. It shares the parameters of our modules
-and none of their code, so that the two can be held against each other.
+The textbook version: what the paper and the tutorial describe, written as plainly as possible, and
+therefore slow. It shares the parameters of our modules but none of their code, so that the two can
+be compared.
 
 Attention is projected at every step from all 14 x 14 pixels, the context is
-(features * alpha).sum, scores go step by step into a padded (N, T, V) tensor, and the
-search takes one image at a time.
+(features * alpha).sum, logits are written step by step to a padded (N, T, V) tensor, and the
+search processes one image at a time.
 """
 
 import torch
@@ -35,7 +35,7 @@ def init_hidden_state(decoder, encoded):
 
 
 def decode_step(decoder, encoded, words, h, c):
-    """One word for each row: scores (N, V), h, c, alpha (N, P)"""
+    """One token for each row: logits (N, V), h, c, alpha (N, P)"""
     context, alpha = attend(decoder.attention, encoded, h)
     context = torch.sigmoid(decoder.f_beta(h)) * context
     h, c = decoder.decode_step(torch.cat([decoder.embedding(words), context], dim=1), (h, c))
@@ -76,8 +76,8 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
     """
     Beam search for one image; its beams are a batch that shrinks as they end. encoded (1, P, E)
 
-    Returns every beam that counts, best first by score / length ** length_penalty: (words with
-    <start> and <end>, alphas, score).
+    Returns all finished beams, or the unfinished ones if there are none, best first by
+    score / length ** length_penalty: (words with <start> and <end>, alphas, score).
     """
     start, end = word_map["<start>"], word_map["<end>"]
     h, c = init_hidden_state(decoder, encoded)
@@ -96,11 +96,11 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
                  for parent, word in zip(parents.tolist(), words)]
         complete += [(*beam, score) for beam, score in zip(beams, total.tolist())
                      if beam[0][-1] == end]
-        going = [i for i, beam in enumerate(beams) if beam[0][-1] != end]
-        k = len(going)
+        active = [i for i, beam in enumerate(beams) if beam[0][-1] != end]
+        k = len(active)
         if k == 0:
             break
-        beams, total = [beams[i] for i in going], total[going]
-        h, c = h[parents[going]], c[parents[going]]
+        beams, total = [beams[i] for i in active], total[active]
+        h, c = h[parents[active]], c[parents[active]]
     return sorted(complete or [(*beam, score) for beam, score in zip(beams, total.tolist())],
                   key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty)

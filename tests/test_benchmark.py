@@ -20,14 +20,14 @@ from training.losses import doubly_stochastic_loss
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_flops_of_a_step_are_those_that_torch_counts():
-    """On one caption an image, where nothing is padded; small sizes beside a large vocabulary."""
+def test_flops_of_a_step_equal_the_count_of_torch():
+    """With one caption per image, where nothing is padded."""
     captions, lengths = model.random_captions(8, 1)
     decoder = DecoderWithAttention(model.SIZE, model.SIZE, model.SIZE, model.VOCAB)
     features = torch.rand(8, model.CELLS, model.ENCODER_DIM)
     with FlopCounterMode(display=False) as counter:
         doubly_stochastic_loss(*decoder(features, captions, lengths)).backward()
-    # torch counts no products with a vector, which attention's energies are.
+    # torch does not count products with a vector, such as attention's energies.
     energies = 3 * 2 * model.PIXELS * model.SIZE * int((lengths - 1).sum())
     assert model.step_flops(8, lengths) - energies == pytest.approx(
         counter.get_total_flops(), rel=0.03)
@@ -41,7 +41,7 @@ def test_random_captions_are_as_long_as_cocos():
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 5])
-def test_captions_of_the_benchmarks_decoder_are_as_long_as_real_ones(beam_size):
+def test_captions_of_the_benchmark_decoder_are_as_long_as_real_ones(beam_size):
     decoder = model.decoder_with_realistic_lengths(torch.device("cpu"))
     captions = beam_search(decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM),
                            model.WORD_MAP, beam_size)
@@ -50,7 +50,7 @@ def test_captions_of_the_benchmarks_decoder_are_as_long_as_real_ones(beam_size):
     assert all(caption.finished for caption in captions)
 
 
-def test_peak_memory_is_what_lives_at_once():
+def test_peak_memory_is_that_of_tensors_alive_at_the_same_time():
     def work():
         for _ in range(3):
             a = torch.empty(1000, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_peak_memory_is_what_lives_at_once():
             del a
             b.sum()
 
-    # The second round's a and b live beside the b of the first.
+    # The second round's a and b exist together with the first round's b.
     assert 24000 <= measuring.peak_memory(work, torch.device("cpu")) < 25000
 
 
@@ -98,7 +98,7 @@ def test_textbook_and_ours_compute_the_same(small):
 
 
 @pytest.mark.parametrize("fine_tune, cached", [(False, False), (True, False), (False, True)])
-def test_steps_of_whole_epochs_are_those_of_train_py(fine_tune, cached, tmp_path):
+def test_epochs_train_the_same_parameters_as_train_py(fine_tune, cached, tmp_path):
     """They train the decoder, and the encoder only if asked to, on every batch."""
     end_to_end.write_data_set(tmp_path, TRAIN=20)
     args = benchmark.get_args([])

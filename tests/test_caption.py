@@ -120,7 +120,7 @@ def test_batched_equals_single(run, photos):
         assert single == line
 
 
-def test_json_lines_hold_all_that_is_known(run, photos):
+def test_json_lines_hold_all_fields(run, photos):
     code, out, _ = run(photos / "0.png", "--json", "--n_best=3", "--no_attention")
     line = json.loads(out)
     assert set(line) == {"image", "caption", "words", "score", "finished", "n_best"}
@@ -145,7 +145,7 @@ def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photo
     assert overlays(photos) == [f"{i}_attention.png" for i in (0, 2, 3, 4)]
 
 
-def test_an_overlay_of_no_known_format_is_refused_before_the_model_is_read(
+def test_an_overlay_of_unknown_format_is_refused_before_the_model_is_read(
         run, photos, monkeypatch):
     monkeypatch.setattr(caption, "Captioner", None)
     code, _, err = run(photos / "0.png", f"--out={photos / 'x.abc'}")
@@ -183,7 +183,7 @@ def test_a_page_holds_one_image_or_all(run, photos):
     assert overlays(photos) == []
 
 
-def test_an_animation_and_a_beam_tree_are_drawn_of_one_image(run, photos):
+def test_an_animation_and_a_beam_tree_are_drawn_for_one_image(run, photos):
     code, out, err = run(photos / "0.png", "--out", photos / "x.gif", "--beam_size=2",
                          "--beam_tree", photos / "tree.svg")
     assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
@@ -239,7 +239,7 @@ def test_captioner_takes_paths_pictures_arrays_and_lists_of_them(model, photos):
     assert len(scores) == 4
 
 
-def test_captioner_says_what_it_cannot_read(model, photos, tmp_path):
+def test_captioner_names_what_it_cannot_read(model, photos, tmp_path):
     model = caption.Captioner(str(model), device="cpu")
     with pytest.raises(UserError, match="nowhere.jpg not found"):
         model([photos / "0.png", "nowhere.jpg"])
@@ -263,7 +263,7 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
     assert process.wait() == 1
 
 
-def test_what_draws_is_imported_only_to_draw():
+def test_drawing_libraries_are_imported_only_to_draw():
     code = ("import sys, caption, eval, train\n"
             "print(sys.modules.keys() & {'matplotlib', 'skimage'})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

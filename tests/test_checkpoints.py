@@ -81,7 +81,7 @@ def test_file_holds_tensors_and_plain_values_only(path):
     (RuntimeError("unexpected pos 64 vs 0\nmore"),
      r"written: unexpected pos 64 vs 0 \(.* GB of the disk are free\)$"),
     (KeyboardInterrupt(), "")])
-def test_interrupted_save_leaves_the_old_file_whole(path, models, monkeypatch, error, raised):
+def test_interrupted_save_leaves_the_old_file_unchanged(path, models, monkeypatch, error, raised):
     def interrupted(state, file):
         Path(file).write_bytes(b"half a checkpoint")
         raise error
@@ -93,8 +93,8 @@ def test_interrupted_save_leaves_the_old_file_whole(path, models, monkeypatch, e
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-def test_full_disk_leaves_the_old_file_whole(path, models):
-    """A limit on the size of files, which is an error from the system as a full disk is."""
+def test_full_disk_leaves_the_old_file_unchanged(path, models):
+    """A limit on file size, which causes a system error like that of a full disk."""
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -107,7 +107,7 @@ def test_full_disk_leaves_the_old_file_whole(path, models):
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-def test_folder_that_is_not_there_is_named(path, models):
+def test_missing_folder_is_named(path, models):
     for folder in (path.parent / "no", path):
         with pytest.raises(UserError, match=f"{folder}/y cannot be written: "):
             save(folder / "y", *models, WORD_MAP)
@@ -156,14 +156,14 @@ def test_damaged_or_foreign_file_names_the_path(path, content):
 
 
 @pytest.mark.parametrize("length", [1, 2, 10, 100, 1000])
-def test_start_of_a_checkpoint_is_damaged(path, length):
+def test_truncated_checkpoint_is_damaged(path, length):
     path.write_bytes(path.read_bytes()[:length])
     refused(path, "damaged")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_start_of_a_pickle_is_damaged(path, protocol):
+def test_truncated_pickle_is_damaged(path, protocol):
     data = pickle.dumps({"format": 1, "word_map": WORD_MAP, "score": 1.5}, protocol)
     for length in range(1, len(data)):
         path.write_bytes(data[:length])
@@ -218,12 +218,12 @@ def write_map(folder, word_map):
     return folder / "WORDMAP_other.json"
 
 
-def test_files_word_map_beats_the_callers(path):
+def test_word_map_in_the_checkpoint_takes_precedence(path):
     other = write_map(path.parent, dict(WORD_MAP, dog=6))
     assert load_captioner(path, "cpu", other)[2] == WORD_MAP
 
 
-def test_file_without_word_map_takes_the_callers(path):
+def test_checkpoint_without_word_map_uses_the_given_file(path):
     without_word_map(path)
     refused(path, "pass --word_map")
     other = {("dog" if word == "cat" else word): i for word, i in WORD_MAP.items()}
@@ -238,7 +238,7 @@ def test_word_map_of_another_size_is_refused(path):
 
 @pytest.mark.parametrize("other", [{**WORD_MAP, "cat": 1}, {**WORD_MAP, "cat": "2"}, [1, 2, 3],
                                    {f"word{i}": i for i in range(6)}])
-def test_what_is_no_word_map_is_named(path, other):
+def test_invalid_word_map_is_named(path, other):
     without_word_map(path)
     with pytest.raises(UserError, match=f"{path.parent}/WORDMAP_other.json is not a word map"):
         load_captioner(path, "cpu", write_map(path.parent, other))
@@ -247,7 +247,7 @@ def test_what_is_no_word_map_is_named(path, other):
     refused(path, "is not a word map")
 
 
-def test_conversion_puts_a_word_map_inside(path, models, capsys):
+def test_conversion_stores_the_word_map(path, models, capsys):
     without_word_map(path)
     new = path.parent / "new.pth.tar"
     main([str(path), str(new), "--word_map", str(write_map(path.parent, WORD_MAP))])
@@ -315,23 +315,23 @@ def test_only_best_checkpoint_is_found(tmp_path):
     assert find_checkpoint(tmp_path) == str(tmp_path / "BEST_checkpoint_a.pth.tar")
 
 
-def test_model_is_the_one_named_else_the_folders_else_the_one_here_else_the_shipped(
+def test_model_is_the_given_one_else_that_of_the_folder_else_the_current_folder_else_the_shipped(
         tmp_path, monkeypatch):
-    said, here, folder = [], tmp_path / "here", tmp_path / "folder"
+    printed, here, folder = [], tmp_path / "here", tmp_path / "folder"
     for path in (here, folder):
         path.mkdir()
     (folder / "BEST_checkpoint_a.pth.tar").touch()
     monkeypatch.chdir(here)
-    assert find_model("x.pth.tar", folder, said.append) == "x.pth.tar"
-    assert find_model(None, folder, said.append) == str(folder / "BEST_checkpoint_a.pth.tar")
+    assert find_model("x.pth.tar", folder, printed.append) == "x.pth.tar"
+    assert find_model(None, folder, printed.append) == str(folder / "BEST_checkpoint_a.pth.tar")
     with pytest.raises(UserError, match="pass --model FILE, or --checkpoint_folder"):
-        find_model(None, ".", said.append)  # a folder that was named is not passed over
-    assert not said
-    assert find_model(None, None, said.append) == str(PRETRAINED)
-    assert len(said) == 1 and str(PRETRAINED) in said[0]
+        find_model(None, ".", printed.append)  # a folder that was passed is not skipped
+    assert not printed
+    assert find_model(None, None, printed.append) == str(PRETRAINED)
+    assert len(printed) == 1 and str(PRETRAINED) in printed[0]
     (here / "BEST_checkpoint_b.pth.tar").touch()
-    assert find_model(None, None, said.append) == "BEST_checkpoint_b.pth.tar"
-    assert len(said) == 2 and "model: BEST_checkpoint_b.pth.tar" in said[1]
+    assert find_model(None, None, printed.append) == "BEST_checkpoint_b.pth.tar"
+    assert len(printed) == 2 and "model: BEST_checkpoint_b.pth.tar" in printed[1]
 
 
 def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_needs(
@@ -361,7 +361,7 @@ def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys
     with torch.no_grad():
         for weight in (*later[0].parameters(), *later[1].parameters()):
             weight.add_(torch.randn_like(weight))
-    later[1].args["dropout"] = 0.3  # phases may differ in it
+    later[1].args["dropout"] = 0.3  # may differ between phases
     save(paths[1], *later, WORD_MAP)
     main([*map(str, (paths[0], paths[2], "--average", paths[1]))])
     assert "progress" not in torch.load(paths[2], weights_only=True)  # nothing to resume
@@ -381,7 +381,7 @@ def test_no_checkpoint_names_the_folder(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_latest_run_is_found_whatever_its_name(tmp_path):
+def test_latest_run_is_found_by_time_not_by_name(tmp_path):
     for seconds, name in ((30, "a"), (50, "b"), (40, "c")):
         for prefix, later in (("", 0), ("BEST_", 99)):
             path = tmp_path / f"{prefix}checkpoint_{name}.pth.tar"

@@ -1,4 +1,4 @@
-"""What every script does with its options: mistakes end in one line, --help tells the defaults."""
+"""The options of every script: mistakes end in one line, --help shows the defaults."""
 
 import importlib
 import re
@@ -38,7 +38,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def here(data, tmp_path, monkeypatch):
-    """The current folder, with what the mistakes below are about."""
+    """The current folder, with the files for the mistakes below."""
     for i in range(3):
         Image.fromarray(np.full((40, 60, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "empty").mkdir()
@@ -138,19 +138,19 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("script, arguments, said", [
+@pytest.mark.parametrize("script, arguments, message", [
     (script, *mistake) for script in SCRIPTS for mistake in MISTAKES[script]])
-def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script, arguments, said):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script, arguments, message):
     before = sorted(here.iterdir())
     code, out, err = call(script, *arguments.split())
     line = err.splitlines()[-1]
-    assert code == 2 and line.startswith(f"{script}.py: ") and said in line
-    # Beside the line at most which model was chosen.
+    assert code == 2 and line.startswith(f"{script}.py: ") and message in line
+    # Other lines may only say which model was chosen.
     assert all(other.startswith("model: ") for other in err.splitlines()[:-1])
     assert set(here.iterdir()) - set(before) <= {here / "data"} and not out
 
 
-def test_a_script_in_a_process_of_its_own_ends_so_too(tmp_path):
+def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_path):
     for script, options in (("create_input_files", ["--karpathy_json", "none.json",
                                                     "--image_folder", tmp_path]),
                             ("checkpoints", ["none.json", "new"])):
@@ -161,19 +161,19 @@ def test_a_script_in_a_process_of_its_own_ends_so_too(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script, told", [
+@pytest.mark.parametrize("script, defaults", [
     ("create_input_files", {"--captions_per_image": "5", "--dataset": "demo"}),
     ("train", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
     ("eval", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
     ("caption", {"-b": "5", "--max_len": "50"}),
     ("checkpoints", {}), ("visualize", {}), ("benchmark", {"--repeats": "5"}),
 ])
-def test_help_tells_the_defaults(call, script, told):
+def test_help_shows_the_defaults(call, script, defaults):
     code, out, _ = call(script, "--help")
     options = {text.split()[0].rstrip(","): " ".join(text.split())
                for text in re.split("\n  (?=-)", out)}
     assert code == 0 and "None" not in out and "False" not in out and "SUPPRESS" not in out
-    for option, default in told.items():
+    for option, default in defaults.items():
         assert options[option].split("\n\n")[0].find(f"(default: {default})") > 0
 
 
@@ -195,7 +195,7 @@ def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeyp
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"dropout": float("nan")}, "its option dropout is nan, it must be at least 0 and below 1"),
     ({"epochs": "many"}, "its option epochs is 'many'"),
     ({"epochs": True}, "its option epochs is True"),
@@ -203,12 +203,12 @@ def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeyp
     ({"tensorboard": 1}, "its option tensorboard is 1"),
     ({"data_folder": None}, "its option data_folder is None"),
 ])
-def test_an_option_from_a_file_is_checked_as_one_from_the_shell(options, said):
-    with pytest.raises(UserError, match=f"^x.pth.tar is damaged: {said}"):
+def test_an_option_from_a_checkpoint_is_checked_like_one_from_the_command_line(options, message):
+    with pytest.raises(UserError, match=f"^x.pth.tar is damaged: {message}"):
         train.get_args([], "x.pth.tar", options)
 
 
-def test_options_from_a_file_are_overridden_by_those_given(data, tmp_path):
+def test_options_from_a_checkpoint_are_overridden_by_the_command_line(data, tmp_path):
     options = {"epochs": 7, "decoder_lr": 1, "emb_dim": None, "of_another_version": object()}
     args = train.get_args(["--epochs", "9"], "x.pth.tar", options)
     assert (args.epochs, args.decoder_lr, args.emb_dim) == (9, 1, None)

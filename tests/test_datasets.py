@@ -72,7 +72,7 @@ def test_batch_is_its_items_stacked(data, by_image):
 
 
 @pytest.mark.parametrize("index", [-1, IMAGES])
-def test_index_out_of_range(data, index):
+def test_index_out_of_range_is_an_error(data, index):
     with pytest.raises(IndexError):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")[index]
 
@@ -83,7 +83,7 @@ def test_references_are_read_back_from_word_ids(data):
                      "references": [["a", "cat", "sits"], ["a", "<unk>"]]}
 
 
-def test_references_file_beats_the_word_ids(data):
+def test_references_file_takes_precedence_over_word_ids(data):
     entries = [{"filename": f"{i}.jpg", "image_id": i, "references": [["un", "chat"]]}
                for i in range(IMAGES)]
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
@@ -131,7 +131,7 @@ def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, 
 
 
 @pytest.mark.parametrize("length", ["a", [2], 2.5, 1e400, None, True, {}])
-def test_lengths_that_are_no_whole_numbers_are_refused(tmp_path, length):
+def test_lengths_that_are_not_integers_are_refused(tmp_path, length):
     many = [length] * len(TUTORIAL_LENGTHS)
     for lengths, wrong in ((many, f"{FILES[2]} is damaged"), (length, "CAPLENS"),
                            ([*TUTORIAL_LENGTHS[:-1], length], "CAPLENS")):
@@ -142,13 +142,13 @@ def test_lengths_that_are_no_whole_numbers_are_refused(tmp_path, length):
 
 
 @pytest.mark.parametrize("length", [-1, 0, 2 ** 40, 2 ** 70])
-def test_lengths_that_no_caption_has_are_refused(tmp_path, length):
+def test_impossible_lengths_are_refused(tmp_path, length):
     write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, [*TUTORIAL_LENGTHS[:-1], length])
     with pytest.raises(UserError, match="create_input_files.py again$"):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
-def test_files_of_two_data_sets_do_not_go_together(tmp_path):
+def test_files_of_two_data_sets_are_refused(tmp_path):
     write_tutorial_files(tmp_path)
     other = {**TUTORIAL_WORD_MAP, "dog": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
     (tmp_path / FILES[3]).write_text(json.dumps(other))
@@ -162,7 +162,7 @@ def test_files_of_two_data_sets_do_not_go_together(tmp_path):
     ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad> is 4"),
     ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "see 2"),
     ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "see 5")])
-def test_a_word_map_with_gaps_twins_or_without_special_words_says_so(data, word_map, reason):
+def test_word_map_with_gaps_duplicates_or_missing_special_tokens_is_refused(data, word_map, reason):
     (data[0] / FILES[3]).write_text(json.dumps(word_map))
     with pytest.raises(UserError, match=f"{FILES[3]} is not a word map: .*{reason}"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
@@ -250,7 +250,7 @@ SIZES = [(1, 1), (7, 3), (10, 5), (10, 4), (3, 8), (101, 16), (64, 64)]
 
 @pytest.mark.parametrize("items, size", SIZES)
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_item_once_in_batches_of_nearly_one_size(items, size, shuffle):
+def test_every_item_occurs_once_in_batches_of_nearly_equal_size(items, size, shuffle):
     batches = ResumableBatchSampler(items, size, shuffle)
     order = [list(batch) for batch in batches]
     assert sorted(sum(order, [])) == list(range(items))
@@ -293,7 +293,7 @@ def test_processes_share_the_batches_of_one(items, size, world):
     "[[1, 2, 3], [4, 5, 6], [7, 0, 0]]", "[[1,2,3],[4,5,6],[7,0,0]]", "[\n [1, 2, 3],\n"
     " [4, 5, 6],\n [7, 0, 0]\n]\n"])
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 11, 1000])
-def test_word_ids_are_those_of_json_wherever_the_pieces_end(tmp_path, monkeypatch, text, piece):
+def test_word_ids_equal_those_of_json_for_any_chunk_size(tmp_path, monkeypatch, text, piece):
     path = tmp_path / "captions.json"
     path.write_text(text)
     monkeypatch.setattr("datasets.CHUNK_BYTES", piece)
@@ -301,7 +301,7 @@ def test_word_ids_are_those_of_json_wherever_the_pieces_end(tmp_path, monkeypatc
     assert ids.tolist() == json.loads(text) and ids.dtype == np.int16
 
 
-def test_no_captions_are_no_error(tmp_path):
+def test_file_without_captions_is_valid(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
     assert len(read_word_ids(tmp_path / "captions.json", 8)) == 0
 
@@ -315,7 +315,7 @@ def test_word_ids_beyond_16_bits_are_kept(tmp_path):
     "", " ", "[", "[[1, 2]", "[[1, 2], [3", "[[1, 2], [3]]", "[[1], [2, 3], [4]]", "[[1, 8]]",
     "[[1, -1]]", "[[1, 2.5]]", "[[1, \"a\"]]", "[[1, null]]", "[[1, 2]] x", "{}", "3", "[[1,,2]]",
     "[[]]", "[[1, 99999999999999999999]]"])
-def test_what_is_no_list_of_word_ids_is_a_user_error(tmp_path, text):
+def test_invalid_list_of_word_ids_is_a_user_error(tmp_path, text):
     path = tmp_path / "captions.json"
     path.write_text(text)
     with pytest.raises(UserError, match="captions.json"):

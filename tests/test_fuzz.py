@@ -34,7 +34,7 @@ fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, d
 WORDS = ["<pad>", "<unk>", "<start>", "<end>", "a", "dog", "chien", "犬", "\ud800", "", " "]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=9)
-    | st.floats(allow_subnormal=False)  # of which torch is told to know nothing
+    | st.floats(allow_subnormal=False)  # which torch is set to flush to 0
     | st.sampled_from([*WORDS, "train", "val", "test", "restval", "a.png", "../a.png", "/a", "\0"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
         st.text(max_size=5) | st.sampled_from(
@@ -89,7 +89,7 @@ PICTURES = [picture("JPEG", "RGB"), picture("JPEG", "CMYK"), picture("PNG", "RGB
 
 @fuzz
 @given(st.sampled_from(PICTURES).flatmap(mangled) | st.binary(max_size=200))
-def test_any_bytes_are_a_picture_or_a_users_error(content):
+def test_any_bytes_are_a_picture_or_a_user_error(content):
     result = read(read_image, content, "x.jpg")
     if not isinstance(result, UserError):
         assert result.shape == (3, 256, 256) and result.dtype == np.uint8
@@ -97,7 +97,7 @@ def test_any_bytes_are_a_picture_or_a_users_error(content):
 
 @fuzz
 @given(json_values.map(json.dumps).map(str.encode) | st.binary(max_size=60))
-def test_any_bytes_are_json_or_a_users_error(content):
+def test_any_bytes_are_json_or_a_user_error(content):
     read(read_json, content)
 
 
@@ -113,7 +113,7 @@ karpathy = st.fixed_dictionaries({"images": st.lists(entries, max_size=4)}) | js
 
 @fuzz
 @given(karpathy, st.booleans())
-def test_any_captions_in_karpathys_place_are_prepared_or_a_users_error(content, skip):
+def test_any_content_of_karpathys_json_is_prepared_or_a_user_error(content, skip):
     def prepare(path):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (5, 4)).save(path.parent / name)
@@ -128,7 +128,7 @@ def test_any_captions_in_karpathys_place_are_prepared_or_a_users_error(content, 
        | mangled(b'image,caption,split\na.png,"A dog, running.",train\nb.png,Two cats,val\n')
        | mangled(b"a.png#0\tA dog .\nb.png#1\tTwo cats .\n") | mangled(
            b'{"image": "a.png", "caption": "A dog"}\n{"image": "b.png", "captions": ["x", "y"]}\n'))
-def test_any_caption_file_is_karpathys_form_or_a_users_error(content):
+def test_any_caption_file_is_converted_or_a_user_error(content):
     result = read(read_captions, content, "x.txt")
     if not isinstance(result, UserError):
         for image in result["images"]:
@@ -142,7 +142,7 @@ WORD_MAP = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 @fuzz
 @given((st.dictionaries(st.sampled_from(WORDS), st.integers(-1, 7)) | json_values)
        .map(json.dumps).map(str.encode) | mangled(json.dumps(WORD_MAP).encode()))
-def test_any_word_map_has_ids_from_0_up_or_is_a_users_error(content):
+def test_any_word_map_has_ids_from_0_up_or_is_a_user_error(content):
     result = read(read_word_map, content)
     if not isinstance(result, UserError):
         assert sorted(result.values()) == list(range(len(result))) and result["<pad>"] == 0
@@ -150,7 +150,7 @@ def test_any_word_map_has_ids_from_0_up_or_is_a_users_error(content):
 
 @fuzz
 @given(json_values.map(json.dumps).map(str.encode) | mangled(b"[[4, 1, 2, 5, 0], [4, 2, 5, 0, 0]]"))
-def test_any_captions_file_holds_word_ids_or_is_a_users_error(content):
+def test_any_captions_file_holds_word_ids_or_is_a_user_error(content):
     result = read(lambda path: read_word_ids(path, 6), content)
     if not isinstance(result, UserError):
         assert result.size == 0 or 0 <= result.min() <= result.max() < 6
@@ -168,7 +168,7 @@ def data_set():
 
 @fuzz
 @given(data=st.data())
-def test_any_file_of_a_data_set_is_read_or_a_users_error_that_names_it(data_set, data):
+def test_any_file_of_a_data_set_is_read_or_a_user_error_that_names_it(data_set, data):
     path = data.draw(st.sampled_from(sorted(data_set.glob("*.json"))))
     whole = path.read_bytes()
     try:
@@ -201,7 +201,7 @@ def files():
 
 @fuzz
 @given(data=st.data())
-def test_any_checkpoint_is_a_model_or_a_users_error(files, data):
+def test_any_checkpoint_is_a_model_or_a_user_error(files, data):
     content = data.draw(st.sampled_from(range(len(files))).flatmap(lambda i: mangled(files[i]))
                         | st.binary(max_size=100))
     read(lambda path: checkpoints.load_captioner(path, "cpu"), content, "x.pth.tar")

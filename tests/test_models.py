@@ -64,28 +64,28 @@ def test_alphas_sum_to_one_up_to_the_end_and_are_zero_after_it():
     torch.testing.assert_close(sums, expected)
 
 
-def test_attention_energy_of_two_words_has_the_gradients_that_finite_differences_find():
-    def two_words(keys, first, second, weight):
+def test_gradients_of_attention_energy_over_two_steps_equal_finite_differences():
+    def two_steps(keys, first, second, weight):
         energy = AttentionEnergy(keys, weight)
         return energy(first), energy(second)
 
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
               for shape in ((3, 6, 4), (3, 2, 4), (2, 1, 4), (4,))]  # one image has ended
-    assert torch.autograd.gradcheck(two_words, inputs)
+    assert torch.autograd.gradcheck(two_steps, inputs)
 
 
-def test_linear_per_word_has_the_gradients_that_finite_differences_find():
-    def two_words(weight, bias, first, second):
+def test_gradients_of_deferred_linear_over_two_steps_equal_finite_differences():
+    def two_steps(weight, bias, first, second):
         layer = DeferredLinear(weight, bias)
         return layer(second * layer(first))
 
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
               for shape in ((3, 3), (3,), (4, 3), (4, 3))]
-    assert torch.autograd.gradcheck(two_words, inputs)
+    assert torch.autograd.gradcheck(two_steps, inputs)
 
 
 @pytest.mark.parametrize("words, vocab_size", [(1, 7), (300, 9490)])  # at once; in several parts
-def test_cross_entropy_and_its_gradient_are_torchs_own(words, vocab_size):
+def test_cross_entropy_and_its_gradient_equal_torchs(words, vocab_size):
     scores = torch.randn(words, vocab_size, dtype=torch.float64).mul_(30).requires_grad_()
     targets, weights = torch.randint(vocab_size, (words,)), torch.randn(words, dtype=torch.float64)
     each = nn.functional.cross_entropy(scores, targets, reduction="none")
@@ -106,13 +106,13 @@ def test_cross_entropy_of_half_precision_scores_keeps_the_gradient_of_likely_wor
     [expected] = torch.autograd.grad(
         nn.functional.cross_entropy(exact, targets, reduction="sum"), exact)
     ours, expected = (g[range(64), targets] for g in (ours.double(), expected))
-    tiny = 6e-8 if dtype is torch.float16 else 0  # float16 has nothing smaller
-    # In float32 a logarithm of about 25 is known to 1e-6, and with it 1 - p.
+    tiny = 6e-8 if dtype is torch.float16 else 0  # the smallest float16 number
+    # In float32 a logarithm of about 25 is exact to 1e-6, and so is 1 - p.
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=tiny + 3e-6)
 
 
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
-def test_pooling_matrix_is_adaptive_average_pooling(cells):
+def test_pooling_matrix_equals_adaptive_average_pooling(cells):
     side = int(cells ** 0.5)
     grid = torch.randn(2, 3, side, side, dtype=torch.float64)
     pool = pooling_matrix(cells, 14, grid.device, grid.dtype)
@@ -121,7 +121,7 @@ def test_pooling_matrix_is_adaptive_average_pooling(cells):
     torch.testing.assert_close(pool.sum(1), torch.ones(196, dtype=torch.float64))
 
 
-def test_encodings_pooled_beforehand_give_the_same_captions_as_the_backbones_own_grid():
+def test_features_pooled_beforehand_give_the_same_captions_as_those_on_the_backbone_grid():
     decoder, (captions, lengths) = make_decoder(), make_captions(3, 2)
     features = torch.randn(3, 64, 9, dtype=torch.float64)
     pooled = reference.encode(features).view(3, 14, 14, 9)  # the tutorial's shape
@@ -129,7 +129,7 @@ def test_encodings_pooled_beforehand_give_the_same_captions_as_the_backbones_own
                                decoder(pooled, captions, lengths))
 
 
-def test_shares_of_a_batch_add_up_to_the_loss_of_the_whole_batch():
+def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
     decoder, (captions, lengths) = make_decoder(), make_captions(6, 3)
     features = torch.randn(6, 64, 9, dtype=torch.float64)
     whole = doubly_stochastic_loss(*decoder(features, captions, lengths))
@@ -182,7 +182,7 @@ def test_vgg19_gives_the_papers_14_by_14_by_512_map():
     assert not encoder.training  # a backbone keeps its ImageNet statistics
 
 
-def test_uint8_images_are_normalised_as_imagenet_was():
+def test_uint8_images_are_normalised_like_imagenet():
     encoder = Encoder(name="mobilenet_v3_small", weights="none")
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -190,7 +190,7 @@ def test_uint8_images_are_normalised_as_imagenet_was():
     torch.testing.assert_close(encoder(images), encoder(normal))
 
 
-def test_bfloat16_gradients_point_where_float32_ones_do():
+def test_bfloat16_gradients_have_the_direction_of_float32_gradients():
     decoder, (captions, lengths) = make_decoder(scale=1.0).float(), make_captions(6, 3)
     features = torch.randn(6, 64, 9)
     gradients = []
@@ -203,8 +203,8 @@ def test_bfloat16_gradients_point_where_float32_ones_do():
     assert torch.nn.functional.cosine_similarity(*gradients, 0) > 0.999
 
 
-def test_a_batch_that_never_goes_backward_leaves_nothing_behind():
-    """Gradients are made by what the words leave behind; that must not outlive the batch."""
+def test_a_batch_without_backward_pass_keeps_no_memory():
+    """Steps store what the gradients need; that must not outlive the batch."""
     decoder, (captions, lengths) = make_decoder(), make_captions(4, 2)
     keys = []
     for _ in range(2):

@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
 # Out of the box
 
 
-def test_shipped_model_says_of_the_photograph_what_the_readme_says(here):
+def test_shipped_model_gives_the_caption_in_the_readme(here):
     done = subprocess.run([sys.executable, ROOT / "caption.py", "--img", "photo.jpg", "--device",
                            "cpu"], capture_output=True, text=True, check=True)
     block = re.search(r"```\nmodel: .*\n(.+)\nattention: photo_attention.png\n```", README)
@@ -59,7 +59,7 @@ def test_library_example_runs_word_for_word(here, capsys):
     assert captioned.text in (here / "photo.html").read_text(encoding="utf-8")
 
 
-def test_shipped_file_is_small_halved_and_plain():
+def test_shipped_file_is_small_in_float16_and_loads_with_weights_only():
     assert PRETRAINED.stat().st_size <= 28_000_000
     checkpoint = torch.load(PRETRAINED, weights_only=True)
     assert checkpoint["options"]["self_critical"]
@@ -113,17 +113,17 @@ def parse(script, arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_documented_command_is_understood_by_its_script(command, monkeypatch):
+def test_documented_command_is_accepted_by_its_script(command, monkeypatch):
     script, *arguments = command
     # Whether this machine has a GPU does not matter here.
     parse(script, ["cpu" if x == "cuda" else x for x in arguments], monkeypatch)
 
 
-def test_every_script_is_shown_at_work_in_the_readme():
+def test_readme_has_a_command_for_every_script():
     assert {script for script, _ in find_commands(README)} >= {*SCRIPTS, "preprocessing.demo"}
 
 
-def test_every_option_that_a_document_names_exists(capsys):
+def test_every_documented_option_exists(capsys):
     for script in SCRIPTS:
         for command in [[], ["curves"]] if script == "visualize" else [[]]:
             with pytest.raises(SystemExit):
@@ -172,7 +172,7 @@ def imported_names(path):
             yield node.module.partition(".")[0]
 
 
-def test_files_import_only_what_stands_further_down_in_the_tree():
+def test_files_import_only_from_further_down_the_tree():
     paths = read_tree()
     order = [path.strip("/").removesuffix(".py") for path in paths
              if path.endswith("/") or "/" not in path]
@@ -192,7 +192,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def test_links_of_all_documents_lead_somewhere():
+def test_links_in_all_documents_have_a_target():
     anchors = {(ROOT / name).resolve(): {slug(heading) for heading in
                                          re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
                for name, text in TEXT.items()}

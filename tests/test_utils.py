@@ -1,11 +1,11 @@
-"""The ground floor: files are read with one line for what is wrong, and written whole."""
+"""utils.py: read errors are one line, and files are written completely or not at all."""
 
 import pytest
 
 from utils import UserError, read_json, write_json
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
+def test_json_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, [1])
     with pytest.raises(TypeError):

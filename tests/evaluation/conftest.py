@@ -1,4 +1,4 @@
-"""eval.py without a model: what it does with captions is the same whoever says them."""
+"""eval.py with a stand-in for the model, since only its captions matter here."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import eval as eval_script
 from evaluation import coco_caption
 from evaluation.captions import ImageCaption
 
-# What the stand-in of the model says of the 8 test scenes: the first 2, 3, … 9 of these words
+# The stand-in's captions of the 8 test scenes: the first 2, 3, … 9 of these words
 WORDS = "there is a red circle above a blue square".split()
 
 
@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def stub_captions():
-    """What the stand-in of the model says of the test scenes, at every beam size"""
+    """The stand-in's captions of the test scenes, at every beam size"""
     return [ImageCaption(WORDS[:i + 2], score=-1.0, object_words=3, hits=1, near_hits=2,
                          attention=np.eye(196)[:i + 2]) for i in range(8)]
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(bool(coco_caption.java_missing()),
                                 reason=coco_caption.java_missing() or "-")
 
 
-def test_meteor_of_500_caption_sets_is_pycocoevalcaps():
+def test_meteor_of_500_caption_sets_equals_pycocoevalcap():
     meteor = Meteor()  # loads while ours works
     sets = list(caption_sets(500, 8))
     sets[0][1][0] = []
@@ -32,7 +32,7 @@ def test_meteor_of_500_caption_sets_is_pycocoevalcaps():
     assert start == len(sums)
 
 
-def test_tokens_are_pycocoevalcaps():
+def test_tokens_equal_pycocoevalcap():
     texts = ["A man's dog, isn't it?", "", "T-shirt (red) \n & blue...", "café – naïve", "‘x’ 3.5"]
     expected = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     assert coco_caption.tokenize(texts)[:2] == ["a man 's dog is n't it".split(), []]

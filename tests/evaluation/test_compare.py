@@ -42,7 +42,7 @@ def test_comparison_pairs_the_images(tmp_path, capsys, no_java):
 
 
 @pytest.mark.skipif(bool(coco_caption.java_missing()), reason=coco_caption.java_missing() or "-")
-def test_with_java_words_are_ptbs_and_the_table_says_so(tmp_path, capsys):
+def test_with_java_tokens_are_from_the_ptb_tokenizer_and_the_table_says_so(tmp_path, capsys):
     rows = [result(1, "a man's dog.", ["a man's dog, running", "!"])]
     a = write(tmp_path / "a.json", rows)
     eval_script.main(["--compare", a, a, "--metrics", "length", "vocabulary"])

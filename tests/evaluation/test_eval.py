@@ -33,7 +33,8 @@ def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
     assert attention_accuracy([none]) == "–"
 
 
-def test_without_java_meteor_is_a_dash_and_the_rest_comes(stub_options, no_java, tmp_path, capsys):
+def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(stub_options, no_java,
+                                                                      tmp_path, capsys):
     eval_script.main([*stub_options, "--metrics", "all", "--results", str(tmp_path / "r.json")])
     _, heading, row, *notes = capsys.readouterr().out.splitlines()
     assert heading.split()[1:-1] == list(NAMES)
@@ -83,7 +84,7 @@ def test_unseen_is_a_dash_without_the_training_captions(stub_options, data, caps
     (["--compare", "a.json", "b.json", "--report", "r.html"], "leave --report and --results out"),
     (["--image_folder", "photos"], "--image_folder is for --report"),
 ])
-def test_mistakes_are_the_users(args, message):
+def test_contradicting_options_are_user_errors(args, message):
     with pytest.raises(UserError, match=message):
         eval_script.main(args)
 

@@ -57,7 +57,7 @@ def random_corpus(rng):
 
 
 def test_bleu_of_an_example_by_hand():
-    # 5 of 6 words (the second "the" is matched once too often: clipped to 1 by the reference),
+    # 5 of 6 words (the reference has one "the", so the second is clipped),
     # 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; 6 words against 7.
     hypothesis = "the cat sat on the mat".split()
     reference = "a cat sat on the red mat".split()
@@ -84,7 +84,7 @@ def test_bleu_equals_its_definition_on_random_corpora():
 
 
 def test_hypothesis_shorter_than_n_counts_as_one_missed_n_gram():
-    """NLTK's way: 2 words have no quadruple, yet one is added to the denominator."""
+    """As in NLTK: 2 words have no quadruple, but one is added to the denominator."""
     references, hypotheses = [[list("abcde")], [list("xy")]], [list("abcde"), list("xy")]
     assert bleu(references, hypotheses) == pytest.approx(
         [100, 100, 100 * (3 / 4) ** (1 / 3), 100 * (3 / 4 * 2 / 3) ** (1 / 4)])
@@ -103,7 +103,7 @@ def test_order_of_images_and_of_references_is_irrelevant():
 
 
 @pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts")
-def test_bleu_is_nltks_for_captions_of_any_length():
+def test_bleu_equals_nltk_for_captions_of_any_length():
     """Empty captions and references, and images without references, too."""
     rng = random.Random(6)
     weights = [(1 / n,) * n for n in (1, 2, 3, 4)]
@@ -115,7 +115,7 @@ def test_bleu_is_nltks_for_captions_of_any_length():
         given = [[words for words in texts if words] or [[]] for texts in references]
         expected = corpus_bleu(given, hypotheses, weights) if any(hypotheses) else np.zeros(4)
         assert bleu(references, hypotheses) == pytest.approx(
-            100 * np.array(expected), rel=1e-9, abs=0)  # 1e-75 is told from 0 and from 2e-75
+            100 * np.array(expected), rel=1e-9, abs=0)  # 1e-75 differs from 0 and from 2e-75
 
 
 def test_bleu_ranks_captions_without_a_4_gram_in_common_by_their_shorter_ones():
@@ -124,7 +124,7 @@ def test_bleu_ranks_captions_without_a_4_gram_in_common_by_their_shorter_ones():
     assert 0 < worse < better < 1e-50
 
 
-def test_word_ids_score_as_words_do():
+def test_word_ids_score_like_words():
     references, hypotheses = random_corpus(random.Random(3))
     ids = [[[ord(w) for w in c] for c in captions] for captions in references]
     assert bleu(ids, [[ord(w) for w in c] for c in hypotheses]) == bleu(references, hypotheses)
@@ -135,7 +135,7 @@ def test_empty_hypotheses_score_0():
     assert bleu([], []) == [0.0] * 4
 
 
-def test_empty_references_count_for_nothing():
+def test_empty_references_are_ignored():
     hypothesis = list("abcde")
     assert bleu([[[], list("abcdf")]], [hypothesis]) == bleu([[list("abcdf")]], [hypothesis])
 
@@ -181,7 +181,7 @@ def scores_of(function, captions, references, documents=None):
                      for caption, texts in zip(captions, references)])
 
 
-def test_cider_and_cider_d_are_the_papers():
+def test_cider_and_cider_d_equal_the_definition_in_the_paper():
     for references, captions in caption_sets(40, 1):
         for function, sigma in ((cider, None), (cider_d, 6)):
             expected = naive_cider(references, captions, sigma)
@@ -190,15 +190,15 @@ def test_cider_and_cider_d_are_the_papers():
 
 
 def test_cider_by_hand():
-    # log 2 weighs every n-gram alike, since each stands in one of two images. "a b" against
-    # "a c": cosine 1/2 for words, 0 for pairs; triples and quadruples there are none.
+    # Every n-gram has weight log 2, since each occurs in one of two images. "a b" against "a c":
+    # cosine 1/2 for words, 0 for pairs; there are no triples or quadruples.
     documents = [[["a", "c"]], [["x", "y"]]]
     for function in (cider, cider_d):
         found = scores_of(function, [["a", "b"]], documents[:1], documents)
         assert found == pytest.approx([10 / 8])
 
 
-def test_cider_d_gains_nothing_from_a_word_repeated():
+def test_cider_d_does_not_reward_a_repeated_word():
     documents = [[["a", "c"]], [["x", "y"]]]
     [plain], [clipped] = (scores_of(function, [["a"] * 8], documents[:1], documents)
                           for function in (cider, cider_d))
@@ -217,7 +217,7 @@ def test_document_frequencies_stay_those_of_the_training_captions():
     assert counted.score(captions, references) == pytest.approx(expected[len(training):])
 
 
-def test_cider_d_of_word_ids_is_that_of_words():
+def test_cider_d_of_word_ids_equals_that_of_words():
     [(references, captions)] = caption_sets(1, 4)
     expected = CiderD(references).score(captions, references)
     ids = [[[CAPTION_WORDS.index(w) for w in words] for words in texts] for texts in references]
@@ -225,15 +225,15 @@ def test_cider_d_of_word_ids_is_that_of_words():
     assert found == pytest.approx(expected)
 
 
-def test_several_captions_of_an_image_score_as_each_alone():
-    """Their references are the same list, which is worked on once."""
+def test_several_captions_of_an_image_score_like_each_alone():
+    """Their references are the same list, which is processed once."""
     [(references, captions)] = caption_sets(1, 5)
     scorer = CiderD(references)
     expected = [scorer.score([caption], [references[0]])[0] for caption in captions]
     assert scorer.score(captions, [references[0]] * len(captions)).tolist() == expected
 
 
-def test_a_word_that_training_never_saw_weighs_most():
+def test_a_word_not_in_the_training_captions_has_the_largest_weight():
     scorer = CiderD([[["a", "b"]], [["a", "c"]], [["a", "d"]]])
     seen_often, novel = scorer.score([["a"], ["z"]], [[["a", "z"]]] * 2)
     assert seen_often == 0 and novel > 0
@@ -250,7 +250,7 @@ def test_top_k_correct_by_hand():
     logits = torch.tensor([[0.1, 0.9, 0.5, 0.3],
                            [0.8, 0.1, 0.2, 0.3],
                            [0.4, 0.3, 0.2, 0.1]])
-    targets = torch.tensor([1, 3, 3])  # in places 1, 2 and 4
+    targets = torch.tensor([1, 3, 3])  # of rank 1, 2 and 4
     assert [int(top_k_correct(logits, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
 
 
@@ -261,50 +261,50 @@ def test_top_5_of_fewer_than_5_words_is_always_correct():
 LEFT_HALF = {"box": [0, 0, 0.5, 1], "words": ["cat", "kitten"]}
 
 
-def looking_at(row, column, side=4):
+def one_hot(row, column, side=4):
     alpha = np.full((side, side), 0.01)
     alpha[row, column] = 0.5
     return alpha.ravel()
 
 
 @pytest.mark.parametrize("row, column, hit", [(0, 0, 1), (3, 1, 1), (0, 2, 0), (3, 3, 0)])
-def test_attention_hits_where_its_peak_lies_in_the_box(row, column, hit):
-    alphas = np.stack([looking_at(3, 3), looking_at(row, column)])
+def test_attention_is_a_hit_if_its_maximum_is_in_the_box(row, column, hit):
+    alphas = np.stack([one_hot(3, 3), one_hot(row, column)])
     assert attention_hits(["a", "cat"], alphas, [LEFT_HALF], {"cat", "dog"}) == (hit, 1)
 
 
-def test_rows_are_down_and_columns_across():
+def test_locations_are_ordered_row_by_row():
     wide = {"box": [0, 0.75, 1, 1], "words": ["road"]}  # not square: the lowest row of 4
     for cell, hit in {(3, 0): 1, (3, 3): 1, (2, 3): 0, (0, 3): 0}.items():
-        assert attention_hits(["road"], looking_at(*cell)[None], [wide], {"road"}) == (hit, 1)
+        assert attention_hits(["road"], one_hot(*cell)[None], [wide], {"road"}) == (hit, 1)
 
 
-def test_centre_of_the_cell_decides_at_the_edge_of_a_box():
-    # Column 1 of 4 spans 0.25..0.5, its centre is 0.375; an edge right there is inside.
+def test_centre_of_the_location_decides_at_the_edge_of_a_box():
+    # Column 1 of 4 spans 0.25..0.5, its centre is 0.375; a box that ends exactly there contains it.
     for right, hit in {0.37: 0, 0.375: 1, 0.38: 1}.items():
-        thing = {"box": [0, 0, right, 1], "words": ["cat"]}
-        assert attention_hits(["cat"], looking_at(0, 1)[None], [thing], {"cat"}) == (hit, 1)
+        cat = {"box": [0, 0, right, 1], "words": ["cat"]}
+        assert attention_hits(["cat"], one_hot(0, 1)[None], [cat], {"cat"}) == (hit, 1)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0.3, 1], [0.45, 0, 1, 1], [0, 0, 1, 0.3], [0, 0.45, 1, 1]])
-def test_a_place_counts_as_far_beside_the_box_as_the_margin_says(box):
-    # The cell's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
+def test_a_location_within_the_margin_of_the_box_is_a_hit(box):
+    # The location's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
     for margin, hit in {0: 0, 0.07: 0, 0.08: 1}.items():
-        assert attention_hits(["cat"], looking_at(1, 1)[None], [{"box": box, "words": ["cat"]}],
+        assert attention_hits(["cat"], one_hot(1, 1)[None], [{"box": box, "words": ["cat"]}],
                               {"cat"}, margin) == (hit, 1)
 
 
-def test_word_that_names_nothing_here_is_a_miss():
-    alphas = np.stack([looking_at(0, 0)] * 3)
+def test_word_that_names_no_object_of_the_image_is_a_miss():
+    alphas = np.stack([one_hot(0, 0)] * 3)
     assert attention_hits(["dog", "kitten", "the"], alphas, [LEFT_HALF],
                           {"cat", "kitten", "dog"}) == (1, 2)
 
 
-def test_any_object_of_the_name_will_do():
+def test_any_object_with_that_name_is_a_hit():
     right = {"box": [0.5, 0, 1, 1], "words": ["cat"]}
-    assert attention_hits(["cat"], looking_at(2, 3)[None], [LEFT_HALF, right], {"cat"}) == (1, 1)
+    assert attention_hits(["cat"], one_hot(2, 3)[None], [LEFT_HALF, right], {"cat"}) == (1, 1)
 
 
-def test_caption_without_object_words_counts_nothing():
-    assert attention_hits(["the"], looking_at(0, 0)[None], [LEFT_HALF], {"cat"}) == (0, 0)
+def test_caption_without_object_words_is_not_counted():
+    assert attention_hits(["the"], one_hot(0, 0)[None], [LEFT_HALF], {"cat"}) == (0, 0)
     assert attention_hits([], np.zeros((0, 16)), [], {"cat"}) == (0, 0)

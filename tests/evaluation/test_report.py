@@ -47,7 +47,7 @@ def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_i
             data, NAME, "TEST").entry(i)["references"]))
 
 
-def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
+def test_the_report_shows_the_photographs_themselves_with_image_folder(
         stub_options, tmp_path, data, no_java, monkeypatch):
     path = str(tmp_path / "r.html")
     eval_script.main([*stub_options, "--report", path, "--bootstrap", "5"])
@@ -58,7 +58,7 @@ def test_the_report_shows_the_photographs_themselves_if_told_where_they_are(
     eval_script.main([*stub_options, "--report", path, "--bootstrap", "5", "--image_folder",
                      str(tmp_path / "wide")])
     assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"2.00000"}
-    monkeypatch.setattr(eval_script, "caption_split", None)  # said before any work
+    monkeypatch.setattr(eval_script, "caption_split", None)  # the error comes before any work
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):
         eval_script.main([*stub_options, "--report", path, "--image_folder", str(tmp_path)])
     with pytest.raises(UserError, match="--report r.txt: the report is a web page"):

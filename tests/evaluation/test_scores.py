@@ -78,7 +78,7 @@ def test_scores_of_an_image_are_those_of_the_image_alone():
     assert scores_by_image({}, 2) == [{}, {}]  # of the vocabulary alone, say
 
 
-def test_resamples_are_scored_as_if_their_images_were_scored_anew():
+def test_resamples_equal_scoring_their_images_again():
     random = np.random.default_rng(0)
     references = [[list(random.choice(list("abcd"), 8)) for _ in range(3)] for _ in range(6)]
     captions = [list(random.choice(list("abcd"), 7)) for _ in range(6)]

@@ -210,7 +210,7 @@ def test_failed_download_names_url_and_option(monkeypatch, problem, module, make
 
 @pytest.mark.parametrize("module, maker, name", [(torchvision.models, "get_model", "resnet18"),
                                                  (timm, "create_model", "resnet18d")])
-def test_error_without_a_download_is_not_called_one(monkeypatch, module, maker, name):
+def test_other_errors_are_not_reported_as_failed_downloads(monkeypatch, module, maker, name):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 

@@ -84,7 +84,7 @@ def test_no_unk_never_chooses_it(beam_size):
     assert unks > 10
 
 
-def test_hard_attention_looks_at_the_most_likely_location_alone(monkeypatch):
+def test_hard_attention_attends_only_to_the_most_likely_location(monkeypatch):
     decoder, _ = make_case(3, end_bias=-3)
     # A vector for each location: on a coarser grid neighbours have equal attention, and which of
     # them is the arg max would depend on the order of floating-point sums.
@@ -119,7 +119,7 @@ def test_a_caption_can_be_empty():
         assert caption.tokens == [] and caption.finished and caption.alphas.shape == (0, 196)
 
 
-def test_a_beam_wider_than_the_vocabulary_is_no_error():
+def test_a_beam_wider_than_the_vocabulary_is_allowed():
     decoder, features = make_case(1, end_bias=0)
     assert len(beam_search(decoder, features, WORD_MAP, beam_size=20, max_len=4)) == 8
 
@@ -134,7 +134,7 @@ def test_wrong_beam_sizes_are_errors():
             beam_search(decoder, features, WORD_MAP, length_penalty=length_penalty)
 
 
-def test_scores_that_are_not_numbers_are_an_error():
+def test_scores_that_are_not_finite_are_an_error():
     decoder, features = make_case(0, 0)
     with pytest.raises(UserError, match="not finite"):
         beam_search(decoder, features * float("nan"), WORD_MAP, 2)

@@ -154,7 +154,7 @@ def test_arguments_come_from_the_tensors(path):
 
 
 @pytest.mark.parametrize("value", [None, "0.2", float("nan"), torch.ones(1)])
-def test_score_that_is_no_number_is_left_out(path, state, value):
+def test_score_that_is_not_a_number_is_left_out(path, state, value):
     state["bleu-4"] = state["epoch"] = value
     torch.save(state, path)
     assert load(path).keys().isdisjoint(("bleu4", "epoch"))
@@ -170,7 +170,7 @@ def test_odd_dropout_and_pool_take_the_tutorials_values(path, state, value):
 
 
 @pytest.mark.parametrize("n, name", [(6, "resnet50"), (23, "resnet101"), (36, "resnet152")])
-def test_backbone_is_told_by_its_third_block(tmp_path, state, n, name):
+def test_backbone_is_recognised_by_its_third_block(tmp_path, state, n, name):
     state["encoder"].resnet[6] = layers(n)
     torch.save(state, tmp_path / "x")
     assert load(tmp_path / "x")["encoder_args"]["name"] == name
@@ -342,7 +342,7 @@ TREES = {  # pickles that put a module into place 255 of the memo
 
 
 @pytest.mark.parametrize("kind", TREES)
-def test_tree_of_modules_without_end_is_refused(tmp_path, kind):
+def test_endless_tree_of_modules_is_refused(tmp_path, kind):
     magic = b"".join(pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": True}))
     root = b"\x80\2}(U\1x" + TREES[kind] + b"U\7encoderj\xff\0\0\0U\7decoderj\xff\0\0\0u."
     (tmp_path / "x").write_bytes(magic + root + pickle.dumps([], 2))
@@ -362,7 +362,7 @@ def test_arguments_larger_than_the_tensors_are_refused(tmp_path):
                                  "decoder": decoder.state_dict()}, "x")
 
 
-def test_start_of_an_old_file_is_damaged(path):
+def test_truncated_old_file_is_damaged(path):
     data = path.read_bytes()
     for length in [*range(0, 200, 7), *range(200, len(data), len(data) // 60), len(data) - 1]:
         path.write_bytes(data[:length])

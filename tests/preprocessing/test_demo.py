@@ -39,7 +39,7 @@ def far_apart(found, wanted):
     return max(abs(a - b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_same_seed_same_bytes_whatever_was_there_before(tmp_path):
+def test_same_seed_gives_the_same_bytes_in_a_used_folder(tmp_path):
     first, again = (demo.make_demo(tmp_path / name, 4, 2, 2, seed=3).parent for name in "ab")
     assert contents(first) == contents(again) and len(contents(first)) == 9
     demo.make_demo(again, 4, 2, 2, seed=4)
@@ -93,9 +93,9 @@ def test_splits_share_no_scene(images):
     assert len(set(scenes)) == len(scenes)
 
 
-def test_words_name_one_object_and_every_caption_says_them(images):
+def test_words_name_one_object_and_every_caption_contains_them(images):
     for image in images:
-        words = [word for thing in image["objects"] for word in thing["words"]]
+        words = [word for obj in image["objects"] for word in obj["words"]]
         assert len(set(words)) == len(words)
         assert all(text.split().count(word) == 1 for text in captions(image) for word in words)
         others = set(demo.SHAPES) - set(words)
@@ -119,8 +119,8 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
         channels = Image.open(folder / image["filename"]).split()
         darkest = ImageChops.darker(ImageChops.darker(*channels[:2]), channels[2])
         dark = darkest.point(lambda value: 255 * (value < 95))
-        for thing in image["objects"]:
-            box = [256 * v for v in thing["box"]]
+        for obj in image["objects"]:
+            box = [256 * v for v in obj["box"]]
             assert 0 < box[0] < box[2] < 256 and 0 < box[1] < box[3] < 256
             x0, y0 = int(box[0]) - 4, int(box[1]) - 4
             around = dark.crop((x0, y0, int(box[2]) + 5, int(box[3]) + 5)).getbbox()
@@ -128,7 +128,7 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
             assert far_apart(found, box) < 3.5  # pixels; the tip of a large heart fades out
 
 
-def test_what_captions_say_of_place_and_size_is_true_of_the_boxes(images):
+def test_positions_and_sizes_in_captions_are_true_of_the_boxes(images):
     """Read the captions, not the scene: each way to say it has its own test on the boxes."""
     above = lambda a, b: a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])  # noqa: E501,E731
     turned = lambda box: [box[1], box[0], box[3], box[2]]  # noqa: E731
@@ -144,17 +144,17 @@ def test_what_captions_say_of_place_and_size_is_true_of_the_boxes(images):
               "on the left side": (0, 1), "on the right side": (2, 1)} | corners  # fmt: skip
     checked = set()
     for image in images:
-        boxes = {thing["words"][1]: thing["box"] for thing in image["objects"]}
+        boxes = {obj["words"][1]: obj["box"] for obj in image["objects"]}
         for text in captions(image):
             words = text.split()
-            said = [w for w in words if w in boxes]
+            named = [w for w in words if w in boxes]
             [where] = [w for w in [*relations, *places] if w in text]
             if where in relations:
-                assert relations[where](*(boxes[w] for w in said))
+                assert relations[where](*(boxes[w] for w in named))
             else:
                 [box] = boxes.values()
                 assert places[where] == (int(1.5 * (box[0] + box[2])), int(1.5 * (box[1] + box[3])))
-            for name in said:
+            for name in named:
                 side = 256 * max(boxes[name][2] - boxes[name][0], boxes[name][3] - boxes[name][1])
                 size = words[words.index(name) - 2]
                 assert {"small": 89 < side < 99, "large": 113 < side < 123}.get(size, True)
@@ -183,7 +183,7 @@ def test_interrupt_while_the_demo_is_drawn_ends_it_before_the_rest_and_keeps_the
     assert not list(tmp_path.glob("demo/*.json"))
 
 
-def test_demo_that_is_there_is_not_drawn_again(tmp_path):
+def test_existing_demo_is_not_drawn_again(tmp_path):
     demo.make_demo(tmp_path, 5, 1, 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     drawn = contents(tmp_path)

@@ -85,7 +85,7 @@ def test_other_weights_and_other_images_have_their_own_file(small, encoder):
     assert len(paths) == 3 and all(path.exists() for path in paths)
 
 
-def test_interrupted_call_leaves_no_whole_file_and_the_next_one_goes_on(small, encoder,
+def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(small, encoder,
                                                                        monkeypatch):
     dataset, calls, forward = small[0], [], encoder.forward
     whole = cache_features(dataset, encoder, "cpu", batch_size=2)
@@ -134,7 +134,7 @@ def unfinished(path):
 @pytest.mark.parametrize("file, damage", [("hdf5", b""), ("hdf5", b"no HDF5"), ("hdf5", "half"),
                                           ("hdf5", "missing"), ("json", "half"),
                                           ("json", "missing")])
-def test_an_unfinished_file_that_is_damaged_is_started_anew(small, encoder, file, damage):
+def test_an_unfinished_file_that_is_damaged_is_started_again(small, encoder, file, damage):
     path = cache_features(small[0], encoder, "cpu")
     expected = path.read_bytes()
     path.unlink()
@@ -168,7 +168,7 @@ def test_what_is_left_of_a_process_killed_after_its_last_step_is_removed(small, 
     assert cache_features(small[0], encoder, "cpu") == path and not unfinished(path).exists()
 
 
-def test_a_cache_of_earlier_versions_which_counted_inside_it_is_used(small, encoder):
+def test_a_cache_of_earlier_versions_which_stored_progress_inside_is_used(small, encoder):
     path = cache_features(small[0], encoder, "cpu")
     with h5py.File(path, "r+") as file:
         file["done"] = np.array([IMAGES])
@@ -209,7 +209,7 @@ with exclusive_lock({str(unfinished(path)) + ".lock"!r}, ""):
 
 
 @pytest.mark.parametrize("where", ["disk", "ram", "device"])
-def test_features_are_the_same_wherever_they_are_kept(small, encoder, where):
+def test_features_are_the_same_in_every_storage(small, encoder, where):
     path = cache_features(small[0], encoder, "cpu")
     small[0].use_features(load_features(path, where, torch.device("cpu")))
     assert small[0].in_memory == (where != "disk")
@@ -220,7 +220,7 @@ def test_features_are_the_same_wherever_they_are_kept(small, encoder, where):
     assert torch.equal(small[0][2][0], expected[2])
 
 
-def test_features_go_to_ram_where_it_has_room_and_stay_on_disk_otherwise(small, encoder,
+def test_features_go_to_ram_if_it_has_space_and_stay_on_disk_otherwise(small, encoder,
                                                                          monkeypatch):
     path, cpu = cache_features(small[0], encoder, "cpu"), torch.device("cpu")
     for free, kept in ((1 << 40, True), (0, False)):

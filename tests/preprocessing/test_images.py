@@ -51,14 +51,14 @@ def test_transparent_palette_entry_is_white(tmp_path, suffix):
     assert read_rgb(tmp_path / f"a.{suffix}").tolist() == [[[255, 255, 255], [0, 0, 255]]]
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparency_is_blended_with_white(tmp_path):
     pixels = np.array([[[100, 200, 0, 255], [100, 200, 0, 0], [100, 200, 0, 51]]], np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     # 51 is a fifth: 0.2 * colour + 0.8 * 255
     assert read_rgb(tmp_path / "a.png").tolist() == [[[100, 200, 0], [255] * 3, [224, 244, 204]]]
 
 
-def test_every_colour_under_every_transparency_is_rounded_to_the_nearest(tmp_path):
+def test_every_colour_with_every_transparency_is_rounded_to_the_nearest(tmp_path):
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
     pixels = np.stack([colour, colour, colour, alpha], 2).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -78,7 +78,7 @@ def test_floats_that_are_not_finite_are_refused(tmp_path):
         read_rgb(tmp_path / "a.tif")
 
 
-def test_transparent_grey_is_laid_over_white(tmp_path):
+def test_transparent_grey_is_blended_with_white(tmp_path):
     Image.fromarray(np.array([[[100, 255], [100, 51]]], np.uint8)).save(tmp_path / "a.png")
     assert read_rgb(tmp_path / "a.png").tolist() == grey([[100, 224]]).tolist()
 
@@ -89,7 +89,7 @@ def test_cmyk_jpeg_shows_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_first_frame_of_an_animation(tmp_path, suffix):
+def test_first_frame_of_an_animation_is_read(tmp_path, suffix):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     red.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[blue], duration=50)
     assert np.abs(read_rgb(tmp_path / f"a.{suffix}").astype(int) - [255, 0, 0]).max() <= 3
@@ -137,7 +137,7 @@ def test_exif_rotated_picture_of_one_channel_is_upright(tmp_path, orientation, s
 
 
 @pytest.mark.parametrize("name", ["imageio:chelsea.png", "http:", "~x", "<screen>", "a.zip"])
-def test_name_of_a_file_is_never_an_address_or_an_archive(tmp_path, monkeypatch, name):
+def test_file_name_is_never_taken_for_a_url_or_an_archive(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{name}/b.png not found"):
         read_rgb(f"{name}/b.png")
@@ -182,7 +182,7 @@ def test_unreadable_picture_is_one_line_with_its_path(tmp_path, broken):
 
 
 @pytest.mark.parametrize("problem", [EOFError, RuntimeError, TypeError, MemoryError])
-def test_whatever_a_decoder_raises_is_the_users_error(tmp_path, monkeypatch, problem):
+def test_any_error_of_a_decoder_is_a_user_error(tmp_path, monkeypatch, problem):
     def fail(*args, **kwargs):
         raise problem
 
@@ -209,7 +209,7 @@ def test_image_is_resized_to_a_square_not_cropped(tmp_path):
 
 
 @pytest.mark.parametrize("side", [16_000, 30_000])
-def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path, side):
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     """A PNG of a few hundred bytes that says it has 256 or 900 million pixels."""
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(

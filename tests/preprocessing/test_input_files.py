@@ -64,7 +64,7 @@ def test_images_keep_the_order_of_the_json_with_more_processes_too(tmp_path):
     assert [r["filename"] for r in read("TRAIN_REFERENCES")] == [f"{i}.png" for i in names]
 
 
-def test_image_file_is_uint8_of_256_pixels_and_knows_captions_per_image(tmp_path):
+def test_image_file_is_uint8_of_256_pixels_and_stores_captions_per_image(tmp_path):
     images, attributes = create(tmp_path, ONE_PER_SPLIT, captions_per_image=3)("TRAIN_IMAGES")
     assert images.shape == (2, 3, 256, 256) and images.dtype == np.uint8
     assert attributes.keys() == {"captions_per_image", "made_from"}
@@ -78,13 +78,13 @@ def test_filepath_is_a_folder_of_the_image_folder(tmp_path):
     assert read("VAL_REFERENCES")[0]["filename"] == "val2014/a.png"
 
 
-def test_captions_are_drawn_without_replacement(tmp_path):
+def test_captions_are_sampled_without_replacement(tmp_path):
     captions = [f"w{i}" for i in range(6)]
     read = create(tmp_path, [entry("a.png", captions=captions)], captions_per_image=5)
     assert len({tuple(caption) for caption in read("TRAIN_CAPTIONS")}) == 5
 
 
-def test_too_few_captions_are_all_used_and_filled_up_by_repetition(tmp_path):
+def test_too_few_captions_are_all_used_and_some_repeated(tmp_path):
     read = create(tmp_path, [entry("a.png", captions=["x", "y"])], captions_per_image=5)
     words = [caption[1] for caption in read("TRAIN_CAPTIONS")]
     assert len(words) == 5 and set(words) == {read("WORDMAP")["x"], read("WORDMAP")["y"]}
@@ -129,7 +129,7 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, method
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_seed_decides_which_captions_are_drawn(tmp_path):
+def test_seed_decides_which_captions_are_sampled(tmp_path):
     for output, seed in [("first", 1), ("again", 1), ("other", 2)]:
         create(tmp_path, many_entries(), output, seed=seed)
     first, again, other = (contents(tmp_path / name) for name in ("first", "again", "other"))
@@ -140,7 +140,7 @@ def test_seed_decides_which_captions_are_drawn(tmp_path):
     }
 
 
-def test_only_the_files_themselves_are_left(tmp_path):
+def test_no_temporary_files_are_left(tmp_path):
     create(tmp_path, ONE_PER_SPLIT)
     kinds = ["IMAGES", "CAPTIONS", "CAPLENS", "REFERENCES"]
     expected = {f"{split}_{kind}" for split in ("TRAIN", "VAL", "TEST") for kind in kinds}

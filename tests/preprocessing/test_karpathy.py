@@ -40,7 +40,7 @@ def test_wrong_data_set_is_refused_by_name(tmp_path, entries, message):
 
 @pytest.mark.parametrize("key", ["filename", "filepath"])
 @pytest.mark.parametrize("name", [None, 5, ["a.png"], "", "a\0.png", "a\ud800.png", "\udc80.png"])
-def test_what_is_no_name_of_a_file_is_refused(tmp_path, key, name):
+def test_invalid_file_name_is_refused(tmp_path, key, name):
     if (key, name) == ("filepath", ""):
         return
     write_json(tmp_path / "dataset.json", {"images": [entry("a.png") | {key: name}]})

@@ -104,12 +104,12 @@ def test_images_not_captions_are_drawn_into_splits_whatever_their_order(tmp_path
         ('[{"image": ' + "7" * 5000 + "}]", "broken JSON"),
     ],
 )
-def test_captions_not_understood_are_refused_with_the_place(tmp_path, text, message):
+def test_unrecognised_captions_are_refused_with_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match="captions.any.*" + message):
         read_text_as_captions(tmp_path, text)
 
 
-def test_words_of_other_scripts_stay_whole():
+def test_words_of_other_scripts_are_not_split():
     assert split_words("“Ein Käse”—हिन्दी, at&t") == ["ein", "käse", "हिन्दी", "at", "t"]
 
 

@@ -71,7 +71,7 @@ def count_reads(monkeypatch):
     return paths
 
 
-def test_what_was_read_is_not_read_again_to_skip_the_bad_images(tmp_path, monkeypatch):
+def test_good_images_are_not_read_again_to_skip_the_bad_ones(tmp_path, monkeypatch):
     entries = [entry(f"{i}.png") for i in range(6)]
     with pytest.raises(UserError, match="the other images will not be read again"):
         create(tmp_path, entries, bad=["2.png"])
@@ -83,7 +83,7 @@ def test_what_was_read_is_not_read_again_to_skip_the_bad_images(tmp_path, monkey
 @needs_fork
 @pytest.mark.parametrize("module, name", [(input_files, "read_image"), (os, "replace"),
                                           (os, "remove"), (os, "fsync")])  # fmt: skip
-def test_run_killed_at_any_moment_and_run_again_gives_the_bytes_of_one(tmp_path, module, name):
+def test_run_killed_at_any_moment_and_resumed_gives_the_same_bytes(tmp_path, module, name):
     options = {"entries": MIXED, "bad": ["2.png", "3.png"], "skip_bad_images": True}
     create(tmp_path, output="whole", **options)
     whole, k = contents(tmp_path / "whole"), 0
@@ -110,7 +110,7 @@ def test_resumed_run_reads_only_what_is_missing(tmp_path, monkeypatch, capsys, w
 
 
 @needs_fork
-def test_run_for_other_images_or_options_starts_anew(tmp_path, monkeypatch):
+def test_run_for_other_images_or_options_starts_over(tmp_path, monkeypatch):
     paths = count_reads(monkeypatch)
     for options in ({"seed": 5}, {"max_len": 3}, {"entries": MIXED[::-1]}):
         assert create_killed(tmp_path, input_files, "read_image", 5, entries=MIXED)
@@ -142,7 +142,7 @@ def test_complete_data_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("change", ["seed", "tutorial", "incomplete"])
-def test_files_of_something_else_are_not_overwritten_unless_told_so(tmp_path, change):
+def test_files_of_another_data_set_are_only_overwritten_with_overwrite(tmp_path, change):
     create(tmp_path, ONE_PER_SPLIT)
     expected, options = contents(tmp_path / "out"), {}
     if change == "seed":
@@ -162,7 +162,7 @@ def test_files_of_something_else_are_not_overwritten_unless_told_so(tmp_path, ch
 
 
 @needs_fork
-def test_overwrite_starts_anew_but_goes_on_with_its_own_work(tmp_path, monkeypatch):
+def test_overwrite_starts_over_but_resumes_its_own_work(tmp_path, monkeypatch):
     create(tmp_path, MIXED)
     whole, paths = contents(tmp_path / "out"), count_reads(monkeypatch)
     create(tmp_path, MIXED, overwrite=True)
@@ -183,7 +183,7 @@ def disk_with(monkeypatch, images):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
-def test_disk_too_small_is_told_before_the_first_image_and_leaves_nothing(tmp_path, monkeypatch):
+def test_too_small_disk_is_reported_before_any_image_and_leaves_nothing(tmp_path, monkeypatch):
     paths = count_reads(monkeypatch)
     disk_with(monkeypatch, 5)
     with pytest.raises(UserError, match=r"needs 0\.00 GB, 0\.00 GB are free"):
@@ -198,7 +198,7 @@ def test_images_that_are_written_need_no_more_space(tmp_path, monkeypatch):
     create(tmp_path, MIXED)
 
 
-def test_disk_that_is_full_keeps_what_is_done(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
     create(tmp_path, many_entries(), "whole")
 
     def fail(self, row, images, write=ResumableHDF5.write, calls=[]):  # noqa: B006
@@ -259,7 +259,7 @@ def runs(pid):
 
 
 @needs_signals
-def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
+def test_interrupt_keeps_the_finished_part_and_the_same_command_continues(tmp_path):
     process, command = start_slow_run(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -275,7 +275,7 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_helpers_end_with_a_killed_parent_and_a_new_run_starts_at_once(tmp_path, signum):
+def test_workers_end_with_a_killed_parent_and_a_new_run_starts_at_once(tmp_path, signum):
     process, command = start_slow_run(tmp_path, 12)
     helpers = children(process.pid)
     assert len(helpers) == 2

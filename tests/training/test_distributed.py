@@ -15,7 +15,7 @@ from models import Encoder
 @pytest.mark.parametrize("options", [
     ["--batch_size", "110"], ["--batch_size", "55", "--accumulate", "3"],
     ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"]], ids=" ".join)
-def test_two_processes_take_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
+def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
     """
     Plain gradient steps, so weights tell gradients. 110 captions are 22 images, 11 for each
     process; 55 are 11 images, 6 and 5.

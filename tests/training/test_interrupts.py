@@ -1,4 +1,4 @@
-"""Signals: the step is finished, everything saved, and the run goes on bit for bit."""
+"""Signals: the step is finished, everything saved, and the run continues bit for bit."""
 
 import multiprocessing
 import signal
@@ -42,7 +42,7 @@ from utils import Distributed, UserError
      ["--attention", "hard", "--sampling_max", "0.5", "--sampling_step", "0.3",
       "--sampling_every", "1"]),
 ], ids=str)
-def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
         data, tmp_path, monkeypatch, call, signum, function, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--epochs", "3", "--batch_size", "30", *options]
@@ -63,7 +63,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(
     assert timeless_rows(whole) == timeless_rows(parts) and len(log_rows(whole)) == 3
 
 
-def test_stopped_self_critical_training_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, monkeypatch):
     train.main(train_args(data, tmp_path / "1", "--epochs", "4"))
     options = ["--data_folder", str(data), "--device", "cpu", "--self_critical", "--epochs", "2",
                "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
@@ -82,7 +82,7 @@ def test_stopped_self_critical_training_goes_on_bit_for_bit(data, tmp_path, monk
         row["train_reward"] for row in log_rows(tmp_path / "parts")]
 
 
-def test_augmented_fine_tuning_goes_on_bit_for_bit_and_cached_features_are_refused(
+def test_augmented_fine_tuning_continues_bit_for_bit_and_cached_features_are_refused(
         data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--augment needs images, not cached features"):
         train.main(train_args(data, tmp_path, "--augment"))
@@ -99,7 +99,7 @@ def test_augmented_fine_tuning_goes_on_bit_for_bit_and_cached_features_are_refus
     assert not same(load_checkpoint(tmp_path / "plain")["encoder"], a["encoder"])
 
 
-def test_a_second_signal_does_not_break_off_the_save(data, tmp_path, monkeypatch):
+def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch):
     save, steps = checkpoints.save, []
 
     def impatient(*args, progress, **kwargs):
@@ -116,7 +116,7 @@ def test_a_second_signal_does_not_break_off_the_save(data, tmp_path, monkeypatch
     assert steps == [3] and load_checkpoint(tmp_path)["progress"]["step"] == 3
 
 
-def test_workers_ignore_signals_except_their_parents():
+def test_workers_ignore_signals_except_from_their_parent():
     def serve(ready):
         leave_signals_to_parent()
         ready.send(1)
@@ -137,7 +137,7 @@ def test_workers_ignore_signals_except_their_parents():
 
 
 @pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, signum):
+def test_a_signal_ends_the_script_with_the_command_that_continues(data, tmp_path, signum):
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *train_args(data, tmp_path, "--epochs", "1000")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -156,7 +156,8 @@ def test_a_signal_ends_the_script_with_the_command_that_goes_on(data, tmp_path, 
     (8, "4", "torchrun --nproc_per_node=4 --nnodes=2 --rdzv_backend=c10d "
              "--rdzv_endpoint=HOST:PORT train.py"),
 ])
-def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, world_size, local, command):
+def test_the_command_that_continues_starts_as_many_processes(monkeypatch, world_size, local,
+                                                             command):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local:  # what torchrun tells each of its processes
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)

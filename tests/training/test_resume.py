@@ -27,7 +27,7 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     train.main(train_args(data, whole, "--epochs", "4"))
     train.main(train_args(data, parts, "--epochs", "2"))
     half = load_checkpoint(parts)
-    # Only what differs is said again: the run's own options come from its checkpoint.
+    # Only changed options are passed: the others come from the checkpoint.
     train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "4"])  # on its device
     a, b = load_checkpoint(whole), load_checkpoint(parts)
     for key in ("encoder", "decoder", "optimizer", "progress", "bleu4"):
@@ -37,7 +37,7 @@ def test_resumed_run_equals_uninterrupted(data, tmp_path):
     assert timeless_rows(whole) == timeless_rows(parts)
 
 
-def test_what_is_saved_within_an_epoch_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+def test_a_run_saved_within_an_epoch_continues_bit_for_bit(data, tmp_path, monkeypatch):
     """As after SIGKILL: the last checkpoint is all that is left."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     saved = []
@@ -78,7 +78,7 @@ def test_options_of_every_type_are_resumed(data, tmp_path):
     assert load_checkpoint(tmp_path)["options"]["save_minutes"] == 0.5
 
 
-def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path):
+def test_a_truncated_row_of_the_log_is_written_again(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "2"))
     log = tmp_path / f"log_{NAME}.jsonl"
     log.write_text(log.read_text() + '{"epoch": 3, "lr"')
@@ -86,7 +86,7 @@ def test_a_row_of_the_log_that_a_kill_cut_short_is_written_again(data, tmp_path)
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2, 3]
 
 
-def test_a_run_from_before_cider_d_could_decide_is_resumed(data, tmp_path):
+def test_a_run_of_the_version_before_cider_d_is_resumed(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     path = tmp_path / f"checkpoint_{NAME}.pth.tar"
     checkpoint = torch.load(path, weights_only=True)
@@ -134,7 +134,7 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
     ({"cosine": True}, "was run with epochs 1, which --resume cannot change"),
     ({"embeddings": "glove.txt"}, "run with embeddings glove.txt, which --resume cannot change"),
 ])
-def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, options, message):
+def test_contradicting_options_of_a_run_are_one_line_errors(data, tmp_path, options, message):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     path = tmp_path / f"checkpoint_{NAME}.pth.tar"
     checkpoint = torch.load(path, weights_only=True)
@@ -169,7 +169,7 @@ def test_a_run_with_options_that_do_not_go_together_is_one_line(data, tmp_path, 
     ("optimizer", {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2),
                                  "exp_avg_sq": torch.zeros(2)}}}, "have other sizes"),
 ], ids=str)
-def test_a_damaged_or_hostile_run_is_one_line(data, tmp_path, part, change, message):
+def test_a_damaged_or_hostile_run_is_a_one_line_error(data, tmp_path, part, change, message):
     if not (data / "run").exists():
         train.main(train_args(data, data / "run", "--epochs", "1"))
     checkpoint = load_checkpoint(data / "run")

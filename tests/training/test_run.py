@@ -31,7 +31,7 @@ def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
 
 
-def test_a_run_that_cannot_begin_leaves_the_one_before(data, tmp_path, monkeypatch):
+def test_a_run_that_fails_to_start_leaves_the_earlier_run_unchanged(data, tmp_path, monkeypatch):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="gone.txt"):
@@ -54,11 +54,11 @@ def test_two_runs_do_not_train_in_one_folder(data, tmp_path, monkeypatch):
             with run.lock_run(args, Namespace(is_main=True)): print("both")
         except run.UserError as error: print(error)
     """
-    said = []
-    monkeypatch.setattr(train, "train", lambda *args: said.append(
+    errors = []
+    monkeypatch.setattr(train, "train", lambda *args: errors.append(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
     train.main(train_args(data, tmp_path))
-    assert f"another run of {NAME} is training in" in said[0]
+    assert f"another run of {NAME} is training in" in errors[0]
     assert not list(tmp_path.glob(".train*"))
 
 
@@ -85,7 +85,7 @@ def test_the_log_holds_the_metrics_that_are_printed(data, tmp_path, capsys):
     assert list((tmp_path / f"tensorboard_{NAME}").glob("events*"))
 
 
-def test_a_second_phase_is_what_resume_goes_on_with_from_its_start(data, tmp_path, monkeypatch):
+def test_resume_continues_a_second_phase_from_its_start(data, tmp_path, monkeypatch):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -160,7 +160,7 @@ def test_fine_tuning_starts_from_the_checkpoint_and_trains_blocks_2_to_4_only(
     assert not same(before["decoder"], after["decoder"])
 
 
-def test_a_checkpoint_that_differs_from_the_options_says_in_what(data, tmp_path):
+def test_a_checkpoint_that_differs_from_the_options_names_the_option(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     checkpoint = str(tmp_path / f"checkpoint_{NAME}.pth.tar")
     with pytest.raises(UserError, match="decoder_dim 32, not 64"):

@@ -16,7 +16,7 @@ from training.state import Progress, TrainingState, half_cosine
 from utils import Distributed
 
 
-def test_the_cosine_schedule_takes_no_notice_of_the_plateau_rule(
+def test_the_cosine_schedule_ignores_the_plateau_rule(
         data, tmp_path, monkeypatch):
     seen, clip = [], engine.clip_grad_value_
 
@@ -100,7 +100,7 @@ def random_step(state, seed):
 @pytest.mark.parametrize("options", [
     [], ["--ema", "0.9"], ["--cosine", "--epochs", "3"],
     ["--ema", "0.9", "--cosine", "--epochs", "3", "--fine_tune_encoder"]], ids=" ".join)
-def test_a_state_loaded_from_its_dictionary_goes_on_bit_for_bit(options):
+def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
     def run(state, first):
         for step in range(first, 12):
             random_step(state, step)
@@ -177,7 +177,7 @@ def test_the_rate_falls_after_each_decay_after_epochs_without_a_better_score(dec
     assert state.progress.best == 4 and state.progress.epochs_since_improvement == 2
 
 
-def test_progress_is_read_back_under_the_names_of_every_version():
+def test_progress_of_every_version_is_read():
     progress = Progress(epoch=3, bleu4=20.5, best=21.0, epochs_since_improvement=2, previous_rows=7,
                         baseline=-1.5, step=4, sums=[1.5, 2, 3, 4, 5.5])
     content = progress.to_dict()

@@ -13,13 +13,13 @@ from utils import UserError
 from visualization import animation
 from visualization.animation import FADE, HOLD, HOLD_END, TICK, Sentence, write_animation
 
-PLACES = [5, 0, 15, 6]  # where the words are looked at, on a grid of 4 x 4
+LOCATIONS = [5, 0, 15, 6]  # attended for each word, on a grid of 4 x 4
 WORDS = ["a", "$5", "<unk>", "dog"]
 BOTH = pytest.mark.parametrize("kind", ["gif", "mp4"])
 
 
-def one_hot(places=PLACES, cells=16):
-    return np.eye(cells, dtype=np.float32)[places]
+def one_hot(locations=LOCATIONS, cells=16):
+    return np.eye(cells, dtype=np.float32)[locations]
 
 
 @pytest.fixture
@@ -60,32 +60,32 @@ def cells(picture, image):
 @BOTH
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("shape", [(60, 60), (30, 90), (90, 30)])
-def test_a_word_is_seen_while_its_place_is_the_brightest(tmp_path, small, kind, shape, smooth):
+def test_a_word_is_shown_while_its_location_is_the_brightest(tmp_path, small, kind, shape, smooth):
     path, image = tmp_path / f"x.{kind}", grey(*shape)
     write_animation(path, image, WORDS, one_hot(), smooth)
     pictures, seconds = read(path)
     word, end = FADE + HOLD, FADE + HOLD_END
     assert len(pictures) == word * len(WORDS) + end
     assert seconds == pytest.approx(len(pictures) * TICK) and 0.5 < word * TICK < 0.7
-    for t, place in enumerate(PLACES):
+    for t, place in enumerate(LOCATIONS):
         for picture in pictures[t * word + FADE:(t + 1) * word]:
             light = cells(picture, image)
             assert light.argmax() == place and light[place] > 2 * np.median(light)
 
 
 @BOTH
-def test_the_light_moves_over_step_by_step(tmp_path, small, kind):
+def test_attention_fades_to_the_next_word_step_by_step(tmp_path, small, kind):
     path, image = tmp_path / f"x.{kind}", grey(60, 60)
     write_animation(path, image, WORDS, one_hot())
     pictures, _ = read(path)
     word = FADE + HOLD
     light = [cells(picture, image) for picture in pictures[word - 1:word + FADE]]
-    steps = np.diff([(new[PLACES[1]], -new[PLACES[0]]) for new in light], axis=0)
+    steps = np.diff([(new[LOCATIONS[1]], -new[LOCATIONS[0]]) for new in light], axis=0)
     assert (steps > 1).all()
 
 
 @BOTH
-def test_it_ends_on_the_photograph_and_the_whole_sentence(tmp_path, small, kind):
+def test_the_animation_ends_with_the_photograph_and_the_complete_sentence(tmp_path, small, kind):
     path = tmp_path / f"x.{kind}"
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     write_animation(path, image, WORDS, one_hot())
@@ -136,7 +136,7 @@ def test_words_neither_leave_the_frame_nor_touch_each_other(words):
         assert after[2] > before[2] or after[0] >= before[1] + 8
 
 
-def test_the_sentence_grows_and_its_last_word_is_emphasised():
+def test_the_sentence_grows_and_its_last_word_is_highlighted():
     words = "a dog runs over the green grass towards a ball".split()
     sentence, yellow = Sentence(words), np.array([255, 197, 61])
     whole = sentence.draw_below(grey(100, 480), 99)
@@ -189,7 +189,7 @@ def test_a_failing_ffmpeg_is_an_error_of_one_line_and_leaves_the_old_file(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["-x:y.mp4", "ffmpeg"]
 
 
-def test_an_mp4_that_lost_its_end_is_an_error(tmp_path, small, monkeypatch):
+def test_a_truncated_mp4_is_an_error(tmp_path, small, monkeypatch):
     import imageio_ffmpeg
 
     count = imageio_ffmpeg.count_frames_and_secs
@@ -226,12 +226,12 @@ def test_without_the_package_only_mp4_fails_and_says_what_to_install(tmp_path, s
     assert [file.name for file in tmp_path.iterdir()] == ["x.GIF"]
 
 
-def test_animations_are_whole_files_of_their_format(tmp_path, small, monkeypatch):
+def test_animations_are_valid_files_of_their_format(tmp_path, small, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, start, found in [("gif", b"GIF89a", 0), ("mp4", b"ftyp", 4)]:
         path = Path(f"-x:y.{kind}")  # neither an option nor an address
         write_animation(path, grey(60, 60), WORDS, one_hot())
         assert path.read_bytes()[found:].startswith(start)
     from imageio_ffmpeg import get_ffmpeg_exe
-    said = subprocess.run([get_ffmpeg_exe(), "-i", f"file:{path}"], capture_output=True, text=True)
-    assert "h264" in said.stderr and "yuv420p" in said.stderr  # what every browser plays
+    info = subprocess.run([get_ffmpeg_exe(), "-i", f"file:{path}"], capture_output=True, text=True)
+    assert "h264" in info.stderr and "yuv420p" in info.stderr  # what every browser plays

@@ -32,7 +32,7 @@ def test_overlays_without_smoothing_are_blocks(side):
 
 @pytest.mark.parametrize("shape", [(1, 60), (60, 1), (5, 3), (200, 300)])
 @pytest.mark.parametrize("side", [1, 2, 14])
-def test_overlays_of_any_size_reach_from_nothing_to_one(side, shape):
+def test_overlays_of_any_size_range_from_zero_to_one(side, shape):
     alpha = np.random.default_rng(0).random((side, side))
     for smooth in (True, False):
         found = upsampled(alpha, shape, smooth)
@@ -67,7 +67,7 @@ def test_attention_is_brightest_where_alpha_is(shape, smooth):
         assert np.unravel_index(light.argmax(), light.shape) == cell
 
 
-def test_even_attention_lights_the_whole_photograph():
+def test_even_attention_leaves_the_whole_photograph_bright():
     image = np.full((60, 60, 3), 200, dtype=np.uint8)
     figure = attention_grid(image, ["a"], np.full((1, 196), 1 / 196))
     light = brightness(figure.axes[1], 5, 5)
@@ -111,7 +111,7 @@ def test_photographs_keep_their_shape():
 
 @pytest.mark.parametrize("words", [12, 50])
 @pytest.mark.parametrize("shape", [(60, 60, 3), (90, 30, 3), (30, 90, 3), (2, 30, 3)])
-def test_grids_have_the_shape_of_a_page_whatever_the_caption(words, shape):
+def test_figures_have_the_aspect_ratio_of_a_page_for_any_caption(words, shape):
     figure = attention_grid(np.zeros(shape, np.uint8), ["dog"] * words,
                                       np.ones((words, 4)))
     width, height = figure.get_size_inches()
@@ -119,7 +119,7 @@ def test_grids_have_the_shape_of_a_page_whatever_the_caption(words, shape):
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 12, 50])
-def test_words_follow_each_other_row_by_row_without_holes(words):
+def test_words_follow_each_other_row_by_row_without_gaps(words):
     figure = attention_grid(np.zeros((60, 60, 3), np.uint8),
                                       [f"word{i}" for i in range(words)], np.ones((words, 4)))
     boxes = [axes.get_position() for axes in figure.axes]
@@ -146,7 +146,7 @@ def test_long_words_over_slim_photographs_are_no_smaller_than_nine_points():
 @pytest.mark.parametrize("words, alphas", [
     (["a"], np.ones((2, 4))), (["a"], np.ones((1, 5))), (["a"], np.ones((1, 2, 2))), ([], []),
     (["a"], np.ones(4))])
-def test_attention_must_be_a_square_for_each_word(words, alphas, tmp_path):
+def test_attention_must_be_square_with_one_row_per_word(words, alphas, tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="attention of shape"):
         attention_grid(image, words, alphas)

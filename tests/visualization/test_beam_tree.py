@@ -43,9 +43,9 @@ def test_the_winning_path_is_the_caption_of_the_search(options):
         [best] = beam_search(decoder, image, WORD_MAP, k, 12, **options)
         on_path = [[node for node in nodes if node.is_best] for nodes in tree.steps]
         path = [node for nodes in on_path for node in nodes]
-        said = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
-        assert [node.word for node in path] == said and path[-1].path() == path
-        assert [len(nodes) for nodes in on_path[:len(said)]] == [1] * len(said)
+        best_words = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
+        assert [node.word for node in path] == best_words and path[-1].path() == path
+        assert [len(nodes) for nodes in on_path[:len(best_words)]] == [1] * len(best_words)
         assert all(node.kept for node in path)
         assert path[-1].total == tree.score == best.score
         assert path[-1].finished == tree.finished == best.finished
@@ -79,13 +79,13 @@ def test_the_candidates_are_the_best_of_each_open_beam():
                 assert [node.word for node in nodes if node.parent is beam] == expected
 
 
-def test_the_kept_are_the_best_and_a_finished_one_takes_a_place():
+def test_the_best_candidates_are_kept_and_a_finished_one_narrows_the_beam():
     shrunk = 0
     for seed, k in CASES:
         decoder, features = make_case(seed, end_bias=0)
         with torch.no_grad():
             decoder.fc.weight[WORD_MAP["<end>"], 0] = 0  # no clock: <end> comes up now and then
-        # Searching for all k of them it goes on to the end.
+        # Searching for all k of them it continues to the end.
         tree, width = build_tree(decoder, features[:1], WORD_MAP, k, 12, n_best=k), k
         for nodes in tree.steps:
             kept = [node for node in nodes if node.kept]
@@ -132,11 +132,11 @@ def test_the_drawing_boxes_every_kept_word_and_greys_the_dropped(tmp_path, seed,
         grey = group.find(f"{SVG}rect") is None
         assert {text.get("fill") for text in group.iter(f"{SVG}text")} == {
             beam_tree.FAINT_TEXT if grey else beam_tree.TEXT}
-    said = " ".join(tree.words)
-    assert any(text.text.startswith(said) for text in root.iter(f"{SVG}text"))
+    caption = " ".join(tree.words)
+    assert any(text.text.startswith(caption) for text in root.iter(f"{SVG}text"))
 
 
-def test_kept_words_are_joined_to_their_parents_and_the_winners_stand_out(tmp_path):
+def test_kept_words_are_linked_to_their_parents_and_the_best_path_is_highlighted(tmp_path):
     tree, *_ = make_tree(2, 3)
     root = draw(tree, tmp_path)
     rects = [group.find(f"{SVG}rect") for group in root.iter(f"{SVG}g")]
@@ -167,7 +167,7 @@ def test_kept_words_are_joined_to_their_parents_and_the_winners_stand_out(tmp_pa
 
 
 @pytest.mark.parametrize("seed, beam_size", [(1, 3), (3, 1), (2, 5), (0, 9)])
-def test_nothing_is_cut_off_or_drawn_over_another(tmp_path, seed, beam_size):
+def test_nothing_is_clipped_or_overlaps(tmp_path, seed, beam_size):
     tree, *_ = make_tree(seed, beam_size)
     tree.words = tree.words or ["nothing"] * 40
     root = draw(tree, tmp_path)
@@ -195,7 +195,7 @@ def rectangle(rect):
     return x, y, x + width, y + height
 
 
-def test_words_that_are_no_xml_are_escaped(tmp_path):
+def test_words_with_xml_characters_are_escaped(tmp_path):
     strange = ["<pad>", "a&b", '"<i>"', "]]>", "\x00\x1b", "\ud800", "𝛼 é 犬", "'", "<unk>",
                "<start>", "<end>"]
     decoder, features = make_case(0, end_bias=-9)

@@ -42,7 +42,7 @@ def panels(figure):
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
-def test_there_is_a_panel_for_what_was_logged_only(tmp_path):
+def test_only_logged_quantities_have_a_panel(tmp_path):
     titles = [title for title, _ in curves.PANELS]
     assert list(panels(curves.draw_curves([read_log(tmp_path, FIRST)]))) == [
         titles[i] for i in (0, 2, 4, 5)]
@@ -52,7 +52,7 @@ def test_there_is_a_panel_for_what_was_logged_only(tmp_path):
         titles[4]]
 
 
-def test_lines_show_the_figures_of_the_log(tmp_path):
+def test_lines_show_the_values_of_the_log(tmp_path):
     axes = panels(curves.draw_curves([read_log(tmp_path, FIRST)]))
     loss = axes["Loss, nats per word"]
     assert lines(loss) == [([1, 2, 3], [5, 2.5, 5 / 3]), ([1, 2, 3], [6, 3, 2])]
@@ -63,7 +63,7 @@ def test_lines_show_the_figures_of_the_log(tmp_path):
     assert lines(axes["Captions per second of training"]) == [([1, 2, 3], [200.0] * 3)]
 
 
-def test_rates_are_seen_from_nothing_up_though_cosine_ends_near_it(tmp_path):
+def test_rate_axes_start_at_zero_even_if_cosine_ends_near_it(tmp_path):
     rows = [row(1), row(2, lr=2e-4, captions_per_second=190), row(3, lr=3e-10)]
     axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))
     for title, top in [("Learning rate", 4e-4), ("Captions per second of training", 200)]:
@@ -94,7 +94,7 @@ def test_several_runs_are_lines_of_their_own_colours_with_a_legend(tmp_path):
     figure.canvas.draw()  # dollars and braces are no formula
 
 
-def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch):
+def test_runs_are_named_by_what_distinguishes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert curves.name_runs(["a/log.jsonl", "b/log.jsonl"]) == ["a", "b"]
     assert curves.name_runs(["log_a.jsonl", "log_b.jsonl"]) == ["log_a", "log_b"]
@@ -135,15 +135,15 @@ def test_the_script_writes_the_picture(draw, tmp_path, suffix):
     assert (tmp_path / f"c.{suffix}").stat().st_size > 5000
 
 
-def test_a_line_cut_off_by_a_kill_is_skipped_and_said(draw, tmp_path):
+def test_a_truncated_line_is_skipped_and_reported(draw, tmp_path):
     log = write_log(tmp_path / "x.jsonl", FIRST, '{"epoch": 4, "lr": 0.00')
-    code, said = draw(log)
+    code, err = draw(log)
     assert code == 0 and (tmp_path / "curves.png").exists()
-    assert said == f"{log}: skipped as not a row of a log: line 4\ncurves: curves.png\n"
+    assert err == f"{log}: skipped as not a row of a log: line 4\ncurves: curves.png\n"
     assert curves.read_run(log, "").epochs == [1, 2, 3]
 
 
-def test_figures_that_are_no_numbers_leave_a_gap(tmp_path):
+def test_values_that_are_not_numbers_leave_a_gap(tmp_path):
     rows = [row(1), row(2, bleu4=float("nan")), row(3, bleu4="much"), row(4, bleu4=True),
             row(5, bleu4=10**400), row(6, bleu4=None), row(7)]
     axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))["BLEU-4 of validation"]

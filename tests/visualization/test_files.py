@@ -31,14 +31,14 @@ def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path):
     assert find_images([overlay]) == [overlay]  # asked for by name, and nothing else
 
 
-def test_suffixes_that_cannot_be_written_are_known_before_the_work():
+def test_unsupported_suffixes_are_refused_before_the_work():
     for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg", "x"):
         files.check_suffix(name)
     with pytest.raises(ValueError, match="Format 'abc' is not supported"):
         files.check_suffix("x.abc")
 
 
-def test_what_fails_while_a_file_is_written_is_a_user_error_that_names_it(tmp_path):
+def test_an_error_of_writing_is_a_user_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match="none/x cannot be written: .*No such file"):
         with files.writing("none/x"):
             open(tmp_path / "none" / "x", "w")

@@ -89,7 +89,7 @@ def test_page_of_twelve_words_adds_less_than_60_kb_to_the_photograph():
     assert len(without.encode()) < 60_000 and "jpeg" not in without
 
 
-def test_attention_survives_to_one_part_in_255_of_the_largest_of_its_word():
+def test_attention_is_kept_to_one_255th_of_each_words_maximum():
     one = captioned()
     [(attributes, _)] = Elements(page.attention_page([one], "dog")).of("sat")
     cells = np.frombuffer(base64.b64decode(attributes["data-attention"]), np.uint8)
@@ -115,7 +115,7 @@ def test_words_names_and_references_are_shown_as_they_are():
     assert Elements(page.attention_page([one], NASTY[4])).of("h1")[0][1] == NASTY[4]
 
 
-def test_page_refers_to_nothing_outside():
+def test_page_has_no_external_references():
     source = page.attention_page([captioned()], "dog")
     assert not re.search(r"https?:|@import|url\(|//\w+\.\w", re.sub(r"base64,[^\"]*", "", source))
     links = [attributes[key] for _, attributes, _ in Elements(source).all
@@ -152,24 +152,24 @@ def test_page_of_a_folder_has_a_view_per_image_and_one_script():
 @pytest.mark.parametrize("cell, place", [((0, 0), "at the upper left, 100 %"),
                                          ((13, 7), "at the bottom, 100 %"),
                                          ((6, 6), "in the centre, 100 %")])
-def test_place_of_the_attention_is_said_in_words(cell, place):
+def test_position_of_the_attention_is_described(cell, place):
     [(attributes, _)] = Elements(page.fragment(captioned(["dog"], one_hot(cell)))).of("sat-word")
     assert attributes["data-where"] == f"most attention {place}"
 
 
-def test_the_tab_key_stops_at_the_first_word_alone():
+def test_the_tab_key_reaches_only_the_first_word():
     words = Elements(page.attention_page([captioned()], "dog")).of("sat-word")
     assert [attributes["tabindex"] for attributes, _ in words] == ["0", *["-1"] * 11]
 
 
-def test_even_attention_is_said_to_be_spread():
+def test_even_attention_is_described_as_spread():
     even = np.full((1, SIDE * SIDE), 1 / SIDE**2)
     [(attributes, _)] = Elements(page.fragment(captioned(["dog"], even))).of("sat-word")
     assert attributes["data-where"] == "attention spread over the photograph"
 
 
 @pytest.mark.parametrize("shape", [(11, 196), (13, 196), (12, 195), (12,)])
-def test_attention_that_fits_no_words_is_an_error(shape):
+def test_attention_that_does_not_match_the_words_is_an_error(shape):
     with pytest.raises(ValueError, match=re.escape(f"12 words, but attention of shape {shape}")):
         page.attention_page([captioned(attention=np.zeros(shape))], "dog")
 
@@ -180,7 +180,7 @@ def test_caption_without_words_is_a_page_too():
     Elements(source)
 
 
-def test_page_is_there_whole_or_not_at_all(tmp_path):
+def test_page_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x.html"
     with pytest.raises(ValueError):
         page.write_page(path, [captioned(), captioned(attention=np.zeros((1, 196)))], "dog")
@@ -192,7 +192,7 @@ def test_page_is_there_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_names_that_are_no_valid_text_are_spelt(tmp_path):
+def test_names_with_invalid_unicode_are_escaped(tmp_path):
     page.write_page(tmp_path / "x.html", [captioned(name="photos/\udcff\0.jpg")], "\udcff")
     [(_, text)] = Elements((tmp_path / "x.html").read_text(encoding="utf-8")).of("h2")
     assert text == "\\udcff\N{REPLACEMENT CHARACTER}.jpg"
@@ -320,7 +320,7 @@ def brightest(picture):
     return (rows.mean() + 0.5) / light.shape[0], (columns.mean() + 0.5) / light.shape[1]
 
 
-def test_a_page_that_asks_for_something_or_fails_is_noticed(browser):
+def test_requests_and_script_errors_of_a_page_are_noticed(browser):
     browser.open("<script>nothing.here</script><img src='file:///missing.png'>")
     found = "\n".join(browser.complaints())
     assert "nothing is not defined" in found and "file:///missing.png" in found
@@ -341,7 +341,7 @@ def test_hover_over_a_word_changes_the_picture(browser):
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (120, 600), (600, 120), (900, 1300)])
-def test_the_brightest_place_is_where_the_model_looked_whatever_the_shape(browser, shape):
+def test_the_brightest_point_is_where_the_model_looked_for_any_shape(browser, shape):
     cells = [(2, 11), (9, 4), (0, 0)]
     browser.open(captioned(["one", "two", "three"], one_hot(*cells), shape))
     for word, cell in zip(browser.all(".sat-word"), cells):
@@ -355,7 +355,7 @@ def test_the_brightest_place_is_where_the_model_looked_whatever_the_shape(browse
         assert abs(picture.max() - 185) < 4 and abs(np.median(picture) - 32) < 3
 
 
-def test_the_page_lights_a_photograph_up_as_the_figure_does(browser):
+def test_the_overlay_of_the_page_equals_that_of_the_figure(browser):
     side = 264  # pixels; at this size the figure shows a square photograph as it is
     y, x = np.mgrid[:side, :side] / side
     waves = [(np.sin(12 * x + 5 * y + phase) + 1) * 127 for phase in (0, 1, 4)]
@@ -392,7 +392,7 @@ def test_keys_do_not_scroll_the_page_away(browser):
     assert browser.shown() == ["two"] and browser.run("return scrollY") == 0
 
 
-def test_arrow_keys_follow_the_eye_in_text_from_right_to_left(browser):
+def test_arrow_keys_move_visually_in_right_to_left_text(browser):
     browser.open(captioned(["כלב", "רץ"], one_hot((2, 2), (7, 7))))
     browser.press("tab", "arrow_left")
     assert browser.shown() == ["רץ"]
@@ -406,7 +406,7 @@ def test_tab_visits_each_photograph_once(browser):
     assert browser.shown() == ["two", "three"]
 
 
-def test_keys_win_over_a_mouse_that_lies_still(browser):
+def test_keys_take_precedence_over_a_resting_mouse(browser):
     browser.open(captioned(["one", "two", "three"]))
     browser.press("tab")
     browser.hover(browser.all(".sat-word")[2])
@@ -441,7 +441,7 @@ def test_a_tap_shows_a_word_and_a_second_one_the_photograph(browser):
     assert min(word.size["height"] for word in (one, two)) >= 32  # pixels, for a finger
 
 
-def test_a_finger_that_only_scrolls_shows_nothing(browser):
+def test_scrolling_by_touch_shows_nothing(browser):
     browser.open(captioned(["one", "two"]), width=360, height=740, touch=True)
     finger = browser.actions("touch").move_to_element(browser.all(".sat-word")[0])
     finger.click_and_hold().perform()
@@ -449,7 +449,7 @@ def test_a_finger_that_only_scrolls_shows_nothing(browser):
     browser.actions("touch").release().perform()
 
 
-def test_a_click_stays_when_the_mouse_has_left(browser):
+def test_a_clicked_word_stays_selected_when_the_mouse_leaves(browser):
     browser.open(captioned(["one", "two"]))
     browser.all(".sat-word")[1].click()
     browser.hover(browser.all("h1")[0])
@@ -507,7 +507,7 @@ def test_text_is_readable_in_light_and_dark(browser):
     assert backgrounds[0] > 0.9 and backgrounds[1] < 0.05
 
 
-def test_the_picture_fades_unless_less_motion_is_wanted(browser):
+def test_the_picture_fades_unless_reduced_motion_is_preferred(browser):
     for calm, seconds in ((False, "0.15s"), (True, "0s")):
         browser.open(captioned(), calm=calm)
         assert seconds == browser.run(
@@ -528,7 +528,7 @@ def test_a_screen_reader_finds_the_photograph_and_the_words(browser):
         and node["role"]["value"] == "option"] == ["brown"]
 
 
-def test_nothing_that_words_and_names_say_is_run(browser):
+def test_words_and_names_are_never_run_as_script(browser):
     one = captioned(NASTY, name=NASTY[3], references=NASTY,
                     n_best=[(" ".join(NASTY), -1.0), (NASTY[4], -2.0)])
     for source in ([one], page.fragment(one)):
@@ -540,7 +540,7 @@ def test_nothing_that_words_and_names_say_is_run(browser):
         assert browser.run("return window.hacked === undefined && document.scripts.length === 1")
 
 
-def test_no_script_but_the_page_s_own_may_run(browser):
+def test_only_the_script_of_the_page_may_run(browser):
     browser.open(captioned())
     browser.run("const script = document.createElement('script');"
                 "script.textContent = 'window.hacked = 1'; document.body.append(script);"
@@ -555,7 +555,7 @@ def test_a_caption_without_words_is_shown_with_its_photograph(browser):
     assert abs(browser.picture() - 128).max() < 4 and browser.all(".sat-word") == []
 
 
-def test_a_word_that_is_chosen_before_the_photograph_is_there_is_shown_later(browser):
+def test_a_word_selected_before_the_photograph_has_loaded_is_shown_later(browser):
     source = page.fragment(captioned(["dog"], one_hot((2, 11))))
     browser.open(source.replace('src="data:', 'data-later="data:')
                  + "<script>document.querySelector('.sat-word').click()</script>")
@@ -597,7 +597,7 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
     assert browser.shown() == []
 
 
-def test_style_and_script_lie_beside_the_module():
+def test_style_and_script_are_beside_the_module():
     folder = Path(page.__file__).parent
     assert (folder / "page.css").read_text(encoding="utf-8") == page.STYLE
     assert (folder / "page.js").read_text(encoding="utf-8") == page.SCRIPT
