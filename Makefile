@@ -1,6 +1,6 @@
 # make demo   draw a small data set, train on it, evaluate, caption: everything in demo_run/
 # make test   lint and tests
-# make test-slow   kills runs at random moments, and feeds thousands of broken files
+# make test-slow   kill runs at random moments, and read thousands of broken files
 
 PYTHON ?= python3
 DEMO_EPOCHS ?= 8

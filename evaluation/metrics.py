@@ -153,8 +153,8 @@ class CiderD:
 
     def score(self, candidates, references):
         """
-        candidates: C captions; references: for each the captions of its image, of which empty ones
-        are ignored. A list that occurs several times is processed once.
+        candidates: C captions; references: for each the captions of its image; empty ones are
+        ignored. A list that occurs several times is processed once.
 
         Returns float64 (C,), 0..10.
         """

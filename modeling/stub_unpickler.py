@@ -194,7 +194,7 @@ class StubUnpickler(pickle._Unpickler):
 
 
 def _printable(value):
-    """A string from a file as it can stand in a one-line message; for other values the type."""
+    """A string from a file, escaped for a one-line message; for other values the type."""
     return ascii(value)[1:-1][:100] if isinstance(value, str) else f"of type {type(value).__name__}"
 
 

@@ -83,7 +83,7 @@ def choose_scenes(n, rng):
     Raises UserError if fewer than n exist.
     """
     if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
-        raise UserError(f"{n} scenes asked for; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
+        raise UserError(f"{n} scenes requested; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
                         f"different ones exist")
     single = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
     scenes = rng.sample(ONE_OBJECT, single) + rng.sample(TWO_OBJECTS, n - single)

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
     encoder = Encoder(name="mobilenet_v3_small", weights="none")
     decoder = DecoderWithAttention(16, 16, 16, len(WORD_MAP), encoder_dim=encoder.encoder_dim)
     with torch.no_grad():
-        # Captions shall differ between images, though their mean vectors hardly do.
+        # So that captions differ between images, though their mean vectors hardly do.
         decoder.init_h.weight.mul_(3)
         decoder.embedding.weight.normal_(0, 2)
         decoder.fc.weight.normal_(0, 2)
@@ -113,7 +113,7 @@ def test_our_overlays_are_not_captioned(run, photos):
 
 def test_batched_equals_single(run, photos):
     batched = [json.loads(line) for line in run(photos, "--json", "--no_attention")[1].splitlines()]
-    assert len({line["caption"] for line in batched}) > 1  # or there is nothing to mix up
+    assert len({line["caption"] for line in batched}) > 1  # otherwise a mix-up would not be noticed
     for line in batched:
         single = json.loads(run(line["image"], "--json", "--no_attention")[1])
         assert single.pop("score") == pytest.approx(line.pop("score"), abs=1e-4)

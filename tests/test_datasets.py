@@ -1,4 +1,4 @@
-"""The tutorial's files, their reading in pieces, and the order of an epoch."""
+"""The tutorial's files, read in pieces, and the order of an epoch."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ from datasets import (
 )
 from utils import Parser, UserError
 
-# --- the files of the tutorial ---
+# The files of the tutorial
 
 
 @pytest.fixture
@@ -157,7 +157,8 @@ def test_files_of_two_data_sets_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("word_map, reason", [
-    ([1], "no object of words"), ({"a": "1"}, "no object of words"), ({"a": 1}, "lacks <pad>"),
+    ([1], "not an object of words"), ({"a": "1"}, "not an object of words"),
+    ({"a": 1}, "lacks <pad>"),
     ({"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3}, "lacks <end>"),
     ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad> is 4"),
     ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "see 2"),
@@ -243,7 +244,7 @@ def test_several_data_sets_are_listed(tmp_path):
         find_data_name(tmp_path)
 
 
-# --- the order of an epoch ---
+# The order of an epoch
 
 SIZES = [(1, 1), (7, 3), (10, 5), (10, 4), (3, 8), (101, 16), (64, 64)]
 
@@ -286,7 +287,7 @@ def test_processes_share_the_batches_of_one(items, size, world):
         assert whole == [batch.tolist() for batch in ResumableBatchSampler(items, size)]
 
 
-# --- captions, read in pieces ---
+# Captions, read in pieces
 
 
 @pytest.mark.parametrize("text", [

@@ -1,5 +1,5 @@
 """
-Whatever stands in a file, reading it gives what it should or one line that names the file.
+Reading a file with any content gives a valid result or a one-line error that names the file.
 
 `make test` tries some; FUZZ=600 python -m pytest tests/test_fuzz.py tries that many of each kind.
 """
@@ -46,8 +46,8 @@ json_values = st.recursive(
 
 def read(function, content, name="x.json", named=True):
     """
-    What the function makes of a file with these bytes: anything but another exception. named:
-    whether errors are of this file, not of one that it names.
+    What the function returns for a file with these bytes, or its UserError. named: whether errors
+    name this file, not one that it refers to.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
@@ -59,15 +59,15 @@ def read(function, content, name="x.json", named=True):
             return error
 
 
-def mangled(whole):
-    """Strategy: these bytes with some of them cut off, changed, repeated or put in."""
-    places = st.integers(0, len(whole))
-    edits = st.lists(st.tuples(places, places, st.binary(max_size=6)), min_size=1, max_size=4)
+def mangled(original):
+    """Strategy: these bytes with some of them removed, changed, repeated or inserted."""
+    positions = st.integers(0, len(original))
+    edits = st.lists(st.tuples(positions, positions, st.binary(max_size=6)), min_size=1, max_size=4)
 
     def edit(edits):
-        content = whole
+        content = original
         for start, end, new in edits:
-            # Mostly a small change; one that tears a large piece out is one of many.
+            # Mostly a small change; removing a large piece is rare.
             end = start + (end - start) % 9 if (start + end) % 4 else end
             content = content[:start] + new + content[max(start, end):]
         return content

@@ -1,6 +1,6 @@
 """
-What the README and the documents beside it say, held against the program: commands, options, the
-tree of files, links, and what can be done out of the box.
+The README and the documents beside it agree with the program: commands, options, the tree of files,
+links, and what works out of the box.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Captioning a split: every image once at each beam size, in order, with its attention's hits."""
+"""Captioning a split: every image once at each beam size, in order, with its attention hits."""
 
 from types import SimpleNamespace
 

@@ -66,13 +66,13 @@ class Layer(nn.Module):
 
 TUTORIAL = (Encoder, Attention, DecoderWithAttention)
 for tutorial_class in TUTORIAL:
-    tutorial_class.__module__ = "models"  # as which they were pickled
+    tutorial_class.__module__ = "models"  # the name under which it is pickled
 Layer.__module__ = "torchvision.models.tiny"
 
 
 @pytest.fixture
 def as_models(monkeypatch):
-    """pickle wants to find a class under its name before it writes the name."""
+    """pickle must find a class under its name before it writes the name."""
     for tutorial_class in TUTORIAL:
         monkeypatch.setattr(models, tutorial_class.__name__, tutorial_class, raising=False)
     monkeypatch.setitem(sys.modules, Layer.__module__, types.SimpleNamespace(Layer=Layer))

@@ -282,7 +282,7 @@ def test_values_of_newer_pickle_protocols_and_of_numpy_are_accepted(tmp_path, fo
 
 
 def test_file_of_python_2_is_read(tmp_path, form):
-    """Its strings are of bytes, and an OrderedDict is made of a list of pairs."""
+    """Its strings are bytes, and an OrderedDict is made from a list of pairs."""
     ordered = b"ccollections\nOrderedDict\n](](U\1aK\1e](U\1bK\2ee\x85R"
     path = write_pickle(tmp_path / "x", b"\x80\2(" + ordered + b"T\4\0\0\0wordt.", form)
     assert read(path)[0] == ({"a": 1, "b": 2}, "word")
@@ -314,7 +314,7 @@ def test_tensor_within_its_storage_is_read(tmp_path, form):
     dict(numel=1 << 40), dict(numel=1 << 200), dict(numel=4.0), dict(kind=torch.DoubleStorage),
     dict(kind=torch.nn.Linear), dict(key="1"), dict(key=0), dict(key=("0",))], ids=str)
 def test_tensor_larger_than_its_storage_is_refused(tmp_path, form, wrong):
-    """Before any memory is asked for, whatever the tensor is for."""
+    """Before any memory is allocated."""
     for root in ({"format": 1, "encoder": tensor(**wrong)}, [tensor(**wrong)]):
         path = write_pickle(tmp_path / "x", pickled(root), form, FLOATS)
         with pytest.raises(UserError) as error:
@@ -389,7 +389,7 @@ def test_two_pickles_in_a_zip_are_refused(tmp_path):
         refused(path, "a zip file with 2 data.pkl")
 
 
-# Bombs: small files that ask for much
+# Bombs: small files that would take much time or memory
 
 FORMAT_1 = b"}(U\6formatK\1U\1x"
 BOMBS = {

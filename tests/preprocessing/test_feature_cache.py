@@ -94,7 +94,7 @@ def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(sma
 
     def fail(images):
         calls.append(len(images))
-        if len(calls) == 4:  # one image tells the size, then batches of two
+        if len(calls) == 4:  # one image for the size, then batches of two
             raise KeyboardInterrupt
         return forward(images)
 
@@ -111,14 +111,14 @@ def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(sma
 
 
 def killed_after(images, dataset, encoder):
-    """Encode images one at a time, and kill the process when so many are done."""
+    """Encode images one at a time, and kill the process when this many are done."""
     if (child := os.fork()) == 0:
         forward, calls = encoder.forward, []
         resumable_hdf5.SAVE_SECONDS = 0
 
         def die(pixels):
             calls.append(1)
-            if len(calls) == images + 2:  # the first one tells the size
+            if len(calls) == images + 2:  # the first one is for the size
                 os.kill(os.getpid(), signal.SIGKILL)
             return forward(pixels)
 

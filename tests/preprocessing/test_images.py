@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB."""
+"""Images of every kind become upright RGB."""
 
 import struct
 import zlib

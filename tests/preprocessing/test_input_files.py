@@ -1,4 +1,4 @@
-"""What create_input_files() writes, against counts by hand."""
+"""What create_input_files() writes, compared with counts by hand."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def greys(read, kind):
-    """Which image each row of an HDF5 file is, known by its colour."""
+    """The image in each row of an HDF5 file, recognised by its colour."""
     return [int(image[0, 128, 128]) for image in read(kind)[0]]
 
 

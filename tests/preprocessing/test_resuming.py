@@ -227,12 +227,12 @@ def test_second_run_at_the_same_time_is_refused_at_once(tmp_path):
 
 
 def start_slow_run(tmp_path, n=40):
-    """The script with two helpers at n large images, once it has begun; and its command."""
+    """The script with two workers reading n large images, once it has begun; and its command."""
     names = [f"{i}.png" for i in range(n)]
     path = prepare(tmp_path, [entry(name) for name in names])
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "images" / names[0], compress_level=1)
-    for name in names[1:]:  # large, so that the run lasts
+    for name in names[1:]:  # large, so that the run takes some time
         (tmp_path / "images" / name).unlink()
         os.link(tmp_path / "images" / names[0], tmp_path / "images" / name)
     command = [sys.executable, ROOT / "create_input_files.py", "--karpathy_json", path,
@@ -251,7 +251,7 @@ def children(pid):
 
 
 def runs(pid):
-    """Whether there is such a process, and it is not only waiting for someone to count it out."""
+    """Whether there is such a process, and it is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -17,8 +17,8 @@ from models import Encoder
     ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"]], ids=" ".join)
 def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
     """
-    Plain gradient steps, so weights tell gradients. 110 captions are 22 images, 11 for each
-    process; 55 are 11 images, 6 and 5.
+    Plain gradient steps, so that the weights show the gradients. 110 captions are 22 images, 11
+    for each process; 55 are 11 images, 6 and 5.
     """
     options = ["--epochs", "1", "--dropout", "0", "--decoder_lr", "1.0", *options]
     script = tmp_path / "plain_gradient.py"
@@ -44,7 +44,7 @@ def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_
 
 
 def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(data, tmp_path):
-    """With no reward and no place drawn at random: what is left is the log-probability."""
+    """Without reward and sampled locations, so that only the log-probability remains."""
     script = tmp_path / "none_drawn.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                       "import train\nfrom training import losses\n"
@@ -58,7 +58,7 @@ def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(da
         assert result.returncode == 0, result.stderr
         baselines.append(load_checkpoint(folder)["progress"]["baseline"])
     assert baselines[0] == pytest.approx(baselines[1], rel=1e-4)
-    # About 11 words of 1 in 34 each, of which the average has seen 1 - 0.9 ** 3.
+    # About 11 words of probability 1 / 34 each, weighted 1 - 0.9 ** 3 in the average.
     assert -20 < baselines[0] < -6
 
 
@@ -79,7 +79,7 @@ def test_every_criterion_trains_in_two_processes(data, tmp_path, options):
     assert len(figures) == 2 and all(math.isfinite(x) for row in figures for x in row.values())
     before, after = (load_checkpoint(tmp_path / n)["decoder"] for n in "12")
     still = [name for name in before if torch.equal(before[name], after[name])]
-    assert still in ([], ["attention.full_att.bias"])  # which no softmax can feel
+    assert still in ([], ["attention.full_att.bias"])  # which has no effect on a softmax
 
 
 def test_two_processes_evaluate_like_one(data, tmp_path, capsys):

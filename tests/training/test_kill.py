@@ -1,6 +1,6 @@
 """
-SIGKILL at random moments, again and again until the job is done: the files are those of a run
-that was left alone, weights bit for bit. Slow: `make test-slow`, or python -m pytest -m slow.
+SIGKILL at random moments, repeatedly, until the job is done: the files equal those of an
+uninterrupted run, weights bit for bit. Slow: `make test-slow`, or python -m pytest -m slow.
 """
 
 import os
@@ -38,7 +38,7 @@ def run_with_kills(command, again, kills, shortest, longest, rng):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-        else:  # it came to its end before the shot
+        else:  # it ended before the kill
             assert process.returncode == 0, process.stderr.read()
             return kill
         command = again()
@@ -110,4 +110,4 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
             for name, tensor in one[part].items():
                 assert torch.equal(tensor, other[part][name]), name
         assert one["progress"]["best"] == other["progress"]["best"]
-    assert kills >= 5  # how many there is time for depends on the machine
+    assert kills >= 5  # the number depends on the machine's speed

@@ -42,15 +42,15 @@ def tiny_decoder(side=2, dropout=0.0):
 
 
 def every_caption(max_len):
-    """All that can be sampled: tokens after <start>, up to <end> or max_len of them."""
+    """Yield all captions that can be sampled: tokens after <start>, up to <end> or max_len."""
     for words in itertools.product(range(4), repeat=max_len):
         length = words.index(END) + 1 if END in words else max_len
-        if all(word == 0 for word in words[length:]):  # each once
+        if all(word == 0 for word in words[length:]):  # yield each once
             yield words[:length]
 
 
 def log_prob(decoder, features, words):
-    """By the textbook version: features (1, G, E)"""
+    """The log-probability of a caption by the textbook version; features (1, G, E)"""
     captions = torch.tensor([[START, *words]])
     predictions, *_ = reference.decode(decoder, reference.encode(features, 2), captions,
                                        torch.tensor([len(words) + 1]))
@@ -59,8 +59,8 @@ def log_prob(decoder, features, words):
 
 def expect_mean(draw, exact, draws):
     """
-    draw() gives gradients; their mean must be `exact` (both a tensor for all weights) within its
-    standard error, and that must be small enough to tell.
+    draw() returns a gradient; the mean must equal `exact` (both a tensor of all weights) within its
+    standard error, which must be small enough for the comparison to mean something.
     """
     drawn = torch.stack([draw() for _ in range(draws)])
     error = drawn.std(0) / math.sqrt(draws)
@@ -125,7 +125,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 
 def enumerate_locations(decoder, features, caption):
     """
-    For every sequence of locations that the decoder can look at, given the caption:
+    For every sequence of locations that the decoder can attend to, given the caption:
     log p(locations), log p(words | locations) and the sum of alpha's entropies.
     """
     encoded = reference.encode(features, 2)  # (1, P, E)
@@ -164,7 +164,7 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
     criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, hard_fraction=hard_fraction)
-    criterion.baseline = torch.tensor(-2.0)  # whatever it is, the mean is the same
+    criterion.baseline = torch.tensor(-2.0)  # the mean does not depend on it
     batch = Batch(features.expand(600, -1, -1), captions.expand(600, -1, -1),
                   lengths.expand(600, -1), None, 2 * 600, 600)
 

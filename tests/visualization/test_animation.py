@@ -95,7 +95,7 @@ def test_the_animation_ends_with_the_photograph_and_the_complete_sentence(tmp_pa
         assert np.abs(photograph(picture, image) - expected).mean() < 12
     strip = Sentence(WORDS).draw_below(grey(80, 120), 99)[80:].astype(float)
     assert np.abs(pictures[-1][80:] - strip).mean() < 3
-    assert np.abs(pictures[-HOLD_END - 8][80:] - strip).mean() > 5  # the last word emphasised
+    assert np.abs(pictures[-HOLD_END - 8][80:] - strip).mean() > 5  # the last word is highlighted
 
 
 @BOTH

@@ -1,4 +1,4 @@
-"""The overlays: bright where the attention is, panels and words in their places at every length."""
+"""Overlays are bright where the attention is; panels and words are laid out for every length."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def brightness(axes, rows, columns):
 def test_attention_is_brightest_where_alpha_is(shape, smooth):
     image = np.full((*shape, 3), 255, dtype=np.uint8)
     half = [slice(0, shape[0]), slice(0, shape[1] // 2)]
-    image[tuple(half)] = 0  # black on the left: what is looked at there must outshine the white
+    image[tuple(half)] = 0  # black on the left: attention there must be brighter than white without
     for cell in [(1, 2), (10, 1), (12, 12), (0, 9)]:
         alpha = np.zeros((14, 14))
         alpha[cell] = 1

@@ -1,4 +1,4 @@
-"""Figures are written whole, in the formats that matplotlib knows."""
+"""Figures are written completely or not at all, in the formats that matplotlib supports."""
 
 from pathlib import Path
 

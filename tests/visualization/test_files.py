@@ -1,4 +1,4 @@
-"""Which images a command line stands for, and where their overlays go."""
+"""Which images the arguments stand for, and where their overlays are written."""
 
 import pytest
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from visualization import attention, page
 
-SIDE = 14  # cells of the attention grid along an edge
+SIDE = 14  # locations of the attention grid along an edge
 SENTENCE = "a brown dog runs over the snow with a red ball &"
 NASTY = ["<unk>", "\"&'", "</script>", "<img src=x onerror='window.hacked=1'>",
          "</style><script>window.hacked=1</script>", "&lt;", "naïve", "雪", "-->", "{{x}}"]
@@ -23,7 +23,7 @@ DRIVER = shutil.which("chromedriver")
 
 
 def one_hot(*cells):
-    """(T, P): for each word all attention in one cell (row, column)"""
+    """(T, P): for each word all attention at one location (row, column)"""
     attention = np.zeros((len(cells), SIDE, SIDE), dtype=np.float32)
     for alpha, cell in zip(attention, cells):
         alpha[cell] = 1
@@ -295,7 +295,7 @@ class Browser:
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(float)
 
     def complaints(self):
-        """Lines on the console, and addresses that were asked for besides the page's."""
+        """Lines on the console, and requested URLs other than that of the page."""
         lines = [entry["message"] for entry in self.driver.get_log("browser")]
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
@@ -308,13 +308,13 @@ class Browser:
 @pytest.fixture
 def browser(chromium, tmp_path):
     browser = Browser(chromium, tmp_path)
-    browser.complaints()  # are forgotten when read
+    browser.complaints()  # clears them
     yield browser
     assert browser.complaints() == []
 
 
 def brightest(picture):
-    """Row and column of the brightest place, as shares of height and width."""
+    """Row and column of the brightest point, as fractions of height and width."""
     light = picture.sum(2)
     rows, columns = np.nonzero(light >= light.max() - 1)
     return (rows.mean() + 0.5) / light.shape[0], (columns.mean() + 0.5) / light.shape[1]
@@ -566,7 +566,7 @@ def test_a_word_selected_before_the_photograph_has_loaded_is_shown_later(browser
 
 
 def test_fragments_in_one_notebook_do_not_clash(browser):
-    """Inserted as JupyterLab does: by innerHTML, then with each script made anew."""
+    """Inserted as in JupyterLab: by innerHTML, then with each script created again."""
     one = captioned(["one", "two"], one_hot((2, 2), (11, 11)))
     cells = json.dumps([page.fragment(one)] * 3).replace("</", "<\\/")
     browser.open(f"""<!DOCTYPE html><p>A notebook</p><script>
@@ -586,7 +586,7 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
           }}
           document.body.append(output);
         }}</script>""", height=1400)
-    assert browser.run("return listeners") == 3  # each script has made ready its own view alone
+    assert browser.run("return listeners") == 3  # each script has set up only its own view
     plain = browser.picture()
     browser.hover(browser.all(".sat-word")[3])  # the second word of the second cell
     assert browser.shown() == ["two"]
