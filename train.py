@@ -199,9 +199,9 @@ def get_args(argv=None, source=None, options=None):
     parser.set_options_from(source, options or {})
     args = parser.parse_args(argv)
     if args.self_critical:
-        for name, without in (("attention", "soft"), ("sampling_max", 0),
+        for name, allowed in (("attention", "soft"), ("sampling_max", 0),
                               ("single_captions", False)):
-            if getattr(args, name) != without:
+            if getattr(args, name) != allowed:
                 parser.error(f"--{name} is for training on true captions, which --self_critical "
                              f"does not use; leave one of the two out")
         if not args.checkpoint and not args.resume:

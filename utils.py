@@ -73,7 +73,7 @@ non_negative_int = Number(int, least=0)
 non_negative_float = Number(float, least=0)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the line breaks of descriptions, and show the default of each option that has one."""
 
     def _get_help_string(self, action):
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         message = re.sub(r"^argument (?:-\w+/)?(\S+): ", r"\1: ", message)

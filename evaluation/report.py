@@ -14,12 +14,14 @@ from preprocessing.images import read_rgb
 from utils import UserError, atomic_write
 from visualization import page
 
-SHOWN = 24  # images in each section
+IMAGES_PER_SECTION = 24
 ENVIRONMENT = page.ENVIRONMENT.overlay(loader=FileSystemLoader(Path(__file__).parent))
 
 
 def write_report(path, evaluation, data, image_folder=None, seed=0):
     """
+    Write an evaluation as an HTML page.
+
     evaluation: a table.Evaluation; images are shown with the captions of its last beam size, which
     must have attention
     data: the CaptionDataset
@@ -36,11 +38,11 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
                         "add one that does, such as --metrics CIDEr-D")
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
-    drawn = random.Random(seed).sample(range(len(scores)), min(SHOWN, len(scores)))
+    drawn = random.Random(seed).sample(range(len(scores)), min(IMAGES_PER_SECTION, len(scores)))
     sections = [(heading, [_view(data, i, captions[i], f"{by} {scores[i][by]:.1f}", image_folder)
                            for i in images])
-                for heading, images in ((f"Best by {by}", order[:SHOWN]),
-                                        (f"Worst by {by}", order[:-SHOWN - 1:-1]),
+                for heading, images in ((f"Best by {by}", order[:IMAGES_PER_SECTION]),
+                                        (f"Worst by {by}", order[:-IMAGES_PER_SECTION - 1:-1]),
                                         ("At random", drawn))]
     body = ENVIRONMENT.get_template("report.html").render(
         columns=["beam", *evaluation.names],

@@ -57,6 +57,8 @@ def monitored_metric(args):
 
 class TrainingState:
     """
+    Models, optimizer, schedule and progress of a run.
+
     args: train.py's options; encoder, decoder: on processes.device; steps_per_epoch: steps of the
     optimizer
 

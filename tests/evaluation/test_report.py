@@ -16,7 +16,7 @@ from visualization import page
 
 def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_images(
         stub_options, tmp_path, capsys, data, no_java, monkeypatch):
-    monkeypatch.setattr(report, "SHOWN", 3)
+    monkeypatch.setattr(report, "IMAGES_PER_SECTION", 3)
     options = [*stub_options, "--beam_sizes", "1", "2", "--bootstrap", "50"]
     eval_script.main([*options, "--report", str(tmp_path / "r.html"),
                      "--results", str(tmp_path / "r.json")])
