@@ -3,7 +3,7 @@
 """
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import checkpoints
@@ -172,16 +172,15 @@ def lock_run(args, processes):
     A context in which no other run of the data set can write to the checkpoint folder. UserError if
     one does so now, or if the folder has an earlier run that may not be replaced.
     """
-    if not processes.is_main:
-        yield
-        return
-    folder = Path(args.checkpoint_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Worker processes of a killed run keep the lock for some seconds.
-    with exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
-                        f"another run of {args.data_name} is training in {folder}; wait for it or "
-                        f"pass another --checkpoint_folder", timeout=15):
-        for path in (last_path(args), best_path(args)):
+    folder, lock = Path(args.checkpoint_folder), nullcontext()
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Worker processes of a killed run may hold the lock for some seconds.
+        lock = exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
+                              f"another run of {args.data_name} is training in {folder}; wait for "
+                              f"it or pass another --checkpoint_folder", timeout=15)
+    with lock:
+        for path in (last_path(args), best_path(args)):  # in all processes: each stops with a line
             if path.exists() and not args.overwrite and not continues(args):
                 raise UserError(f"{path} is of an earlier run; pass --resume to continue it, "
                                 f"--overwrite to replace it, or another --checkpoint_folder")

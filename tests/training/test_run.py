@@ -18,7 +18,8 @@ from factories import (
 )
 
 import train
-from utils import UserError
+from training.run import lock_run
+from utils import Distributed, UserError
 
 
 def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):
@@ -29,6 +30,16 @@ def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     train.main(train_args(data, tmp_path, "--epochs", "2", "--overwrite", "--seed", "1"))
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
+
+
+def test_every_process_stops_with_the_line_that_a_run_is_there(tmp_path):
+    """Otherwise torchrun prints the traceback of those that wait for the first one."""
+    (tmp_path / f"checkpoint_{NAME}.pth.tar").touch()
+    args = train.get_args(["--checkpoint_folder", str(tmp_path), "--data_name", NAME])
+    for rank in (0, 1):
+        with (pytest.raises(UserError, match="is of an earlier run; pass --resume"),
+              lock_run(args, Distributed(torch.device("cpu"), rank, 2))):
+            pass
 
 
 def test_a_run_that_fails_to_start_leaves_the_earlier_run_unchanged(data, tmp_path, monkeypatch):
