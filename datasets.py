@@ -152,6 +152,8 @@ class CaptionDataset(Dataset):
         with _reading(self.path), h5py.File(self.path, "r") as file:
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
             self.num_images, *shape = images.shape
+            if self.captions_per_image < 1:
+                raise ValueError(f"its captions_per_image is {self.captions_per_image}")
             if shape != [3, 256, 256] or images.dtype != np.uint8:
                 raise ValueError(f"it holds {images.dtype} of {images.shape}, not uint8 images of "
                                  f"(3, 256, 256)")
@@ -183,10 +185,12 @@ class CaptionDataset(Dataset):
             with _reading(self._references):
                 entries = json.loads(self._references.read_bytes())
                 needed = {"filename", "image_id", "references"}
-                if len(entries) != self.num_images or not all(needed <= entry.keys()
-                                                              for entry in entries):
+                if len(entries) != self.num_images or not all(
+                        needed <= entry.keys()
+                        and all(isinstance(words, list) for words in entry["references"])
+                        for entry in entries):
                     raise ValueError(f"it is not a list of {self.num_images} images with "
-                                     f"filename, image_id and references")
+                                     f"filename, image_id and references, lists of words")
             return entries
         words = {i: word for word, i in self.word_map.items()}
         captions = [[words[i] for i in caption[1:length - 1]] for caption, length in

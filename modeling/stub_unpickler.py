@@ -246,9 +246,13 @@ def _read_zip(file, size):
                 raise Refused(f"the compressed entry {_printable(entry.filename)}")
         if sum(entry.file_size for entry in archive.infolist()) > size:
             raise Refused("entries that overlap")
+        # torch's reader, which may run next, ignores case and may take another of two entries.
+        names = [name.lower() for name in archive.namelist()]
         found = [name for name in archive.namelist() if name.lower().endswith("/data.pkl")]
-        if len(found) != 1:  # torch's reader, which may run next, ignores case
+        if len(found) != 1:
             raise ValueError(f"it is a zip file with {len(found)} data.pkl")
+        if len(set(names)) < len(names):
+            raise Refused("two entries of one name")
         if archive.getinfo(found[0]).file_size > MAX_PICKLE:
             raise Refused(f"a pickle of more than {MAX_PICKLE} bytes")
         byteorder = found[0].removesuffix("data.pkl") + "byteorder"

@@ -102,12 +102,22 @@ def test_count_mismatch_is_a_user_error(tmp_path, captions, lengths):
 
 @pytest.mark.parametrize("references", [
     {}, [[]] * IMAGES, [{"filename": "a.jpg"}] * IMAGES,
-    [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1)], ids=str)
+    [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1),
+    [{"filename": "a.jpg", "image_id": 1, "references": None}] * IMAGES,
+    [{"filename": "a.jpg", "image_id": 1, "references": ["un chat"]}] * IMAGES], ids=str)
 def test_references_of_another_form_or_number_are_named(data, references):
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     path.write_text(json.dumps(references))
     with pytest.raises(UserError, match=f"{path.name} is damaged: .*again$"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN").entry(0)
+
+
+def test_images_without_captions_are_refused(tmp_path):
+    write_tutorial_files(tmp_path, captions=[], lengths=[])
+    with h5py.File(tmp_path / FILES[0], "r+") as file:
+        file.attrs["captions_per_image"] = 0
+    with pytest.raises(UserError, match=f"{FILES[0]} is damaged: its captions_per_image is 0; "):
+        CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
 @pytest.mark.parametrize("shape, dtype", [((IMAGES, 3, 8, 8), "uint8"), ((IMAGES,), "uint8"),

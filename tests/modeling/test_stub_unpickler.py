@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tracemalloc
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -255,7 +256,7 @@ def test_stubs_keep_attributes_and_nothing_of_their_classes(tmp_path, form):
     root, names = read(tmp_path / "x")
     assert type(root["layer"]) is Stub and "torch.nn.modules.linear.Linear" in names
     assert (root["layer"].state["number"], root["layer"].state["texts"]) == (7, {"a": ["b"]})
-    weight = root["layer"].part("_parameters")["weight"]
+    weight = root["layer"].dict_attribute("_parameters")["weight"]
     assert torch.equal(weight.read(tmp_path / "x"), layer.weight)
 
 
@@ -387,6 +388,19 @@ def test_two_pickles_in_a_zip_are_refused(tmp_path):
         with zipfile.ZipFile(path, "a") as file:
             file.writestr(name, b"\x80\2" + FIRE + b")R.")
         refused(path, "a zip file with 2 data.pkl")
+
+
+@pytest.mark.parametrize("name", ["x/data/0", "x/DATA/0"])
+def test_two_entries_of_one_name_are_refused(tmp_path, name):
+    """torch could read the shorter one for a tensor of the longer one's size."""
+    path = write_pickle(tmp_path / "x", pickled([tensor()]), "zip", FLOATS)
+    with zipfile.ZipFile(path) as file:
+        entries = [(name, b"\0"), *((entry, file.read(entry)) for entry in file.namelist())]
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as file:
+        warnings.simplefilter("ignore")  # zipfile's, of the name that is there twice
+        for entry, content in entries:
+            file.writestr(entry, content)
+    refused(path, "two entries of one name")
 
 
 # Bombs: small files that would take much time or memory
