@@ -23,6 +23,8 @@ from preprocessing.input_files import create_input_files
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where the features may be anything, and the encoder runs often or in half precision.
+SMALL_ENCODER = ["--encoder", "mobilenet_v3_small", "--encoder_weights", "none"]
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
 VOCAB = 11

@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import (
     NAME,
+    SMALL_ENCODER,
     load_checkpoint,
     log_rows,
     same,
@@ -86,9 +87,9 @@ def test_augmented_images_are_crops_mirrored_only_where_no_caption_names_a_side(
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_trains_like_float32_and_resumes_exactly(data, tmp_path, amp):
     full, whole, parts = (tmp_path / name for name in ("full", "whole", "parts"))
-    train.main(train_args(data, full, "--epochs", "2"))
-    train.main(train_args(data, whole, "--epochs", "2", "--amp", amp))
-    train.main(train_args(data, parts, "--epochs", "1", "--amp", amp))
+    train.main(train_args(data, full, *SMALL_ENCODER, "--epochs", "2"))
+    train.main(train_args(data, whole, *SMALL_ENCODER, "--epochs", "2", "--amp", amp))
+    train.main(train_args(data, parts, *SMALL_ENCODER, "--epochs", "1", "--amp", amp))
     train.main(["--checkpoint_folder", str(parts), "--resume", "--epochs", "2"])
     a, b = load_checkpoint(whole), load_checkpoint(parts)
     for key in ("decoder", "optimizer", "scaler"):
@@ -101,7 +102,7 @@ def test_half_precision_trains_like_float32_and_resumes_exactly(data, tmp_path, 
 
 
 def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path, "--epochs", "8", "--no-cache_features"))
+    train.main(train_args(data, tmp_path, *SMALL_ENCODER, "--epochs", "8", "--no-cache_features"))
     [best] = [row for row in log_rows(tmp_path)
               if row["epoch"] == load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"]]
     capsys.readouterr()

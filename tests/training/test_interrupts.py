@@ -11,6 +11,7 @@ import torch
 from factories import (
     NAME,
     ROOT,
+    SMALL_ENCODER,
     load_checkpoint,
     log_rows,
     raise_signal_at,
@@ -32,8 +33,9 @@ from utils import Distributed, UserError
     (6, "SIGINT", "training.engine.derive_seed", ["--workers", "2", "--cache_in", "disk"]),
     (2, "SIGTERM", "train.validate", ["--save_minutes", "0"]),  # which checks, then begins
     (5, "SIGTERM", "training.engine.clip_grad_value_",
-     ["--single_captions", "--no-cache_features"]),
-    (3, "SIGINT", "training.engine.clip_grad_value_", ["--amp", "fp16", "--decay_after", "1"]),
+     [*SMALL_ENCODER, "--single_captions", "--no-cache_features"]),
+    (3, "SIGINT", "training.engine.clip_grad_value_",
+     [*SMALL_ENCODER, "--amp", "fp16", "--decay_after", "1"]),
     (3, "SIGINT", "training.engine.clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
     (2, "SIGINT", "training.state.TrainingState.after_epoch", []),
     (6, "SIGINT", "training.engine.clip_grad_value_",
