@@ -263,8 +263,9 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
     assert process.wait() == 1
 
 
-def test_drawing_libraries_are_imported_only_to_draw():
+def test_slow_libraries_are_imported_only_where_they_are_used():
+    """Those that draw, and torchvision, which takes as long as all the rest of train.py."""
     code = ("import sys, caption, eval, train\n"
-            "print(sys.modules.keys() & {'matplotlib', 'skimage'})")
+            "print(sys.modules.keys() & {'matplotlib', 'skimage', 'torchvision'})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_value_
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from evaluation.metrics import CiderD, bleu, top_k_correct
@@ -141,6 +140,8 @@ def augment(images, captions, word_map):
     images: uint8 (N, 3, S, S); captions: (N, R, L) token ids
     Returns uint8 (N, 3, 7/8 S, 7/8 S).
     """
+    from torchvision.transforms import v2  # only here: --help need not wait 2 s for it
+
     sides = torch.tensor([word_map[word] for word in SIDES if word in word_map], dtype=torch.long)
     has_side = torch.isin(captions, sides).flatten(1).any(1)
     crop = v2.RandomCrop(images.shape[-1] * 7 // 8)
