@@ -6,7 +6,17 @@ import re
 
 import pytest
 import torch
-from factories import ENCODER, NAME, ROOT, load_checkpoint, log_rows, run_script, same, train_args
+from factories import (
+    ENCODER,
+    NAME,
+    ROOT,
+    SMALL_ENCODER,
+    load_checkpoint,
+    log_rows,
+    run_script,
+    same,
+    train_args,
+)
 
 import train
 from models import Encoder
@@ -68,11 +78,12 @@ def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(da
     ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
     ids=" ".join)
 def test_every_criterion_trains_in_two_processes(data, tmp_path, options):
-    args = train_args(data, tmp_path / "1", "--epochs", "1")
+    args = train_args(data, tmp_path / "1", *SMALL_ENCODER, "--epochs", "1")
     train.main(args)
     if "--self_critical" in options:
         options = [*options, "--checkpoint", tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"]
-    result = run_script("train.py", *train_args(data, tmp_path / "2", "--epochs", "2", *options),
+    result = run_script("train.py", *train_args(data, tmp_path / "2", *SMALL_ENCODER, "--epochs",
+                                                "2", *options),
                         processes=2)
     assert result.returncode == 0, result.stderr
     figures = log_rows(tmp_path / "2")
