@@ -278,7 +278,7 @@ def test_conversion_overwrites_nothing(path, name):
 def test_decoder_of_another_encoder_is_refused(path, models):
     other = DecoderWithAttention(5, 4, 6, len(WORD_MAP), 99)
     save(path, models[0], other, WORD_MAP)
-    refused(path, f"encoder gives vectors of {models[0].encoder_dim} numbers, its decoder takes 99")
+    refused(path, f"encoder returns vectors of {models[0].encoder_dim} numbers, its decoder takes 99")
 
 
 def test_build_gives_the_model_of_a_loaded_file(path, models):
@@ -371,7 +371,7 @@ def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys
                 b.state_dict()[name].double()) / 2).to(weight.dtype), msg=name)
     other = {word: i for i, word in enumerate(reversed(WORD_MAP))}
     save(paths[3], *later, other | {"<pad>": 0, "<end>": other["<pad>"]})
-    with pytest.raises(UserError, match="other words than"):
+    with pytest.raises(UserError, match="another model or word map than"):
         main([*map(str, (paths[0], tmp_path / "new", "--average", paths[3]))])
     assert not (tmp_path / "new").exists()
 

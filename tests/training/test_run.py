@@ -116,10 +116,13 @@ def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(
     train.main(train_args(data, tmp_path, "--epochs", "2"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     raise_signal_at(monkeypatch, 1, signal.SIGINT, "training.engine.beam_search")
+    # A test run in the background may have been started with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as interrupted:
         train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
                     "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
                     "--device", "cpu", "--workers", "0"])
+    signal.signal(signal.SIGINT, handler)
     assert "resume" not in str(interrupted.value)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
