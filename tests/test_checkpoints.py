@@ -278,7 +278,8 @@ def test_conversion_overwrites_nothing(path, name):
 def test_decoder_of_another_encoder_is_refused(path, models):
     other = DecoderWithAttention(5, 4, 6, len(WORD_MAP), 99)
     save(path, models[0], other, WORD_MAP)
-    refused(path, f"encoder returns vectors of {models[0].encoder_dim} numbers, its decoder takes 99")
+    refused(path, f"encoder returns vectors of {models[0].encoder_dim} numbers, its decoder takes "
+                  f"99")
 
 
 def test_build_gives_the_model_of_a_loaded_file(path, models):
