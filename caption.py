@@ -122,13 +122,13 @@ class Captioner:
         """
         several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
             images, Image.Image)
-        results = list(self.iterate(list(images) if several else [images], **options))
+        results = list(self.each(list(images) if several else [images], **options))
         for result in results:
             if isinstance(result, UserError):
                 raise result
         return results if several else results[0]
 
-    def iterate(self, images, beam_size=5, n_best=1, batch_size=32, **search):
+    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
         """
         Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
         readable. While the model captions one batch, threads read the next.
@@ -151,7 +151,7 @@ class Captioner:
                     yield image if isinstance(image, UserError) else self._to_words(
                         source, next(captions))
 
-    def build_tree(self, image, beam_size=5, **search):
+    def grow_tree(self, image, beam_size=5, **search):
         """
         What the search for an image's caption kept and dropped, as a `beam_tree.Tree`, which
         `beam_tree.draw_tree` draws. Raises UserError if the image is not readable.
@@ -253,7 +253,7 @@ def main():
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
     search, failed, for_page = search_options(args), 0, []
-    results = captioner.iterate(paths, args.beam_size, args.n_best, args.batch_size, **search)
+    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
         if isinstance(result, UserError):
@@ -313,7 +313,7 @@ def draw_beam_tree(captioner, path, args):
     from visualization.beam_tree import draw_tree
 
     with writing(args.beam_tree, make_folder=True):
-        draw_tree(captioner.build_tree(path, args.beam_size, n_best=args.n_best,
+        draw_tree(captioner.grow_tree(path, args.beam_size, n_best=args.n_best,
                                        **search_options(args)), args.beam_tree)
     print(f"beam tree: {args.beam_tree}", file=sys.stderr)
 
