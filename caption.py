@@ -116,7 +116,7 @@ class Captioner:
         """
         images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
         these, a list or an array (N, H, W, 3)
-        options: those of `iterate`
+        options: those of `each`
 
         Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
