@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.args = {"encoded_image_size": encoded_image_size, "name": name}
         backbone = load_backbone(name, weights)
-        self.resnet = backbone.body
+        self.resnet = backbone.body  # the tutorial's name, whatever the backbone
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
         self.encoder_dim = backbone.channels
         self._fine_tuned = backbone.fine_tuned

@@ -107,23 +107,23 @@ def _try_read(path):
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
-def _read_chunk(file, row, paths):
+def _store_chunk(file, row, paths):
     """Read images into rows of a ResumableHDF5 from `row` on; [[row, reason]] for bad ones."""
     images = [_try_read(path) for path in paths]
     file.write(row, [None if isinstance(image, str) else image for image in images])
     return [[i, image] for i, image in enumerate(images, row) if isinstance(image, str)]
 
 
-def _read_chunks(chunks, workers):
-    """Yield _read_chunk(*chunk) in order. Worker processes write the pixels to the files."""
+def _store_chunks(chunks, workers):
+    """Yield _store_chunk(*chunk) in order. Worker processes write the pixels to the files."""
     if workers <= 1:
-        yield from (_read_chunk(*chunk) for chunk in chunks)
+        yield from (_store_chunk(*chunk) for chunk in chunks)
         return
     pending = deque()
     try:
         with open_pool(workers) as pool:
             for chunk in chunks:
-                pending.append(pool.submit(_read_chunk, *chunk))
+                pending.append(pool.submit(_store_chunk, *chunk))
                 if len(pending) == 64 * workers:  # keeps workers busy while progress is saved
                     yield pending.popleft().result()
             while pending:
@@ -133,7 +133,7 @@ def _read_chunks(chunks, workers):
                         "continue, with --workers 1 if memory is short") from None
 
 
-def _read_images(staging, splits, workers):
+def _store_images(staging, splits, workers):
     """Read all images that have not been read yet into the HDF5 files."""
     positions = [(split, row) for split, images in splits.items()
                  for row in range(staging.done[split], len(images), CHUNK)]
@@ -142,7 +142,7 @@ def _read_images(staging, splits, workers):
               for split, row in positions)
     initial = staging.rows_done
     with (
-        closing(_read_chunks(chunks, workers)) as results,
+        closing(_store_chunks(chunks, workers)) as results,
         tqdm(desc="reading", unit="image", initial=initial, total=staging.rows,
              disable=None) as bar,
     ):
@@ -319,7 +319,7 @@ def create_input_files(
                           f"again")
                     return
                 _start_or_resume(staging, overwrite)
-                _read_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)
+                _store_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)
                 splits = _drop_bad_images(staging, splits, missing, skip_bad_images)
                 _write_captions(staging, name, splits, options)
                 staging.complete = True

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints import PRETRAINED
+from checkpoints import PRETRAINED, load
 from models import DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
-from utils import write_json
+from utils import UserError, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the features may be anything, and the encoder runs often or in half precision.
@@ -275,3 +275,15 @@ def as_coco(references, captions):
     """Captions as pycocoevalcap takes them"""
     return ({i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
             {i: [" ".join(words)] for i, words in enumerate(captions)})
+
+
+# Errors
+
+
+def refused(path, *what, load=load):
+    """Loading this file ends in one line that names it and `what`."""
+    with pytest.raises(UserError) as error:
+        load(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and len(message) < 600
+    assert all(part in message for part in what), message

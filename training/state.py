@@ -112,7 +112,11 @@ class TrainingState:
         self.criterion.after_step(self.processes)
 
     def after_epoch(self, stats):
-        """Count a complete epoch. stats: its metrics. Returns whether it is the best so far."""
+        """
+        Count a complete epoch and lower the learning rate if it is due. stats: its metrics.
+
+        Returns whether it is the best so far.
+        """
         progress, score = self.progress, stats[monitored_metric(self.args)]
         improved = progress.best is None or score > progress.best
         self.progress = Progress(
@@ -209,6 +213,7 @@ def half_cosine(step, steps):
 
 
 def _build_scheduler(args, optimizer, steps_per_epoch):
+    """Lowers the learning rate when validation stops improving, with --cosine at each step."""
     if args.cosine:
         # Unlike CosineAnnealingLR, which computes each rate from the one before, LambdaLR gives the
         # same rates to a resumed run.

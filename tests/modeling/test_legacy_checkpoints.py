@@ -11,6 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
+from factories import refused
 from torch import nn
 
 import checkpoints
@@ -118,14 +119,6 @@ def state(as_models):
 @pytest.fixture
 def path(tmp_path, state, form):
     return write(tmp_path / "OLD.pth.tar", state, form)
-
-
-def refused(path, *what):
-    with pytest.raises(UserError) as error:
-        load(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and len(message) < 600
-    assert all(part in message for part in what), message
 
 
 def assert_same(tensors, module):

@@ -19,8 +19,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from factories import refused
 
-from checkpoints import load
 from modeling import stub_unpickler
 from modeling.stub_unpickler import MAGIC, MAX_PICKLE, PROTOCOL, Stub, Tensor, read
 from utils import UserError
@@ -46,15 +46,6 @@ def write_pickle(path, data, form, storages=(), **options):
         path.write_bytes(head + data + pickle.dumps([key for key, _ in storages], 2) + b"".join(
             struct.pack("<q", len(content) // 4) + content for _, content in storages))
     return path
-
-
-def refused(path, *what):
-    """Loading this file ends in one line that names it and `what`."""
-    with pytest.raises(UserError) as error:
-        load(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and len(message) < 600
-    assert all(part in message for part in what), message
 
 
 class Call:
