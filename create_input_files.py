@@ -25,9 +25,9 @@ def get_args(argv=None):
     add("--karpathy_json", help="captions and splits in Karpathy's format")
     add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
     add("--image_folder", help="where the images are")
-    for split in ("val", "test"):
+    for split, purpose in (("val", "validation"), ("test", "testing")):
         add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
-            help="share of the images, if --captions has no splits")
+            help=f"share of the images for {purpose}, if --captions has no column split")
     add("--captions_per_image", type=positive_int, default=5, help="captions sampled per image")
     add("--min_word_freq", type=non_negative_int, default=5,
         help="words that occur at most this often become <unk>")

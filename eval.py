@@ -38,7 +38,7 @@ def get_args(argv=None):
     add_model_options(group)
     add_data_options(group)
     add = group.add_argument
-    add("--split", choices=("val", "test"), default="test")
+    add("--split", choices=("val", "test"), default="test", help="which images of the data set")
     add("--batch_size", type=positive_int, default=64, help="images at a time")
     add("--workers", type=non_negative_int, default=1, help="processes that load images; 0: none")
     add_device_options(parser.add_argument_group("device"))
