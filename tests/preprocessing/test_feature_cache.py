@@ -113,6 +113,7 @@ def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(sma
 def killed_after(images, dataset, encoder):
     """Encode images one at a time, and kill the process when this many are done."""
     if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # a forked process lacks the threads of its parent
         forward, calls = encoder.forward, []
         resumable_hdf5.SAVE_SECONDS = 0
 
