@@ -110,6 +110,7 @@ class Captioner:
         self.device, self.amp = find_device(device), amp
         self.encoder, self.decoder, self.word_map, _ = load_captioner(
             os.fspath(model), self.device, word_map)
+        self.image_size = self.encoder.args["image_size"]
         self.words = {i: word for word, i in self.word_map.items()}
 
     def __call__(self, images, **options):
@@ -136,10 +137,11 @@ class Captioner:
         batch_size: images at a time; n_best, search: options of beam_search
         """
         batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
+        read = partial(_try_read, size=self.image_size)
         with ThreadPoolExecutor() as pool:
-            next_pixels = pool.map(_try_read, batches[0] if batches else [])
+            next_pixels = pool.map(read, batches[0] if batches else [])
             for sources, next_sources in zip(batches, [*batches[1:], []]):
-                pixels, next_pixels = list(next_pixels), pool.map(_try_read, next_sources)
+                pixels, next_pixels = list(next_pixels), pool.map(read, next_sources)
                 readable = [image for image in pixels if isinstance(image, torch.Tensor)]
                 captions = iter(())
                 if readable:
@@ -159,7 +161,7 @@ class Captioner:
         from visualization import beam_tree
 
         with torch.inference_mode(), autocast(self.device, self.amp):
-            pixels = torch.from_numpy(resize_square(load_pixels(image)))
+            pixels = torch.from_numpy(resize_square(load_pixels(image), self.image_size))
             features = self.encoder(pixels[None].to(self.device))
             return beam_tree.build_tree(self.decoder, features, self.word_map, beam_size, **search)
 
@@ -185,10 +187,10 @@ def load_pixels(source):
     return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
 
 
-def _try_read(source):
-    """uint8 (3, 256, 256), or a UserError that says why the image is not readable"""
+def _try_read(source, size):
+    """uint8 (3, size, size), or a UserError that says why the image is not readable"""
     try:
-        return torch.from_numpy(resize_square(load_pixels(source)))
+        return torch.from_numpy(resize_square(load_pixels(source), size))
     except UserError as error:
         return error
     except Exception as error:  # any error of a broken file: the others must be captioned

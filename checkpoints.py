@@ -3,7 +3,7 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
 
     python checkpoints.py OLD NEW --word_map WORDMAP.json   # convert one of the tutorial's
     python checkpoints.py BEST NEW --half                   # make a small one, to pass on
-    python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of two phases
+    python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of several phases
 
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
 (their constructors' arguments) and `word_map`. Those of train.py also hold what continues the run:
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from datasets import check_word_map, read_word_map
+from datasets import IMAGE_SIZE, check_word_map, read_word_map
 from modeling import legacy_checkpoints, stub_unpickler
 from models import DecoderWithAttention, Encoder
 from utils import Parser, UserError, atomic_write, run_script
@@ -31,6 +31,7 @@ from utils import Parser, UserError, atomic_write, run_script
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
+MAX_IMAGE_SIZE = 2048  # likewise
 MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")
 
 
@@ -40,8 +41,9 @@ def get_args(argv=None):
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
-    parser.add_argument("--average", metavar="OTHER", help="average its weights with those of this "
-        "checkpoint, of an earlier or later phase: often better than either")
+    parser.add_argument("--average", metavar="OTHER", nargs="+", help="average its weights with "
+        "those of these checkpoints, of other phases or of the same phase with another --seed: "
+        "often better than each")
     parser.add_argument("--half", action="store_true", help="store matrices and convolutions in "
         "float16, and leave out what only --resume needs: for passing a model on")
     return parser.parse_args(argv)
@@ -74,20 +76,21 @@ def main(argv=None):
 @torch.no_grad()
 def _average(encoder, decoder, word_map, args):
     """
-    Average the weights in place with those of another checkpoint: Wortsman et al. 2021,
-    arXiv 2109.01903. UserError unless it has the same model and word map.
+    Average the weights in place with those of other checkpoints: Wortsman et al. 2021 and 2022,
+    arXiv 2109.01903 and 2203.05482. UserError unless they have the same model and word map.
     """
-    other = load(args.average)
-    other_word_map = find_word_map(other, args.average, args.word_map, required=False)
-    for ours, theirs in zip((encoder, decoder), build(other, args.average)):
-        if word_map != other_word_map \
-                or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
-            raise UserError(f"{args.average} has another model or word map than {args.old}; pass a "
-                            f"phase of the same training")
-        theirs = theirs.state_dict()
-        for name, weight in ours.state_dict().items():
-            if weight.is_floating_point():
-                weight.lerp_(theirs[name], 0.5)
+    for i, path in enumerate(args.average, 1):
+        other = load(path)
+        other_word_map = find_word_map(other, path, args.word_map, required=False)
+        for ours, theirs in zip((encoder, decoder), build(other, path)):
+            if word_map != other_word_map \
+                    or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
+                raise UserError(f"{path} has another model or word map than {args.old}; pass a "
+                                f"phase of the same training")
+            theirs = theirs.state_dict()
+            for name, weight in ours.state_dict().items():
+                if weight.is_floating_point():
+                    weight.lerp_(theirs[name], 1 / (i + 1))
 
 
 def add_model_options(parser):
@@ -190,8 +193,14 @@ def check_model(checkpoint, path):
             if found.shape != tensor.shape:
                 raise ValueError(f"the decoder's {name} has size {tuple(found.shape)}, not "
                                  f"{tuple(tensor.shape)}")
-        if not isinstance(checkpoint["encoder_args"]["name"], str):
+        encoder_args = checkpoint["encoder_args"]
+        if not isinstance(encoder_args["name"], str):
             raise TypeError("its encoder has no name")
+        if encoder_args.get("stride", 32) not in (16, 32):
+            raise ValueError("the encoder's stride is not 16 or 32")
+        size = encoder_args.get("image_size", IMAGE_SIZE)
+        if type(size) is not int or not 32 <= size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is not from 32 to {MAX_IMAGE_SIZE}")
     if checkpoint.get("word_map") is not None:
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 

@@ -19,6 +19,8 @@ from utils import UserError, read_json
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
+IMAGE_SIZE = 256  # pixels a side of the images, unless another size is asked for
+LEAST_SIZE = 32  # a smaller image is less than one cell of most encoders
 CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
 
 
@@ -126,7 +128,7 @@ class CaptionDataset(Dataset):
     One split of a data set. An item is an image with its R captions or, with
     by_image=False, one caption with its image (R = 1):
 
-      image     uint8 (3, 256, 256), or float16 (G, E) where `use_features` was called
+      image     uint8 (3, S, S), or float16 (G, E) where `use_features` was called
       captions  int64 (R, L) word ids: <start> words <end> <pad>...
       lengths   int64 (R,) true lengths, <start> and <end> counted
 
@@ -154,9 +156,11 @@ class CaptionDataset(Dataset):
             self.num_images, *shape = images.shape
             if self.captions_per_image < 1:
                 raise ValueError(f"its captions_per_image is {self.captions_per_image}")
-            if shape != [3, 256, 256] or images.dtype != np.uint8:
+            self.image_size = shape[-1] if shape else 0  # S
+            if shape != [3, self.image_size, self.image_size] or self.image_size < LEAST_SIZE \
+                    or images.dtype != np.uint8:
                 raise ValueError(f"it holds {images.dtype} of {images.shape}, not uint8 images of "
-                                 f"(3, 256, 256)")
+                                 f"(3, S, S), S at least {LEAST_SIZE}")
         expected = self.num_images * self.captions_per_image
         if not expected == len(self.captions) == len(self.lengths):
             raise UserError(

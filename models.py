@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets import IMAGE_SIZE
 from modeling.autograd import AttentionEnergy, DeferredLinear
 from modeling.backbones import load_backbone
 from modeling.packed_captions import PackedCaptions
@@ -33,16 +34,19 @@ class Encoder(nn.Module):
     name: any convolutional classifier of torchvision or timm
     weights: "imagenet", "none" (random), a file (a state dict with the classifier's own keys, or
     one of our checkpoints), or None where a checkpoint will be loaded into it
+    stride: 16 for a grid twice as fine, at about twice the cost; see `load_backbone`
+    image_size: S of the images that it is trained on, and captions
 
     A feature map coarser than 14 x 14 stays on its own grid: the decoder pools it to 14 x 14
     later (see `Annotations`), which gives the same numbers for less work.
     """
 
     def __init__(self, encoded_image_size=ENCODED_IMAGE_SIZE, name="resnet101",
-                 weights="imagenet"):
+                 weights="imagenet", stride=32, image_size=IMAGE_SIZE):
         super().__init__()
-        self.args = {"encoded_image_size": encoded_image_size, "name": name}
-        backbone = load_backbone(name, weights)
+        self.args = {"encoded_image_size": encoded_image_size, "name": name, "stride": stride,
+                     "image_size": image_size}
+        backbone = load_backbone(name, weights, stride)
         self.resnet = backbone.body  # the tutorial's name, whatever the backbone
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
         self.encoder_dim = backbone.channels

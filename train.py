@@ -44,7 +44,7 @@ def train(args, checkpoint, processes):
     train_data, val_data = load_splits(args, processes)
     if args.resume:
         check_same_data(args, checkpoint, train_data)
-    encoder, decoder = build_model(args, checkpoint, train_data.word_map, processes.device)
+    encoder, decoder = build_model(args, checkpoint, (train_data, val_data), processes)
     cache_features_if_frozen(args, encoder, (train_data, val_data), processes)
     train_loader, val_loader = build_loaders(args, train_data, val_data, processes)
     state = TrainingState(args, encoder, decoder, build_criterion(args, train_data),
@@ -121,6 +121,8 @@ def make_parser():
     add = parser.add_argument_group(
         "model", "with --checkpoint and --resume these come from the file").add_argument
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
+    add("--encoder_stride", type=positive_int, choices=(16, 32), default=32, help="pixels of the "
+        "image to a location; 16: a finer attention grid, by dilating the encoder's last stage")
     add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
         "a state dict, or a checkpoint whose encoder to use; not with --checkpoint and --resume, "
         "which have their own")

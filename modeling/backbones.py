@@ -4,6 +4,8 @@ up to the feature map, their weights, the input normalisation, and which modules
 """
 
 import re
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,20 +29,24 @@ class Backbone(NamedTuple):
     std: tuple
 
 
-def load_backbone(name, weights):
+def load_backbone(name, weights, stride=32):
     """
     name: a convolutional classifier of torchvision, else of timm
     weights: "imagenet" (downloaded once), "none" (random), the path of a state dict or of one of
     our checkpoints, or None where a checkpoint will be loaded into it
+    stride: pixels of the image to a cell of the feature map. 32 is the network as it is (some, such
+    as VGG, have 16 then); at 16 the last stage keeps the resolution of the one before and dilates
+    its convolutions instead (Yu and Koltun 2016, arXiv 1511.07122), with the same weights.
 
-    Raises UserError for an unknown name, a failed download or weights that do not fit.
+    Raises UserError for an unknown name, a failed download, weights that do not fit or a network
+    that cannot have this stride.
     """
     import torchvision
 
     if name in torchvision.models.list_models(module=torchvision.models):
-        model, mean, std = _from_torchvision(name, weights)
+        model, mean, std = _from_torchvision(name, weights, stride)
     else:
-        model, mean, std = _from_timm(name, weights)
+        model, mean, std = _from_timm(name, weights, stride)
     state = None if weights in ("imagenet", "none", None) else _read_file(weights, name)
     is_captioner = isinstance(state, dict) and "encoder_args" in state
     if state is not None and not is_captioner:
@@ -64,6 +70,10 @@ def load_backbone(name, weights):
     if probed is None:
         raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
                         f"try resnet101, vgg19 or tf_efficientnet_lite0")
+    *probed, found = probed
+    if stride < found:
+        raise UserError(f"--encoder_stride {stride}: {name} has {found} and cannot be dilated; try "
+                        f"resnet50, resnet101 or tf_efficientnet_lite2, or leave it out")
     if is_captioner:
         _load_encoder(body, state, name, weights)
     if weights == "none":
@@ -71,7 +81,7 @@ def load_backbone(name, weights):
     return Backbone(body, *probed, mean, std)
 
 
-def _from_torchvision(name, weights):
+def _from_torchvision(name, weights, stride):
     import torchvision
 
     pretrained = None
@@ -80,7 +90,8 @@ def _from_torchvision(name, weights):
         available = torchvision.models.get_model_weights(name)
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
     try:
-        model = torchvision.models.get_model(name, weights=pretrained)
+        model = _create(partial(torchvision.models.get_model, name, weights=pretrained), stride,
+                        replace_stride_with_dilation=[False, False, True])
     except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash
         if pretrained is None:
             raise
@@ -91,7 +102,18 @@ def _from_torchvision(name, weights):
     return model, IMAGENET_MEAN, IMAGENET_STD
 
 
-def _from_timm(name, weights):
+def _create(create, stride, **dilation):
+    """
+    The model that the function `create` returns, at stride 16 with these options if it takes them.
+    Whether they had the effect is seen in its output, see `load_backbone`.
+    """
+    if stride == 16:
+        with suppress(TypeError, ValueError, NotImplementedError, AssertionError):
+            return create(**dilation)
+    return create()
+
+
+def _from_timm(name, weights, stride):
     import timm
 
     if not timm.is_model(name):
@@ -100,7 +122,8 @@ def _from_timm(name, weights):
                         f"timm.list_models()" + (f"; similar: {similar}" if similar else ""))
     config = timm.get_pretrained_cfg(name)
     try:
-        model = timm.create_model(name, pretrained=weights == "imagenet")
+        model = _create(partial(timm.create_model, name, pretrained=weights == "imagenet"), stride,
+                        output_stride=16)
     except Exception as error:
         if weights != "imagenet":
             raise
@@ -177,8 +200,8 @@ def calibrate_batchnorm(body):
 @torch.no_grad()
 def _probe(body):
     """
-    Run one small image. Returns the channels of the feature map and the modules whose output
-    is beyond stride 4; None if the output is not a feature map.
+    Run one small image. Returns the channels of the feature map, the modules whose output is beyond
+    stride 4, and the stride of the feature map; None if the output is not a feature map.
     """
     side, beyond_stride_4, hooks = 128, [], []
 
@@ -207,4 +230,4 @@ def _probe(body):
     weights = sum(p.numel() for p in body.parameters())
     if sum(p.numel() for module in beyond_stride_4 for p in module.parameters()) < weights / 2:
         return None  # a transformer that turns tokens into a map only at its end
-    return channels, beyond_stride_4
+    return channels, beyond_stride_4, round(side / out.shape[2])

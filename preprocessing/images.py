@@ -10,6 +10,7 @@ import numpy as np
 from imageio.core.request import InitializationError
 from PIL import ExifTags, Image
 
+from datasets import IMAGE_SIZE
 from utils import UserError
 
 # Pillow's warnings about unusual but readable files are not for the user.
@@ -107,7 +108,7 @@ def _reason(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def read_image(path, size=256):
+def read_image(path, size=IMAGE_SIZE):
     """
     Read a picture for the encoder: uint8 (3, size, size), resized to a square as in the tutorial,
     without keeping its aspect ratio. PIL's bilinear filter is antialiased. Raises UserError as
@@ -116,7 +117,7 @@ def read_image(path, size=256):
     return resize_square(read_rgb(path), size)
 
 
-def resize_square(rgb, size=256):
+def resize_square(rgb, size=IMAGE_SIZE):
     """uint8 (height, width, 3) -> (3, size, size)"""
     image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

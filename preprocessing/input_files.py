@@ -15,14 +15,13 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from datasets import KINDS, data_file
+from datasets import IMAGE_SIZE, KINDS, data_file
 from preprocessing.images import read_image
 from preprocessing.karpathy import read_splits
 from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError, read_json, write_json
 
-IMAGE_SIZE = 256  # pixels a side, of the images in the HDF5 files
 CHUNK = 4  # images that a process reads at a time; few, since an interrupt waits for them
 
 
@@ -32,6 +31,7 @@ class Options(NamedTuple):
     min_word_freq: int
     max_len: int
     seed: int
+    image_size: int
 
 
 def create_word_map(captions, min_word_freq):
@@ -66,6 +66,8 @@ def _find_images(splits, options):
     found, missing = {split: [] for split in splits}, []
     other_options = options._asdict()
     captions_per_image = other_options.pop("captions_per_image")
+    if options.image_size == IMAGE_SIZE:  # as in the hashes of files made before it was an option
+        del other_options["image_size"]
     digest = hashlib.sha256(json.dumps([captions_per_image, other_options]).encode())
     for split, images in splits.items():
         for image in images:
@@ -99,17 +101,17 @@ def _check_bad_images(splits, bad, skip_bad_images, note=""):
         raise _bad_images(bad, "no image to train on is left")
 
 
-def _try_read(path):
-    """The image, uint8 (3, 256, 256), or a str that says why it cannot be read."""
+def _try_read(path, size):
+    """The image, uint8 (3, size, size), or a str that says why it cannot be read."""
     try:
-        return read_image(path, IMAGE_SIZE)
+        return read_image(path, size)
     except Exception as error:  # any error of a broken file: the others must still be read
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
 def _store_chunk(file, row, paths):
     """Read images into rows of a ResumableHDF5 from `row` on; [[row, reason]] for bad ones."""
-    images = [_try_read(path) for path in paths]
+    images = [_try_read(path, file.shape[-1]) for path in paths]
     file.write(row, [None if isinstance(image, str) else image for image in images])
     return [[i, image] for i, image in enumerate(images, row) if isinstance(image, str)]
 
@@ -212,15 +214,15 @@ def _is_already_made(staging):
                     f"--output_folder or --dataset")
 
 
-def _stage(output_folder, name, key, splits, captions_per_image):
+def _stage(output_folder, name, key, splits, options):
     """The StagingFolder of a data set, with an HDF5 file for the images of each split."""
     files = [data_file(split, kind, name) for split in splits for kind in KINDS]
     staging = StagingFolder(output_folder, name, key, [*files, f"WORDMAP_{name}.json"])
     for split, images in splits.items():
         made_from = {"made_from": np.bytes_(key)} if split == "TRAIN" else {}
         staging.add(split, data_file(split, "IMAGES", name), "images",
-                    (len(images), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8,
-                    captions_per_image=captions_per_image, **made_from)
+                    (len(images), 3, options.image_size, options.image_size), np.uint8,
+                    captions_per_image=options.captions_per_image, **made_from)
     return staging
 
 
@@ -266,12 +268,13 @@ def create_input_files(
     seed=123,
     overwrite=False,
     skip_bad_images=False,
+    image_size=IMAGE_SIZE,
 ):
     """
     Write the files that train.py and eval.py read. All appear together at the end, or none does.
 
     For SPLIT in TRAIN (train and restval), VAL, TEST and N_c = captions_per_image:
-      {SPLIT}_IMAGES_{NAME}.hdf5      "images" (I, 3, 256, 256) uint8, attribute captions_per_image
+      {SPLIT}_IMAGES_{NAME}.hdf5      "images" (I, 3, S, S) uint8, attribute captions_per_image
       {SPLIT}_CAPTIONS_{NAME}.json    N_c * I lists of max_len + 2 word ids; i is of image i // N_c
       {SPLIT}_CAPLENS_{NAME}.json     N_c * I lengths in words, with <start> and <end>
       {SPLIT}_REFERENCES_{NAME}.json  I entries: filename, image_id, all the captions as words, and
@@ -292,6 +295,7 @@ def create_input_files(
     seed: for sampling captions_per_image of an image's captions
     overwrite: make the files again, even if files of these names exist
     skip_bad_images: leave out images that are missing or cannot be read
+    image_size: S, to which images are resized
 
     Raises UserError for anything wrong with the data, listing all bad images at once, and for files
     of the same names that were made from something else.
@@ -303,12 +307,12 @@ def create_input_files(
         karpathy, source = karpathy_json_path, karpathy_json_path["source"]
     else:
         karpathy, source = read_json(karpathy_json_path), karpathy_json_path
-    options = Options(captions_per_image, min_word_freq, max_len, seed)
+    options = Options(captions_per_image, min_word_freq, max_len, seed, image_size)
     splits, missing, key = _find_images(
         read_splits(karpathy, source, image_folder, max_len), options)
     _check_bad_images(splits, missing, skip_bad_images,
                       "; the other images have not been read yet")
-    staging = _stage(output_folder, name, key, splits, captions_per_image)
+    staging = _stage(output_folder, name, key, splits, options)
     with _explain_interruption(staging):
         os.makedirs(output_folder, exist_ok=True)
         with staging.lock(f"another process is making {name} in {output_folder}; wait for it"):

@@ -1,5 +1,7 @@
 """Builds what train.py needs: data, model, cached features, data loaders and criterion."""
 
+import math
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -30,19 +32,28 @@ def load_splits(args, processes):
     return train_data, val_data
 
 
-def build_model(args, checkpoint, word_map, device):
-    """Encoder and decoder on the device: the checkpoint's, or new ones as the options say."""
+def build_model(args, checkpoint, datasets, processes):
+    """
+    Encoder and decoder on the device: the checkpoint's, or new ones as the options say.
+
+    datasets: for training and validation. A model that knows more words than they have keeps them:
+    the datasets then get its word map.
+    """
+    word_map, device = datasets[0].word_map, processes.device
     if checkpoint:
-        encoder, decoder = _model_of_checkpoint(checkpoint, args, word_map)
+        encoder, decoder, word_map = _model_of_checkpoint(checkpoint, args, word_map, processes)
+        for data in datasets:
+            data.word_map = word_map
     else:
         encoder, decoder = _new_model(args, word_map)
+    encoder.args["image_size"] = datasets[0].image_size
     encoder.to(device).fine_tune(args.fine_tune_encoder)
     decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
     return encoder, decoder
 
 
 def _new_model(args, word_map):
-    encoder = Encoder(name=args.encoder, weights=args.encoder_weights)
+    encoder = Encoder(name=args.encoder, weights=args.encoder_weights, stride=args.encoder_stride)
     embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
     if args.embeddings:
         embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
@@ -59,26 +70,32 @@ def _new_model(args, word_map):
 def model_options(checkpoint):
     """The options of train.py that describe the model in a checkpoint."""
     sizes = checkpoint["decoder_args"]
-    return {"encoder": checkpoint["encoder_args"]["name"], "attention_dim": sizes["attention_dim"],
-            "emb_dim": sizes["embed_dim"], "decoder_dim": sizes["decoder_dim"],
-            "dropout": sizes.get("dropout", 0.5)}
+    encoder = checkpoint["encoder_args"]
+    return {"encoder": encoder["name"], "encoder_stride": encoder.get("stride", 32),
+            "attention_dim": sizes["attention_dim"], "emb_dim": sizes["embed_dim"],
+            "decoder_dim": sizes["decoder_dim"], "dropout": sizes.get("dropout", 0.5)}
 
 
-def _model_of_checkpoint(checkpoint, args, word_map):
-    """The checkpoint's model; UserError unless it matches the options and the data's word map."""
+def _model_of_checkpoint(checkpoint, args, word_map, processes):
+    """
+    The checkpoint's encoder, decoder and word map, with the words of the data that it lacks.
+    UserError unless it matches the options.
+    """
     path, saved_word_map = args.resume or args.checkpoint, checkpoint.get("word_map")
     if saved_word_map is None:  # a checkpoint of the tutorial
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
             raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
                             f"words, the data have {len(word_map)}")
-    elif saved_word_map != word_map:
-        word = min(word for word in saved_word_map.keys() | word_map.keys()
-                   if saved_word_map.get(word) != word_map.get(word))
+    elif word_map.items() <= saved_word_map.items():
+        word_map = saved_word_map
+    elif args.resume:
+        word = min(word for word in word_map if saved_word_map.get(word) != word_map[word])
         raise UserError(f"{path} was trained with another word map ({len(saved_word_map)} words) "
                         f"than that of the data ({len(word_map)} words): the id of {word!r} is "
-                        f"{saved_word_map.get(word)} there and {word_map.get(word)} here; to use "
-                        f"only its encoder, pass it as --encoder_weights, with "
-                        f"--encoder {checkpoint['encoder_args']['name']}")
+                        f"{saved_word_map.get(word)} there and {word_map[word]} here; pass the "
+                        f"--data_folder of the run, or --checkpoint {path} for a new phase")
+    else:
+        word_map = _grow_words(checkpoint, word_map, processes)
     for option, value in model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
             raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
@@ -86,7 +103,30 @@ def _model_of_checkpoint(checkpoint, args, word_map):
     if args.embeddings and not args.resume:
         raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
     checkpoint["decoder_args"]["dropout"] = args.dropout
-    return checkpoints.build(checkpoint, path)
+    return *checkpoints.build(checkpoint, path), word_map
+
+
+def _grow_words(checkpoint, word_map, processes):
+    """
+    Give the checkpoint's decoder the words of word_map as well, in place.
+
+    A new word begins as what it was to the model before, <unk>: the new words and <unk> share its
+    probability equally, so what the model says does not change otherwise.
+    Returns the new word map: word_map, then the checkpoint's other words.
+    """
+    known, unknown_before = checkpoint["word_map"], checkpoint["word_map"]["<unk>"]
+    others = [word for word in known if word not in word_map]
+    grown = word_map | {word: i for i, word in enumerate(others, len(word_map))}
+    new = [word not in known for word in grown]
+    rows = torch.tensor([known.get(word, unknown_before) for word in grown])
+    decoder = checkpoint["decoder"]
+    for name in ("embedding.weight", "fc.weight", "fc.bias"):
+        decoder[name] = decoder[name][rows]
+    decoder["fc.bias"][rows == unknown_before] -= math.log(1 + sum(new))
+    checkpoint["word_map"], checkpoint["decoder_args"]["vocab_size"] = grown, len(grown)
+    processes.print(f"the model knows {len(known)} words and learns {sum(new)} more from the data, "
+                    f"which lack {len(others)} of its own")
+    return grown
 
 
 def cache_features_if_frozen(args, encoder, datasets, processes):

@@ -258,3 +258,35 @@ def test_weights_may_be_a_checkpoint_with_that_encoder(tmp_path):
     torch.save({"encoder_args": {"name": "resnet18"}, "encoder": {"resnet.0.weight": 3}}, path)
     with pytest.raises(UserError, match="does not hold weights of resnet18"):
         Encoder(name="resnet18", weights=str(path))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "tf_efficientnet_lite0", "resnet18d"])
+def test_stride_16_keeps_the_weights_and_sees_the_same_at_every_second_cell(name):
+    """
+    Dilation leaves out the subsampling alone: every second cell of the finer map is a cell of the
+    coarse one, where no stage after the first dilated one pads the border.
+    """
+    torch.manual_seed(0)
+    coarse, fine = (Encoder(name=name, weights="none", encoded_image_size=64, stride=stride).eval()
+                    for stride in (32, 16))
+    fine.load_state_dict(coarse.state_dict())
+    images = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
+    with torch.no_grad():
+        coarse, fine = (encoder(images)[0].unflatten(0, (side, side))
+                        for encoder, side in ((coarse, 16), (fine, 32)))
+    starts = [start for start in ((0, 0), (1, 1))
+              if torch.allclose(fine[start[0]::2, start[1]::2][5:11, 5:11], coarse[5:11, 5:11],
+                                rtol=1e-3, atol=1e-3 * coarse.abs().max())]
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121", "dla34"])
+def test_an_encoder_that_cannot_be_dilated_is_refused(name):
+    with pytest.raises(UserError, match=f"--encoder_stride 16: {name} has 32 and cannot"):
+        Encoder(name=name, weights="none", stride=16)
+
+
+def test_vgg_has_stride_16_by_itself():
+    encoder = Encoder(name="vgg11", weights="none", stride=16)
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 196, 512)
