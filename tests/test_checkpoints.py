@@ -304,6 +304,9 @@ def test_arguments_and_words_are_checked_as_a_file_is_loaded(path):
     checkpoint = torch.load(path, weights_only=True)
     for part, message in (({"word_map": {**WORD_MAP, "dog": 9}}, "is not a word map"),
                           ({"encoder_args": {"name": 3}}, "its encoder has no name"),
+                          ({"encoder_args": {"name": "x", "stride": 8}}, "stride is not 16 or 32"),
+                          ({"encoder_args": {"name": "x", "image_size": 1 << 20}},
+                           "image_size is not from 32 to 2048"),
                           ({"decoder_args": {}}, "missing 4 required positional arguments")):
         torch.save({**checkpoint, **part}, path)
         with pytest.raises(UserError, match=message):
@@ -370,6 +373,11 @@ def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys
         for name, weight in mean.state_dict().items():
             torch.testing.assert_close(weight, ((a.state_dict()[name].double() +
                 b.state_dict()[name].double()) / 2).to(weight.dtype), msg=name)
+    main([*map(str, (paths[0], tmp_path / "three", "--average", paths[1], paths[1]))])
+    for a, b, mean in zip(models, later, load_captioner(tmp_path / "three", "cpu")):
+        for name, weight in mean.state_dict().items():
+            torch.testing.assert_close(weight, ((a.state_dict()[name].double() +
+                2 * b.state_dict()[name].double()) / 3).to(weight.dtype), msg=name)
     other = {word: i for i, word in enumerate(reversed(WORD_MAP))}
     save(paths[3], *later, other | {"<pad>": 0, "<end>": other["<pad>"]})
     with pytest.raises(UserError, match="another model or word map than"):

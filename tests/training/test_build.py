@@ -2,14 +2,23 @@
 
 import json
 
+import h5py
 import pytest
 import torch
 from factories import NAME, load_checkpoint, log_rows, same, train_args
+from PIL import Image
 
+import checkpoints
+import eval
 import train
+from caption import Captioner
 from datasets import CaptionDataset
+from preprocessing.demo import make_demo
+from preprocessing.images import read_image
+from preprocessing.input_files import create_input_files
 from training.build import build_criterion
 from training.losses import TeacherForcing
+from utils import UserError
 
 
 def test_each_option_reaches_its_criterion(data):
@@ -69,3 +78,82 @@ def test_pretrained_embeddings_are_used_and_can_stay_fixed(data, tmp_path):
     train.main([*common, "--overwrite"])
     tuned = load_checkpoint(tmp_path)["decoder"]["embedding.weight"]
     assert not torch.equal(fixed, tuned)
+
+
+@pytest.fixture(scope="module")
+def few_words(tmp_path_factory):
+    """The pictures of `data`, of whose words only the frequent ones are kept."""
+    folder = tmp_path_factory.mktemp("few_words")
+    create_input_files("few", make_demo(folder / "demo", 22, 6, 6), folder / "demo",
+                       min_word_freq=40, output_folder=folder, workers=1)
+    return folder
+
+
+def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_path, capsys):
+    """
+    With a learning rate of 0: each word that it knew is as probable as before, and the new words
+    and <unk> share what <unk> had.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(train_args(few_words, first, "--epochs", "3"))
+    [before] = first.glob("BEST_*")
+    train.main(["--data_folder", str(data), "--checkpoint_folder", str(second), "--checkpoint",
+                str(before), "--epochs", "1", "--decoder_lr", "0", "--workers", "0"])
+    (_, old, old_map, _), (_, new, new_map, _) = (
+        checkpoints.load_captioner(path, "cpu") for path in (before, *second.glob("BEST_*")))
+    assert new_map == json.loads((data / f"WORDMAP_{NAME}.json").read_text())
+    added = new_map.keys() - old_map.keys()
+    assert len(added) > 5 and not old_map.keys() - new_map.keys()
+    assert f"knows {len(old_map)} words and learns {len(added)} more" in capsys.readouterr().out
+    h = torch.randn(9, 32)
+    old_p, new_p = old.logits(h).softmax(-1), new.logits(h).softmax(-1)
+    for word, i in new_map.items():
+        expected = old_p[:, old_map.get(word, old_map["<unk>"])]
+        if word in added or word == "<unk>":
+            expected = expected / (len(added) + 1)
+        torch.testing.assert_close(new_p[:, i], expected)
+        assert torch.equal(new.embedding.weight[i],
+                           old.embedding.weight[old_map.get(word, old_map["<unk>"])])
+
+
+def test_a_model_of_more_words_keeps_them_and_its_run_can_be_resumed(data, few_words, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(train_args(data, first, "--epochs", "1"))
+    train.main(["--data_folder", str(few_words), "--checkpoint_folder", str(second), "--checkpoint",
+                str(first / f"BEST_checkpoint_{NAME}.pth.tar"), "--epochs", "1", "--workers", "0"])
+    [last] = second.glob("checkpoint_*")
+    few = json.loads(next(few_words.glob("WORDMAP_*")).read_text())
+    every = json.loads((data / f"WORDMAP_{NAME}.json").read_text())
+    word_map = checkpoints.load(last)["word_map"]
+    assert word_map.keys() == every.keys() and few.items() <= word_map.items()
+    train.main(["--checkpoint_folder", str(second), "--resume", "--epochs", "2"])
+    assert checkpoints.load(last)["word_map"] == word_map
+    with pytest.raises(UserError, match="was trained on other data: .* pass their --data_folder"):
+        train.main(["--checkpoint_folder", str(second), "--resume", "--epochs", "3",
+                    "--data_folder", str(data), "--data_name", NAME])
+
+
+def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
+    folder = tmp_path / "small"
+    create_input_files("small", make_demo(folder / "demo", 8, 4, 4), folder / "demo",
+                       min_word_freq=0, output_folder=folder, workers=1, image_size=96)
+    picture = folder / "demo/demo_00000.png"
+    with h5py.File(next(folder.glob("TRAIN_IMAGES_*"))) as file:
+        assert file["images"].shape == (8, 3, 96, 96)
+        assert (file["images"][0] == read_image(picture, 96)).all()
+    train.main(train_args(folder, tmp_path, "--epochs", "1", "--encoder_stride", "16"))
+    [best] = tmp_path.glob("BEST_*")
+    captioner = Captioner(best)
+    assert captioner.encoder.args["image_size"] == 96 and captioner.encoder.args["stride"] == 16
+    seen = []
+    captioner.encoder.register_forward_hook(lambda _, images, out: seen.append(
+        (images[0].shape, out.shape)))
+    captioned = captioner(picture)
+    assert seen == [((1, 3, 96, 96), (1, 36, 1280))]  # 6 x 6 cells of 16 pixels
+    assert captioned.words == captioner(Image.open(picture)).words
+    eval.main(["--data_folder", str(folder), "--model", str(best), "--beam_sizes", "1",
+               "--workers", "0"])
+    assert "4 test images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has encoder_stride 16, not 32; leave --encoder_stride"):
+        train.main(["--data_folder", str(folder), "--checkpoint", str(best), "--encoder_stride",
+                    "32", "--checkpoint_folder", str(tmp_path / "other")])
