@@ -131,6 +131,9 @@ def make_parser():
     add("--attention_dim", type=positive_int, default=512,
         help="size of the hidden layer that scores each location")
     add("--decoder_dim", type=positive_int, default=512, help="size of the LSTM's state")
+    add("--pretrain_text", nargs="+", metavar="FILE", help="captions without images, from which "
+        "the decoder learns to write first: a line each, or IMAGE TAB CAPTION; may end in .gz")
+    add("--pretrain_epochs", type=positive_int, default=5, help="how often to read them")
     add("--dropout", type=Number(float, least=0, below=1), default=0.5,
         help="of the LSTM's state before the logits")
     add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")

@@ -115,6 +115,10 @@ class Parser(argparse.ArgumentParser):
 
 def _check_option(action, value):
     """argparse.ArgumentTypeError unless this value, which was not parsed, suits the option"""
+    if value is not None and action.nargs == "+":
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise argparse.ArgumentTypeError(f"is {ascii(value)[:50]}")
+        return
     kinds = str if action.nargs != 0 else bool  # flags take no argument
     if isinstance(action.type, Number):
         kinds = (int, float) if action.type.kind is float else int

@@ -13,14 +13,18 @@ splits at random, each with all its captions.
 """
 
 import csv
+import gzip
 import json
 import random
 import re
+import string
 import unicodedata
+import zlib
 
 from utils import UserError, broken_json, read_text
 
 IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
+ASCII_SEPARATORS = str.maketrans(dict.fromkeys(string.punctuation, " "))  # categories P and S
 CAPTION_KEYS = ("caption", "text", "sentence", "comment")
 
 # The readers below yield tuples (file name, caption, split or None, COCO's image id or None).
@@ -33,6 +37,8 @@ def split_words(caption):
     Gives Karpathy's tokens for all 40,000 captions of Flickr8k. Uses Unicode categories, so that it
     works for other quotation marks and scripts too; composed and decomposed é are the same.
     """
+    if caption.isascii():  # ten times as fast
+        return caption.lower().translate(ASCII_SEPARATORS).split()
     text = unicodedata.normalize("NFC", caption.lower())
     return "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
 
@@ -210,3 +216,37 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
     elif missing:
         raise UserError(f"{path}: {missing[0]} has no split, but other images have one")
     return {"source": path, "images": list(images.values())}
+
+
+def read_documents(paths):
+    """
+    Captions without images, from text files, which may be compressed (.gz): a caption a line, or
+    IMAGE TAB CAPTION, where the captions of an image form one document.
+
+    Returns the documents, lists of captions, which are lists of words. Raises UserError for a file
+    that cannot be read, and if there is no caption in any.
+    """
+    documents = {}
+    for path in paths:
+        for i, line in enumerate(_read_lines(path)):
+            image, tab, caption = line.partition("\t")
+            words = split_words(caption if tab else line)
+            if words:
+                documents.setdefault((path, image if tab else i), []).append(words)
+    if not documents:
+        raise UserError(f"{', '.join(paths)}: no captions")
+    return list(documents.values())
+
+
+def _read_lines(path):
+    if not str(path).endswith(".gz"):
+        return read_text(path).splitlines()
+    try:
+        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} not found") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

@@ -9,8 +9,10 @@ import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features
+from preprocessing.own_captions import read_documents
 from training.embeddings import load_embeddings
 from training.interrupts import leave_signals_to_parent
+from training.language_model import pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, autocast
 
@@ -47,6 +49,8 @@ def build_model(args, checkpoint, datasets, processes):
     else:
         encoder, decoder = _new_model(args, word_map)
     encoder.args["image_size"] = datasets[0].image_size
+    if args.pretrain_text and not checkpoint:
+        _read_text(decoder.to(device), word_map, args, processes)
     encoder.to(device).fine_tune(args.fine_tune_encoder)
     decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
     return encoder, decoder
@@ -65,6 +69,13 @@ def _new_model(args, word_map):
     if embeddings is not None:
         decoder.load_pretrained_embeddings(embeddings)
     return encoder, decoder
+
+
+def _read_text(decoder, word_map, args, processes):
+    captions = [words for document in read_documents(args.pretrain_text) for words in document]
+    loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
+    processes.print(f"{len(captions)} captions of text, {args.pretrain_epochs} epochs: loss "
+                    f"{loss:.3f}")
 
 
 def model_options(checkpoint):
@@ -102,6 +113,8 @@ def _model_of_checkpoint(checkpoint, args, word_map, processes):
                             f"leave --{option} out")
     if args.embeddings and not args.resume:
         raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
+    if args.pretrain_text and not args.resume:
+        raise UserError(f"{path} has a decoder of its own; leave --pretrain_text out")
     checkpoint["decoder_args"]["dropout"] = args.dropout
     return *checkpoints.build(checkpoint, path), word_map
 
