@@ -53,7 +53,7 @@ def test_pretrained_decoder_knows_the_text_and_keeps_its_attention():
     pretrain(decoder, [*CAPTIONS, ["a"] * 31, []], WORD_MAP, epochs=400, show_progress=False)
     # Each first, second, third and fourth word is drawn from 3, 2, 4 and 2 with equal probability.
     expected = math.log(3 * 2 * 4 * 2) * len(ids)
-    assert teacher_forced_loss(decoder.eval(), ids).item() == pytest.approx(expected, rel=0.05)
+    assert teacher_forced_loss(decoder.eval(), ids).item() == pytest.approx(expected, rel=0.1)
     after = decoder.state_dict()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
     assert unchanged == {"init_h.weight", "init_c.weight", "f_beta.weight", "f_beta.bias",
