@@ -5,6 +5,8 @@ is interrupted or killed, run the same command again to continue.
     python create_input_files.py                                    # the demo data set
     python create_input_files.py --dataset coco --karpathy_json dataset_coco.json --image_folder .
     python create_input_files.py --dataset mine --captions captions.csv --image_folder photos
+    python create_input_files.py --dataset both --karpathy_json dataset_coco.json \
+        dataset_flickr8k.json --image_folder coco Flicker8k_Dataset      # joined
 """
 
 import os
@@ -23,9 +25,12 @@ def get_args(argv=None):
         "a small demo data set and convert it.")
     add = parser.add_argument_group("captions and images").add_argument
     add("--dataset", default="demo", help="its name: coco, flickr8k, flickr30k, demo or another")
-    add("--karpathy_json", help="captions and splits in Karpathy's format")
-    add("--captions", help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
-    add("--image_folder", help="where the images are")
+    add("--karpathy_json", nargs="+", metavar="FILE", help="captions and splits in Karpathy's "
+        "format; several files are joined into one data set")
+    add("--captions", nargs="+", metavar="FILE",
+        help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
+    add("--image_folder", nargs="+", metavar="FOLDER",
+        help="where the images are; for several files a folder each, or one for all")
     for split, purpose in (("val", "validation"), ("test", "testing")):
         add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
             help=f"share of the images for {purpose}, if --captions has no column split")
@@ -67,8 +72,10 @@ def find_captions(args):
         raise UserError("no images given; pass --image_folder FOLDER")
     if args.karpathy_json:
         return args.karpathy_json, args.image_folder
-    captions = read_captions(args.captions, args.seed, args.val_fraction, args.test_fraction)
-    warn_of_empty_splits(args.captions, captions["images"])
+    captions = [read_captions(path, args.seed, args.val_fraction, args.test_fraction)
+                for path in args.captions]
+    warn_of_empty_splits(", ".join(args.captions),
+                         [image for file in captions for image in file["images"]])
     return captions, args.image_folder
 
 

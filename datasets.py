@@ -130,7 +130,11 @@ class CaptionDataset(Dataset):
 
       image     uint8 (3, S, S), or float16 (G, E) where `use_features` was called
       captions  int64 (R, L) word ids: <start> words <end> <pad>...
-      lengths   int64 (R,) true lengths, <start> and <end> counted
+      lengths   int64 (R,) true lengths, <start> and <end> counted; 1, which is nothing to predict,
+                for a caption that repeats another one of its image
+
+    Images with fewer captions than R were filled up by repeating them; a repetition must not count.
+    With by_image=False there is no item for it.
 
     Indexing with an array of n items gives the batch at once, each with a leading n.
     Pixels stay on disk; the HDF5 file is opened at the first read, once per process,
@@ -168,6 +172,16 @@ class CaptionDataset(Dataset):
                 f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they do "
                 f"not belong together; run create_input_files.py again")
         self._check_captions(captions)
+        self.lengths[self._repetitions()] = 1
+        self._distinct = (self.lengths > 1).nonzero().flatten().numpy()
+
+    def _repetitions(self):
+        """(captions,) whether a caption equals an earlier one of its image"""
+        captions = self.captions.view(self.num_images, self.captions_per_image, -1)
+        repeated = torch.zeros(captions.shape[:2], dtype=torch.bool)
+        for i in range(1, captions.shape[1]):
+            repeated[:, i] = (captions[:, :i] == captions[:, i:i + 1]).all(2).any(1)
+        return repeated.flatten()
 
     def _check_captions(self, path):
         """UserError unless each caption is <start>, words and <end>, of the length in CAPLENS"""
@@ -199,12 +213,13 @@ class CaptionDataset(Dataset):
         words = {i: word for word, i in self.word_map.items()}
         captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
                     zip(self.captions.tolist(), self.lengths.tolist())]
-        n = self.captions_per_image
-        return [{"filename": None, "image_id": i, "references": captions[i * n:(i + 1) * n]}
+        n, distinct = self.captions_per_image, self.lengths > 1
+        return [{"filename": None, "image_id": i,
+                 "references": [captions[j] for j in range(i * n, (i + 1) * n) if distinct[j]]}
                 for i in range(self.num_images)]
 
     def __len__(self):
-        return self.num_images if self.by_image else len(self.lengths)
+        return self.num_images if self.by_image else len(self._distinct)
 
     def __getitem__(self, index):
         index, r = np.asarray(index), self.captions_per_image
@@ -213,7 +228,8 @@ class CaptionDataset(Dataset):
         if self.by_image:
             images, captions = index, index[..., None] * r + np.arange(r)
         else:
-            images, captions = index // r, index[..., None]
+            caption = self._distinct[index]
+            images, captions = caption // r, caption[..., None]
         return (self._read_images(images), self.captions[captions].long(),
                 self.lengths[captions].long())
 

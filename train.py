@@ -183,6 +183,11 @@ def make_parser():
         help="with --checkpoint: train on the CIDEr-D of captions sampled from the model")
     add("--samples", type=Number(int, least=2), default=5,
         help="--self_critical: captions sampled per image")
+    add("--cross_entropy_share", type=Number(float, least=0, below=1), default=0.0,
+        help="--self_critical: the share of the cross-entropy of the true captions in the loss")
+    add("--document_frequencies", nargs="+", metavar="FILE", help="--self_critical: count the "
+        "document frequencies of CIDEr-D in these captions, files as for --pretrain_text, instead "
+        "of in the training captions")
 
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint", help="start a new phase from this model")
@@ -211,6 +216,9 @@ def get_args(argv=None, source=None, options=None):
                              f"does not use; leave one of the two out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
+    elif args.cross_entropy_share or args.document_frequencies:
+        parser.error("--cross_entropy_share and --document_frequencies are for --self_critical; "
+                     "leave them out")
     return args
 
 

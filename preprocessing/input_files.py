@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datasets import IMAGE_SIZE, KINDS, data_file
 from preprocessing.images import read_image
-from preprocessing.karpathy import read_splits
+from preprocessing.karpathy import read_sources
 from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError, read_json, write_json
@@ -255,6 +255,18 @@ def _explain_interruption(staging):
                                 f"{staging.folder}, run the same command to continue") from None
 
 
+def _with_folders(sources, folders):
+    """The tuples that `read_sources` takes, of one or several sources and folders."""
+    sources, folders = (x if isinstance(x, (list, tuple)) else [x] for x in (sources, folders))
+    if len(folders) not in (1, len(sources)):
+        raise UserError(f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
+                        f"a folder for each file, or one for all")
+    if len(folders) == 1:
+        folders = folders * len(sources)
+    return [(source, source["source"], folder) if isinstance(source, dict)
+            else (read_json(source), source, folder) for source, folder in zip(sources, folders)]
+
+
 def create_input_files(
     dataset,
     karpathy_json_path,
@@ -287,8 +299,10 @@ def create_input_files(
     The images that a killed run has read stay in .unfinished_{NAME} in the output folder, and the
     next run continues with them.
 
-    karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns
-    image_folder: an image is at image_folder/filepath/filename; filepath may be missing
+    karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns; or
+    a list of these, which are joined: their images have a "source" in REFERENCES
+    image_folder: an image is at image_folder/filepath/filename; filepath may be missing. For
+    several files one folder each, or one for all
     min_word_freq: words that occur at most this often in the training captions become <unk>
     max_len: captions of more words are only used as references
     workers: processes that decode images; None: one per CPU; 0 and 1: none besides this one
@@ -303,13 +317,9 @@ def create_input_files(
     name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     if os.path.basename(name) != name:
         raise UserError(f"{name} cannot be part of a file name; pass another --dataset")
-    if isinstance(karpathy_json_path, dict):
-        karpathy, source = karpathy_json_path, karpathy_json_path["source"]
-    else:
-        karpathy, source = read_json(karpathy_json_path), karpathy_json_path
+    sources = _with_folders(karpathy_json_path, image_folder)
     options = Options(captions_per_image, min_word_freq, max_len, seed, image_size)
-    splits, missing, key = _find_images(
-        read_splits(karpathy, source, image_folder, max_len), options)
+    splits, missing, key = _find_images(read_sources(sources, max_len), options)
     _check_bad_images(splits, missing, skip_bad_images,
                       "; the other images have not been read yet")
     staging = _stage(output_folder, name, key, splits, options)

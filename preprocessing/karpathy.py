@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import SPECIAL_TOKENS
@@ -94,6 +95,42 @@ def _are_objects(objects):
         and all(type(x) in (int, float) for x in obj["box"])
         and isinstance(obj.get("words"), list)
         and all(isinstance(word, str) for word in obj["words"]) for obj in objects)
+
+
+def read_sources(sources, max_len):
+    """
+    The splits of several data sets in one, as `read_splits` returns them. Each image's record has
+    the "source" it comes from, if there are several.
+
+    sources: tuples (content of a Karpathy JSON, its path, image folder)
+    """
+    if len(sources) == 1:
+        return read_splits(*sources[0], max_len)
+    names = _source_names([(content, path) for content, path, _ in sources])
+    joined, seen = {split: [] for split in SPLITS.values()}, {}
+    for name, source in zip(names, sources):
+        for split, images in read_splits(*source, max_len).items():
+            for image in images:
+                if (file := os.path.realpath(image.path)) in seen:
+                    raise UserError(f"{image.path} is in {seen[file]} and in {source[1]}; leave "
+                                    f"one of them out")
+                seen[file] = source[1]
+                image.record["source"] = name
+                joined[split].append(image)
+    return joined
+
+
+def _source_names(sources):
+    """
+    A name for each (content, path): what the file says, else the path without folder and suffix;
+    numbered if two are equal.
+    """
+    names = []
+    for content, path in sources:
+        name = content.get("dataset") if isinstance(content, dict) else None
+        names.append(name if isinstance(name, str) and name else Path(path).stem)
+    return names if len(set(names)) == len(names) else [
+        f"{name}_{i}" for i, name in enumerate(names, 1)]
 
 
 def read_splits(karpathy, source, image_folder, max_len):

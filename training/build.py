@@ -187,7 +187,9 @@ def build_loader(data, sampler, workers, device):
 def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
-        return SelfCritical(data, args.alpha_c, args.samples)
+        documents = args.document_frequencies and read_documents(args.document_frequencies)
+        return SelfCritical(data, args.alpha_c, args.samples, documents=documents,
+                            cross_entropy_share=args.cross_entropy_share)
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
     return TeacherForcing(args.alpha_c)

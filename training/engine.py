@@ -206,8 +206,9 @@ class FiniteCheck:
 def validate(state, loader):
     """
     Caption every image once without teacher forcing, for BLEU-1..4 and CIDEr-D, one of which
-    decides which model is the best. Also, with teacher forcing: loss, top-5 accuracy, and BLEU-4 as
-    the tutorial reports it, of the most likely token after each true beginning.
+    decides which model is the best (see `generated_metrics`). Also, with teacher forcing: loss,
+    top-5 accuracy, and BLEU-4 as the tutorial reports it, of the most likely token after each true
+    beginning.
 
     state: TrainingState, whose averaged models are validated
     Returns these metrics by their names in the log.
@@ -216,7 +217,7 @@ def validate(state, loader):
     encoder, decoder = state.averaged_encoder, state.averaged_decoder.eval()
     word_of = {i: word for word, i in data.word_map.items()}
     generated, teacher_forced, loss, correct, tokens = [], [], 0.0, 0, 0
-    num_tokens, num_captions = int((data.lengths - 1).sum()), len(data.lengths)
+    num_tokens, num_captions = int((data.lengths - 1).sum()), int((data.lengths > 1).sum())
     bar = tqdm(loader, desc="validation", unit="batch",
                disable=None if processes.is_main else True)
     for (images, captions, lengths), rows in zip(bar, loader.sampler):
@@ -231,17 +232,42 @@ def validate(state, loader):
         correct += top_k_correct(logits, targets)
         tokens += len(targets)
         teacher_forced += _teacher_forced(logits.argmax(1), targets, lengths)
-        generated += [(data.entry(int(i))["references"], [word_of[id] for id in caption.tokens])
+        generated += [(int(i), [word_of[id] for id in caption.tokens])
                       for i, caption in zip(rows, hypotheses)]
     loss, correct, tokens = processes.all_reduce(float(loss), int(correct), tokens)
     generated = processes.all_gather(generated)
     teacher_forced = processes.all_gather(teacher_forced)
-    references, captions = zip(*generated)
-    cider_d = CiderD(references).score(captions, references)
     return {"val_loss": loss, "val_top5": 100 * correct / tokens,
             "teacher_forced_bleu4": bleu(*zip(*teacher_forced))[3],
-            **{f"bleu{n}": score for n, score in enumerate(bleu(references, captions), 1)},
-            "cider_d": 100 * float(cider_d.mean())}
+            **generated_metrics([(data.entry(i), words) for i, words in generated])}
+
+
+def generated_metrics(generated):
+    """
+    BLEU-1..4 and CIDEr-D by their names in the log. If the images come from several sources, these
+    are means over the sources, so that none decides alone because it is large; each source's own
+    have its name, as in cider_d_coco.
+
+    generated: pairs of an image's entry in REFERENCES and the words of its caption
+    """
+    by_source = {}
+    for entry, words in generated:
+        pairs = by_source.setdefault(entry.get("source"), [])
+        pairs.append((entry["references"], words))
+    metrics = {}
+    for source, pairs in by_source.items():
+        references, captions = zip(*pairs)
+        cider_d = CiderD(references).score(captions, references)
+        scores = bleu(references, captions)
+        metrics[source] = {**{f"bleu{n}": score for n, score in enumerate(scores, 1)},
+                           "cider_d": 100 * float(cider_d.mean())}
+    if len(metrics) == 1:
+        return metrics[source]
+    names = metrics[source].keys()
+    return {**{name: sum(values[name] for values in metrics.values()) / len(metrics)
+               for name in names},
+            **{f"{name}_{source}": values[name] for source, values in metrics.items()
+               for name in names}}
 
 
 def _teacher_forced(predicted, targets, lengths):
@@ -255,4 +281,4 @@ def _teacher_forced(predicted, targets, lengths):
                                for caption in ids.split(decode_lengths)]
                               for ids in (targets, predicted))
     return [(references[i - i % r:i - i % r + r], hypothesis)
-            for i, hypothesis in enumerate(hypotheses)]
+            for i, hypothesis in enumerate(hypotheses) if hypothesis]

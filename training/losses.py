@@ -55,8 +55,12 @@ def doubly_stochastic_loss(logits, targets, alphas, alpha_c=1.0, num_tokens=None
 
 
 def doubly_stochastic_penalty(alphas):
-    """(N, R, T, P) -> (N, R): the mean over locations of (1 - sum over steps) squared"""
-    return ((1 - alphas.sum(2)) ** 2).mean(-1)
+    """
+    (N, R, T, P) -> (N, R): the mean over locations of (1 - sum over steps) squared; 0 for captions
+    of no tokens, which are not decoded
+    """
+    decoded = alphas[:, :, 0].detach().sum(-1) > 0
+    return ((1 - alphas.sum(2)) ** 2).mean(-1) * decoded
 
 
 class Criterion:
@@ -68,7 +72,7 @@ class Criterion:
 
     def count_captions(self, lengths):
         """The number of captions that the criterion uses for lengths (N, R)."""
-        return lengths.numel()
+        return int((lengths > 1).sum())
 
     def after_step(self, processes):
         pass
@@ -116,7 +120,7 @@ class HardAttention(TeacherForcing):
         reward = self.lambda_r * (log_probs - self.baseline)
         objective = reinforce_attention(alphas, weights, reward, self.lambda_e)
         self._log_prob_sum = self._log_prob_sum + log_probs.sum()
-        self._num_captions += log_probs.numel()
+        self._num_captions += self.count_captions(batch.lengths)
         # The logged loss leaves out this objective, so that it is comparable with soft attention.
         return (loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens,
                 top_k_correct(logits.detach(), targets))
@@ -159,13 +163,18 @@ class SelfCritical(Criterion):
     samples from.
 
     data: the training images' CaptionDataset; samples: captions per image, at least 2
+    cross_entropy_share: w in (1 - w) self-critical loss + w cross-entropy of the true captions,
+    which keeps words in use that the reward alone would forget
+    documents: as in `Reward`
     """
 
     dropout = False
 
-    def __init__(self, data, alpha_c, samples=5, max_len=50):
-        self.word_map, self.reward = data.word_map, Reward(data)
+    def __init__(self, data, alpha_c, samples=5, max_len=50, cross_entropy_share=0.0,
+                 documents=None):
+        self.word_map, self.reward = data.word_map, Reward(data, documents)
         self.alpha_c, self.samples, self.max_len = alpha_c, samples, max_len
+        self.cross_entropy_share = cross_entropy_share
 
     def __call__(self, decoder, batch):
         captions, lengths = sample_captions(getattr(decoder, "module", decoder),
@@ -177,6 +186,10 @@ class SelfCritical(Criterion):
         loss = self_critical_loss(logits, targets, lengths, rewards.to(logits.device),
                                   batch.num_captions)
         penalty = doubly_stochastic_penalty(alphas).sum() / batch.num_captions
+        if self.cross_entropy_share:
+            logits, targets, _ = decoder(batch.features, batch.captions, batch.lengths)
+            cross_entropy = CrossEntropy.apply(logits, targets, None) / batch.num_tokens
+            loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
         return (loss + self.alpha_c * penalty, rewards.sum(),
                 torch.zeros((), dtype=torch.long))
 
@@ -207,15 +220,20 @@ class Reward:
     CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image.
     <end> counts as a word, also in the document frequencies: otherwise incomplete captions are
     rewarded (arXiv 2305.12254).
+
+    documents: lists of captions, lists of words, for the document frequencies; if not given, the
+    training images' captions. An n-gram counts once for a document, however often it occurs there.
     """
 
     END = "<end>"
 
-    def __init__(self, data):
+    def __init__(self, data, documents=None):
         self.words = {i: word for word, i in data.word_map.items()}
         self.references = [[[*words, self.END] for words in entry["references"]]
                            for entry in data.entries]
-        self.cider = CiderD(self.references)
+        if documents:
+            documents = [[[*words, self.END] for words in captions] for captions in documents]
+        self.cider = CiderD(documents or self.references)
 
     def __call__(self, images, captions, lengths):
         """

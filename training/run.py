@@ -108,9 +108,12 @@ class Run:
 
 
 def _format_scores(stats):
+    sources = [key.removeprefix("bleu4_") for key in stats if key.startswith("bleu4_")]
+    scores = [f"{name}BLEU-4 {stats['bleu4' + key]:.2f}, CIDEr-D {stats['cider_d' + key]:.2f}"
+              for name, key in [("mean " * bool(sources), ""),
+                                *((f"{source} ", f"_{source}") for source in sources)]]
     return (f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
-            f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: BLEU-4 "
-            f"{stats['bleu4']:.2f}, CIDEr-D {stats['cider_d']:.2f}")
+            f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: {'; '.join(scores)}")
 
 
 class Log:
