@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
 from modeling.beam_search import add_search_options, beam_search, search_options
+from modeling.field_of_view import find_offset
 from preprocessing.images import read_rgb, resize_square, to_rgb
 from utils import (
     Parser,
@@ -63,7 +64,7 @@ class Captioned:
     score: float  # total log-probability in nats
     finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
-    # How far to the right of and below its place in the grid a location is, as a fraction of the
+    # How far to the right of and below its place in the grid a location looks, as fractions of the
     # image: see `modeling.field_of_view`
     offset: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
 
@@ -181,7 +182,7 @@ class Captioner:
         n_best = [(" ".join(self.words[i] for i in c.tokens), c.score)
                   for c in (caption, *caption.alternatives)]
         return Captioned(source, [self.words[i] for i in caption.tokens], caption.alphas,
-                         caption.score, caption.finished, n_best)
+                         caption.score, caption.finished, n_best, find_offset(self.encoder))
 
 
 def load_pixels(source):
@@ -228,8 +229,8 @@ def get_args(argv=None):
         "folder for the overlays of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
-    add("--overlay", choices=page.OVERLAYS, default="light", help="light: the photograph lit where the "
-        "model looked; heat: a colour map over it")
+    add("--overlay", choices=page.OVERLAYS, default="light", help="light: the photograph lit "
+        "where the model looked; heat: a colour map over it")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the locations of the attention grid")
     add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,
