@@ -22,10 +22,11 @@ BLACK = 0.1  # added to brightness before ratios are taken: noise in black place
 DEEPEST, HIGHEST = 0.5, 0.3  # limits of the detail in nats; BRIGHT * exp(HIGHEST) is below 1
 LEAST = 0.3  # of the photograph's colour that remains without attention
 LARGEST_GAIN = 2.5  # of colours in dark places, where they are mostly noise
-MOST_LIGHT = 4.0  # for a location at the edge of which hardly any is in the photograph
+# Limits of the light: black spots beside bright ones, and locations hardly in the photograph
+LIGHT = 0.5 * DARK, 4.0
 # Where a photograph is black and white by turns, smooth light cannot give each location its mean
 # brightness; it is then corrected by light with a sharper edge. Elsewhere the ratio is about 1.
-CORRECTIONS, RATIOS = 3, (0.5, 2)
+CORRECTIONS, RATIOS = 3, (0.7, 2)
 STEPS = 30  # of the fit; more change no location by 1/255
 
 
@@ -101,8 +102,8 @@ class Canvas:
         """weight: (P,) from 0 to 1"""
         wanted = brightness_of(weight)
         light = wanted
-        for _ in range(STEPS):  # multiplied, so it stays positive
-            light = np.minimum(light * wanted / np.maximum(self.effect @ light, 1e-6), MOST_LIGHT)
+        for _ in range(STEPS):
+            light = (light * wanted / np.maximum(self.effect @ light, 1e-6)).clip(*LIGHT)
         luma = self.detail * self._spread(light.reshape(self.side, self.side))
         for _ in range(CORRECTIONS):
             ratio = wanted.reshape(self.side, self.side) / self._means(luma).clip(1e-6)

@@ -4,8 +4,8 @@
   // How bright a location is says how much attention it has: overlay.py explains it, and the same
   // names and numbers are there.
   const DARK = 0.18, BRIGHT = 0.72, BLACK = 0.1, DEEPEST = 0.5, HIGHEST = 0.3;
-  const LEAST = 0.3, LARGEST_GAIN = 2.5, MOST_LIGHT = 4, STEPS = 30;
-  const CORRECTIONS = 3, RATIOS = [0.5, 2];
+  const LEAST = 0.3, LARGEST_GAIN = 2.5, LIGHT = [0.5 * DARK, 4], STEPS = 30;
+  const CORRECTIONS = 3, RATIOS = [0.7, 2];
 
   const clip = (value, low, high) => Math.min(Math.max(value, low), high);
   const lumaOf = (rgb, i) => (0.299 * rgb[i] + 0.587 * rgb[i + 1] + 0.114 * rgb[i + 2]) / 255;
@@ -127,7 +127,7 @@
       light = light.map((value, i) => {
         let found = 0;
         for (let j = 0; j < light.length; j++) found += effect[i * light.length + j] * light[j];
-        return Math.min(value * wanted[i] / Math.max(found, 1e-6), MOST_LIGHT);
+        return clip(value * wanted[i] / Math.max(found, 1e-6), ...LIGHT);
       });
     }
     let lumas = spread(light, side, smooth).map((value, i) => value * detail[i]);
