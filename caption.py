@@ -6,6 +6,7 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
+    python caption.py --img photo.jpg --overlay heat      # a heat map instead of light
     python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
     python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
 from modeling.beam_search import add_search_options, beam_search, search_options
+from modeling.field_of_view import find_offset
 from preprocessing.images import read_rgb, resize_square, to_rgb
 from utils import (
     Parser,
@@ -62,6 +64,9 @@ class Captioned:
     score: float  # total log-probability in nats
     finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
+    # How far to the right of and below its place in the grid a location looks, as fractions of the
+    # image: see `modeling.field_of_view`
+    offset: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
 
     @property
     def text(self):
@@ -77,18 +82,27 @@ class Captioned:
         """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
         return load_pixels(self.source)
 
-    def figure(self, smooth=True):
-        """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
+    def figure(self, smooth=True, overlay="light"):
+        """
+        A matplotlib Figure with the attention for each word.
+
+        smooth: blend its locations
+        overlay: "light", the photograph lit where the model looked, or "heat", a colour map over it
+        """
         from visualization.attention import attention_grid  # only here: matplotlib is slow
+        from visualization.overlay import Drawing
 
-        return attention_grid(self.image, self.words, self.attention, smooth)
+        return attention_grid(self.image, self.words, self.attention,
+                              Drawing(smooth, overlay, self.offset))
 
-    def save(self, path, smooth=True):
+    def save(self, path, smooth=True, overlay="light"):
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
+
+        smooth, overlay: as in `figure`; pages always blend locations
         """
-        save_attention(self, path, smooth)
+        save_attention(self, path, smooth, overlay)
 
     def _repr_html_(self):
         """The view in a notebook: the photograph, and where the model looked for each word."""
@@ -170,7 +184,7 @@ class Captioner:
         n_best = [(" ".join(self.words[i] for i in c.tokens), c.score)
                   for c in (caption, *caption.alternatives)]
         return Captioned(source, [self.words[i] for i in caption.tokens], caption.alphas,
-                         caption.score, caption.finished, n_best)
+                         caption.score, caption.finished, n_best, find_offset(self.encoder))
 
 
 def load_pixels(source):
@@ -217,6 +231,8 @@ def get_args(argv=None):
         "folder for the overlays of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
+    add("--overlay", choices=page.OVERLAYS, default="light", help="light: the photograph lit "
+        "where the model looked; heat: a colour map over it")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the locations of the attention grid")
     add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,
@@ -269,14 +285,14 @@ def main():
             for_page.append(result)
         elif not args.no_attention:
             with writing(overlay, make_folder=True):
-                result.save(overlay, args.smooth)
+                result.save(overlay, args.smooth, args.overlay)
         if args.show:
-            show(result, overlay, args.smooth)
+            show(result, overlay, args)
     if args.beam_tree:
         draw_beam_tree(captioner, paths[0], args)
     if for_page:
         with writing(args.out, make_folder=True):
-            page.write_page(args.out, for_page, f"{len(for_page)} captions")
+            page.write_page(args.out, for_page, f"{len(for_page)} captions", args.overlay)
     if not args.no_attention and failed < len(paths):
         where = args.out or f"*{OVERLAY} beside the images"
         print(f"attention: {overlays[0] if single else where}", file=sys.stderr)
@@ -302,11 +318,11 @@ def print_captions(captioned, args, single):
     sys.stdout.flush()
 
 
-def show(captioned, overlay, smooth):
+def show(captioned, overlay, args):
     from visualization import figures
 
     try:
-        figures.show(captioned.figure(smooth))
+        figures.show(captioned.figure(args.smooth, args.overlay))
     except RuntimeError as error:
         raise UserError(f"--show: {error}; open {overlay} instead") from None
 

@@ -6,10 +6,11 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
     python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of several phases
 
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
-(their constructors' arguments) and `word_map`. Those of train.py also hold what continues the run:
-`options`, `data` (a summary of the data set), `bleu4`, and of `training.state.TrainingState`
-`optimizer`, `scaler`, `progress` and `trained`. With --ema, `encoder` and `decoder` are the
-averaged weights, and those being trained are in `trained`.
+(their constructors' arguments), `offset` (where the encoder's cells look, see
+modeling/field_of_view.py; older files lack it, then it is measured) and `word_map`. Those of
+train.py also hold what continues the run: `options`, `data` (a summary of the data set), `bleu4`,
+and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and `trained`. With --ema,
+`encoder` and `decoder` are the averaged weights, and those being trained are in `trained`.
 
 Checkpoints of whole modules, as the tutorial wrote them, can be loaded as well, without running
 their code (see modeling/legacy_checkpoints.py).
@@ -25,6 +26,7 @@ import torch
 
 from datasets import IMAGE_SIZE, check_word_map, read_word_map
 from modeling import legacy_checkpoints, stub_unpickler
+from modeling.field_of_view import find_offset
 from models import DecoderWithAttention, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
@@ -32,7 +34,7 @@ FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
 MAX_IMAGE_SIZE = 2048  # likewise
-MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "word_map")
+MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "offset", "word_map")
 
 
 def get_args(argv=None):
@@ -60,6 +62,8 @@ def main(argv=None):
     if args.average:
         _average(encoder, decoder, word_map, args)
         extra = {"options": extra.get("options", {})}  # a run cannot continue from these weights
+        encoder.offset = None  # that of other weights
+    find_offset(encoder)  # now: with some weights in float16 the encoder cannot run
     if args.half:
         # Paths among the options are reduced to file names, without the folders of this machine.
         extra = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
@@ -109,7 +113,7 @@ def save(path, encoder, decoder, word_map, **extra):
     """
     state = {"format": FORMAT, "encoder": encoder.state_dict(), "encoder_args": encoder.args,
              "decoder": decoder.state_dict(), "decoder_args": decoder.args,
-             "word_map": word_map, **extra}
+             "offset": list(find_offset(encoder)), "word_map": word_map, **extra}
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
@@ -201,6 +205,10 @@ def check_model(checkpoint, path):
         size = encoder_args.get("image_size", IMAGE_SIZE)
         if type(size) is not int or not 32 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size is not from 32 to {MAX_IMAGE_SIZE}")
+        if (offset := checkpoint.get("offset")) is not None and not (
+                isinstance(offset, list) and len(offset) == 2
+                and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset)):
+            raise ValueError("offset is not two fractions of an image")
     if checkpoint.get("word_map") is not None:
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 
@@ -221,6 +229,8 @@ def build(checkpoint, path):
             raise ValueError(f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "
                              f"decoder takes {decoder.args['encoder_dim']}")
         encoder.load_state_dict(checkpoint["encoder"])
+        if checkpoint.get("offset") is not None:
+            encoder.offset = tuple(checkpoint["offset"])
         decoder.load_state_dict(checkpoint["decoder"])
     return encoder, decoder
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from datasets import ResumableBatchSampler
 from evaluation.metrics import attention_hits
 from modeling.beam_search import beam_search
+from modeling.field_of_view import find_offset
 from utils import UserError, autocast, read_json
 
 MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
@@ -26,6 +27,7 @@ class ImageCaption(NamedTuple):
     object_words: int  # how many of the words name objects
     hits: int  # for how many of them the attention was in the object's box
     near_hits: int  # the same with the pointing game's margin
+    offset: tuple = (0.0, 0.0)  # of the encoder: `modeling.field_of_view.measure_offset`
     attention: np.ndarray = None  # (T, P), only at the last beam size and with --report
 
 
@@ -44,6 +46,7 @@ def caption_split(model, data, args, processes):
     encoder, decoder, word_map, *_ = model
     words_of = {i: word for word, i in word_map.items()}
     nouns = object_nouns(data)
+    offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else of no use
     batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, processes.rank,
                                     processes.world_size)
     loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
@@ -57,7 +60,8 @@ def caption_split(model, data, args, processes):
                         for beam_size in args.beam_sizes]
         for i, captions in zip(indices.tolist(), zip(*searches)):
             objects = data.entry(i).get("objects", [])
-            by_beam = [_image_caption(caption, words_of, objects, nouns) for caption in captions]
+            by_beam = [_image_caption(caption, words_of, objects, nouns, offset)
+                       for caption in captions]
             if args.report:
                 by_beam[-1] = by_beam[-1]._replace(
                     attention=captions[-1].alphas.astype(np.float16))
@@ -66,11 +70,12 @@ def caption_split(model, data, args, processes):
     return [list(captions) for captions in zip(*(by_beam for _, by_beam in found))]
 
 
-def _image_caption(caption, words_of, objects, nouns):
+def _image_caption(caption, words_of, objects, nouns, offset):
     words = [words_of[token] for token in caption.tokens]
     (hits, total), (near_hits, _) = (
-        attention_hits(words, caption.alphas, objects, nouns, margin) for margin in (0, MARGIN))
-    return ImageCaption(words, caption.score, total, hits, near_hits)
+        attention_hits(words, caption.alphas, objects, nouns, margin, offset)
+        for margin in (0, MARGIN))
+    return ImageCaption(words, caption.score, total, hits, near_hits, offset)
 
 
 def object_nouns(data):

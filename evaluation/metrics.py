@@ -177,7 +177,7 @@ def top_k_correct(logits, targets, k=5):
     return (logits.topk(min(k, logits.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
 
 
-def attention_hits(words, alphas, objects, nouns, margin=0.0):
+def attention_hits(words, alphas, objects, nouns, margin=0.0, offset=(0.0, 0.0)):
     """
     Attention accuracy of one caption: at each word that names an object, is the most attended
     location in that object's box?
@@ -187,6 +187,8 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0):
     nouns: all words that name objects in the data set; one that names no object of this image is
     a miss
     margin: how far outside the box the location may be, as a fraction of the image
+    offset: how far to the right of and below its place in the grid a location looks (see
+    `modeling.field_of_view`); one that would look beyond the image's edge is at the edge
 
     Returns two counts: hits and object words.
     """
@@ -197,7 +199,8 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0):
         total += 1
         side = round(len(alpha) ** 0.5)
         row, column = divmod(int(np.argmax(alpha)), side)
-        x, y = (column + 0.5) / side, (row + 0.5) / side
+        x, y = (min(max((at + 0.5) / side + shift, 0), 1)
+                for at, shift in zip((column, row), offset))
         boxes = [obj["box"] for obj in objects if word in obj["words"]]
         hits += any(left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
                     for left, top, right, bottom in boxes)

@@ -68,7 +68,7 @@ def _view(data, i, caption, score, image_folder):
     return Markup(page.view(SimpleNamespace(
         name=f"{entry['filename'] or entry['image_id']} · {score}",
         image=_photograph(data, i, image_folder), words=caption.words,
-        attention=caption.attention, score=caption.score, n_best=[],
+        attention=caption.attention, offset=caption.offset, score=caption.score, n_best=[],
         references=[" ".join(words) for words in entry["references"]]), "h3"))
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from factories import write_scenes
 
+from modeling import field_of_view
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -12,6 +14,12 @@ def one_thread():
     time waiting than computing. TEST_THREADS=2 shows that no test depends on it.
     """
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_noise_image():
+    """Of most tests' encoders it does not matter where exactly they look, but how long it takes."""
+    field_of_view.NOISE_IMAGES = 1
 
 
 @pytest.fixture(scope="session")

@@ -249,6 +249,21 @@ def test_captioner_names_what_it_cannot_read(model, photos, tmp_path):
     one = model(photos / "1.png", max_len=6)
     one.save(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size[0] > 100
+    for kind in ("png", "gif", "html"):
+        with pytest.raises(ValueError, match="overlay 'heap' is not one of: light, heat"):
+            one.save(tmp_path / f"y.{kind}", overlay="heap")
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "gif", "html"])
+def test_heat_and_light_differ_in_every_format(run, photos, tmp_path, kind):
+    paths = {overlay: tmp_path / f"{overlay}.{kind}" for overlay in ("light", "heat")}
+    for overlay, path in paths.items():
+        assert run(photos / "0.png", f"--overlay={overlay}", f"--out={path}")[0] == 0
+    assert paths["light"].read_bytes() != paths["heat"].read_bytes()
+    if kind == "html":
+        colours = [re.search('data-colours="(.*?)"', path.read_text())[1]
+                   for path in paths.values()]
+        assert colours[0] == "" and len(colours[1]) == 4 * 256
 
 
 def test_closed_pipe_ends_without_a_traceback(model, photos):
@@ -266,6 +281,6 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
 def test_slow_libraries_are_imported_only_where_they_are_used():
     """Those that draw, and torchvision, which takes as long as all the rest of train.py."""
     code = ("import sys, caption, eval, train\n"
-            "print(sys.modules.keys() & {'matplotlib', 'skimage', 'torchvision'})")
+            "print(sys.modules.keys() & {'matplotlib', 'torchvision'})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr

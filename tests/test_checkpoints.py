@@ -23,6 +23,8 @@ from checkpoints import (
     main,
     save,
 )
+from modeling import field_of_view
+from modeling.field_of_view import find_offset
 from models import DecoderWithAttention, Encoder
 from utils import Parser, UserError
 
@@ -60,6 +62,17 @@ def test_saved_model_gives_identical_outputs(path, models):
     assert (word_map, checkpoint["epoch"], checkpoint["bleu4"]) == (WORD_MAP, 3, 21.5)
     assert encoder.args == models[0].args and decoder.args == models[1].args
     assert decoder.dropout.p == 0.3
+
+
+def test_where_the_encoder_looks_is_stored_or_else_measured(path, models, monkeypatch):
+    stored = load_captioner(path, "cpu")[0]
+    checkpoint = torch.load(path, weights_only=True)
+    assert stored.offset == models[0].offset == tuple(checkpoint.pop("offset"))
+    torch.save(checkpoint, path)  # as older ones
+    older = load_captioner(path, "cpu")[0]
+    assert find_offset(older) == pytest.approx(stored.offset, abs=1e-4)
+    monkeypatch.setattr(field_of_view, "measure_offset", None)
+    assert find_offset(stored) == stored.offset
 
 
 def test_file_holds_tensors_and_plain_values_only(path):
@@ -307,6 +320,8 @@ def test_arguments_and_words_are_checked_as_a_file_is_loaded(path):
                           ({"encoder_args": {"name": "x", "stride": 8}}, "stride is not 16 or 32"),
                           ({"encoder_args": {"name": "x", "image_size": 1 << 20}},
                            "image_size is not from 32 to 2048"),
+                          ({"offset": [0.1, float("nan")]}, "offset is not two fractions"),
+                          ({"offset": 0.1}, "offset is not two fractions"),
                           ({"decoder_args": {}}, "missing 4 required positional arguments")):
         torch.save({**checkpoint, **part}, path)
         with pytest.raises(UserError, match=message):
@@ -348,7 +363,7 @@ def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_need
     main([str(old), str(new), "--half"])
     checkpoint = torch.load(new, weights_only=True)
     assert checkpoint.keys() == {"format", "encoder", "encoder_args", "decoder", "decoder_args",
-                                 "word_map", "options"}
+                                 "offset", "word_map", "options"}
     assert checkpoint["options"] == {"epochs": 3, "checkpoint": "BEST.pth.tar", "amp": None}
     for model, ours in zip(models, load_captioner(new, "cpu")):
         for name, weight in model.state_dict().items():

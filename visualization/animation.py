@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError, atomic_write
-from visualization.attention import attention_overlays, resize_image
+from visualization.attention import resize_image
 from visualization.figures import FONT_FILE
+from visualization.overlay import DEFAULT, attention_overlays
 
 TICK = 0.08  # seconds; GIF counts time in hundredths
 FADE, HOLD, HOLD_END = 4, 4, 30  # ticks: from word to word, on a word, on the complete sentence
@@ -25,7 +26,7 @@ BACKGROUND, TEXT, CURRENT_TEXT, CURRENT_BOX = "#111111", "#d0d0d0", "#000000", "
 DITHER = (np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) - 7.5) / 2
 # A pixel keeps its colour unless the error exceeds this, of 255, in a fading frame or in one that
 # is held. This more than halves the file.
-FADE_TOLERANCE, HOLD_TOLERANCE = 20, 8
+FADE_TOLERANCE, HOLD_TOLERANCE = 22, 8
 
 
 class Frame(NamedTuple):
@@ -33,11 +34,11 @@ class Frame(NamedTuple):
     ticks: int  # how long it is shown
 
 
-def write_animation(path, image, words, alphas, smooth=True):
+def write_animation(path, image, words, alphas, drawing=DEFAULT):
     """
     Write a GIF or MP4, according to the path's suffix, with `atomic_write`.
 
-    image, words, alphas, smooth: as in `attention.attention_grid`. The overlays are the same, and
+    image, words, alphas, drawing: as in `attention.attention_grid`. The overlays are the same, and
     each word's fades into the next. The animation ends with the photograph and the complete
     sentence.
 
@@ -48,10 +49,10 @@ def write_animation(path, image, words, alphas, smooth=True):
     if write is None:
         raise ValueError(f"{path} must end in .gif or .mp4")
     with atomic_write(path) as temporary:
-        write(temporary, make_frames(image, words, alphas, smooth))
+        write(temporary, make_frames(image, words, alphas, drawing))
 
 
-def make_frames(image, words, alphas, smooth=True):
+def make_frames(image, words, alphas, drawing=DEFAULT):
     """
     Yield the animation's Frames, FADE of them for each word and for the end. The last frame of a
     word shows only its attention and is held; the others fade to it from the previous word.
@@ -59,7 +60,7 @@ def make_frames(image, words, alphas, smooth=True):
     scale = SIZE / max(image.shape[:2])
     plain = resize_image(image, round(image.shape[1] * scale), round(image.shape[0] * scale))
     photograph, sentence = plain / np.float32(255), Sentence(words)
-    pictures = chain([photograph], attention_overlays(plain, words, alphas, smooth), [photograph])
+    pictures = chain([photograph], attention_overlays(plain, words, alphas, drawing), [photograph])
     holds = [HOLD] * len(words) + [HOLD_END]
     for t, ((previous, current), hold) in enumerate(zip(pairwise(pictures), holds), 1):
         for step in range(1, FADE + 1):

@@ -6,74 +6,38 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from skimage.transform import pyramid_expand, resize
+
+from visualization.overlay import DEFAULT, attention_overlays
 
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
 DPI = 120  # pixels per inch
-PANEL_SIDE = 2.2  # inches, of a square photograph; others get the same area
+PANEL_SIDE = 2.8  # inches, of a square photograph; others get the same area
 MIN_COLUMN, MAX_COLUMN = 1.3, 1.8  # inches; columns over slim photographs widen for long words
 GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
 FONT, SMALLEST = 12, 9  # points; a letter's width is about 0.65 of it; columns widen below SMALLEST
-UPSCALE = 8  # pixels per location when attention is smoothed, before it is resized
 
 
-def attention_grid(image, words, alphas, smooth=True):
+def attention_grid(image, words, alphas, drawing=DEFAULT):
     """
-    One panel per word, row by row: the photograph in colour where the model looked for the word,
-    and dark grey elsewhere. The first panel is the photograph itself.
+    One panel per word, row by row: the photograph lit where the model looked for the word. The
+    first panel is the photograph itself.
 
     image: uint8 (H, W, 3), of any shape; the alphas' grid covers it, resized to a square
     words: T strings; alphas: (T, P) attention on a square grid, P = side * side, row by row
-    smooth: blend neighbouring locations; otherwise each is shown as a block
+    drawing: an `overlay.Drawing`: light or heat, smooth or in blocks
 
     Returns a matplotlib Figure with T + 1 axes. Raises ValueError unless there is one alpha per
     word and P is a square.
     """
     width, height = _panel_size(image)
     photograph = resize_image(image, round(width * DPI), round(height * DPI))
-    panels = [photograph, *attention_overlays(photograph, words, alphas, smooth)]
+    panels = [photograph, *attention_overlays(photograph, words, alphas, drawing)]
     return _draw_panels(panels, ["<start>", *words], width, height)
-
-
-def attention_overlays(photograph, words, alphas, smooth=True):
-    """
-    Yield the photograph once per word, bright where the model looked for it: float32 (H, W, 3),
-    from 0 to 1.
-
-    photograph: uint8 (H, W, 3), of the size at which it is shown; the rest as in `attention_grid`
-
-    Each word has its own scale, from 0 to its most attended location: with attention that is spread
-    evenly, the whole photograph is bright.
-    """
-    alphas = np.asarray(alphas, dtype=np.float32)
-    side = math.isqrt(alphas.shape[-1]) if alphas.ndim == 2 else 0
-    if len(alphas) != len(words) or alphas.shape != (len(words), side * side):
-        raise ValueError(f"{len(words)} words, but attention of shape {alphas.shape}")
-    grey = np.asarray(Image.fromarray(photograph).convert("L"))[..., None] / np.float32(255)
-    photograph = photograph / np.float32(255)
-    for alpha in alphas.reshape(-1, side, side):
-        weight = _upsample(alpha, photograph.shape[:2], smooth)[..., None]
-        weight /= weight.max() or 1
-        # At full weight the brightness is at least 0.45, at weight 0 at most 0.25: a black dog with
-        # attention is brighter than snow without.
-        yield weight * (0.45 + 0.55 * photograph) + (1 - weight) * 0.25 * grey
 
 
 def resize_image(image, width, height):
     """uint8 (H, W, 3) -> (height, width, 3), at least one pixel each"""
     return np.asarray(Image.fromarray(image).resize((max(1, width), max(1, height))))
-
-
-def _upsample(alpha, shape, smooth):
-    """
-    Attention (side, side) -> (H, W), the given shape.
-
-    Smooth as in the tutorial: `pyramid_expand` interpolates linearly, then blurs with a standard
-    deviation of a third of a location. page.js does the same.
-    """
-    if smooth:
-        return resize(pyramid_expand(alpha, upscale=UPSCALE), shape)
-    return resize(alpha, shape, order=0, anti_aliasing=False)
 
 
 def _panel_size(image):

@@ -72,25 +72,29 @@ def overlay_paths(paths, out, single):
     return overlays
 
 
-# Matplotlib, scikit-image and imageio are imported only where they are needed, so that captions
+# Matplotlib and imageio are imported only where they are needed, so that captions
 # without pictures start faster.
 
 
-def save_attention(captioned, path, smooth=True):
+def save_attention(captioned, path, smooth=True, overlay="light"):
     """
     Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
-    picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
+    picture. smooth, overlay: as in `caption.Captioned.figure`
+
+    Raises ValueError for any other suffix or overlay, OSError if the file cannot be written.
     """
     if page.is_page(path):
-        page.write_page(path, [captioned], captioned.text)
+        page.write_page(path, [captioned], captioned.text, overlay)
     elif _is_animation(path):
         from visualization.animation import write_animation
+        from visualization.overlay import Drawing
 
-        write_animation(path, captioned.image, captioned.words, captioned.attention, smooth)
+        write_animation(path, captioned.image, captioned.words, captioned.attention,
+                        Drawing(smooth, overlay, captioned.offset))
     else:
         from visualization import figures
 
-        figures.save(captioned.figure(smooth), path)
+        figures.save(captioned.figure(smooth, overlay), path)
 
 
 def check_suffix(path):

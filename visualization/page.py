@@ -19,6 +19,7 @@ from utils import atomic_write
 
 LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
+OVERLAYS = ("light", "heat")  # ways to draw attention over a photograph, see overlay.py
 # A ninth of the photograph with less of the attention than this is not named; 0.11 is average.
 SPREAD = 0.17
 POSITIONS = ("at the upper left", "at the top", "at the upper right",
@@ -60,7 +61,7 @@ ENVIRONMENT.globals.update(
     script_sha256=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
 
 
-def attention_page(captioned, title):
+def attention_page(captioned, title, overlay="light"):
     """
     A complete HTML document: photographs, captions, and where the model looked for each word.
 
@@ -73,11 +74,13 @@ def attention_page(captioned, title):
       score       total log-probability in nats
       n_best      (text, score), the best first, including the caption itself; shown if several
       references  optional: strings, which are collapsed
-    title: of the document
+      offset      optional: (x, y) as in `overlay.Drawing`
+    title: of the document; overlay: "light" or "heat"
 
-    Raises ValueError unless there is one row of attention per word and P is a square.
+    Raises ValueError unless there is one row of attention per word and P is a square, or for
+    another overlay.
     """
-    views = [view(one, "h2") for one in captioned]
+    views = [view(one, "h2", overlay=overlay) for one in captioned]
     count = "" if len(views) == 1 else f"{len(views)} photographs. "
     return document(title, count + HINT, views)
 
@@ -99,19 +102,25 @@ def is_page(path):
     return os.fspath(path).lower().endswith((".html", ".htm"))
 
 
-def write_page(path, captioned, title):
+def check_overlay(overlay):
+    """ValueError unless it is one of OVERLAYS"""
+    if overlay not in OVERLAYS:
+        raise ValueError(f"overlay {overlay!r} is not one of: {', '.join(OVERLAYS)}")
+
+
+def write_page(path, captioned, title, overlay="light"):
     """Write `attention_page` with `atomic_write`; OSError if the file cannot be written."""
-    content = attention_page(captioned, title)
+    content = attention_page(captioned, title, overlay)
     with atomic_write(path) as temporary:
         Path(temporary).write_text(content, encoding="utf-8", newline="\n")
 
 
-def view(captioned, heading, hint=""):
+def view(captioned, heading, hint="", overlay="light"):
     """
     The <article> of one image, as Markup.
 
-    captioned: as in `attention_page`; heading: the tag of its name; hint: shown while no word is
-    selected
+    captioned, overlay: as in `attention_page`; heading: the tag of its name; hint: shown while no
+    word is selected
     """
     words, attention = captioned.words, np.asarray(captioned.attention, dtype=np.float32)
     side = math.isqrt(attention.shape[-1])
@@ -121,7 +130,8 @@ def view(captioned, heading, hint=""):
     return _macros().view(
         captioned,
         {"uri": _jpeg(image), "ratio": image.shape[1] / image.shape[0]},
-        {"side": side, "base64": _to_base64(attention),
+        {"side": side, "base64": _to_base64(attention), "colours": _colours(overlay),
+         "offset": "{:.4f} {:.4f}".format(*getattr(captioned, "offset", (0, 0))),
          "descriptions": [_describe(alpha) for alpha in attention.reshape(-1, side, side)]},
         heading, hint)
 
@@ -135,6 +145,16 @@ def _to_base64(attention):
     largest = attention.max(1, initial=0, keepdims=True)
     scaled = np.rint(255 * attention / np.where(largest > 0, largest, 1))
     return base64.b64encode(scaled.astype(np.uint8).tobytes()).decode()
+
+
+def _colours(overlay):
+    """Base64 of the heat map's 256 colours, red, green and blue of each; nothing for light"""
+    check_overlay(overlay)
+    if overlay != "heat":
+        return ""
+    from visualization.overlay import heat_colours  # only here: matplotlib is slow
+
+    return base64.b64encode(np.rint(255 * heat_colours()).astype(np.uint8).tobytes()).decode()
 
 
 def _describe(alpha):

@@ -37,9 +37,11 @@ class Split(Dataset):
 @pytest.mark.parametrize("batch_size, report", [(3, None), (8, "r.html")])
 def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report):
     decoder, features = make_case(seed=1, end_bias=0.0)
+    encoder, offset = torch.nn.Identity(), (0.2, -0.1)
+    encoder.offset = offset  # where its cells look, which is measured of encoders that see images
     args = SimpleNamespace(batch_size=batch_size, workers=0, split="test", amp=None, report=report,
                            beam_sizes=[1, 3], search={"max_len": 9})
-    found = caption_split((torch.nn.Identity(), decoder, WORDS, None), Split(features), args,
+    found = caption_split((encoder, decoder, WORDS, None), Split(features), args,
                           Distributed(torch.device("cpu")))
     assert [len(captions) for captions in found] == [8, 8]
     for beam_size, captions in zip(args.beam_sizes, found):
@@ -49,9 +51,9 @@ def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report):
             assert caption.score == pytest.approx(alone.score)
             objects = Split(features).entry(i)["objects"]
             assert (caption.hits, caption.object_words) == attention_hits(
-                caption.words, alone.alphas, objects, NOUNS)
+                caption.words, alone.alphas, objects, NOUNS, 0, offset)
             assert caption.near_hits == attention_hits(
-                caption.words, alone.alphas, objects, NOUNS, MARGIN)[0]
+                caption.words, alone.alphas, objects, NOUNS, MARGIN, offset)[0]
             if report and beam_size == 3:
                 np.testing.assert_allclose(caption.attention, alone.alphas, atol=1e-3)
             else:

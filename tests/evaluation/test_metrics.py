@@ -294,6 +294,17 @@ def test_a_location_within_the_margin_of_the_box_is_a_hit(box):
                               {"cat"}, margin) == (hit, 1)
 
 
+def test_a_location_counts_where_the_encoder_looks():
+    # The location's centre is (0.375, 0.375); the box begins at 0.5.
+    box = {"box": [0.5, 0.25, 0.95, 0.5], "words": ["cat"]}
+    for offset, hit in {(0.0, 0.0): 0, (0.12, 0.0): 0, (0.13, 0.0): 1, (0.13, 0.2): 0}.items():
+        assert attention_hits(["cat"], one_hot(1, 1)[None], [box], {"cat"}, 0, offset) == (hit, 1)
+    # One that would look beyond the image's edge, 0.875 + 0.2, is at the edge.
+    for margin, hit in {0.04: 0, 0.06: 1}.items():
+        assert attention_hits(["cat"], one_hot(1, 3)[None], [box], {"cat"}, margin,
+                              (0.2, 0.0)) == (hit, 1)
+
+
 def test_word_that_names_no_object_of_the_image_is_a_miss():
     alphas = np.stack([one_hot(0, 0)] * 3)
     assert attention_hits(["dog", "kitten", "the"], alphas, [LEFT_HALF],

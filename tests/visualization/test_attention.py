@@ -1,44 +1,11 @@
-"""Overlays are bright where the attention is; panels and words are laid out for every length."""
+"""Figures: panels and words are laid out for every length, and bright where the attention is."""
 
 import numpy as np
 import pytest
-from skimage.transform import pyramid_expand
 
 from visualization import animation
-from visualization.attention import attention_grid, attention_overlays
-
-# The overlays
-
-def upsampled(alpha, shape, smooth):
-    """Attention (side, side) as the overlay of a white photograph of this shape shows it, 0 to 1"""
-    [overlay] = attention_overlays(np.full((*shape, 3), 255, np.uint8), ["dog"],
-                                   alpha.reshape(1, -1), smooth)
-    return (overlay[..., 0] - 0.25) / 0.75  # white is 1 where attention is, 0.25 where none is
-
-
-def test_smooth_overlays_are_those_of_the_tutorial():
-    alpha = np.random.default_rng(0).dirichlet(np.full(196, 0.3)).reshape(14, 14)
-    expected = pyramid_expand(alpha, upscale=24, sigma=8)  # its call, for 14 * 24 = 336 pixels
-    found = upsampled(alpha, (336, 336), smooth=True)
-    assert abs(found - expected / expected.max()).max() < 0.05
-
-
-@pytest.mark.parametrize("side", [1, 2, 14])
-def test_overlays_without_smoothing_are_blocks(side):
-    alpha = np.random.default_rng(0).random((side, side))
-    expected = np.kron(alpha / alpha.max(), np.ones((6, 5)))
-    np.testing.assert_allclose(upsampled(alpha, expected.shape, smooth=False), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1, 60), (60, 1), (5, 3), (200, 300)])
-@pytest.mark.parametrize("side", [1, 2, 14])
-def test_overlays_of_any_size_range_from_zero_to_one(side, shape):
-    alpha = np.random.default_rng(0).random((side, side))
-    for smooth in (True, False):
-        found = upsampled(alpha, shape, smooth)
-        assert found.shape == shape and found.min() > -1e-6
-        assert found.max() == pytest.approx(1, abs=1e-6)
-    assert not upsampled(np.zeros((side, side)), shape, True).any()
+from visualization.attention import attention_grid
+from visualization.overlay import Drawing
 
 
 def brightness(axes, rows, columns):
@@ -62,7 +29,7 @@ def test_attention_is_brightest_where_alpha_is(shape, smooth):
     for cell in [(1, 2), (10, 1), (12, 12), (0, 9)]:
         alpha = np.zeros((14, 14))
         alpha[cell] = 1
-        figure = attention_grid(image, ["dog"], alpha.reshape(1, 196), smooth)
+        figure = attention_grid(image, ["dog"], alpha.reshape(1, 196), Drawing(smooth))
         light = brightness(figure.axes[1], 14, 14)
         assert np.unravel_index(light.argmax(), light.shape) == cell
 

@@ -1,0 +1,60 @@
+"""
+Where the cells of an encoder look.
+
+A cell is drawn at its place in the grid, but its field of view need not be centred there. A layer
+of stride 2 whose window does not lie in the middle of the pixels it replaces shifts the field by
+half a pixel of its input. Five such layers make half a cell: to the upper left with PyTorch's usual
+padding, to the lower right with TensorFlow's "same"; training moves it further. So it is measured.
+"""
+
+import math
+
+import torch
+
+NOISE_IMAGES = 8  # the more, the more exact: with 8, about 0.01 of the image
+SIDE = 256  # pixels, of the images of an encoder that does not say another
+
+
+def find_offset(encoder):
+    """
+    `measure_offset` of an `models.Encoder`, measured once and kept as `encoder.offset`, which
+    checkpoints store; while the encoder is trained, its fields move, and each call measures.
+    """
+    trained = any(weight.requires_grad for weight in encoder.parameters())
+    if trained or getattr(encoder, "offset", None) is None:
+        encoder.offset = measure_offset(encoder, encoder.args.get("image_size", SIDE))
+    return encoder.offset
+
+
+def measure_offset(encoder, side):
+    """
+    How far the field of view of a central cell lies to the right of and below the place at which
+    the cell is drawn: (x, y) as fractions of the image.
+
+    encoder: a module, normalised images (N, 3, side, side) -> features (N, G, E), row by row of a
+    square grid; side: in pixels
+
+    The field is where a change of a pixel changes the cell's features: the squared gradient of
+    random projections of them, on noise images. Its centroid is its place.
+    """
+    weight = next(encoder.parameters())
+    # A generator of its own: measuring changes no random number of a training run.
+    generator, training = torch.Generator().manual_seed(0), encoder.training
+    encoder.eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        energy = torch.zeros(side, side, dtype=torch.float64)
+        for _ in range(NOISE_IMAGES):  # one at a time, to save memory
+            image = torch.randn(1, 3, side, side, generator=generator).to(weight).requires_grad_()
+            features = encoder(image)
+            grid = math.isqrt(features.shape[1])
+            # The two rows and columns in the middle, or the only ones: they lie around the centre.
+            middle = slice((grid - 1) // 2, grid // 2 + 1)
+            central = features.unflatten(1, (grid, grid))[:, middle, middle]
+            projection = torch.randn(central.shape, generator=generator).to(weight)
+            [gradient] = torch.autograd.grad((central * projection).sum(), image)
+            squared = gradient.double().square().sum((0, 1)).nan_to_num(0, 0, 0).cpu()
+            energy += squared / squared.sum().clamp_min(1e-300)  # all images count the same
+    encoder.train(training)
+    centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5
+    total = energy.sum().clamp_min(1e-300)
+    return (energy.sum(0) @ centres / total).item(), (energy.sum(1) @ centres / total).item()
