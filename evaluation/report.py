@@ -66,7 +66,8 @@ def _view(data, i, caption, score, image_folder):
     """One image with its caption, attention and references, as HTML. score: text after its name"""
     entry = data.entry(i)
     return Markup(page.view(SimpleNamespace(
-        name=f"{entry['filename'] or entry['image_id']} · {score}",
+        name=" · ".join(filter(None, (str(entry["filename"] or entry["image_id"]),
+                                      entry.get("source"), score))),
         image=_photograph(data, i, image_folder), words=caption.words,
         attention=caption.attention, offset=caption.offset, score=caption.score, n_best=[],
         references=[" ".join(words) for words in entry["references"]]), "h3"))
@@ -87,7 +88,8 @@ def _row(names, beam):
         value = cell(name, beam.metrics[name].total if name in beam.metrics else None).strip()
         ends = (beam.intervals or {}).get(name, ())
         cells.append((value, "–".join(f"{end:.2f}" for end in ends)))
-    return {"beam_size": beam.beam_size, "cells": cells, "attention": beam.attention}
+    label = f"{beam.beam_size} {beam.source}" if beam.source else beam.beam_size
+    return {"label": label, "cells": cells, "attention": beam.attention}
 
 
 def _lengths(captions, data):

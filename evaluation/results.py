@@ -16,6 +16,8 @@ def write_results(path, data, captions, scores=None):
         rows.append({"image_id": entry["image_id"], "filename": entry["filename"],
                      "caption": " ".join(caption.words), "score": caption.score,
                      "references": [" ".join(words) for words in entry["references"]]})
+        if "source" in entry:
+            rows[-1]["source"] = entry["source"]
         if scores is not None:
             rows[-1]["scores"] = scores[i]
     write_json(path, rows)
@@ -23,8 +25,9 @@ def write_results(path, data, captions, scores=None):
 
 def read_results(path):
     """
-    {image_id: (caption, references)}, as strings. Raises UserError if the file is not one of
-    `write_results`, or if an image occurs in it twice.
+    {image: (caption, references)}, as strings; an image is an image_id, or "SOURCE image_id" where
+    the data set has several sources. Raises UserError if the file is not one of `write_results`, or
+    if an image occurs in it twice.
     """
     rows, found = read_json(path, NEXT_STEP), {}
     if not isinstance(rows, list) or not rows:
@@ -32,9 +35,10 @@ def read_results(path):
     for i, row in enumerate(rows):
         if reason := _defect(row):
             raise UserError(f"{path}, entry {i}: {reason}; {NEXT_STEP}")
-        if row["image_id"] in found:
-            raise UserError(f"{path} has image {row['image_id']} twice; give one caption per image")
-        found[row["image_id"]] = row["caption"], row["references"]
+        image = f"{row['source']} {row['image_id']}" if "source" in row else row["image_id"]
+        if image in found:
+            raise UserError(f"{path} has image {image} twice; give one caption per image")
+        found[image] = row["caption"], row["references"]
     return found
 
 

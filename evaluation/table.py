@@ -1,4 +1,7 @@
-"""An evaluation and its table: a row per beam size, and notes that explain the columns."""
+"""
+An evaluation and its table: a row per beam size, or one for each source of its images and one for
+all, and notes that explain the columns.
+"""
 
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ EXPLAINED = {
 class BeamResult(NamedTuple):
     """The captions at one beam size and their metrics: a row of the table"""
     beam_size: int
+    source: str  # of the images; None for all of them
     captions: list  # an ImageCaption per image
     metrics: dict  # {name: scores.Metric}
     intervals: dict  # {name: (low, high)}; None without --bootstrap
@@ -29,13 +33,14 @@ class Evaluation(NamedTuple):
     """What eval.py prints and `report.write_report` shows"""
     title: str
     names: list  # of the metrics, as in scores.NAMES: the columns
-    beams: list  # a BeamResult per beam size: the rows
+    beams: list  # the rows, BeamResults; the last one has all images at the last beam size
     notes: list  # lines below the table
 
 
 def evaluate_captions(title, by_beam, data, training, args):
     """
-    Score captions. Returns an Evaluation.
+    Score captions. Returns an Evaluation. The metrics of a source are those of its images alone,
+    also in the document frequencies of CIDEr.
 
     by_beam: per beam size the captions of all images, as `captions.caption_split` returns them
     data: the CaptionDataset; training: its training captions, a set of tuples of words, or None
@@ -47,33 +52,49 @@ def evaluate_captions(title, by_beam, data, training, args):
     novel = None if training is None else [[tuple(words) not in training for words in captions]
                                            for captions in systems]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
-    measured, missing = scores.measure(systems, references, args.names, novel)
+    has_objects, rows = bool(object_nouns(data)), [[] for _ in by_beam]
+    for source, images in _images_by_source(data).items():
+        parts = [[captions[i] for i in images] for captions in (*systems, references, *by_beam)]
+        measured, missing = scores.measure(
+            parts[:len(systems)], parts[len(systems)], args.names,
+            novel and [[captions[i] for i in images] for captions in novel])
+        for beam, beam_size, captions, metrics in zip(rows, args.beam_sizes,
+                                                      parts[len(systems) + 1:], measured):
+            beam.append(BeamResult(
+                beam_size, source, captions, metrics,
+                scores.intervals(metrics, args.bootstrap, args.seed) if args.bootstrap else None,
+                attention_accuracy(captions) if has_objects else None))
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
-    has_objects = bool(object_nouns(data))
-    beams = [BeamResult(
-        beam_size, captions, metrics,
-        scores.intervals(metrics, args.bootstrap, args.seed) if args.bootstrap else None,
-        attention_accuracy(captions) if has_objects else None)
-        for beam_size, captions, metrics in zip(args.beam_sizes, by_beam, measured)]
     notes = [ATTENTION] if has_objects else []
     if args.metrics:
         notes += footnotes(args.names, tokens, missing)
     if args.bootstrap:
         notes += bootstrap_notes(args.names, args.bootstrap, args.seed)
-    return Evaluation(title, args.names, beams, notes)
+    return Evaluation(title, args.names, sum(rows, []), notes)
+
+
+def _images_by_source(data):
+    """{source: indices of its images}, if there are several, and {None: all}, which comes last"""
+    found = {}
+    for i in range(len(data)):
+        found.setdefault(data.entry(i).get("source"), []).append(i)
+    return (found if len(found) > 1 else {}) | {None: range(len(data))}
 
 
 def print_evaluation(evaluation):
     names, has_attention = evaluation.names, evaluation.beams[0].attention is not None
+    width = max(max(len(beam.source), 6) + 2 if beam.source else 0 for beam in evaluation.beams)
     print(evaluation.title)
-    print("beam" + heading(names) + "          attention" * has_attention)
+    print("beam" + ("  source" * bool(width)).ljust(width) + heading(names)
+          + "          attention" * has_attention)
     for beam in evaluation.beams:
         values = {name: metric.total for name, metric in beam.metrics.items()}
-        print(f"{beam.beam_size:4d}{row(names, values)}"
+        source = f"  {beam.source or 'all'}".ljust(width) if width else ""
+        print(f"{beam.beam_size:4d}{source}{row(names, values)}"
               + (f"{beam.attention:>19}" if has_attention else ""))
         for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
-            print(f"{end:>4}"
+            print(f"{end:>4}" + " " * width
                   + row(names, {name: ends[i] for name, ends in beam.intervals.items()}))
     for note in evaluation.notes:
         print(note)
