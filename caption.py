@@ -143,13 +143,14 @@ class Captioner:
                 raise result
         return results if several else results[0]
 
-    def each(self, images, beam_size=5, n_best=1, batch_size=32, **search):
+    def each(self, images, beam_size=5, n_best=1, batch_size=32, no_unk=True, **search):
         """
         Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
         readable. While the model captions one batch, threads read the next.
 
-        batch_size: images at a time; n_best, search: options of beam_search
+        batch_size: images at a time; n_best, no_unk, search: options of beam_search
         """
+        search = search | {"n_best": n_best, "no_unk": no_unk}
         batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
         read = partial(_try_read, size=self.image_size)
         with ThreadPoolExecutor() as pool:
@@ -162,12 +163,12 @@ class Captioner:
                     with torch.inference_mode(), autocast(self.device, self.amp):
                         features = self.encoder(torch.stack(readable).to(self.device))
                         captions = iter(beam_search(self.decoder, features, self.word_map,
-                                                    beam_size, n_best=n_best, **search))
+                                                    beam_size, **search))
                 for source, image in zip(sources, pixels):
                     yield image if isinstance(image, UserError) else self._to_words(
                         source, next(captions))
 
-    def grow_tree(self, image, beam_size=5, **search):
+    def grow_tree(self, image, beam_size=5, no_unk=True, **search):
         """
         What the search for an image's caption kept and dropped, as a `beam_tree.Tree`, which
         `beam_tree.draw_tree` draws. Raises UserError if the image is not readable.
@@ -177,7 +178,8 @@ class Captioner:
         with torch.inference_mode(), autocast(self.device, self.amp):
             pixels = torch.from_numpy(resize_square(load_pixels(image), self.image_size))
             features = self.encoder(pixels[None].to(self.device))
-            return beam_tree.build_tree(self.decoder, features, self.word_map, beam_size, **search)
+            return beam_tree.build_tree(self.decoder, features, self.word_map, beam_size,
+                                        no_unk=no_unk, **search)
 
     def _to_words(self, source, caption):
         """The Captioned of a beam_search.Caption"""
@@ -225,7 +227,7 @@ def get_args(argv=None):
     add("--n_best", type=positive_int, default=1, help="captions per image")
     add("--batch_size", type=positive_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
-    add_search_options(parser)
+    add_search_options(parser, no_unk=True)
     add = parser.add_argument_group("pictures").add_argument
     add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
         "folder for the overlays of several, or one .html for all; if not given, "

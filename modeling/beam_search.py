@@ -1,5 +1,6 @@
 """`beam_search`: the most probable captions of a batch of images, on the decoder's device."""
 
+import argparse
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +12,19 @@ from utils import Number, UserError, positive_int
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 
 
-def add_search_options(parser):
-    """The options of beam search; `search_options` turns them into its keyword arguments."""
+def add_search_options(parser, no_unk=False):
+    """
+    The options of beam search; `search_options` turns them into its keyword arguments.
+
+    no_unk: the default of --no_unk
+    """
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=positive_int, default=50, help="longest caption, in words")
     add("--length_penalty", type=Number(float, least=0, most=MAX_LENGTH_PENALTY), default=0.0,
         help="rank captions by their score over length to this power; 1: mean per word")
-    add("--no_unk", action="store_true", help="never say <unk>")
+    add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
+    add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS,
+        help="say <unk> where no known word is as likely, as in the tutorial")
     add("--attention", choices=("soft", "hard"), default="soft", help="hard: look at the most "
         "attended location alone; for models that were trained with --attention hard")
 

@@ -284,3 +284,12 @@ def test_slow_libraries_are_imported_only_where_they_are_used():
             "print(sys.modules.keys() & {'matplotlib', 'torchvision'})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_the_library_says_unk_only_when_asked(model, photos):
+    captioner = Captioner(model, device="cpu")
+    with torch.no_grad():
+        captioner.decoder.fc.bias[WORD_MAP["<unk>"]] = 99
+    path = photos / "0.png"
+    assert "<unk>" not in captioner(path, beam_size=2, max_len=4).words
+    assert captioner(path, beam_size=2, max_len=4, no_unk=False).words == ["<unk>"] * 4

@@ -15,6 +15,7 @@ import eval as eval_script
 import train
 import utils
 from evaluation import captions
+from modeling.beam_search import search_options
 from modeling.sampling import most_likely_location
 from utils import UserError, write_json
 
@@ -193,6 +194,15 @@ def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeyp
         assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
                          "hard_attention": most_likely_location}
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("script, options, expected", [
+    ("caption", [], True), ("caption", ["--unk"], False), ("caption", ["--no_unk"], True),
+    ("eval", [], False), ("eval", ["--no_unk"], True), ("eval", ["--unk"], False)])
+def test_caption_says_unk_only_when_asked_and_eval_unless_asked(script, options, expected):
+    module = {"caption": caption, "eval": eval_script}[script]
+    args = module.get_args([*(["--img", "x"] if script == "caption" else []), *options])
+    assert search_options(args)["no_unk"] is expected
 
 
 @pytest.mark.parametrize("options, message", [
