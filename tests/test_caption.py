@@ -287,7 +287,7 @@ def test_slow_libraries_are_imported_only_where_they_are_used():
 
 
 def test_the_library_says_unk_only_when_asked(model, photos):
-    captioner = Captioner(model, device="cpu")
+    captioner = caption.Captioner(model, device="cpu")
     with torch.no_grad():
         captioner.decoder.fc.bias[WORD_MAP["<unk>"]] = 99
     path = photos / "0.png"
