@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 DEMO_EPOCHS ?= 8
-PRETRAINED := pretrained/flickr8k_efficientnet_lite2.pth.tar
+PRETRAINED := pretrained/everyday_efficientnet_lite2.pth.tar
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -21,7 +21,7 @@ help:
 demo: .venv/demo
 	.venv/bin/python create_input_files.py --output_folder demo_run
 	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
-	    --encoder tf_efficientnet_lite2 --encoder_weights $(PRETRAINED) \
+	    --encoder tf_efficientnet_lite2 --encoder_weights $(PRETRAINED) --encoder_stride 16 \
 	    --decoder_dim 256 --attention_dim 128 --emb_dim 64 --decoder_lr 2e-3 \
 	    --batch_size 40 --epochs $(DEMO_EPOCHS) --workers 0 --overwrite
 	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0

@@ -31,7 +31,7 @@ from models import DecoderWithAttention, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
-PRETRAINED = Path(__file__).resolve().parent / "pretrained/flickr8k_efficientnet_lite2.pth.tar"
+PRETRAINED = Path(__file__).resolve().parent / "pretrained/everyday_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
 MAX_IMAGE_SIZE = 2048  # likewise
 MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "offset", "word_map")

@@ -45,10 +45,11 @@ def train(args, checkpoint, processes):
     if args.resume:
         check_same_data(args, checkpoint, train_data)
     encoder, decoder = build_model(args, checkpoint, (train_data, val_data), processes)
+    criterion = build_criterion(args, train_data)  # a mistake in its files must not cost an hour
     cache_features_if_frozen(args, encoder, (train_data, val_data), processes)
     train_loader, val_loader = build_loaders(args, train_data, val_data, processes)
-    state = TrainingState(args, encoder, decoder, build_criterion(args, train_data),
-                          train_loader.sampler.num_batches, processes)
+    state = TrainingState(args, encoder, decoder, criterion, train_loader.sampler.num_batches,
+                          processes)
     start = None
     if args.resume:
         restore_state(state, checkpoint)

@@ -53,9 +53,9 @@ def step_flops(n, lengths):
     return 2 * n * per_image + tokens * (3 * (attention + lstm + linear) + 2 * context)
 
 
-def training_step(decoder, n, r, args, vocab=None, mean=12.5):
+def training_step(decoder, n, r, args, vocab=None, mean=12.5, cells=CELLS):
     """Two functions, forward and backward of n images with r captions each; and the lengths."""
-    features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
+    features = torch.rand(n, cells, ENCODER_DIM, device=args.device)
     encoded = reference.encode(features).repeat_interleave(r, 0)
     captions, lengths = random_captions(n, r, 0, mean, vocab)
     captions = captions.to(args.device)
@@ -158,15 +158,25 @@ def encoding(args):
 
         yield compare(f"ResNet-101 encoding of 16 images, {amp or 'float32'}", textbook, ours, args)
 
+    fine = Encoder(weights="none", stride=16).to(args.device).eval()
+
+    @torch.inference_mode()
+    def stride_16():
+        fine(images)
+
+    stride_16()
+    yield {"stage": "ResNet-101 encoding of 16 images, stride 16, float32",
+           "ours": statistics.median(seconds(stride_16, args.device) for _ in range(args.repeats))}
+
 
 def scaling(args):
     """How the time grows with each size alone, and the exponent: 1 is linear."""
-    def make_step(n, r=5, vocab=None, mean=12.5):
+    def make_step(n, r=5, vocab=None, mean=12.5, cells=CELLS):
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM)
-        return training_step(decoder.to(args.device), n, r, args, vocab, mean)[1]
+        return training_step(decoder.to(args.device), n, r, args, vocab, mean, cells)[1]
 
-    def make_search(n, beam_size):
-        features = torch.rand(n, CELLS, ENCODER_DIM, device=args.device)
+    def make_search(n, beam_size, cells=CELLS):
+        features = torch.rand(n, cells, ENCODER_DIM, device=args.device)
         return lambda: beam_search(decoder, features, WORD_MAP, beam_size)
 
     decoder = decoder_with_realistic_lengths(args.device)
@@ -175,8 +185,12 @@ def scaling(args):
             ("training step, vocabulary", (2500, 5000, 10000, 20000),
              lambda v: make_step(16, 5, v)),
             ("training step, words a caption", (6, 12, 24, 48), lambda t: make_step(16, mean=t)),
+            ("training step, cells of an image (stride 16: 196)", (49, 64, 100, 196),
+             lambda cells: make_step(16, cells=cells)),
             ("beam search at 5, images", (25, 50, 100, 200), lambda n: make_search(n, 5)),
-            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: make_search(100, k))):
+            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: make_search(100, k)),
+            ("beam search at 5, cells of an image", (49, 64, 100, 196),
+             lambda cells: make_search(100, 5, cells))):
         times = []
         for size in sizes:
             function = make(size)

@@ -1,15 +1,20 @@
 """Captions of one's own, in every format that is recognised."""
 
+import gzip
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 from factories import karpathy_entry as entry
+from factories import refused
 from factories import write_karpathy as prepare
+from hypothesis import given
+from hypothesis import strategies as st
 
 from create_input_files import main
-from preprocessing.own_captions import read_captions, split_words
+from preprocessing.own_captions import read_captions, read_documents, split_words
 from utils import UserError, read_json
 
 CAPTIONS = [
@@ -147,3 +152,31 @@ def test_fractions_that_leave_no_training_images_are_refused(script):
     Path("mine.csv").write_text("0.png,A dog.\n")
     with pytest.raises(UserError, match="--val_fraction 0.5 and --test_fraction 0.5 .*below 1"):
         script("--captions", "mine.csv", "--val_fraction", "0.5", "--test_fraction", "0.5")
+
+
+def test_documents_are_the_captions_of_an_image_in_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("1\tA dog.\n2\tTwo cats\n1\tthe Dog\n\na line\twith a tab\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"1\tein Hund\nA line, alone\n"))
+    assert read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")]) == [
+        [["a", "dog"], ["the", "dog"]], [["two", "cats"]], [["with", "a", "tab"]],
+        [["ein", "hund"]], [["a", "line", "alone"]]]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.txt", None, "not found"), ("x.txt.gz", None, "not found"),
+    ("x.txt", b"\n \n", "no captions"), ("x.txt", b"a \xff", "is not UTF-8 text"),
+    ("x.txt.gz", gzip.compress(b"a \xff"), "is not UTF-8 text"),
+    ("x.txt.gz", b"not gzip", "cannot be read"),
+    ("x.txt.gz", gzip.compress(b"abc" * 99)[:-9], "cannot be read")])
+def test_text_that_cannot_be_read_is_a_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    refused(path, message, load=lambda path: read_documents([str(path)]))
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_is_split_as_unicode_is(text):
+    separated = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text.lower())
+    assert split_words(text) == separated.split()
+    assert split_words(text + " é") == [*separated.split(), "é"]

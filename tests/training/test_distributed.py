@@ -74,7 +74,7 @@ def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(da
 
 @pytest.mark.parametrize("options", [
     ["--attention", "hard", "--sampling_max", "0.2", "--sampling_every", "1", "--ema", "0.9"],
-    ["--self_critical", "--amp", "bf16", "--samples", "3"],
+    ["--self_critical", "--amp", "bf16", "--samples", "3", "--cross_entropy_share", "0.2"],
     ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
     ids=" ".join)
 def test_every_criterion_trains_in_two_processes(data, tmp_path, options):

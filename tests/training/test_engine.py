@@ -19,11 +19,13 @@ from factories import (
 
 import eval as eval_script
 import train
+from evaluation.metrics import CiderD, bleu
 from models import DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from training import engine, losses
 from training.losses import doubly_stochastic_loss
+from training.run import _format_scores
 from utils import UserError
 
 
@@ -198,3 +200,39 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
     monkeypatch.setattr(DecoderWithAttention, "forward", record)
     train.main(train_args(data, tmp_path, "--epochs", "3", "--batch_size", "110", *options))
     assert used == [0, None, 0, None, 0.1, None]  # each epoch: one training batch, one validation
+
+
+def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
+    """So a gain in the small source outweighs a smaller loss in the large one."""
+    def entry(source, caption):
+        return {"source": source, "references": [caption.split(), (caption + " now").split()]}
+
+    large = [entry("large", f"a {colour} {animal} runs in the {place}")
+             for colour in ("red", "blue") for animal in ("dog", "cat", "horse")
+             for place in ("park", "street")]
+    small = [entry("small", "two men sit at a table"), entry("small", "a bowl of red apples")]
+
+    def metrics(wrong_large, wrong_small):
+        pairs = [(found, found["references"][0] if i >= wrong else ["a", "dog", "runs", "there"])
+                 for part, wrong in ((large, wrong_large), (small, wrong_small))
+                 for i, found in enumerate(part)]
+        return engine.generated_metrics(pairs), pairs
+
+    found, pairs = metrics(2, 1)
+    for source, part in (("large", pairs[:12]), ("small", pairs[12:])):
+        alone = engine.generated_metrics([({**entry, "source": None}, words)
+                                          for entry, words in part])
+        references, captions = zip(*((entry["references"], words) for entry, words in part))
+        assert alone == {**{f"bleu{n}": score for n, score in
+                            enumerate(bleu(references, captions), 1)},
+                         "cider_d": 100 * CiderD(references).score(captions, references).mean()}
+        assert all(found[f"{name}_{source}"] == value for name, value in alone.items())
+    for name in ("bleu1", "bleu4", "cider_d"):
+        assert found[name] == (found[f"{name}_large"] + found[f"{name}_small"]) / 2
+    better, _ = metrics(4, 0)
+    assert better["cider_d_large"] < found["cider_d_large"]
+    assert better["cider_d"] > found["cider_d"]
+    text = _format_scores(found | {"val_loss": 1, "val_top5": 2, "teacher_forced_bleu4": 3})
+    assert "free-running: mean BLEU-4 " in text and "; small BLEU-4 " in text
+    assert engine.generated_metrics(pairs[:12]).keys() == {
+        "bleu1", "bleu2", "bleu3", "bleu4", "cider_d"}

@@ -65,9 +65,13 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
     assert timeless_rows(whole) == timeless_rows(parts) and len(log_rows(whole)) == 3
 
 
-def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "mixed"])
+def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, monkeypatch, mixed):
     train.main(train_args(data, tmp_path / "1", "--epochs", "4"))
-    options = ["--data_folder", str(data), "--device", "cpu", "--self_critical", "--epochs", "2",
+    text = tmp_path / "text.txt.gz"
+    text.write_bytes(gzip.compress(b"1\ta red circle\n1\ta circle\n2\ta blue square\n"))
+    more = ["--cross_entropy_share", "0.2", "--document_frequencies", str(text)] * mixed
+    options = [*more, "--data_folder", str(data), "--device", "cpu", "--self_critical", "--epochs", "2",
                "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
                "--batch_size", "30", "--checkpoint_folder"]
     train.main([*options, str(tmp_path / "whole")])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from factories import make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
@@ -121,6 +122,36 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 
     torch.manual_seed(0)
     expect_mean(draw, exact, draws=40)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
+    decoder, features = tiny_decoder(), torch.randn(6, 4, 3, dtype=torch.float64)
+    data = Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"] * (i + 1)]}
+                                                 for i in range(6)])
+    captions = torch.tensor([[[START, 1, END, 0], [START, 1, 1, END]]]).expand(6, -1, -1)
+    lengths = torch.tensor([[3, 4]]).expand(6, -1)
+    batch = Batch(features, captions, lengths, list(range(6)), 30.0, 24)
+
+    def loss_of(**options):
+        torch.manual_seed(3)
+        return SelfCritical(data, 0.5, samples=4, max_len=5, **options)(decoder, batch)[0]
+
+    plain = loss_of()
+    without_penalty = plain - 0.5 * penalty_of_samples(decoder, features)
+    logits, targets, _ = decoder(features, captions, lengths)
+    expected = plain + share * (F.cross_entropy(logits, targets) - without_penalty)
+    loss = loss_of(cross_entropy_share=share)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(flat_gradient(loss, decoder), flat_gradient(expected, decoder))
+
+
+def penalty_of_samples(decoder, features):
+    """The attention penalty of the captions that are sampled with seed 3."""
+    torch.manual_seed(3)
+    captions, lengths = sample_captions(decoder, features, WORD_MAP, 4, 5)
+    *_, alphas = decoder(features, captions, lengths)
+    return ((1 - alphas.sum(2)) ** 2).mean()
 
 
 def enumerate_locations(decoder, features, caption):
@@ -284,3 +315,17 @@ def test_reward_is_cider_d_on_words_end_included():
             truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
     assert ours[:, 1].mean() > ours[:, 0].mean() + 1
+
+
+def test_document_frequencies_can_be_those_of_another_text():
+    """By hand: in 4 documents, "dog" is in 2, "<end>" in all, and the others in none or one."""
+    word_map = {"<pad>": 0, "dog": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+    data = Namespace(word_map=word_map, entries=[{"references": [["dog", "cat"]]}])
+    documents = [[["dog"], ["dog", "dog"]], [["dog"]], [["bird"]], [["fish"]]]
+    captions, lengths = torch.tensor([[[4, 1, 5]]]), torch.tensor([[3]])
+    reward = Reward(data, documents)([0], captions, lengths)
+    dog, cat, pair = math.log(4 / 2), math.log(4), math.log(4)  # the idf of each
+    unigrams = dog * dog / (dog * math.hypot(dog, cat))  # <end> is in all, so it weighs nothing
+    # Bigrams "dog <end>" (in 2 documents) against "dog cat", "cat <end>": nothing in common.
+    assert pair > 0 and reward.item() == pytest.approx(
+        10 / 4 * unigrams * math.exp(-1 / (2 * 36)), rel=1e-5)
