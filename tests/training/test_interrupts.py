@@ -1,5 +1,6 @@
 """Signals: the step is finished, everything saved, and the run continues bit for bit."""
 
+import gzip
 import multiprocessing
 import signal
 import subprocess
