@@ -90,7 +90,8 @@ MISTAKES = {
         ("--data_folder data --encoder resnet18 --encoder_weights none --encoder_stride 16",
          "--encoder_stride 16: resnet18 has 32 and cannot be dilated"),
         ("--encoder_stride 8", "--encoder_stride: invalid choice: 8 (choose from 16, 32)"),
-        ("--data_folder data --encoder_weights none --pretrain_text gone.txt", "gone.txt not found"),
+        ("--data_folder data --encoder_weights none --pretrain_text gone.txt",
+         "gone.txt not found"),
         ("--epochs x", "--epochs: invalid int value: 'x'; --help lists the options"),
         ("--lr 3", "unrecognized arguments: --lr 3"),  # options are not abbreviated
     ],
