@@ -73,7 +73,8 @@ def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, mo
     text.write_bytes(gzip.compress(b"1\ta red circle\n1\ta circle\n2\ta blue square\n"))
     more = ["--cross_entropy_share", "0.2", "--document_frequencies", str(text)] * mixed
     options = [*more, "--data_folder", str(data), "--device", "cpu", "--self_critical",
-               "--epochs", "2", "--checkpoint", str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
+               "--epochs", "2", "--checkpoint",
+               str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
                "--batch_size", "30", "--checkpoint_folder"]
     train.main([*options, str(tmp_path / "whole")])
     with monkeypatch.context() as patched:
