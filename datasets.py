@@ -177,7 +177,8 @@ class CaptionDataset(Dataset):
 
     def _repetitions(self):
         """(captions,) whether a caption equals an earlier one of its image"""
-        captions = self.captions.view(self.num_images, self.captions_per_image, -1)
+        captions = self.captions.view(self.num_images, self.captions_per_image,
+                                      self.captions.shape[1])  # not -1: there may be no image
         repeated = torch.zeros(captions.shape[:2], dtype=torch.bool)
         for i in range(1, captions.shape[1]):
             repeated[:, i] = (captions[:, :i] == captions[:, i:i + 1]).all(2).any(1)

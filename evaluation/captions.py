@@ -44,6 +44,9 @@ def caption_split(model, data, args, processes):
     Returns for each beam size the ImageCaptions of all images, in every process.
     """
     encoder, decoder, word_map, *_ = model
+    if (size := encoder.args["image_size"]) != data.image_size:
+        processes.print(f"the model was trained on images of {size} pixels, these are of "
+                        f"{data.image_size}")
     words_of = {i: word for word, i in word_map.items()}
     nouns = object_nouns(data)
     offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else of no use

@@ -12,17 +12,17 @@ import math
 import torch
 
 NOISE_IMAGES = 8  # the more, the more exact: with 8, about 0.01 of the image
-SIDE = 256  # pixels, of the images of an encoder that does not say another
 
 
 def find_offset(encoder):
     """
-    `measure_offset` of an `models.Encoder`, measured once and kept as `encoder.offset`, which
-    checkpoints store; while the encoder is trained, its fields move, and each call measures.
+    `measure_offset` of a `models.Encoder`, measured once and kept as `encoder.offset`, which
+    checkpoints store; while the encoder is trained, its fields move, and each call measures. Who
+    changes its weights or its image size otherwise sets `encoder.offset` to None.
     """
     trained = any(weight.requires_grad for weight in encoder.parameters())
     if trained or getattr(encoder, "offset", None) is None:
-        encoder.offset = measure_offset(encoder, encoder.args.get("image_size", SIDE))
+        encoder.offset = measure_offset(encoder, encoder.args["image_size"])
     return encoder.offset
 
 

@@ -48,9 +48,10 @@ def build_model(args, checkpoint, datasets, processes):
             data.word_map = word_map
     else:
         encoder, decoder = _new_model(args, word_map)
-    encoder.args["image_size"] = datasets[0].image_size
+    if encoder.args["image_size"] != datasets[0].image_size:
+        encoder.args["image_size"], encoder.offset = datasets[0].image_size, None
     if args.pretrain_text and not checkpoint:
-        _read_text(decoder.to(device), word_map, args, processes)
+        _pretrain_on_text(decoder.to(device), word_map, args, processes)
     encoder.to(device).fine_tune(args.fine_tune_encoder)
     decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
     return encoder, decoder
@@ -71,7 +72,7 @@ def _new_model(args, word_map):
     return encoder, decoder
 
 
-def _read_text(decoder, word_map, args, processes):
+def _pretrain_on_text(decoder, word_map, args, processes):
     captions = [words for document in read_documents(args.pretrain_text) for words in document]
     loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
     processes.print(f"{len(captions)} captions of text, {args.pretrain_epochs} epochs: loss "

@@ -80,6 +80,8 @@ class Run:
         if self.processes.is_main:
             options = {k: v for k, v in vars(self.args).items() if k not in TRANSIENT_OPTIONS}
             state = self.state
+            if self.args.fine_tune_encoder:  # an average of weights, whose cells move as theirs do
+                state.averaged_encoder.offset = None
             checkpoints.save(path or last_path(self.args), state.averaged_encoder,
                              state.averaged_decoder, self.word_map, options=options,
                              data=self.data, **state.state_dict())

@@ -21,6 +21,8 @@ NOUNS = {word for word in WORDS if word not in WORD_MAP}
 class Split(Dataset):
     """Annotation vectors in place of images, and boxes of objects, as CaptionDataset has them"""
 
+    image_size = 320
+
     def __init__(self, features):
         self.features = features
 
@@ -35,15 +37,17 @@ class Split(Dataset):
 
 
 @pytest.mark.parametrize("batch_size, report", [(3, None), (8, "r.html")])
-def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report):
+def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report, capsys):
     decoder, features = make_case(seed=1, end_bias=0.0)
     encoder, offset = torch.nn.Identity(), (0.2, -0.1)
+    encoder.args = {"image_size": 256 if report else 320}
     encoder.offset = offset  # where its cells look, which is measured of encoders that see images
     args = SimpleNamespace(batch_size=batch_size, workers=0, split="test", amp=None, report=report,
                            beam_sizes=[1, 3], search={"max_len": 9})
     found = caption_split((encoder, decoder, WORDS, None), Split(features), args,
                           Distributed(torch.device("cpu")))
     assert [len(captions) for captions in found] == [8, 8]
+    assert ("images of 256 pixels, these are of 320" in capsys.readouterr().out) is bool(report)
     for beam_size, captions in zip(args.beam_sizes, found):
         for i, caption in enumerate(captions):
             [alone] = beam_search(decoder, features[i:i + 1], WORDS, beam_size, max_len=9)

@@ -12,6 +12,7 @@ from factories import (
 )
 
 import create_input_files as script
+import eval as eval_script
 from datasets import CaptionDataset
 from preprocessing.input_files import create_input_files
 from utils import UserError
@@ -113,3 +114,11 @@ def test_the_script_joins_too(tmp_path, monkeypatch, capsys):
         "--min_word_freq", "0"])
     script.main()
     assert "TRAIN: 2 images" in capsys.readouterr().out
+
+
+def test_a_split_without_images_can_be_opened(tmp_path):
+    write_input_files(tmp_path, CATS[:3])
+    data = CaptionDataset(tmp_path / "out", "x_2_cap_per_img_0_min_word_freq", "TEST")
+    assert len(data) == 0 and data.entries == []
+    with pytest.raises(UserError, match="has no images; choose the other --split"):
+        eval_script.main(["--data_folder", str(tmp_path / "out"), "--device", "cpu"])

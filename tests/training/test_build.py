@@ -13,6 +13,7 @@ import eval
 import train
 from caption import Captioner
 from datasets import CaptionDataset
+from modeling.field_of_view import measure_offset
 from preprocessing.demo import make_demo
 from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
@@ -154,6 +155,22 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
     eval.main(["--data_folder", str(folder), "--model", str(best), "--beam_sizes", "1",
                "--workers", "0"])
     assert "4 test images" in capsys.readouterr().out
+    other = tmp_path / "other_size"
+    create_input_files("other", make_demo(other / "demo", 8, 4, 4), other / "demo",
+                       min_word_freq=0, output_folder=other, workers=1, image_size=128)
+    train.main(["--data_folder", str(other), "--checkpoint", str(best), "--epochs", "1",
+                "--workers", "0", "--device", "cpu", "--checkpoint_folder", str(other)])
+    encoder = checkpoints.load_captioner(next(other.glob("BEST_*")), "cpu")[0]
+    assert encoder.args["image_size"] == 128 and encoder.offset == measure_offset(encoder, 128)
+    assert encoder.offset != captioner.encoder.offset
     with pytest.raises(UserError, match="has encoder_stride 16, not 32; leave --encoder_stride"):
         train.main(["--data_folder", str(folder), "--checkpoint", str(best), "--encoder_stride",
                     "32", "--checkpoint_folder", str(tmp_path / "other")])
+
+
+def test_the_offset_in_a_checkpoint_is_that_of_its_averaged_encoder(data, tmp_path):
+    """Also after the first save, when the average has moved on."""
+    train.main(train_args(data, tmp_path, "--fine_tune_encoder", "--encoder_lr", "1e-2", "--ema",
+                          "0.5", "--epochs", "2"))
+    encoder = checkpoints.load_captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", "cpu")[0]
+    assert encoder.offset == pytest.approx(measure_offset(encoder, 256), abs=1e-6)
