@@ -24,7 +24,13 @@ from pathlib import Path
 
 import torch
 
-from datasets import IMAGE_SIZE, check_word_map, read_word_map
+from datasets import (
+    IMAGE_SIZE,
+    LARGEST_SIZE,
+    LEAST_SIZE,
+    check_word_map,
+    read_word_map,
+)
 from modeling import legacy_checkpoints, stub_unpickler
 from modeling.field_of_view import find_offset
 from models import DecoderWithAttention, Encoder
@@ -33,7 +39,6 @@ from utils import Parser, UserError, atomic_write, run_script
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/everyday_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
-MAX_IMAGE_SIZE = 2048  # likewise
 MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "offset", "word_map")
 
 
@@ -203,8 +208,8 @@ def check_model(checkpoint, path):
         if encoder_args.get("stride", 32) not in (16, 32):
             raise ValueError("the encoder's stride is not 16 or 32")
         size = encoder_args.get("image_size", IMAGE_SIZE)
-        if type(size) is not int or not 32 <= size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size is not from 32 to {MAX_IMAGE_SIZE}")
+        if type(size) is not int or not LEAST_SIZE <= size <= LARGEST_SIZE:
+            raise ValueError(f"image_size is not from {LEAST_SIZE} to {LARGEST_SIZE}")
         if (offset := checkpoint.get("offset")) is not None and not (
                 isinstance(offset, list) and len(offset) == 2
                 and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset)):

@@ -12,7 +12,7 @@ is interrupted or killed, run the same command again to continue.
 import os
 import sys
 
-from datasets import IMAGE_SIZE, LEAST_SIZE
+from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import read_captions
@@ -35,7 +35,7 @@ def get_args(argv=None):
         add(f"--{split}_fraction", type=Number(float, least=0, below=1), default=0.1,
             help=f"share of the images for {purpose}, if --captions has no column split")
     add("--captions_per_image", type=positive_int, default=5, help="captions sampled per image")
-    add("--image_size", type=Number(int, least=LEAST_SIZE, most=2048), default=IMAGE_SIZE,
+    add("--image_size", type=Number(int, least=LEAST_SIZE, most=LARGEST_SIZE), default=IMAGE_SIZE,
         help="width and height to which images are resized; a model keeps that of its training")
     add("--min_word_freq", type=non_negative_int, default=5,
         help="words that occur at most this often become <unk>")

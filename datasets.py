@@ -20,7 +20,8 @@ from utils import UserError, read_json
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 IMAGE_SIZE = 256  # pixels a side of the images, unless another size is asked for
-LEAST_SIZE = 32  # a smaller image is less than one cell of most encoders
+# A smaller image is less than one cell of most encoders; a larger one can only be a mistake.
+LEAST_SIZE, LARGEST_SIZE = 32, 2048
 CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
 
 

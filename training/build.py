@@ -12,7 +12,7 @@ from preprocessing.feature_cache import cache_features, load_features
 from preprocessing.own_captions import read_documents
 from training.embeddings import load_embeddings
 from training.interrupts import leave_signals_to_parent
-from training.language_model import pretrain
+from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, autocast
 
@@ -50,10 +50,10 @@ def build_model(args, checkpoint, datasets, processes):
         encoder, decoder = _new_model(args, word_map)
     if encoder.args["image_size"] != datasets[0].image_size:
         encoder.args["image_size"], encoder.offset = datasets[0].image_size, None
-    if args.pretrain_text and not checkpoint:
-        _pretrain_on_text(decoder.to(device), word_map, args, processes)
     encoder.to(device).fine_tune(args.fine_tune_encoder)
     decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
+    if args.pretrain_text and not checkpoint:
+        _pretrain_on_text(decoder, word_map, args, processes)
     return encoder, decoder
 
 
@@ -73,7 +73,11 @@ def _new_model(args, word_map):
 
 
 def _pretrain_on_text(decoder, word_map, args, processes):
-    captions = [words for document in read_documents(args.pretrain_text) for words in document]
+    captions = [words for document in read_documents(args.pretrain_text) for words in document
+                if len(words) <= LONGEST]
+    if not captions:
+        raise UserError(f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
+                        f"pass a file with a caption a line")
     loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
     processes.print(f"{len(captions)} captions of text, {args.pretrain_epochs} epochs: loss "
                     f"{loss:.3f}")

@@ -14,23 +14,24 @@ from utils import autocast
 
 BATCH = 1280  # captions
 LR = 2e-3
-LONGEST = 30  # words; the few longer captions would pad their batches
+LONGEST = 30  # words; few captions are longer, and they would pad their batches
 
 
 def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
     """
     Train a DecoderWithAttention as a language model, in place: on teacher forcing's cross-entropy
     for annotation vectors of zeros. Then the context is zero at each step, so what is left of the
-    decoder is a plain LSTM, and only embedding, LSTM, output and the biases of h and c are trained.
+    decoder is a plain LSTM, and only embedding, LSTM, output and the biases of h and c are trained,
+    the embedding only if it is to be (`fine_tune_embeddings`).
 
-    captions: lists of words; those that are not in word_map count as <unk>
+    captions: lists of words, not empty; those that are not in word_map count as <unk>
     amp: as in `utils.autocast`
 
     Returns the mean loss of the last epoch, in nats per token.
     """
     device = decoder.fc.weight.device
     ids = [[word_map["<start>"], *(word_map.get(word, word_map["<unk>"]) for word in words),
-            word_map["<end>"]] for words in captions if 0 < len(words) <= LONGEST]
+            word_map["<end>"]] for words in captions]
     cell, size = decoder.decode_step, decoder.args["embed_dim"]
     lstm = nn.LSTM(size, decoder.args["decoder_dim"], batch_first=True, device=device)
     pairs = ((lstm.weight_ih_l0, cell.weight_ih[:, :size]), (lstm.weight_hh_l0, cell.weight_hh),
@@ -40,6 +41,7 @@ def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
             ours.copy_(theirs)
     parameters = [*lstm.parameters(), *decoder.embedding.parameters(), *decoder.fc.parameters(),
                   decoder.init_h.bias, decoder.init_c.bias]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, LR, fused=True)
     batches = -(-len(ids) // BATCH)
     scheduler = torch.optim.lr_scheduler.LambdaLR(

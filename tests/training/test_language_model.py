@@ -50,7 +50,7 @@ def test_pretrained_decoder_knows_the_text_and_keeps_its_attention():
     torch.manual_seed(0)
     decoder = DecoderWithAttention(7, 16, 32, len(WORD_MAP), encoder_dim=9, dropout=0.0)
     before, ids = copy.deepcopy(decoder.state_dict()), as_ids(CAPTIONS)
-    pretrain(decoder, [*CAPTIONS, ["a"] * 31, []], WORD_MAP, epochs=400, show_progress=False)
+    pretrain(decoder, CAPTIONS, WORD_MAP, epochs=400, show_progress=False)
     # Each first, second, third and fourth word is drawn from 3, 2, 4 and 2 with equal probability.
     expected = math.log(3 * 2 * 4 * 2) * len(ids)
     assert teacher_forced_loss(decoder.eval(), ids).item() == pytest.approx(expected, rel=0.1)
@@ -80,3 +80,17 @@ def test_a_run_begins_with_the_text(data, tmp_path, capsys):
             str(tmp_path / "c")])
 
 
+def test_fixed_embeddings_stay_fixed():
+    decoder = make_decoder(len(WORD_MAP)).float()
+    decoder.fine_tune_embeddings(False)
+    before = copy.deepcopy(decoder.state_dict())
+    pretrain(decoder, CAPTIONS, WORD_MAP, epochs=1, show_progress=False)
+    assert torch.equal(decoder.embedding.weight, before["embedding.weight"])
+    assert not torch.equal(decoder.fc.weight, before["fc.weight"])
+
+
+def test_text_without_a_caption_is_a_line(data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 31 + "\n")
+    with pytest.raises(UserError, match="text.txt: no caption of at most 30 words; pass a file"):
+        train.main(train_args(data, tmp_path, "--pretrain_text", str(text)))
