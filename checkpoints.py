@@ -71,7 +71,7 @@ def main(argv=None):
     find_offset(encoder)  # now: with some weights in float16 the encoder cannot run
     if args.half:
         # Paths among the options are reduced to file names, without the folders of this machine.
-        extra = {"options": {option: os.path.basename(value) if isinstance(value, str) else value
+        extra = {"options": {option: _file_names(value)
                              for option, value in extra.get("options", {}).items()}}
         for model in (encoder, decoder):
             for weight in model.parameters():
@@ -80,6 +80,13 @@ def main(argv=None):
     save(args.new, encoder, decoder, word_map, **extra)
     words = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
     print(f"wrote {args.new} ({encoder.args['name']}, {words})")
+
+
+def _file_names(value):
+    """A path without its folders, or a list of such; any other value as it is."""
+    if isinstance(value, list):
+        return [_file_names(item) for item in value]
+    return os.path.basename(value) if isinstance(value, str) else value
 
 
 @torch.no_grad()
