@@ -43,8 +43,8 @@ MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "o
 
 
 def get_args(argv=None):
-    parser = Parser(description="Convert an old checkpoint, or make a smaller one or "
-                    "the mean of two.")
+    parser = Parser(description="Convert an old checkpoint, make a smaller one, or "
+                    "the mean of several.")
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
