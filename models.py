@@ -37,7 +37,7 @@ class Encoder(nn.Module):
     stride: 16 for a grid twice as fine, at about twice the cost; see `load_backbone`
     image_size: S of the images that it is trained on, and captions
 
-    A feature map coarser than 14 x 14 stays on its own grid: the decoder pools it to 14 x 14
+    A square feature map coarser than 14 x 14 stays on its own grid: the decoder pools it to 14 x 14
     later (see `Annotations`), which gives the same numbers for less work.
     """
 
@@ -58,15 +58,17 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         """
-        images: (N, 3, S, S), uint8 as CaptionDataset returns them, or floats already normalised
+        images: (N, 3, S, S), uint8 as CaptionDataset returns them, or floats already normalised;
+        any other height and width will do, as in the tutorial
 
         Returns annotation vectors (N, G, E), row by row of the feature map: G = 64 for the usual
-        backbones at S = 256, at most 14 x 14.
+        backbones at S = 256, at most 14 x 14. A map that is not square comes pooled to 14 x 14.
         """
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std
         x = self.resnet(images.contiguous(memory_format=torch.channels_last))  # (N, E, h, w)
-        if x.shape[2] * x.shape[3] > self.adaptive_pool.output_size ** 2:
+        height, width = x.shape[2:]
+        if height != width or height > self.adaptive_pool.output_size:
             x = self.adaptive_pool(x)
         return x.flatten(2).transpose(1, 2)
 

@@ -1,4 +1,7 @@
-"""`beam_search`: the most probable captions of a batch of images, on the decoder's device."""
+"""
+`beam_search`: the most probable captions of a batch of images, on the decoder's device; and
+`draw_captions`, drawn at random.
+"""
 
 import argparse
 from typing import NamedTuple
@@ -6,8 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from modeling.sampling import most_likely_location
-from utils import Number, UserError, positive_int
+from modeling.sampling import (
+    Sampling,
+    ban_repeated_ngrams,
+    most_likely_location,
+    sample_captions,
+)
+from utils import Number, UserError, non_negative_int, positive_int
 
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 
@@ -23,6 +31,14 @@ def add_search_options(parser, no_unk=False):
     add("--length_penalty", type=Number(float, least=0, most=MAX_LENGTH_PENALTY), default=0.0,
         help="rank captions by their score over length to this power; 1: mean per word")
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
+    add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N",
+        help="say no N words twice in the same order; 0: allowed")
+    add("--sample", action="store_true", help="draw captions at random, --n_best of them, instead "
+        "of searching for the most probable one")
+    add("--temperature", type=Number(float, above=0, most=100), default=1.0,
+        help="--sample: above 1 more varied, below 1 safer")
+    add("--top_p", type=Number(float, above=0, most=1), default=1.0,
+        help="--sample: only from the likeliest words that together have this probability")
     add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS,
         help="say <unk> where no known word is as likely, as in the tutorial")
     add("--attention", choices=("soft", "hard"), default="soft", help="hard: look at the most "
@@ -30,8 +46,21 @@ def add_search_options(parser, no_unk=False):
 
 
 def search_options(args):
-    """The keyword arguments of `beam_search` from the options of `add_search_options`."""
+    """
+    The keyword arguments of `find_captions` from the options of `add_search_options`; UserError if
+    they contradict each other.
+    """
+    if args.sample and (args.length_penalty or args.attention == "hard"):
+        raise UserError("--length_penalty and --attention hard are for the search, not for "
+                        "--sample; leave one out")
+    if not args.sample and (args.temperature, args.top_p) != (1, 1):
+        raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
+    if args.sample:
+        return {"max_len": args.max_len, "no_unk": args.no_unk,
+                "no_repeat_ngram": args.no_repeat_ngram,
+                "sampling": Sampling(args.temperature, args.top_p)}
     return {"max_len": args.max_len, "length_penalty": args.length_penalty, "no_unk": args.no_unk,
+            "no_repeat_ngram": args.no_repeat_ngram,
             "hard_attention": most_likely_location if args.attention == "hard" else None}
 
 
@@ -43,9 +72,49 @@ class Caption(NamedTuple):
     alternatives: list  # the next best Captions, n_best - 1 at most
 
 
+def find_captions(decoder, features, word_map, beam_size=5, sampling=None, **options):
+    """`beam_search`, or with a `Sampling` captions drawn at random: N Captions."""
+    if sampling is None:
+        return beam_search(decoder, features, word_map, beam_size, **options)
+    return draw_captions(decoder, features, word_map, sampling, **options)
+
+
+@torch.inference_mode()
+def draw_captions(decoder, features, word_map, sampling, max_len=50, n_best=1, no_unk=False,
+                  no_repeat_ngram=0):
+    """
+    Draw n_best captions for each image at random; see `sample_captions`, whose draws are those of
+    torch's generator. Returns N Captions: of each image's the most probable one, the others as its
+    alternatives. Scores are the model's own log-probabilities, whatever the temperature.
+    """
+    if len(features) == 0:
+        return []
+    if n_best < 1 or max_len < 1:
+        raise ValueError(f"n_best is {n_best}, max_len {max_len}: they must be at least 1")
+    tokens, lengths = sample_captions(decoder, features, word_map, n_best, max_len, sampling,
+                                      no_unk, no_repeat_ngram)
+    logits, targets, alphas = decoder(features, tokens, lengths)
+    log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1).double()
+    counts = (lengths - 1).flatten().tolist()
+    scores = torch.stack([part.sum() for part in log_probs.split(counts)]).view(lengths.shape)
+    tokens, alphas, end = tokens.tolist(), alphas.float().cpu().numpy(), word_map["<end>"]
+    captions = []
+    for i in range(len(features)):
+        drawn = []
+        for r, length in enumerate(lengths[i].tolist()):
+            path = tokens[i][r][1:length]
+            finished = path[-1] == end
+            path = path[:-1] if finished else path[:max_len]
+            drawn.append(Caption(path, alphas[i, r, :len(path)], float(scores[i, r]), finished, []))
+        first, *others = sorted(drawn, key=lambda caption: -caption.score)
+        captions.append(first._replace(alternatives=others))
+    return captions
+
+
 @torch.inference_mode()
 def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
-                length_penalty=0.0, no_unk=False, hard_attention=None, callback=None):
+                length_penalty=0.0, no_unk=False, no_repeat_ngram=0, hard_attention=None,
+                callback=None):
     """
     Caption a batch of images; beam_size=1 is greedy decoding.
 
@@ -53,20 +122,25 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     length_penalty: finished captions are ranked by their score over length ** length_penalty,
     <end> counted; at 1 that is the mean per word
     no_unk: never choose <unk>; probabilities stay as they are
+    no_repeat_ngram: never choose a token that would repeat so many in the same order; 0: allowed
     hard_attention: see `Attention`; at test time it is `most_likely_location`
     callback: called after each step, for the n images still active, with five tensors: scores and
     tokens of each slot's best continuations, (n, K, C), scores -inf for closed slots; and scores,
     tokens and parents of the beams kept from them, (n, K), scores -inf beyond the image's width
 
     The rule is the tutorial's: a beam that reaches <end> is set aside, and the search continues
-    with one beam less; of those set aside, the best total log-probability wins. If none has
-    finished after max_len tokens, the best unfinished one is returned.
+    with one beam less; of those set aside, the best total log-probability wins. A caption has at
+    most max_len words, and <end> may follow them; if none has finished, the best unfinished one of
+    max_len words is returned.
 
-    Returns N Captions. Raises ValueError if beam_size < 1, if n_best is not 1..beam_size or if
-    length_penalty is not 0..10, UserError if the decoder's logits are not finite.
+    Returns N Captions. Raises ValueError if beam_size or max_len < 1, if n_best is not
+    1..beam_size or if length_penalty is not 0..10, UserError if the decoder's logits are not
+    finite.
     """
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}, it must be at least 1")
+    if max_len < 1:
+        raise ValueError(f"max_len is {max_len}, it must be at least 1")
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"n_best is {n_best}, it must be 1 to beam_size = {beam_size}")
     if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
@@ -86,19 +160,25 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     width = torch.full((n, 1), beam_size, device=device)  # beams left for each image
     best_finished = scores.new_full((n, n_best), -torch.inf)
     rows = torch.arange(n, device=device)  # the image of each row still active
+    paths = tokens.new_zeros(n, beam_size, 0)  # each slot's tokens so far, with no_repeat_ngram
     history = []  # per step: rows and their tokens, parents, scores, alphas
 
-    for length in range(1, max_len + 1):
+    for length in range(1, max_len + 2):  # <end> counts as a token, not as a word
         token_gates = decoder.embed_to_gates(tokens.flatten()[slots], annotations)
         state, _, weights = decoder.step(token_gates, state, annotations, tokens.shape, slots,
                                          hard_attention)
         log_probs = decoder.logits(state[0]).log_softmax(-1)
         if no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
+        if no_repeat_ngram:
+            ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[slots], no_repeat_ngram)
         scores, tokens, parents = _extend(scores, log_probs, slots, width, callback)
         history.append((rows, tokens, parents, scores,
                         _scatter_to_slots(weights, slots, tokens.shape)))
 
+        if no_repeat_ngram:
+            parent_paths = paths.gather(1, parents.unsqueeze(2).expand(-1, -1, length - 1))
+            paths = torch.cat([parent_paths, tokens.unsqueeze(2)], 2)
         ended = tokens == end
         ranks = scores.masked_fill(~ended, -torch.inf) / length ** length_penalty
         best_finished = torch.cat([best_finished, ranks], 1)
@@ -107,7 +187,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         width = (scores > -torch.inf).sum(1, keepdim=True)
         # Scores only decrease, so an image is done once its best open beam, even at the most
         # favourable length, ranks below the n_best-th finished one.
-        active = scores.max(1).values / max_len ** length_penalty > best_finished[:, -1]
+        active = scores.max(1).values / (max_len + 1) ** length_penalty > best_finished[:, -1]
         source = slots.new_zeros(tokens.numel()).index_copy(  # slot -> its row in the state
             0, slots, torch.arange(len(slots), device=device))
         first_slot = torch.arange(0, tokens.numel(), beam_size, device=device).unsqueeze(1)
@@ -125,9 +205,9 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
                 0, kept, torch.arange(num_active, device=device))
             slots = new_row[slots // beam_size] * beam_size + slots % beam_size
             rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
-            best_finished, width = best_finished[kept], width[kept]
+            best_finished, width, paths = best_finished[kept], width[kept], paths[kept]
             annotations = annotations[kept]
-    return _backtrack(history, end, n, n_best, length_penalty)
+    return _backtrack(history, end, n, n_best, length_penalty, max_len)
 
 
 def _extend(scores, log_probs, slots, width, callback=None):
@@ -163,7 +243,7 @@ def _true_indices(mask, count):
     return mask.byte().argsort(dim=0, descending=True, stable=True)[:count]
 
 
-def _backtrack(history, end, n, n_best, length_penalty):
+def _backtrack(history, end, n, n_best, length_penalty, max_len):
     """Follow the parents back from the best last tokens. Returns N Captions."""
     steps, alpha = len(history), history[0][-1]
     tokens, parents = np.zeros((2, steps, n, alpha.shape[1]), dtype=np.int64)
@@ -179,8 +259,9 @@ def _backtrack(history, end, n, n_best, length_penalty):
     for i in range(n):
         ends = np.argwhere(finished[:, i])  # (step, slot) of every finished beam
         if not len(ends):
-            ends = np.array([(steps - 1, slot) for slot in range(tokens.shape[2])
-                             if scores[-1, i, slot] > -np.inf])
+            last = min(steps, max_len) - 1
+            ends = np.array([(last, slot) for slot in range(tokens.shape[2])
+                             if scores[last, i, slot] > -np.inf])
         if not len(ends):
             raise UserError("the model's scores are not finite: it is damaged, or too large for "
                             "--amp fp16; leave that out, or pass another --model")

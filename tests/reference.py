@@ -72,7 +72,8 @@ def loss(predictions, captions, decode_lengths, alphas, alpha_c=1.0):
 
 
 @torch.no_grad()
-def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, no_unk=False):
+def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, no_unk=False,
+           no_repeat_ngram=0):
     """
     Beam search for one image; its beams are a batch that shrinks as they end. encoded (1, P, E)
 
@@ -82,14 +83,21 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
     start, end = word_map["<start>"], word_map["<end>"]
     h, c = init_hidden_state(decoder, encoded)
     beams, total = [([start], [])], encoded.new_zeros(1)  # words and alphas, log-probabilities
-    complete, k = [], beam_size
-    for _ in range(max_len):
+    complete, unfinished, k = [], [], beam_size
+    for step in range(1, max_len + 2):  # the tutorial's `if step > 50: break` comes after step 51
         words = torch.tensor([words[-1] for words, _ in beams], device=encoded.device)
         scores, h, c, alpha = decode_step(
             decoder, encoded.expand(len(beams), -1, -1), words, h, c)
         scores = total.unsqueeze(1) + torch.log_softmax(scores, dim=1)  # (k, V)
         if no_unk:
             scores[:, word_map["<unk>"]] = -torch.inf
+        for row, (path, _) in zip(scores, beams):
+            for word in range(len(row)) if no_repeat_ngram else ():
+                longer = [*path[1:], word]
+                found = [tuple(longer[i:i + no_repeat_ngram])
+                         for i in range(len(longer) - no_repeat_ngram + 1)]
+                if len(found) > len(set(found)):
+                    row[word] = -torch.inf
         total, best = scores.flatten().topk(min(k, scores.numel()))
         parents, words = best // scores.shape[1], (best % scores.shape[1]).tolist()
         beams = [(beams[parent][0] + [word], beams[parent][1] + [alpha[parent]])
@@ -98,9 +106,11 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
                      if beam[0][-1] == end]
         active = [i for i, beam in enumerate(beams) if beam[0][-1] != end]
         k = len(active)
+        if step == max_len:
+            unfinished = [(*beams[i], total[i].item()) for i in active]
         if k == 0:
             break
         beams, total = [beams[i] for i in active], total[active]
         h, c = h[parents[active]], c[parents[active]]
-    return sorted(complete or [(*beam, score) for beam, score in zip(beams, total.tolist())],
+    return sorted(complete or unfinished,
                   key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty)

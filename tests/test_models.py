@@ -5,10 +5,11 @@ import weakref
 import pytest
 import reference
 import torch
-from factories import make_captions, make_decoder
+from factories import WORD_MAP, make_captions, make_decoder
 from torch import nn
 
 from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
+from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder, pooling_matrix
 from training.losses import doubly_stochastic_loss
 from utils import autocast
@@ -213,3 +214,25 @@ def test_a_batch_without_backward_pass_keeps_no_memory():
         decoder(torch.randn(4, 64, 9, dtype=torch.float64), captions, lengths)
         del image
     assert [key() for key in keys] == [None, None]
+
+
+@pytest.mark.parametrize("height, width", [(288, 512), (256, 320), (64, 448), (500, 96)])
+def test_pictures_of_any_shape_give_the_numbers_of_the_tutorials_pooling(height, width):
+    torch.manual_seed(0)
+    encoder = Encoder(name="resnet18", weights="none").double()
+    decoder = DecoderWithAttention(7, 5, 6, 23, encoder_dim=512, dropout=0.0).double()
+    (captions, lengths), images = make_captions(2, 2), torch.randn(2, 3, height, width).double()
+    with torch.no_grad():
+        features = encoder(images)
+        pooled = nn.functional.adaptive_avg_pool2d(encoder.resnet(images), 14)
+        encoded = pooled.permute(0, 2, 3, 1).flatten(1, 2)  # the tutorial's encoder
+        ours, _, alphas = decoder(features, captions, lengths)
+        theirs, _, decode_lengths, expected_alphas, order = reference.decode(
+            decoder, encoded.repeat_interleave(2, 0), captions.flatten(0, 1), lengths.flatten())
+    back = order.argsort()
+    torch.testing.assert_close(ours, torch.cat([theirs[i, :decode_lengths[i]] for i in back]))
+    torch.testing.assert_close(alphas.flatten(0, 1), expected_alphas[back])
+    for found, image in zip(beam_search(decoder, features, WORD_MAP, 3), encoded.split(1)):
+        words, _, score = reference.search(decoder, image, WORD_MAP, 3)[0]
+        assert found.tokens == words[1:len(words) - found.finished]
+        assert found.score == pytest.approx(score)

@@ -6,8 +6,8 @@ import reference
 import torch
 from factories import WORD_MAP, make_case
 
-from modeling.beam_search import beam_search
-from modeling.sampling import most_likely_location
+from modeling.beam_search import beam_search, draw_captions
+from modeling.sampling import Sampling, most_likely_location
 from utils import UserError
 
 
@@ -113,6 +113,21 @@ def test_a_search_that_never_finishes_returns_its_best_beam_with_its_attention()
         np.testing.assert_allclose(caption.alphas.sum(1), 1, atol=1e-6)
 
 
+def test_end_may_follow_the_last_of_max_len_words_as_in_the_tutorial():
+    decoder, features = make_case(2, end_bias=-1)
+    free = beam_search(decoder, features, WORD_MAP, 3)
+    lengths = [len(caption.tokens) for caption in free]
+    assert all(caption.finished for caption in free) and len(set(lengths)) > 2
+    exact = []
+    for i, (length, expected) in enumerate(zip(lengths, free)):
+        if length:
+            [found] = beam_search(decoder, features[i:i + 1], WORD_MAP, 3, max_len=length)
+            exact.append(found.finished and found.tokens == expected.tokens)
+    assert sum(exact) >= len(exact) - 1  # a narrower search may set another beam aside
+    for caption in beam_search(decoder, features, WORD_MAP, 3, max_len=1):
+        assert len(caption.tokens) <= 1
+
+
 def test_a_caption_can_be_empty():
     decoder, features = make_case(0, end_bias=1e4)
     for caption in beam_search(decoder, features, WORD_MAP, 3):
@@ -143,3 +158,81 @@ def test_scores_that_are_not_finite_are_an_error():
 def test_no_images_give_no_captions():
     decoder, features = make_case(0, 0)
     assert beam_search(decoder, features[:0], WORD_MAP, 3) == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_no_ngram_is_said_twice_when_that_is_asked_for(beam_size, n):
+    repeated = 0
+    for seed in range(6):
+        decoder, features = make_case(seed, end_bias=(-9, -4)[seed % 2])
+        plain = beam_search(decoder, features, WORD_MAP, beam_size, 12)
+        captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_repeat_ngram=n)
+        for before, caption, image in zip(plain, captions, reference.encode(features).split(1)):
+            expect_equal(caption, reference.search(decoder, image, WORD_MAP, beam_size, 12,
+                                                   no_repeat_ngram=n)[0])
+            repeated += before.tokens != caption.tokens
+            ngrams = list(zip(*(caption.tokens[i:] for i in range(n))))
+            assert len(ngrams) == len(set(ngrams))
+    assert repeated > 3
+
+
+def test_drawn_captions_have_the_models_own_scores_and_attention():
+    decoder, features = make_case(0, end_bias=-1)
+    torch.manual_seed(0)
+    captions = draw_captions(decoder, features, WORD_MAP, Sampling(0.8, 0.95), 12, n_best=3)
+    lengths = set()
+    for caption, image in zip(captions, reference.encode(features).split(1)):
+        scores = [c.score for c in (caption, *caption.alternatives)]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        for drawn in (caption, *caption.alternatives):
+            words = drawn.tokens + [WORD_MAP["<end>"]] * drawn.finished
+            if not drawn.finished:
+                assert len(drawn.tokens) == 12
+                continue
+            predictions, *_, alphas, _ = reference.decode(
+                decoder, image, torch.tensor([[WORD_MAP["<start>"], *words]]),
+                torch.tensor([len(words) + 1]))
+            log_probs = predictions[0].log_softmax(1)[range(len(words)), words]
+            assert drawn.score == pytest.approx(log_probs.sum().item())
+            np.testing.assert_allclose(drawn.alphas, alphas[0][:len(drawn.tokens)].detach(),
+                                       atol=1e-6)
+            lengths.add(len(words))
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1e-4), Sampling(top_p=1e-9)])
+def test_drawing_only_from_the_likeliest_word_is_greedy_search(sampling):
+    decoder, features = make_case(1, end_bias=-1)
+    for drawn, greedy in zip(draw_captions(decoder, features, WORD_MAP, sampling, 12),
+                             beam_search(decoder, features, WORD_MAP, 1, 12)):
+        assert drawn.tokens == greedy.tokens and drawn.finished == greedy.finished
+        if drawn.finished:
+            assert drawn.score == pytest.approx(greedy.score)
+
+
+def test_the_same_seed_draws_the_same_captions_and_options_hold():
+    decoder, features = make_case(2, end_bias=-3)
+    with torch.no_grad():
+        decoder.fc.bias[WORD_MAP["<unk>"]] += 4
+
+    def draw(seed, **options):
+        torch.manual_seed(seed)
+        return [c.tokens for c in draw_captions(decoder, features, WORD_MAP, Sampling(), 12,
+                                                **options)]
+
+    assert draw(3) == draw(3) != draw(4)
+    assert any(WORD_MAP["<unk>"] in tokens for tokens in draw(3))
+    for tokens in draw(3, no_unk=True, no_repeat_ngram=1):
+        assert WORD_MAP["<unk>"] not in tokens and len(tokens) == len(set(tokens))
+
+
+def test_nucleus_is_the_fewest_likeliest_words_that_reach_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    for top_p, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.96, 4), (1, 4)):
+        found = Sampling(top_p=top_p).probabilities(logits)
+        assert (found > 0).sum(1).tolist() == [kept, kept]
+        expected = logits.exp() * (found > 0)
+        torch.testing.assert_close(found, expected)
+    hot = Sampling(temperature=2).probabilities(logits)
+    torch.testing.assert_close(hot, logits.exp().sqrt() / logits.exp().sqrt().sum(1, True))

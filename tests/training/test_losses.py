@@ -42,10 +42,10 @@ def tiny_decoder(side=2, dropout=0.0):
     return decoder
 
 
-def every_caption(max_len):
-    """Yield all captions that can be sampled: tokens after <start>, up to <end> or max_len."""
-    for words in itertools.product(range(4), repeat=max_len):
-        length = words.index(END) + 1 if END in words else max_len
+def every_caption(tokens):
+    """Yield all captions that can be sampled: tokens after <start>, up to <end> or this many."""
+    for words in itertools.product(range(4), repeat=tokens):
+        length = words.index(END) + 1 if END in words else tokens
         if all(word == 0 for word in words[length:]):  # yield each once
             yield words[:length]
 
@@ -79,7 +79,7 @@ def test_captions_are_sampled_with_their_probabilities():
     decoder, features = tiny_decoder().eval(), torch.randn(1, 4, 3, dtype=torch.float64)
     torch.manual_seed(0)
     captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, 400,
-                                        max_len=3)
+                                        max_len=2)  # words; <end> may follow
     found = [tuple(caption[1:length]) for caption, length in
              zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())]
     assert (captions[:, :, 0] == START).all() and len(found) == 20000
@@ -107,7 +107,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     exact = flat_gradient(0.5 * penalty - expected, decoder)
 
     criterion = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
-                             samples=3, max_len=2)
+                             samples=3, max_len=1)
     assert criterion.count_captions(torch.zeros(400, 1)) == 1200
     assert not criterion.dropout
     criterion.reward = lambda images, captions, lengths: torch.tensor(

@@ -103,7 +103,7 @@ def test_a_callback_changes_nothing():
     plain = beam_search(decoder, features, WORD_MAP, 3, 12)
     recorded = beam_search(decoder, features, WORD_MAP, 3, 12, callback=lambda *x: calls.append(x))
     assert [(c.tokens, c.score) for c in plain] == [(c.tokens, c.score) for c in recorded]
-    assert max(len(c.tokens) for c in plain) <= len(calls) <= 12
+    assert max(len(c.tokens) for c in plain) <= len(calls) <= 13  # <end> may follow
 
 
 def draw(tree, folder):
