@@ -1,13 +1,21 @@
 """Images of every kind become upright RGB."""
 
+import functools
+import io
+import os
 import struct
+import subprocess
+import threading
 import zlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from preprocessing.images import read_image, read_rgb
+from preprocessing import images
+from preprocessing.images import find_suffixes, read_image, read_rgb
 from utils import UserError
 
 
@@ -66,10 +74,31 @@ def test_every_colour_with_every_transparency_is_rounded_to_the_nearest(tmp_path
     np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), grey(expected))
 
 
-def test_floats_are_scaled_by_their_maximum_if_it_is_above_one(tmp_path):
-    for values, expected in (([[0, 0.5, 1]], [[0, 128, 255]]), ([[-1, 1, 4]], [[0, 64, 255]])):
-        Image.fromarray(np.array(values, np.float32)).save(tmp_path / "a.tif")
-        np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), grey(expected))
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("suffix, dtype", [("png", np.uint16), ("tif", np.uint16),
+                                           ("tif", np.int32)])
+def test_few_bits_in_many_are_neither_black_nor_clipped(tmp_path, suffix, dtype, bits):
+    white = 2 ** bits - 1
+    values = np.array([[0, white // 5, white // 2, white]])
+    Image.fromarray(values.astype(dtype)).save(tmp_path / f"a.{suffix}")
+    got = read_rgb(tmp_path / f"a.{suffix}").astype(int)
+    assert np.abs(got - grey([[0, 51, 127, 255]])).max() <= 1
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0, 0.5, 1], [0, 128, 255]), ([0, 0.25, 0.5], [0, 64, 128]), ([0, 100.2, 200], [0, 100, 200]),
+    ([0, 32768, 60000], [0, 128, 233])])
+def test_floats_are_scaled_by_what_white_is_not_by_their_maximum(tmp_path, values, expected):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), grey([expected]))
+
+
+@pytest.mark.parametrize("values, dtype", [([-1, 4], np.float32), ([0, 1e6], np.float32),
+                                           ([-5, 9], np.int32), ([0, 70000], np.int32)])
+def test_values_that_do_not_say_what_is_white_are_refused(tmp_path, values, dtype):
+    Image.fromarray(np.array([values], dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="do not say what is white"):
+        read_rgb(tmp_path / "a.tif")
 
 
 def test_floats_that_are_not_finite_are_refused(tmp_path):
@@ -134,6 +163,103 @@ def test_exif_rotated_picture_of_one_channel_is_upright(tmp_path, orientation, s
     stored.save(tmp_path / f"a.{suffix}", exif=exif)
     got, expected = read_rgb(tmp_path / f"a.{suffix}"), np.asarray(upright.convert("RGB"))
     assert got.shape == expected.shape and np.abs(got.astype(int) - expected).max() < 12
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_rotated_tiff_of_any_mode_is_upright(tmp_path, orientation, compression, mode):
+    upright = quadrants().convert("L" if mode == "I;16" else mode)
+    stored = np.asarray(upright)
+    if mode == "I;16":
+        stored = stored.astype(np.uint16) * 257
+    stored = Image.fromarray(stored, mode if mode in ("P", "CMYK") else None)
+    if mode == "P":
+        stored.putpalette(upright.getpalette())
+    expected = np.asarray(upright.convert("RGB"))
+    if STORED[orientation] is not None:
+        stored = stored.transpose(STORED[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.tif", exif=exif, compression=compression)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), expected)
+    np.testing.assert_array_equal(read_rgb(str(tmp_path / "a.tif")), expected)
+
+
+def test_rotated_photograph_with_odd_exif_entries_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x9286] = 6, b"\xff\xfe\x00", b"\x00" * 70_000
+    exif[0x829A] = 0.0  # an exposure time of 0 / 1
+    raw = bytearray(exif.tobytes()[:60_000])
+    quadrants().transpose(STORED[6]).save(tmp_path / "a.jpg", exif=bytes(raw), quality=100)
+    assert read_rgb(tmp_path / "a.jpg").shape == (32, 48, 3)
+
+
+def test_png_with_megabytes_of_text_and_profile_is_read(tmp_path):
+    info = PngInfo()
+    info.add_text("prompt", "cat " * 600_000, zip=True)
+    quadrants().save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(2_000_000))
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), np.asarray(quadrants()))
+
+
+def test_postscript_is_refused_without_starting_ghostscript(tmp_path, monkeypatch):
+    quadrants().save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(UserError, match="a.jpg is not a readable image: it is in none of the"):
+        read_rgb(tmp_path / "a.jpg")
+
+
+def test_every_format_of_photographs_is_read_and_its_suffix_known(tmp_path):
+    suffixes = find_suffixes()
+    assert {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".tif", ".bmp", ".gif",
+            ".mpo", ".ppm"} <= suffixes and not {".eps", ".pdf", ".mpg", ".h5"} & suffixes
+    for suffix in (".jfif", ".avif", ".jp2", ".tif", ".bmp", ".webp", ".ppm", ".tga", ".pcx"):
+        quadrants().save(tmp_path / f"a{suffix}")
+        got = read_rgb(tmp_path / f"a{suffix}").astype(int)
+        assert np.abs(got[8, 10] - [255, 0, 0]).max() < 20, suffix
+
+
+def test_bytes_and_open_files_are_read_as_their_file_is(tmp_path):
+    quadrants().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with open(tmp_path / "a.png", "rb") as file:
+        for source in (content, bytearray(content), io.BytesIO(content), file):
+            np.testing.assert_array_equal(read_rgb(source), np.asarray(quadrants()))
+        assert not file.closed
+    with pytest.raises(UserError, match="the picture is not a readable image"):
+        read_rgb(b"GIF89a")
+
+
+def test_web_address_is_downloaded_up_to_a_bound(tmp_path, monkeypatch):
+    quadrants().save(tmp_path / "a.png")
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(read_rgb(f"{url}/a.png"), np.asarray(quadrants()))
+        with pytest.raises(UserError, match="/b.png could not be downloaded: .*[Nn]ot [Ff]ound"):
+            read_rgb(f"{url}/b.png")
+        monkeypatch.setattr(images, "MAX_DOWNLOAD", 50)
+        with pytest.raises(UserError, match="/a.png is larger than"):
+            read_rgb(f"{url}/a.png")
+        server.shutdown()
+    with pytest.raises(UserError, match="could not be downloaded"):
+        read_rgb(f"{url}/a.png")
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "pipe"])
+def test_devices_and_pipes_are_refused_at_once(tmp_path, device):
+    if device == "pipe":
+        device = tmp_path / "pipe"
+        os.mkfifo(device)
+    with pytest.raises(UserError, match="cannot be read: it is not a file"):
+        read_rgb(device)
 
 
 @pytest.mark.parametrize("name", ["imageio:chelsea.png", "http:", "~x", "<screen>", "a.zip"])
