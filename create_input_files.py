@@ -15,7 +15,7 @@ import sys
 from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
-from preprocessing.own_captions import read_captions
+from preprocessing.own_captions import coco_split, read_captions
 from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
 
 
@@ -26,9 +26,10 @@ def get_args(argv=None):
     add = parser.add_argument_group("captions and images").add_argument
     add("--dataset", default="demo", help="its name: coco, flickr8k, flickr30k, demo or another")
     add("--karpathy_json", nargs="+", metavar="FILE", help="captions and splits in Karpathy's "
-        "format; several files are joined into one data set")
-    add("--captions", nargs="+", metavar="FILE",
-        help="or captions of your own: CSV, TSV, JSONL, Flickr8k.token, COCO JSON")
+        "format, or his .zip, of which dataset_{--dataset}.json is taken; several files are joined "
+        "into one data set")
+    add("--captions", nargs="+", metavar="FILE", help="or captions of your own: CSV, TSV, JSONL, "
+        "JSON, Flickr8k.token, COCO JSON, or a folder with a .txt beside each image")
     add("--image_folder", nargs="+", metavar="FOLDER",
         help="where the images are; for several files a folder each, or one for all")
     for split, purpose in (("val", "validation"), ("test", "testing")):
@@ -40,7 +41,7 @@ def get_args(argv=None):
     add("--min_word_freq", type=non_negative_int, default=5,
         help="words that occur at most this often become <unk>")
     add("--max_len", type=positive_int, default=50, help="longest caption to train on, in words")
-    add("--seed", type=int, default=123,
+    add("--seed", type=non_negative_int, default=123,
         help="for sampling captions, and for splits if --captions has none")
     add = parser.add_argument_group("output").add_argument
     add("--output_folder", default="data", help="where to write the files")
@@ -72,8 +73,12 @@ def find_captions(args):
         raise UserError("no images given; pass --image_folder FOLDER")
     if args.karpathy_json:
         return args.karpathy_json, args.image_folder
-    captions = [read_captions(path, args.seed, args.val_fraction, args.test_fraction)
-                for path in args.captions]
+    # COCO's files for training and validation, given together, say so in their names.
+    splits = [coco_split(path) for path in args.captions]
+    if not {"train", "val"} <= set(splits):
+        splits = [None] * len(splits)
+    captions = [read_captions(path, args.seed, args.val_fraction, args.test_fraction, split)
+                for path, split in zip(args.captions, splits)]
     warn_of_empty_splits(", ".join(args.captions),
                          [image for file in captions for image in file["images"]])
     return captions, args.image_folder

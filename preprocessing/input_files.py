@@ -5,23 +5,25 @@ import json
 import os
 import random
 import stat
+import sys
 import time
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
-from datasets import IMAGE_SIZE, KINDS, data_file
+from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, open_hdf5
 from preprocessing.images import read_image
-from preprocessing.karpathy import read_sources
+from preprocessing.karpathy import read_karpathy, read_sources
 from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import StagingFolder
-from utils import UserError, read_json, write_json
+from utils import UserError, count, printable, read_json, write_json
 
+MAX_REASONS = 10  # of bad images, printed
 CHUNK = 4  # images that a process reads at a time; few, since an interrupt waits for them
 
 
@@ -42,6 +44,27 @@ def create_word_map(captions, min_word_freq):
     frequency = Counter(word for caption in captions for word in caption)
     words = [word for word, count in frequency.items() if count > min_word_freq]
     return {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
+
+
+def _check_words(splits, options):
+    """
+    Say how much of the training captions the word map keeps: UserError if it has no word at all, a
+    line if most tokens become <unk>.
+    """
+    captions = [caption for image in splits["TRAIN"] for caption in image.captions]
+    words = create_word_map(captions, options.min_word_freq)
+    tokens = sum(map(len, captions))
+    unknown = sum(word not in words for caption in captions for word in caption)
+    kept = (f"{len(words) - len(SPECIAL_TOKENS)} words occur more than {options.min_word_freq} "
+            f"times in {len(captions)} captions, {unknown} of {tokens} tokens become <unk>")
+    advice = "pass a lower --min_word_freq, 0 to keep every word"
+    if tokens < 2 * len(captions):  # a whole sentence is one word
+        advice += ("; if the language is written without spaces, as Chinese, Japanese and Thai "
+                   "are, put a space between the words first")
+    if unknown == tokens:
+        raise UserError(f"{kept}; {advice}")
+    if unknown > tokens / 2:
+        print(f"{kept}; {advice}", file=sys.stderr)
 
 
 def _sample(captions, n, rng):
@@ -71,7 +94,7 @@ def _find_images(splits, options):
     digest = hashlib.sha256(json.dumps([captions_per_image, other_options]).encode())
     for split, images in splits.items():
         for image in images:
-            state = None
+            state, image = None, _as_on_disk(image)
             try:
                 status = os.stat(image.path)
                 if stat.S_ISREG(status.st_mode):
@@ -87,9 +110,27 @@ def _find_images(splits, options):
     return found, missing, digest.hexdigest()
 
 
+def _as_on_disk(image):
+    """
+    The CaptionedImage with its path as the disk spells it: captions and file names may differ in
+    whether é is one character or two (NFC, NFD).
+    """
+    if not image.path.isascii() and not os.path.exists(image.path):
+        for form in ("NFC", "NFD"):
+            if os.path.exists(path := unicodedata.normalize(form, image.path)):
+                return image._replace(path=path)
+    return image
+
+
+def _first_reasons(reasons):
+    """The first reasons, and how many others there are: a wrong folder makes all images bad."""
+    shown = reasons[:MAX_REASONS]
+    others = len(reasons) - len(shown)
+    return [*shown, f"and {others} others"] if others else shown
+
+
 def _bad_images(reasons, next_step):
-    lines = [f"{len(reasons)} bad images; {next_step}:", *reasons]
-    return UserError("\n  ".join(lines))
+    return UserError(f"{len(reasons)} bad images:", [*_first_reasons(reasons), next_step])
 
 
 def _check_bad_images(splits, bad, skip_bad_images, note=""):
@@ -171,7 +212,8 @@ def _drop_bad_images(staging, splits, missing, skip_bad_images):
     _check_bad_images(splits, bad, skip_bad_images, "; the other images will not be read again")
     staging.drop_bad()
     if bad:
-        print("\n  ".join([f"{len(bad)} bad images dropped:", *bad]))
+        print("\n  ".join([f"{len(bad)} bad images dropped:",
+                           *map(printable, _first_reasons(bad))]))
     return splits
 
 
@@ -189,7 +231,7 @@ def _write_captions(staging, name, splits, options):
             "REFERENCES": [image.record for image in images],
         }.items():
             write_json(staging.path(data_file(split, kind, name)), content)
-        print(f"{split}: {len(images)} images, {len(captions)} captions")
+        print(f"{split}: {count(len(images), 'image')}, {count(len(captions), 'caption')}")
     write_json(staging.path(staging.files[-1]), word_map)
 
 
@@ -203,7 +245,7 @@ def _is_already_made(staging):
     if not existing:
         return False
     try:
-        with h5py.File(paths[0], "r") as file:
+        with open_hdf5(paths[0]) as file:
             same = file.attrs.get("made_from") == staging.key.encode()
     except OSError:  # missing or damaged
         same = False
@@ -255,7 +297,7 @@ def _explain_interruption(staging):
                                 f"{staging.folder}, run the same command to continue") from None
 
 
-def _with_folders(sources, folders):
+def _with_folders(sources, folders, dataset):
     """The tuples that `read_sources` takes, of one or several sources and folders."""
     sources, folders = (x if isinstance(x, (list, tuple)) else [x] for x in (sources, folders))
     if len(folders) not in (1, len(sources)):
@@ -264,7 +306,8 @@ def _with_folders(sources, folders):
     if len(folders) == 1:
         folders = folders * len(sources)
     return [(source, source["source"], folder) if isinstance(source, dict)
-            else (read_json(source), source, folder) for source, folder in zip(sources, folders)]
+            else (read_karpathy(source, dataset), source, folder)
+            for source, folder in zip(sources, folders)]
 
 
 def create_input_files(
@@ -317,11 +360,12 @@ def create_input_files(
     name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     if os.path.basename(name) != name:
         raise UserError(f"{name} cannot be part of a file name; pass another --dataset")
-    sources = _with_folders(karpathy_json_path, image_folder)
+    sources = _with_folders(karpathy_json_path, image_folder, dataset)
     options = Options(captions_per_image, min_word_freq, max_len, seed, image_size)
     splits, missing, key = _find_images(read_sources(sources, max_len), options)
     _check_bad_images(splits, missing, skip_bad_images,
                       "; the other images have not been read yet")
+    _check_words(splits, options)
     staging = _stage(output_folder, name, key, splits, options)
     with _explain_interruption(staging):
         os.makedirs(output_folder, exist_ok=True)

@@ -1,15 +1,43 @@
 """Captions and splits in Karpathy's JSON format, read and checked."""
 
+import json
 import os
+import zipfile
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from datasets import SPECIAL_TOKENS
-from utils import UserError
+from utils import UserError, check_is_file, read_json
 
 # Karpathy's name of a split -> that of our files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
+
+
+def read_karpathy(path, dataset):
+    """
+    The content of a JSON file, or of dataset_{dataset}.json in a .zip, as Karpathy distributes
+    them. Raises UserError if it cannot be read.
+    """
+    if not str(path).lower().endswith(".zip"):
+        return read_json(path)
+    check_is_file(path)
+    wanted = f"dataset_{dataset}.json"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {PurePosixPath(name).name: name for name in archive.namelist()}
+            if wanted not in members:
+                names = [name[len("dataset_"):-len(".json")] for name in sorted(members)
+                         if name.startswith("dataset_") and name.endswith(".json")]
+                raise UserError(f"{path} has no {wanted}; pass --dataset, one of: "
+                                f"{', '.join(names) or 'none in it'}")
+            return json.loads(archive.read(members[wanted]))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found") from None
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and json raise many kinds for foreign bytes
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 class CaptionedImage(NamedTuple):

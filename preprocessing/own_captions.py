@@ -3,29 +3,37 @@ Captions of your own -> Karpathy's format. The kind of file is recognised by its
 
   COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
+  JSON        {"a.jpg": "A dog.", "b.jpg": [several]}
+  folder      a.txt beside a.jpg, a caption a line
   Flickr8k    a.jpg#0<TAB>A dog.
   table       separated by tabs, |, commas or semicolons, such as Flickr30k's results.csv and
               Kaggle's captions.txt: a header names the columns; without one there are two, file
-              name and caption
+              name and caption. A cell may hold a list of captions, as Python or JSON write it
 
 A column or key "split" (train, restval, val, test) is kept; without it, images are assigned to
 splits at random, each with all its captions.
 """
 
+import ast
 import csv
 import gzip
 import json
+import os
 import random
 import re
 import string
 import unicodedata
 import zlib
+from contextlib import suppress
+from pathlib import Path
 
-from utils import UserError, broken_json, read_text
+from preprocessing.images import find_suffixes
+from utils import UserError, broken_json, check_is_file, read_text
 
-IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name")
+IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name", "image_path", "image_file",
+              "filepath", "file_path", "path", "img", "img_path", "name")
 ASCII_SEPARATORS = str.maketrans(dict.fromkeys(string.punctuation, " "))  # categories P and S
-CAPTION_KEYS = ("caption", "text", "sentence", "comment")
+CAPTION_KEYS = ("caption", "text", "sentence", "comment", "captions", "description", "raw")
 
 # The readers below yield tuples (file name, caption, split or None, COCO's image id or None).
 
@@ -48,14 +56,15 @@ def _first(entry, keys):
     return next((entry[key] for key in keys if key in entry), None)
 
 
-def _from_coco(path, content):
+def _from_coco(path, content, split=None):
+    """split: of all its images, unless they say otherwise"""
     try:
         images = {image["id"]: image for image in content["images"]}
         for annotation in content["annotations"]:
             image = images.get(annotation["image_id"])
             if image is None:
                 raise UserError(f"{path}: no image has the id {annotation['image_id']!r}")
-            yield image["file_name"], annotation["caption"], image.get("split"), image["id"]
+            yield image["file_name"], annotation["caption"], image.get("split", split), image["id"]
     except (AttributeError, KeyError, TypeError):
         raise UserError(
             f"{path} is not in COCO's format: images need id and file_name, "
@@ -67,12 +76,12 @@ def _from_objects(path, entries):
     for number, entry in enumerate(entries, 1):
         image = caption = None
         if isinstance(entry, dict):
-            image, caption = _first(entry, IMAGE_KEYS), _first(entry, ("captions", *CAPTION_KEYS))
+            image, caption = _first(entry, IMAGE_KEYS), _first(entry, CAPTION_KEYS)
         captions = [caption] if isinstance(caption, str) else caption
         if not isinstance(image, str) or not isinstance(captions, list):
             raise UserError(
                 f"{path}, entry {number} lacks an image ({', '.join(IMAGE_KEYS)}) "
-                f"or a caption (captions, {', '.join(CAPTION_KEYS)})"
+                f"or a caption ({', '.join(CAPTION_KEYS)})"
             )
         for caption in captions:
             yield image, caption, entry.get("split"), None
@@ -132,12 +141,46 @@ def _from_table(path, lines):
             raise UserError(f"{path}, line {rows.line_num}: {len(row)} columns, not {len(columns)}")
         if len(row) == len(columns):
             split = None if split_at is None else row[split_at].strip().strip('"')
-            yield row[image_at].strip().strip('"'), row[caption_at], split, None
+            for caption in _cell_captions(row[caption_at]):
+                yield row[image_at].strip().strip('"'), caption, split, None
         elif row:
             incomplete_lines.append(rows.line_num)
     if incomplete_lines:  # Flickr30k's results.csv has one
         print(f"{path}: {len(incomplete_lines)} lines without a caption ignored, first line "
               f"{incomplete_lines[0]}")
+
+
+def _cell_captions(cell):
+    """The captions in a table's cell: one, or a list as Python or JSON write it."""
+    if re.fullmatch(r"\s*\[\s*[\"'].*[\"']\s*,?\s*\]\s*", cell, re.DOTALL):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            captions = ast.literal_eval(cell.strip())
+            if all(isinstance(caption, str) for caption in captions):
+                return captions
+    return [cell]
+
+
+def _from_folder(path):
+    images = {Path(name).stem: name for name in sorted(os.listdir(path))
+              if Path(name).suffix.lower() in find_suffixes()}
+    for text in sorted(Path(path).glob("*.txt")):
+        for caption in read_text(text).splitlines():
+            if caption.strip():
+                yield images.get(text.stem, f"{text.stem}.jpg"), caption, None, None
+
+
+def _from_mapping(path, content):
+    for name, captions in content.items():
+        for caption in [captions] if isinstance(captions, str) else captions:
+            yield name, caption, None, None
+
+
+def _is_mapping(content):
+    """Whether this is {file name: caption, or list of captions}"""
+    return bool(content) and all(
+        re.search(r"\.\w{2,5}$", name) and (isinstance(captions, str) or (
+            isinstance(captions, list) and all(isinstance(c, str) for c in captions)))
+        for name, captions in content.items())
 
 
 def _unrecognised(path):
@@ -148,8 +191,10 @@ def _unrecognised(path):
     )
 
 
-def _read(path):
-    """The tuples from a file in any of the formats."""
+def _read(path, split=None):
+    """The tuples from a file in any of the formats; split: as in `_from_coco`"""
+    if os.path.isdir(path):
+        return _from_folder(path)
     text = read_text(path)
     lines = [line.rstrip("\r") for line in text.strip("\n").split("\n")]
     if not text.strip():
@@ -168,10 +213,11 @@ def _read(path):
                                 f"--results; training needs captions written by people")
             return _from_objects(path, content)
         if "annotations" in content:
-            return _from_coco(path, content)
+            return _from_coco(path, content, split)
         if isinstance(content.get("images"), list):
             raise UserError(f"{path} has images without annotations; is it for --karpathy_json?")
-        return _from_objects(path, [content])
+        return (_from_mapping(path, content) if _is_mapping(content)
+                else _from_objects(path, [content]))
     if re.match(r".+#\d+\t", lines[0]):
         return _from_tokens(path, lines)
     return _from_table(path, lines)
@@ -189,18 +235,26 @@ def _draw_splits(names, seed, val_fraction, test_fraction):
     return {n: "val" if i < val else "test" if i < test else "train" for i, n in enumerate(names)}
 
 
-def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
+def coco_split(path):
+    """The split that the name of one of COCO's files says, as captions_val2017.json, or None"""
+    match = re.search(r"(train|val|test)\d{4}", os.path.basename(path))
+    return match and match[1]
+
+
+def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1, default_split=None):
     """
     A caption file in Karpathy's format: {"source": path, "images": [{"filename", "split", "imgid",
     "sentences": [{"tokens", "raw"}]}]}, with "cocoid" for COCO's; in order of their first captions.
 
     seed and the fractions of the images are used only if the file has no splits.
+    default_split: of the images of a file in COCO's format, which has none inside
     Raises UserError for a file that is broken, not recognised or has splits for some images only.
     """
     images = {}
-    for filename, caption, split, cocoid in _read(path):
+    for filename, caption, split, cocoid in _read(path, default_split):
         if not isinstance(caption, str) or not isinstance(filename, str) or not filename:
             raise UserError(f"{path}: caption {caption!r} of image {filename!r}: both must be text")
+        filename = filename.replace("\\", "/")  # as Windows writes paths
         new = {"filename": filename, "split": split or None, "imgid": len(images), "sentences": []}
         image = images.setdefault(filename, new)
         if cocoid is not None:
@@ -208,6 +262,10 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1):
         if image["split"] != new["split"]:
             raise UserError(f"{path}: {filename} is in {image['split']} and in {split}")
         image["sentences"].append({"tokens": split_words(caption), "raw": caption.strip()})
+    if not images:
+        raise UserError(f"{path} has no captions: " + (
+            "none of its files is a .txt with some" if os.path.isdir(path)
+            else "only a header or empty lines"))
     missing = [image["filename"] for image in images.values() if image["split"] is None]
     if len(missing) == len(images):
         splits = _draw_splits(images, seed, val_fraction, test_fraction)
@@ -239,6 +297,7 @@ def read_documents(paths):
 
 
 def _read_lines(path):
+    check_is_file(path)
     if not str(path).endswith(".gz"):
         return read_text(path).splitlines()
     try:

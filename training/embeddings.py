@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from utils import UserError
+from utils import UserError, check_is_file
 
 
 def init_embedding(embeddings):
@@ -16,7 +16,8 @@ def init_embedding(embeddings):
 
 def load_embeddings(emb_file, word_map):
     """
-    Pretrained word vectors from a file in GloVe's text format: a word and D numbers per line.
+    Pretrained word vectors from a file in the text format of GloVe, word2vec or fastText: a word
+    and D numbers per line.
 
     Words must match exactly: ours and those of glove.6B are lower-case. A word that is not in the
     file gets a random vector, see `init_embedding`.
@@ -25,10 +26,13 @@ def load_embeddings(emb_file, word_map):
     Raises UserError, with the line number, for a line without exactly D finite numbers.
     """
     vectors, size = {}, None
+    check_is_file(emb_file)
     try:
         with open(emb_file, encoding="utf-8") as file:
             for line_number, line in enumerate(file, 1):
                 word, *values = line.rstrip().split(" ")
+                if line_number == 1 and len(values) == 1 and word.isdigit() and values[0].isdigit():
+                    continue  # word2vec's and fastText's first line: how many, and of what size
                 size = size or len(values)
                 if len(values) > size and _to_floats(values[:1]) is None:
                     continue  # glove.840B has words with spaces inside, like "at name@domain.com"

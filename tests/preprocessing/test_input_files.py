@@ -1,5 +1,6 @@
 """What create_input_files() writes, compared with counts by hand."""
 
+import re
 from pathlib import Path
 
 import h5py
@@ -153,9 +154,10 @@ def test_bad_images_are_all_named_and_leave_no_outputs(tmp_path, workers):
     names = [f"{i}.png" for i in range(25)]
     with pytest.raises(UserError) as error:
         create(tmp_path, [entry(n) for n in names], bad=names[1:23], workers=workers)
-    first, *reasons = str(error.value).split("\n")
-    assert first.startswith("22 bad images; repair them") and "--skip_bad_images" in first
-    for name, reason in zip(names[1:23], reasons, strict=True):
+    first, *reasons, others, advice = str(error.value).split("\n  ")
+    assert first == "22 bad images:" and others == "and 12 others"
+    assert advice.startswith("repair them") and "--skip_bad_images" in advice
+    for name, reason in zip(names[1:11], reasons, strict=True):
         assert f"images/{name} is not a readable image" in reason
     [kept] = (tmp_path / "out").iterdir()
     assert kept.name.startswith(".unfinished_")
@@ -175,6 +177,35 @@ def test_missing_image_is_named_before_any_is_read(tmp_path):
     with pytest.raises(UserError, match=r"1 bad images.*\n.*b\.png not found"):
         create_input_files("x", path, tmp_path / "images", output_folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("captions, min_word_freq, message", [
+    (["a dog runs", "a dog sits"], 5, "0 words occur more than 5 times in 2 captions, 6 of 6 "
+     "tokens become <unk>; pass a lower --min_word_freq, 0 to keep every word"),
+    (["一只狗在草地上奔跑", "一只猫"], 5, "; if the language is written without spaces, as"),
+])
+def test_a_vocabulary_without_words_is_an_error_that_says_what_to_pass(
+        tmp_path, captions, min_word_freq, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=min_word_freq)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_said_when_most_tokens_become_unknown(tmp_path, capsys):
+    captions = ["a dog runs fast", "a cat sits still"]
+    create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=1)
+    assert ("1 words occur more than 1 times in 2 captions, 6 of 8 tokens become <unk>; pass a "
+            "lower --min_word_freq") in capsys.readouterr().err
+    create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=0)
+    assert "<unk>" not in capsys.readouterr().err
+
+
+def test_names_match_whether_composed_or_decomposed(tmp_path):
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    path = prepare(tmp_path, [entry(composed)])
+    (tmp_path / "images" / composed).rename(tmp_path / "images" / decomposed)
+    create_input_files("x", path, tmp_path / "images", output_folder=tmp_path / "out",
+                       min_word_freq=0, workers=0)
 
 
 def without_key(files):
@@ -205,7 +236,7 @@ def test_skipping_bad_images_gives_the_files_of_a_run_without_them(tmp_path, cap
 
 def test_skipping_the_last_image_to_train_on_is_an_error_and_leaves_nothing(tmp_path):
     entries = [entry("a.png"), entry("b.png", "val")]
-    with pytest.raises(UserError, match="no image to train on is left:\n.*a.png is not a readable"):
+    with pytest.raises(UserError, match="a.png is not a readable(.*\n.*)no image to train on is"):
         create(tmp_path, entries, bad=["a.png"], skip_bad_images=True)
     assert not contents(tmp_path / "out")
 

@@ -1,9 +1,13 @@
 """What is not in Karpathy's format is refused with one line that names the place."""
 
+import json
+import zipfile
+
 import pytest
 from factories import karpathy_entry as entry
 
 from preprocessing.input_files import create_input_files
+from preprocessing.karpathy import read_karpathy
 from preprocessing.own_captions import read_captions
 from utils import UserError, write_json
 
@@ -64,6 +68,21 @@ def test_json_of_another_kind_is_refused(tmp_path, text, message):
 
 
 def test_folder_in_place_of_a_json_file_is_refused(tmp_path):
-    for read in (read_captions, lambda path: create_input_files("x", path, tmp_path)):
-        with pytest.raises(UserError, match="cannot be read: Is a directory"):
-            read(tmp_path)
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        create_input_files("x", tmp_path, tmp_path)
+    with pytest.raises(UserError, match="has no captions: none of its files is a .txt"):
+        read_captions(tmp_path)
+
+
+def test_karpathys_zip_is_read_as_it_is_downloaded(tmp_path):
+    content = {"images": [{"filename": "a.png", "split": "train", "sentences": [
+        {"tokens": ["a", "dog"]}] * 5}]}
+    with zipfile.ZipFile(tmp_path / "caption_datasets.zip", "w") as archive:
+        for name in ("coco", "flickr8k"):
+            archive.writestr(f"dataset_{name}.json", json.dumps({**content, "dataset": name}))
+    assert read_karpathy(tmp_path / "caption_datasets.zip", "coco")["dataset"] == "coco"
+    with pytest.raises(UserError, match="no dataset_x.json; pass --dataset, one of: coco, flick"):
+        read_karpathy(tmp_path / "caption_datasets.zip", "x")
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match="broken.zip cannot be read"):
+        read_karpathy(tmp_path / "broken.zip", "coco")

@@ -13,9 +13,9 @@ from factories import write_karpathy as prepare
 from hypothesis import given
 from hypothesis import strategies as st
 
-from create_input_files import main
+from create_input_files import find_captions, get_args, main
 from preprocessing.own_captions import read_captions, read_documents, split_words
-from utils import UserError, read_json
+from utils import UserError, read_json, write_json
 
 CAPTIONS = [
     ("a.jpg", "A man's dog, running."), ("b.jpg", "Two dogs"),
@@ -180,3 +180,62 @@ def test_ascii_is_split_as_unicode_is(text):
     separated = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text.lower())
     assert split_words(text) == separated.split()
     assert split_words(text + " é") == [*separated.split(), "é"]
+
+
+def read_file(tmp_path, name, text, **options):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return {image["filename"]: [" ".join(s["tokens"]) for s in image["sentences"]]
+            for image in read_captions(tmp_path / name, **options)["images"]}
+
+
+@pytest.mark.parametrize("cell", ["['A dog runs.', \"A dog's ball\"]",
+                                  '["A dog runs.", "A dog\'s ball"]'])
+def test_a_cell_with_a_list_holds_several_captions(tmp_path, cell):
+    quoted = '"' + cell.replace('"', '""') + '"'
+    found = read_file(tmp_path, "x.csv", f"image,caption\na.jpg,{quoted}\nb.jpg,[red] dog\n")
+    assert found == {"a.jpg": ["a dog runs", "a dog s ball"], "b.jpg": ["red dog"]}
+
+
+@pytest.mark.parametrize("header", ["image_path,caption", "filepath,text", "name,description",
+                                    "img,raw", "path,captions"])
+def test_columns_are_known_by_the_names_that_people_give_them(tmp_path, header):
+    found = read_file(tmp_path, "x.csv", f"{header}\na.jpg,a dog\n")
+    assert found == {"a.jpg": ["a dog"]}
+
+
+def test_names_mapped_to_captions_are_read(tmp_path):
+    found = read_file(tmp_path, "x.json", '{"a.jpg": ["A dog.", "Dogs"], "b.png": "A cat"}')
+    assert found == {"a.jpg": ["a dog", "dogs"], "b.png": ["a cat"]}
+
+
+def test_a_text_file_beside_each_picture_is_read(tmp_path):
+    for name, text in {"a": "A dog.\n\nDogs\n", "b": "A cat", "c": "A cow"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "a.PNG").touch()
+    (tmp_path / "b.webp").touch()
+    found = {image["filename"]: len(image["sentences"])
+             for image in read_captions(tmp_path)["images"]}
+    assert found == {"a.PNG": 2, "b.webp": 1, "c.jpg": 1}  # the last one will be reported missing
+
+
+def test_backslashes_separate_folders(tmp_path):
+    assert list(read_file(tmp_path, "x.csv", "image,caption\na\\b.jpg,a dog\n")) == ["a/b.jpg"]
+
+
+def test_a_header_without_captions_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="x.csv has no captions: only a header or empty lines"):
+        read_file(tmp_path, "x.csv", "image,caption\n")
+
+
+def test_cocos_two_files_keep_their_splits_when_given_together(tmp_path):
+    for split in ("train", "val"):
+        write_json(tmp_path / f"captions_{split}2017.json", {
+            "images": [{"id": i, "file_name": f"{split}{i}.jpg"} for i in range(3)],
+            "annotations": [{"image_id": i, "caption": "a dog"} for i in range(3)]})
+    files = [str(tmp_path / f"captions_{split}2017.json") for split in ("train", "val")]
+    options = ["--image_folder", "x", "--dataset", "x", "--captions"]
+    both, _ = find_captions(get_args([*options, *files]))
+    assert [{image["split"] for image in source["images"]} for source in both] == [
+        {"train"}, {"val"}]
+    [alone], _ = find_captions(get_args([*options, files[1], "--val_fraction", "0.34"]))
+    assert {image["split"] for image in alone["images"]} == {"train", "val"}
