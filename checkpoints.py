@@ -33,7 +33,7 @@ from datasets import (
 )
 from modeling import legacy_checkpoints, stub_unpickler
 from modeling.field_of_view import find_offset
-from models import DecoderWithAttention, Encoder
+from models import ENCODED_IMAGE_SIZE, DecoderWithAttention, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
@@ -199,9 +199,13 @@ def check_model(checkpoint, path):
     with _one_line_errors(path):
         with torch.device("meta"):  # sizes only, no memory
             decoder = DecoderWithAttention(**checkpoint["decoder_args"])
-        size = decoder.args["encoded_image_size"]
-        if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
-            raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
+        encoder_args = checkpoint.get("encoder_args", {})
+        for size in (decoder.args["encoded_image_size"],
+                     encoder_args.get("encoded_image_size", ENCODED_IMAGE_SIZE)):
+            if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
+                raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
+        if not 0 <= decoder.args["dropout"] <= 1:  # false for NaN too
+            raise ValueError(f"its dropout is {decoder.args['dropout']}")
         for name, tensor in decoder.state_dict().items():
             found = checkpoint["decoder"].get(name)
             if found is None:
@@ -209,8 +213,7 @@ def check_model(checkpoint, path):
             if found.shape != tensor.shape:
                 raise ValueError(f"the decoder's {name} has size {tuple(found.shape)}, not "
                                  f"{tuple(tensor.shape)}")
-        encoder_args = checkpoint["encoder_args"]
-        if not isinstance(encoder_args["name"], str):
+        if not isinstance(checkpoint["encoder_args"]["name"], str):
             raise TypeError("its encoder has no name")
         if encoder_args.get("stride", 32) not in (16, 32):
             raise ValueError("the encoder's stride is not 16 or 32")
@@ -235,6 +238,9 @@ def _check_vocab_size(word_map, checkpoint, path):
 def build(checkpoint, path):
     """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
     with _one_line_errors(path):
+        with torch.device("meta"):  # sizes only: a small file may claim any encoder
+            encoder = Encoder(**checkpoint["encoder_args"], weights=None)
+        _check_encoder(encoder.state_dict(), checkpoint["encoder"])
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
@@ -245,6 +251,16 @@ def build(checkpoint, path):
             encoder.offset = tuple(checkpoint["offset"])
         decoder.load_state_dict(checkpoint["decoder"])
     return encoder, decoder
+
+
+def _check_encoder(expected, found):
+    """ValueError unless the tensors in the file, by name, have the sizes that are expected"""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"the encoder lacks {name}")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"the encoder's {name} has size {tuple(found[name].shape)}, not "
+                             f"{tuple(tensor.shape)}")
 
 
 def find_word_map(checkpoint, path, word_map_path, required=True):

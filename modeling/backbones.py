@@ -3,6 +3,7 @@ Convolutional classifiers of torchvision and timm, reduced to what the encoder n
 up to the feature map, their weights, the input normalisation, and which modules to fine-tune.
 """
 
+import math
 import re
 from contextlib import suppress
 from functools import partial
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from modeling import legacy_checkpoints, stub_unpickler
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +33,8 @@ class Backbone(NamedTuple):
 
 def load_backbone(name, weights, stride=32):
     """
-    name: a convolutional classifier of torchvision, else of timm
+    name: a convolutional classifier of torchvision, else of timm, or a transformer of timm whose
+    tokens form a grid (ViT, DINO, Swin)
     weights: "imagenet" (downloaded once), "none" (random), the path of a state dict or of one of
     our checkpoints, or None where a checkpoint will be loaded into it
     stride: pixels of the image to a cell of the feature map. 32 is the network as it is (some, such
@@ -67,9 +70,12 @@ def load_backbone(name, weights, stride=32):
         model.reset_classifier(0, "")
         body = nn.Sequential(model)
         probed = _probe(body)
+    if probed is None and hasattr(model, "forward_features"):
+        body = nn.Sequential(TokenGrid(model))
+        probed = _probe_tokens(body, model)
     if probed is None:
-        raise UserError(f"{name} is not a convolutional classifier that makes one feature map; "
-                        f"try resnet101, vgg19 or tf_efficientnet_lite0")
+        raise UserError(f"{name} makes neither one feature map nor a square grid of tokens; try "
+                        f"resnet101, vgg19, tf_efficientnet_lite0 or vit_small_patch16_224")
     *probed, found = probed
     if stride < found:
         raise UserError(f"--encoder_stride {stride}: {name} has {found} and cannot be dilated; try "
@@ -79,6 +85,37 @@ def load_backbone(name, weights, stride=32):
     if weights == "none":
         calibrate_batchnorm(body)
     return Backbone(body, *probed, mean, std)
+
+
+class TokenGrid(nn.Module):
+    """A transformer of timm whose tokens, without those that stand for no place, are a map."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        x = self.model.forward_features(images)
+        if x.dim() == 4:  # (N, h, w, E), of Swin
+            return x.permute(0, 3, 1, 2)
+        x = x[:, getattr(self.model, "num_prefix_tokens", 0):]  # (N, h w, E)
+        side = math.isqrt(x.shape[1])
+        return x.transpose(1, 2).reshape(len(x), -1, side, side)
+
+
+@torch.no_grad()
+def _probe_tokens(body, model):
+    """As `_probe`, for a `TokenGrid`: all blocks are fine-tuned, but not how patches are cut."""
+    side = 256
+    try:
+        out = body.eval()(torch.zeros(1, 3, side, side))
+    except Exception:
+        return None  # networks of many kinds fail in many ways
+    if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
+        return None
+    blocks = [module for name, module in model.named_children()
+              if name in ("blocks", "layers", "stages", "norm")]
+    return (out.shape[1], blocks, round(side / out.shape[2])) if blocks else None
 
 
 def _from_torchvision(name, weights, stride):
@@ -121,9 +158,17 @@ def _from_timm(name, weights, stride):
         raise UserError(f"unknown encoder {name}; see torchvision.models.list_models() and "
                         f"timm.list_models()" + (f"; similar: {similar}" if similar else ""))
     config = timm.get_pretrained_cfg(name)
+    create = partial(timm.create_model, name, pretrained=weights == "imagenet")
     try:
-        model = _create(partial(timm.create_model, name, pretrained=weights == "imagenet"), stride,
-                        output_stride=16)
+        # Transformers are made for one size of images, unless they are told otherwise; others do
+        # not take the option.
+        try:
+            model = create(dynamic_img_size=True, dynamic_img_pad=True)
+        except TypeError:
+            try:
+                model = create(img_size=256, strict_img_size=False)
+            except TypeError:
+                model = _create(create, stride, output_stride=16)
     except Exception as error:
         if weights != "imagenet":
             raise
@@ -136,16 +181,31 @@ def _from_timm(name, weights, stride):
 
 
 def _read_file(path, name):
-    """A state dict, or one of our checkpoints."""
+    """
+    A state dict, or a captioner's checkpoint, ours or the tutorial's. No code in the file is run:
+    of whole modules only the tensors are read.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file  # timm's download format; timm requires it
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file  # timm's download format; timm requires it
+        try:
             return load_file(path)
+        except Exception as error:
+            raise _weights_error(path, name, error) from None
+    root, _ = stub_unpickler.read(path)
+    if isinstance(root, dict) and "encoder_args" in root:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise _weights_error(path, name, error) from None
+    if isinstance(root, dict) and {"encoder", "decoder"} <= root.keys():
+        return legacy_checkpoints.convert(root, path)
+    for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
+        if isinstance(root, dict) and isinstance(root.get(key), (dict, stub_unpickler.Stub)):
+            root = root[key]
+    with stub_unpickler.one_line_errors(path):
+        tensors = legacy_checkpoints.find_tensors(root)
+        if not tensors:
+            raise ValueError("it holds no weights")
+        return {key: tensor.read(path) for key, tensor in tensors.items()}
 
 
 def _load_encoder(body, checkpoint, name, path):
@@ -163,7 +223,14 @@ def _load_encoder(body, checkpoint, name, path):
 
 
 def _load_classifier(model, state, name, path):
-    """Load a state dict with the classifier's own keys; those of the head may be missing."""
+    """
+    Load a state dict with the classifier's own keys. Those of the head, which is thrown away, may
+    be missing, or of another number of classes.
+    """
+    sizes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    state = {key: tensor for key, tensor in state.items()
+             if not (_HEADS.fullmatch(key.partition(".")[0])
+                     and sizes.get(key) != getattr(tensor, "shape", None))}
     try:
         report = model.load_state_dict(state, strict=False)
     except Exception as error:
@@ -177,7 +244,7 @@ def _load_classifier(model, state, name, path):
 
 
 def _weights_error(path, name, error):
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
     return UserError(f"{path} does not hold weights of {name}: {reason}")
 
 

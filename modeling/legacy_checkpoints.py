@@ -22,10 +22,10 @@ def convert(root, path):
     """
     with one_line_errors(path):
         for name in ("encoder", "decoder"):
-            if not isinstance(root.get(name), Stub):
+            if not isinstance(root.get(name), Stub | dict) or not find_tensors(root[name]):
                 raise UserError(f"{path} has no module {name}: it is not a checkpoint of whole "
-                                f"modules")
-        encoder, decoder = (_state_dict(root[name]) for name in ("encoder", "decoder"))
+                                f"modules or of their state dicts")
+        encoder, decoder = (find_tensors(root[name]) for name in ("encoder", "decoder"))
         size = _attribute(root["encoder"], "adaptive_pool", "output_size")
         size = size[0] if isinstance(size, tuple) and size else size
         size = size if type(size) is int and 0 < size <= 64 else 14
@@ -42,6 +42,19 @@ def convert(root, path):
         for key, tensors in (("encoder", encoder), ("decoder", decoder)):
             checkpoint[key] = {name: tensor.read(path) for name, tensor in tensors.items()}
         return checkpoint
+
+
+def find_tensors(root):
+    """
+    Name -> Tensor, of a whole module or a state dict, without the prefixes that DataParallel and
+    torch.compile put before all names.
+    """
+    tensors = _state_dict(root) if isinstance(root, Stub) else {
+        name: tensor for name, tensor in root.items() if isinstance(tensor, Tensor)}
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _state_dict(module):
@@ -75,6 +88,10 @@ def _backbone(encoder, path):
 
 def _attribute(module, child, name):
     """An attribute of a child of a stub; None if there is no such child or attribute."""
+    if not isinstance(module, Stub):  # a state dict
+        return None
+    if isinstance(inner := module.dict_attribute("_modules").get("module"), Stub):
+        module = inner  # in DataParallel
     child = module.dict_attribute("_modules").get(child)
     return child.state.get(name) if isinstance(child, Stub) else None
 

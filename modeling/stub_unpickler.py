@@ -34,9 +34,10 @@ STORAGE = re.compile(rf"torch\.(?:cuda\.)?({'|'.join(DTYPES)})Storage")
 STUBS = re.compile(
     r"(?:torch\.nn\.modules|torch\.optim|torchvision\.models)(?:\.[a-z_]\w*)*\._?[A-Z]\w*"
     r"|models\.[A-Z]\w*|__main__\.(?:Encoder|Attention|DecoderWithAttention)"
+    r"|torch\.nn\.parallel\.data_parallel\.DataParallel"
     r"|torch\.nn\.backends\.thnn\._get_thnn_function_backend"  # in every module of torch 0.4
     r"|builtins\.(?:dict|list|tuple|set|int|float|bool|str|object)"
-    r"|torch\.(?:Size|float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)"
+    r"|torch\.(?:Size|device|float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)"
     r"|numpy\.(?:dtype|_?core\.multiarray\.scalar)|_codecs\.encode",  # NumPy scalars
     re.ASCII)
 PLAIN = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict",  # format 1 needs no others

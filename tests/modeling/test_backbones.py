@@ -1,6 +1,7 @@
 """The cut through a classifier, its weights from a file, and what goes wrong on the way."""
 
 import http.client
+import os
 import re
 from urllib.error import URLError
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
 
 from checkpoints import PRETRAINED, save
 from datasets import UserError
@@ -100,11 +102,79 @@ def test_blocks_2_to_4_of_a_resnet_are_fine_tuned():
     assert all(p.requires_grad for block in list(encoder.resnet)[5:] for p in block.parameters())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
-                                  "mixer_s32_224"])
-def test_classifier_without_a_feature_map_is_a_user_error(name):
-    with pytest.raises(UserError, match=f"{name} is not a convolutional classifier"):
+@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s"])
+def test_classifier_without_a_map_or_a_grid_of_tokens_is_a_user_error(name):
+    with pytest.raises(UserError, match=f"{name} makes neither one feature map nor a square grid"):
         load_backbone(name, "none")
+
+
+@pytest.mark.parametrize("name, cells, width", [
+    ("vit_tiny_patch16_224", 196, 192), ("swin_tiny_patch4_window7_224", 64, 768),
+    ("vit_small_patch14_dinov2", 196, 384)])
+def test_tokens_of_a_transformer_form_the_grid_of_the_image(name, cells, width):
+    encoder = Encoder(name=name, weights="none")
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        assert encoder(images).shape == (1, cells, width)
+        assert encoder(torch.zeros(1, 3, 320, 320)).shape[0::2] == (1, width)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    encoder.fine_tune()
+    assert sum(p.requires_grad for p in encoder.parameters()) > 100
+
+
+def test_tokens_of_a_vit_are_in_the_order_of_its_patches():
+    encoder = Encoder(14, "vit_tiny_patch16_224", "none", image_size=224)  # 14 x 14 patches
+    model = encoder.resnet[0].model
+    with torch.no_grad():
+        images = torch.randn(2, 3, 224, 224)
+        expected = model.forward_features(images)[:, 1:]  # without the class token
+        torch.testing.assert_close(encoder(images), expected)
+        patches = model.patch_embed(images)
+        torch.testing.assert_close(patches[:, 3, 5], model.patch_embed.proj(
+            images[:, :, 48:64, 80:96]).flatten(1))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state, model: {"state_dict": state, "epoch": 3},
+    lambda state, model: {"model": state},
+    lambda state, model: {f"module.{name}": tensor for name, tensor in state.items()},
+    lambda state, model: {"state_dict": {f"module._orig_mod.{name}": tensor
+                                         for name, tensor in state.items()}},
+    lambda state, model: {**state, "classifier.1.weight": torch.zeros(7, 512, 1, 1),
+                          "classifier.1.bias": torch.zeros(7)},
+    lambda state, model: model,
+    lambda state, model: nn.DataParallel(model),
+], ids=["state_dict", "model", "module", "compiled", "classes", "whole", "parallel"])
+def test_weights_are_found_in_whatever_programs_save_them_in(tmp_path, wrap):
+    torch.manual_seed(1)
+    model = torchvision.models.squeezenet1_1(weights=None)
+    torch.save(wrap(model.state_dict(), model), tmp_path / "w.pth")
+    body = load_backbone("squeezenet1_1", str(tmp_path / "w.pth")).body
+    images = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(body(images), model.eval().features(images))
+
+
+def test_weights_file_that_would_run_code_is_refused_by_name(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/run",)
+
+    torch.save({"state_dict": {}, "x": Hostile()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="(posix|nt).system") as error:
+        load_backbone("squeezenet1_1", str(tmp_path / "w.pth"))
+    assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoder_of_a_tutorial_checkpoint_is_taken_as_weights(tmp_path):
+    torch.manual_seed(0)
+    trained = Encoder(name="resnet18", weights="none")
+    decoder = DecoderWithAttention(5, 4, 6, 9, 512)
+    torch.save({"encoder": {f"module.{n}": t for n, t in trained.state_dict().items()},
+                "decoder": decoder.state_dict()}, tmp_path / "OLD.pth.tar")
+    loaded = Encoder(name="resnet18", weights=str(tmp_path / "OLD.pth.tar"))
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(images), trained(images))
 
 
 def test_unknown_name_lists_similar_ones():
@@ -175,7 +245,7 @@ def test_weights_that_do_not_fit_name_file_and_key(tmp_path, classifier, change,
 def test_file_without_weights_is_named(tmp_path, content, suffix):
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path} does not hold weights of squeezenet1_1"):
+    with pytest.raises(UserError, match=f"{path} (does not hold weights of|is damaged or not)"):
         load_backbone("squeezenet1_1", path)
 
 
