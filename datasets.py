@@ -5,6 +5,8 @@ map, and `ResumableBatchSampler`, which determines the order of the batches.
 
 import json
 import os
+import signal
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import UserError, read_json
+from utils import UserError, check_is_file, read_json
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
@@ -55,8 +57,16 @@ def read_word_map(path, next_step=""):
     return check_word_map(read_json(path, next_step), path)
 
 
-def find_data_name(data_folder):
-    """The only data set in the folder; UserError that lists them if there are several."""
+def find_data_name(data_folder, name=None):
+    """
+    The name of the data set: `name` if given, else that of the only one in the folder. UserError
+    that lists them if there are several, or if the name would lead out of the folder.
+    """
+    if name:
+        if os.path.basename(name) != name:
+            raise UserError(f"--data_name {name!r} is not the name of a data set: it has a folder "
+                            f"in it; pass --data_folder")
+        return name
     names = sorted(path.stem.removeprefix("WORDMAP_")
                    for path in Path(data_folder).glob("WORDMAP_*.json"))
     if not names:
@@ -74,6 +84,15 @@ def add_data_options(parser):
     parser.add_argument("--data_name", help="which data set, if the folder has several")
 
 
+def open_hdf5(path):
+    """
+    Open an HDF5 file for reading. Not with HDF5's own locks: our files do not change once they have
+    their name, and some network disks have no locks, which looks like a damaged file.
+    """
+    check_is_file(path)
+    return h5py.File(path, "r", locking=False)
+
+
 @contextmanager
 def _reading(path):
     """
@@ -81,8 +100,12 @@ def _reading(path):
     """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} not found; run python create_input_files.py first") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # HDF5 and JSON raise many kinds for foreign bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged: {reason}; run create_input_files.py again") from None
@@ -156,7 +179,7 @@ class CaptionDataset(Dataset):
             self.lengths = torch.from_numpy(numbers.astype(np.int32))
         self._key, self._handle, self._pid = "images", None, None
         self.features = None  # a tensor (I, G, E) in memory, or None
-        with _reading(self.path), h5py.File(self.path, "r") as file:
+        with _reading(self.path), open_hdf5(self.path) as file:
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
             self.num_images, *shape = images.shape
             if self.captions_per_image < 1:
@@ -254,13 +277,16 @@ class CaptionDataset(Dataset):
         if self.in_memory:
             return self.features[torch.from_numpy(images).to(self.features.device)]
         if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = h5py.File(self.path, "r")[self._key], os.getpid()
-        if images.ndim == 0:
-            return torch.from_numpy(self._handle[int(images)])
-        batch = np.empty((len(images), *self._handle.shape[1:]), self._handle.dtype)
-        for i, image in enumerate(images):
-            self._handle.read_direct(batch, np.s_[image], np.s_[i])
-        return torch.from_numpy(batch)
+            self._handle, self._pid = open_hdf5(self.path)[self._key], os.getpid()
+        batch = np.empty((images.size, *self._handle.shape[1:]), self._handle.dtype)
+        for i, image in enumerate(images.flat):
+            try:
+                self._handle.read_direct(batch, np.s_[image], np.s_[i])
+            except OSError as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"{self.path}: image {image} cannot be read ({reason}); check the "
+                                f"disk, or run create_input_files.py again") from None
+        return torch.from_numpy(batch.reshape(*images.shape, *batch.shape[1:]))
 
     def __getstate__(self):
         return {**self.__dict__, "_handle": None}
@@ -301,3 +327,29 @@ class ResumableBatchSampler(Sampler):
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share):
                 yield share
+
+
+class WorkerDied(UserError):
+    """A process that loads batches was killed."""
+
+
+def load_batches(loader):
+    """
+    Yield a DataLoader's batches. Raises WorkerDied if one of its processes is killed, for want of
+    memory for example, and UserErrors of these processes as they were raised there.
+    """
+    batches = iter(loader)
+    if loader.num_workers and hasattr(signal, "SIGCHLD") \
+            and threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever the program is, also in the middle of a step. Without it,
+        # the loader notices within seconds, when a batch is missing.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except UserError as error:  # torch puts the process and its traceback before the message
+        raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerDied("a process that loads batches was killed, perhaps for want of memory; "
+                         "pass --workers 0, or fewer captions at a time") from None

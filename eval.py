@@ -9,6 +9,7 @@ captions of two models.
     python eval.py --compare A.json B.json
 """
 
+import os
 from pathlib import Path
 
 from checkpoints import add_model_options, find_model, load_captioner
@@ -28,6 +29,7 @@ from utils import (
     non_negative_int,
     positive_int,
     run_script,
+    set_seed,
 )
 from visualization import page
 
@@ -75,6 +77,8 @@ def get_args(argv=None):
     if args.report or args.compare:
         args.bootstrap = args.bootstrap or 1000
     args.search = search_options(args)
+    if args.sample:
+        args.beam_sizes = [1]  # a row: draws know no beams
     args.names = parse_names(args.metrics or ["all" if args.compare else "bleu"])
     # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
     args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
@@ -88,6 +92,7 @@ def main(argv=None):
         return
     check_outputs(args)
     with distributed(args.device) as processes:
+        set_seed(args.seed + processes.rank)
         evaluate(args, processes)
 
 
@@ -99,6 +104,11 @@ def check_outputs(args):
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
         if file and Path(file).is_dir():
             raise UserError(f"--{option} {file} is a folder; pass a file in it")
+        if file and Path(file).exists() and not Path(file).is_file():
+            raise UserError(f"--{option} {file} is not a file; pass another name")
+        if file and not os.access(Path(file).resolve().parent, os.W_OK):
+            raise UserError(f"--{option} {file} cannot be written: its folder is read-only; pass "
+                            f"another")
     if args.report and not page.is_page(args.report):
         raise UserError(f"--report {args.report}: the report is a web page, its name must end in "
                         f".html")
@@ -107,7 +117,7 @@ def check_outputs(args):
 def evaluate(args, processes):
     path = find_model(args.model, args.checkpoint_folder, processes.print)
     model = load_captioner(path, processes.device, args.word_map)
-    name = args.data_name or find_data_name(args.data_folder)
+    name = find_data_name(args.data_folder, args.data_name)
     data = CaptionDataset(args.data_folder, name, args.split.upper())
     if len(data) == 0:
         raise UserError(f"{data.path} has no images; choose the other --split")
@@ -118,15 +128,19 @@ def evaluate(args, processes):
         return
     training = read_training_captions(args.data_folder, name) if "unseen" in args.names else None
     title = f"{path} on {len(data)} {args.split} images of {name}"
+    if args.sample:
+        title += f", sampled at temperature {args.temperature:g}, top_p {args.top_p:g}"
     evaluation = evaluate_captions(title, captions, data, training, args)
-    print_evaluation(evaluation)
-    if args.results:
+    if args.results:  # the files first: printing may fail
         last = evaluation.beams[-1]
         scores = scores_by_image(last.metrics, len(data)) if args.metrics else None
         write_results(args.results, data, last.captions, scores)
-        print(f"captions at beam {last.beam_size} are in {args.results}")
     if args.report:
         write_report(args.report, evaluation, data, args.image_folder, args.seed)
+    print_evaluation(evaluation)
+    if args.results:
+        print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
+    if args.report:
         print(f"the report is {args.report}")
 
 

@@ -70,7 +70,7 @@ def train(args, checkpoint, processes):
 def main(argv=None):
     args, checkpoint = get_options_and_checkpoint(argv)
     with distributed(args.device) as processes:
-        args.data_name = args.data_name or find_data_name(args.data_folder)
+        args.data_name = find_data_name(args.data_folder, args.data_name)
         with lock_run(args, processes):
             train(args, checkpoint, processes)
 
@@ -116,6 +116,7 @@ def make_parser():
         help="processes that load batches; 0: none")
     add("--cache_features", action=flag, default=True,
         help="with a frozen encoder, encode each image once and keep the result beside the data")
+    add("--features_folder", help="where to keep them; if not given, beside the data")
     add("--cache_in", choices=("disk", "ram", "device"),
         help="where to read it from while training; if not given, the fastest in which it fits")
 

@@ -5,6 +5,9 @@ that several scripts share, atomic file writes, devices and processes.
 
 import argparse
 import ctypes
+import errno
+import io
+import itertools
 import json
 import os
 import random
@@ -19,16 +22,47 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MAX_INT = 2 ** 31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
+
+
+def printable(text):
+    """
+    The text on one line: control characters, which a terminal would obey, and halves of surrogate
+    pairs, which UTF-8 lacks, are written as escapes.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def count(number, noun, plural=None):
+    """As in "1 epoch", "2 epochs"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 class UserError(Exception):
-    """A user's mistake: one line that names the file, the value and the next step."""
+    """
+    A user's mistake: one line that names the file, the value and the next step. details: further
+    lines, such as a reason for each of several files
+    """
+
+    def __init__(self, message, details=()):
+        super().__init__("\n  ".join(map(printable, (message, *details))))
 
 
 def run_script(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
+    for name in ("stdout", "stderr"):
+        _prepare_stream(name)
     try:
         main()
     except BrokenPipeError:  # as in `| head`: Python's flush at exit must not fail too
@@ -36,9 +70,23 @@ def run_script(main):
         sys.exit(1)
     except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for example
         interrupted = isinstance(error, KeyboardInterrupt)
-        message = str(error) or "interrupted"
+        message = str(error) if isinstance(error, UserError) else printable(str(error))
+        message = message or "interrupted"
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(getattr(error, "code", 130) if interrupted else 2)
+
+
+def _prepare_stream(name):
+    """
+    Let sys.stdout or sys.stderr take any text: a file or a pipe gets UTF-8 wherever it is written;
+    a terminal gets escapes for what it cannot show; one that is closed, as by >&-, swallows all.
+    """
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w"))
+    elif isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8",
+                           errors="backslashreplace")
 
 
 # Options
@@ -64,6 +112,8 @@ class Number:
 
     def check(self, value):
         """The value; argparse.ArgumentTypeError if it is out of bounds."""
+        if self.kind is int and abs(value) > MAX_INT:
+            raise argparse.ArgumentTypeError(f"is {value}, it must be at most {MAX_INT}")
         if not all(is_met(value) for _, _, is_met in self.bounds):
             allowed = " and ".join(f"{text} {bound}" for text, bound, _ in self.bounds)
             raise argparse.ArgumentTypeError(f"is {value}, it must be {allowed}")
@@ -149,17 +199,63 @@ def atomic_write(path):
     """
     `with atomic_write(path) as temporary:` write to `temporary`. The complete file then replaces
     `path`, safe even after a power failure; if an error is raised, `path` is left as it was.
+
+    Raises UserError if `path` is a folder, a device or the like.
     """
-    temporary = f"{path}.tmp"  # same folder, since os.replace stays within a file system
-    try:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a file; pass another name")
+    with _temporary_file(path) as temporary:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path) or ".")
+
+
+@contextmanager
+def _temporary_file(path):
+    """
+    A context with the name of an empty file in the folder of `path` (os.replace stays within a file
+    system), which is removed at the end. No other process has it: it is locked where the system has
+    such locks. One that a killed process left behind is used again.
+    """
+    folder, name = os.path.split(path)
+    if fcntl is None:
+        temporary, file = os.path.join(folder, f".{os.urandom(8).hex()}.tmp"), None
+    else:
+        # The name is cut off, since file systems limit its length.
+        start = os.path.join(folder, "." + os.fsdecode(os.fsencode(name)[:200]))
+        for i in itertools.count():
+            temporary = f"{start}.{i}.unfinished"
+            if file := _lock(temporary):
+                break
+    try:
+        yield temporary
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if file:
+            file.close()
+
+
+def _lock(path):
+    """The file, open and empty, if no other process has locked it, else None"""
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # not just moved to its place
+            file.truncate(0)
+            return file
+    except BlockingIOError:
+        pass
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a disk without locks
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return file
+        raise
+    file.close()
+    return None
 
 
 def sync_folder(folder):
@@ -172,12 +268,20 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+def check_is_file(path):
+    """UserError if `path` is a folder, a device or a pipe, which might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        reason = "Is a directory" if os.path.isdir(path) else "it is not a file"
+        raise UserError(f"{path} cannot be read: {reason}")
+
+
 def read_text(path, next_step=""):
     """
     The text of a UTF-8 file, with or without a byte order mark.
 
     Raises UserError if it cannot be read; `next_step` says what to do about a missing file.
     """
+    check_is_file(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -223,6 +327,12 @@ def exclusive_lock(path, busy, timeout=0.5):
         lock.acquire(timeout=timeout)  # workers of a killed run hold it a moment longer
     except Timeout:
         raise UserError(busy) from None
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.ENOSYS,
+                                                 errno.EOPNOTSUPP):
+            raise
+        raise UserError(f"{path} cannot be locked, as on some network disks ({error}); pass a "
+                        f"folder on another disk") from None
     try:
         yield
     finally:
@@ -328,11 +438,20 @@ def distributed(device=None):
     Yields a `Distributed`.
     """
     device = find_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    variables = {name: os.environ.get(name) for name in TORCHRUN_VARIABLES}
+    missing = [name for name, value in variables.items() if not value]
+    if missing and variables["WORLD_SIZE"] not in (None, "", "1"):  # batch systems set some of them
+        print(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but {', '.join(missing)} "
+              f"{'is' if len(missing) == 1 else 'are'} not set: this is a single process; for "
+              f"several start torchrun", file=sys.stderr)
+    if missing or variables["WORLD_SIZE"] == "1":
         yield Distributed(device)
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    try:
+        world_size, rank, local_rank = (int(variables[name]) for name in TORCHRUN_VARIABLES[:3])
+    except ValueError:
+        raise UserError("WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them; "
+                        "unset them") from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "

@@ -4,31 +4,39 @@ its features are kept on disk, in RAM or on the GPU.
 """
 
 import copy
+import errno
 import hashlib
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets import open_hdf5
 from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError
 
+# Of an image file, for its fingerprint: a file of up to 64 MB is read whole.
+SAMPLES, SAMPLE_BYTES = 1024, 1 << 16
 
-def cache_features(dataset, encoder, device, amp=None, batch_size=32):
+
+def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=None):
     """
-    Encode each image of the dataset and write the annotation vectors to an HDF5 file beside its
-    images: "features" (I, G, E) float16. Returns the file's path.
+    Encode each image of the dataset and write the annotation vectors to an HDF5 file in a folder,
+    by default that of its images: "features" (I, G, E) float16. Returns the file's path.
 
-    The name contains a hash of the image file's state, the encoder, its weights and amp (see
+    The name contains a hash of the image file's content, the encoder, its weights and amp (see
     utils.autocast), so a cache is never used for other images or another encoder; a complete one is
-    used again. The work of an interrupted call is kept, and the next call continues it.
+    used again, also where both files were copied to. The work of an interrupted call is kept, and
+    the next call continues it.
     Raises UserError if the disk is too small, a feature is too large for float16, or another
     process is writing the same file.
     """
-    path = _cache_path(dataset, encoder, amp)
+    path = _cache_path(dataset, encoder, amp, folder)
+    with _explain_failure(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     staging = StagingFolder(path.parent, path.stem, path.stem, [path.name])
     if path.exists():
         _check_cache(path, dataset.num_images, encoder)
@@ -39,7 +47,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
     with torch.inference_mode():
         encoded = encoder(images[np.arange(1)][0].to(device))
     staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)
-    try:
+    with _explain_failure(path):
         with staging.lock(f"{path} is being written by another process; wait for it, or pass "
                           f"--no-cache_features"):
             resumed = staging.resume()
@@ -48,10 +56,25 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32):
                 staging.start()
             _encode_remaining(staging, images, encoder, device, batch_size)
             staging.move()
+    return path
+
+
+@contextmanager
+def _explain_failure(path):
+    try:
+        yield
+    except PermissionError as error:
+        raise _cannot_write(path, error) from None
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise _cannot_write(path, error) from None
         raise UserError(f"{path} cannot be written: {str(error).partition(chr(10))[0]}; the "
                         f"finished part is kept, run the same command to continue") from None
-    return path
+
+
+def _cannot_write(path, error):
+    return UserError(f"{path} cannot be written: {error.strerror}; pass --features_folder, a "
+                     f"folder for it, or --no-cache_features")
 
 
 def _encode_remaining(staging, images, encoder, device, batch_size):
@@ -78,7 +101,7 @@ def _encode_remaining(staging, images, encoder, device, batch_size):
 def _check_cache(path, num_images, encoder):
     """UserError unless the file holds this encoder's features of `num_images` images."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             features = file["features"]
             valid = features.dtype == np.float16 and features.ndim == 3 \
                 and len(features) == num_images and features.shape[2] == encoder.encoder_dim
@@ -88,15 +111,28 @@ def _check_cache(path, num_images, encoder):
         raise UserError(f"{path} is damaged; delete it, and it will be made again")
 
 
-def _cache_path(dataset, encoder, amp):
-    stat, digest = os.stat(dataset.path), hashlib.sha256()
-    digest.update(repr((encoder.args, amp, stat.st_size, stat.st_mtime_ns)).encode())
+def _cache_path(dataset, encoder, amp, folder):
+    digest = hashlib.sha256()
+    digest.update(repr((encoder.args, amp, _fingerprint(dataset.path))).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
-    return dataset.path.with_name(
+    return Path(folder or dataset.path.parent) / (
         f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5")
+
+
+def _fingerprint(path):
+    """
+    A hash of a file's size and of SAMPLES blocks spread over it: the same for a copy, whatever its
+    times, and another for images in another order, of another size or of other photographs.
+    """
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file:
+        for i in range(SAMPLES):
+            file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return size, digest.hexdigest()
 
 
 def load_features(path, storage, device):
@@ -105,7 +141,7 @@ def load_features(path, storage, device):
     float16 in RAM for "ram" or on the device for "device". None chooses the fastest of these with
     enough free space for twice the features.
     """
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         features = file["features"]
         if storage is None:
             storage = _choose_storage(features.nbytes, device)
@@ -124,6 +160,6 @@ def _choose_storage(size, device):
         return "device"
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS does not say
+    except (AttributeError, ValueError, OSError):  # Windows and macOS do not say
         return "disk"
     return "ram" if free > 2 * size else "disk"

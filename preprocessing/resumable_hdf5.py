@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import h5py
 import numpy as np
 
+from datasets import open_hdf5
 from preprocessing.processes import defer_interrupt
 from utils import UserError, exclusive_lock, read_json, sync_folder, write_json
 
@@ -44,7 +45,7 @@ class ResumableHDF5:
         allocation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         allocation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         allocation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        with h5py.File(self.path, "w") as file:
+        with h5py.File(self.path, "w", locking=False) as file:  # StagingFolder.lock is ours
             file.attrs.update(self.attributes)
             # Without timestamps, the same content gives the same bytes.
             dataset = file.create_dataset(self.dataset, self.shape, self.dtype, track_times=False,
@@ -54,7 +55,7 @@ class ResumableHDF5:
 
     def inspect(self):
         """The number of rows of the existing file; OSError or KeyError if it is damaged."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path) as file:
             rows, self.offset = len(file[self.dataset]), file[self.dataset].id.get_offset() or 0
         if os.path.getsize(self.path) < self.offset + rows * self.row_bytes:
             raise OSError(f"{self.path} is truncated")

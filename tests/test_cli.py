@@ -105,7 +105,7 @@ MISTAKES = {
         ("--report x.txt", "--report x.txt: the report is a web page, its name must end in .html"),
         ("--image_folder empty", "--image_folder is for --report"),
         ("--compare a b --report x.html", "leave --report and --results out"),
-        ("--metrics SPICE", "unknown metric SPICE; valid ones: all, BLEU, BLEU-1"),
+        ("--metrics WER", "unknown metric WER; valid ones: all, BLEU, BLEU-1"),
         ("--seed -1", "--seed is -1, it must be at least 0"),
     ],
     "caption": [
@@ -192,18 +192,18 @@ def test_help_shows_the_defaults(call, script, defaults):
 def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, call):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
-               "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
+               "--no_repeat_ngram", "3", "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
     asked = []
     for module in (captions, caption):
-        search = module.beam_search
-        monkeypatch.setattr(module, "beam_search", lambda *args, search=search, **options: (
+        search = module.find_captions
+        monkeypatch.setattr(module, "find_captions", lambda *args, search=search, **options: (
             asked.append(options) or search(*args, **options)))
     eval_script.main(["--data_folder", str(data), "--beam_sizes", "2", "--workers", "0", *options])
     call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
     for found in asked:
         assert found.pop("n_best", 1) == 1
         assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
-                         "hard_attention": most_likely_location}
+                         "no_repeat_ngram": 3, "hard_attention": most_likely_location}
     assert len(asked) == 2
 
 

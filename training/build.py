@@ -14,7 +14,7 @@ from training.embeddings import load_embeddings
 from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
-from utils import UserError, autocast
+from utils import UserError, autocast, count
 
 VALIDATION_BATCH = 64  # images
 
@@ -79,7 +79,8 @@ def _pretrain_on_text(decoder, word_map, args, processes):
         raise UserError(f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
                         f"pass a file with a caption a line")
     loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
-    processes.print(f"{len(captions)} captions of text, {args.pretrain_epochs} epochs: loss "
+    processes.print(f"{count(len(captions), 'caption')} of text, "
+                    f"{count(args.pretrain_epochs, 'epoch')}: loss "
                     f"{loss:.3f}")
 
 
@@ -101,7 +102,9 @@ def _model_of_checkpoint(checkpoint, args, word_map, processes):
     if saved_word_map is None:  # a checkpoint of the tutorial
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
             raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
-                            f"words, the data have {len(word_map)}")
+                            f"words, the data have {len(word_map)}; give it its own words first, "
+                            f"python checkpoints.py {path} NEW.pth.tar --word_map WORDMAP.json, "
+                            f"and pass NEW.pth.tar")
     elif word_map.items() <= saved_word_map.items():
         word_map = saved_word_map
     elif args.resume:
@@ -158,7 +161,8 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
         if not processes.is_main:
             processes.barrier()  # the main process writes the cache, the others read it
         with autocast(processes.device, args.amp):
-            path = cache_features(data, encoder, processes.device, args.amp)
+            path = cache_features(data, encoder, processes.device, args.amp,
+                                  folder=args.features_folder)
         if processes.is_main:
             processes.barrier()
         data.use_features(load_features(path, args.cache_in, processes.device))

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
+from datasets import WorkerDied, load_batches
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from training.losses import Batch, doubly_stochastic_loss
@@ -36,8 +37,8 @@ def train_one_epoch(state, loader, epoch, run):
     first_step, steps = progress.step, loader.sampler.num_batches
     totals = EpochTotals(progress.sums, processes)
     finite = FiniteCheck(epoch, steps, state)
-    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", initial=first_step, total=steps,
-               disable=None if processes.is_main else True)
+    bar = tqdm(load_batches(loader), desc=f"epoch {epoch}", unit="batch", initial=first_step,
+               total=steps, disable=None if processes.is_main else True)
 
     def update_progress(step):
         finite.check_weights(step)
@@ -46,32 +47,36 @@ def train_one_epoch(state, loader, epoch, run):
 
     with run.interrupts.deferred():
         step = first_step
-        # The sampler gives the same order again: the indices of the loader's images or captions.
-        for (images, captions, lengths), rows in zip(bar, loader.sampler):
-            # The loss is a mean over the tokens of the joint batch of all processes.
-            num_tokens, num_captions, stop, save_due = processes.all_reduce(
-                int((lengths - 1).sum()), state.criterion.count_captions(lengths),
-                bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
-            if stop:  # some process got a signal: all of them stop at this step
-                run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
-                break
-            if save_due and step > first_step:
-                update_progress(step)
-                run.save()
-            # Dropout depends on these numbers alone, so a resumed run has the same.
-            torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
-            if args.augment:
-                images = augment(images, captions, loader.dataset.word_map)
-            batch = Batch(images, captions, lengths, rows, num_tokens / processes.world_size,
-                          num_captions / processes.world_size)
-            loss, total, correct = train_step(state, batch)
-            totals.add(total, correct, num_tokens, num_captions)
-            finite.add(loss, step)
-            if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
-                finite.check_losses(step + 1)
-                if not bar.disable:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-            step += 1
+        try:
+            # The sampler gives the same order again: the indices of images or captions.
+            for (images, captions, lengths), rows in zip(bar, loader.sampler):
+                # The loss is a mean over the tokens of the joint batch of all processes.
+                num_tokens, num_captions, stop, save_due = processes.all_reduce(
+                    int((lengths - 1).sum()), state.criterion.count_captions(lengths),
+                    bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
+                if stop:  # some process got a signal: all of them stop at this step
+                    run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
+                    break
+                if save_due and step > first_step:
+                    update_progress(step)
+                    run.save()
+                # Dropout depends on these numbers alone, so a resumed run has the same.
+                torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
+                if args.augment:
+                    images = augment(images, captions, loader.dataset.word_map)
+                batch = Batch(images, captions, lengths, rows, num_tokens / processes.world_size,
+                              num_captions / processes.world_size)
+                loss, total, correct = train_step(state, batch)
+                totals.add(total, correct, num_tokens, num_captions)
+                finite.add(loss, step)
+                if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
+                    finite.check_losses(step + 1)
+                    if not bar.disable:
+                        bar.set_postfix(loss=f"{loss.item():.3f}")
+                step += 1
+        except WorkerDied:  # between two steps, so what is done is whole
+            update_progress(step)
+            raise
         update_progress(step)
     total, correct, tokens, captions, seconds = progress.sums
     return {"lr": state.last_lr, **state.criterion.metrics(total, correct, tokens, captions),
@@ -218,7 +223,7 @@ def validate(state, loader):
     word_of = {i: word for word, i in data.word_map.items()}
     generated, teacher_forced, loss, correct, tokens = [], [], 0.0, 0, 0
     num_tokens, num_captions = int((data.lengths - 1).sum()), int((data.lengths > 1).sum())
-    bar = tqdm(loader, desc="validation", unit="batch",
+    bar = tqdm(load_batches(loader), total=len(loader), desc="validation", unit="batch",
                disable=None if processes.is_main else True)
     for (images, captions, lengths), rows in zip(bar, loader.sampler):
         batch = Batch(images, captions, lengths, rows, num_tokens, num_captions)

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 import checkpoints
-from utils import UserError
+from utils import UserError, count
 
 # Options of a single start of the script, which are not saved with the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
@@ -71,8 +71,11 @@ def restore_state(state, checkpoint):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{args.resume} does not fit this run: {reason}") from None
     progress = state.progress
-    state.processes.print(f"resuming {args.resume}: {progress.epoch} epochs and "
-                          f"{progress.step} batches are done")
+    state.processes.print(f"resuming {args.resume}: {count(progress.epoch, 'epoch')} and "
+                          f"{count(progress.step, 'batch', 'batches')} are done")
+    if progress.epoch >= args.epochs:
+        state.processes.print(f"nothing is left to do: --epochs is {args.epochs}; pass more to go "
+                              f"on")
 
 
 def describe_data(args, data):

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import checkpoints
+from datasets import WorkerDied
 from training.interrupts import Interrupted, Interrupts
 from training.resume import (
     TRANSIENT_OPTIONS,
@@ -44,6 +45,10 @@ class Run:
         try:
             if isinstance(error, Interrupted):
                 self._stop(error)
+            elif isinstance(error, WorkerDied):
+                self.save()
+                raise UserError(f"{error}; all steps are saved, continue with: "
+                                f"{resume_command(self.args, self.processes)}") from None
         finally:
             self.interrupts.__exit__()
 
@@ -61,7 +66,7 @@ class Run:
     def start_phase(self, stats):
         """stats: the validation metrics of the checkpoint's model, the score to improve on"""
         self.processes.print(f"start   {_format_scores(stats)}")
-        self.state.set_score_to_beat(stats[monitored_metric(self.args)])
+        self.state.set_score_to_beat(stats)
         with self.interrupts.deferred():
             if not best_path(self.args).exists():
                 self.save(best_path(self.args))  # so that a new folder has a best model

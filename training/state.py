@@ -21,6 +21,7 @@ class Progress:
     epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
     best: float | None = None  # the best score so far, of the `monitored_metric`
+    best_loss: float | None = None  # its validation loss, which decides between equal scores
     epochs_since_improvement: int = 0
     previous_rows: int = 0  # rows in the log from earlier phases
     baseline: float = 0.0  # of hard attention
@@ -42,7 +43,8 @@ class Progress:
         counts = (progress.epoch, progress.epochs_since_improvement, progress.previous_rows,
                   progress.step)
         numbers = (*progress.sums, progress.baseline)
-        scores = [score for score in (progress.bleu4, progress.best) if score is not None]
+        scores = [score for score in (progress.bleu4, progress.best, progress.best_loss)
+                  if score is not None]
         if not all(type(n) is int and n >= 0 for n in counts) or len(progress.sums) != 5 \
                 or not all(type(n) in (int, float) for n in (*numbers, *scores)) \
                 or progress.epoch and progress.best is None:
@@ -117,23 +119,35 @@ class TrainingState:
 
         Returns whether it is the best so far.
         """
-        progress, score = self.progress, stats[monitored_metric(self.args)]
-        improved = progress.best is None or score > progress.best
+        progress, (score, loss) = self.progress, self._score(stats)
+        improved = progress.best is None or score > progress.best or (
+            score == progress.best and progress.best_loss is not None
+            and loss < progress.best_loss)
+        best = (score, loss) if improved else (progress.best, progress.best_loss)
         self.progress = Progress(
-            stats["epoch"], stats["bleu4"], score if improved else progress.best,
+            stats["epoch"], stats["bleu4"], *best,
             0 if improved else progress.epochs_since_improvement + 1, progress.previous_rows,
             progress.baseline)
         if not self.args.cosine:
             lr = self.last_lr
-            self.scheduler.step(score)
+            self.scheduler.step(self.scheduler.best + improved)  # it only compares
             if self.last_lr != lr:
                 self.processes.print(f"learning rate is now {self.last_lr:.3g}")
         return improved
 
-    def set_score_to_beat(self, score):
-        """A phase is to improve on the score of the model that it starts from."""
-        self.progress.best = score
+    def set_score_to_beat(self, stats):
+        """A phase is to improve on the model that it starts from; stats: its metrics."""
+        self.progress.best, self.progress.best_loss = self._score(stats)
         self._restore_scheduler()
+
+    def _score(self, stats):
+        """
+        What decides between models: the monitored metric and, where that is equal, the validation
+        loss. A metric that would be printed as 0.00 is 0: of captions that share no 4-gram with
+        their references, BLEU-4 says nothing.
+        """
+        score = stats[monitored_metric(self.args)]
+        return score if score >= 0.005 else 0.0, stats["val_loss"]
 
     def state_dict(self):
         """
@@ -177,8 +191,6 @@ class TrainingState:
     def _restore_scheduler(self):
         """Compute the scheduler's state from `progress`, so that checkpoints need not hold it."""
         if not self.args.cosine:
-            best = self.progress.best
-            self.scheduler.best = -math.inf if best is None else best
             self.scheduler.num_bad_epochs = (self.progress.epochs_since_improvement
                                              % self.args.decay_after)
         elif self._steps_done:
@@ -220,9 +232,11 @@ def _build_scheduler(args, optimizer, steps_per_epoch):
         steps = args.epochs * steps_per_epoch
         return LambdaLR(optimizer, lambda step: half_cosine(step, steps))
     constant = args.lr_decay == 1  # ReduceLROnPlateau does not accept 1 as a factor
-    return ReduceLROnPlateau(
+    scheduler = ReduceLROnPlateau(
         optimizer, mode="max", factor=0.0 if constant else args.lr_decay,
         patience=math.inf if constant else args.decay_after - 1, threshold=0, eps=0)
+    scheduler.best = 0  # it counts improvements, which `after_epoch` decides on
+    return scheduler
 
 
 def _load_optimizer(optimizer, state, trained):

@@ -1,5 +1,6 @@
 """The cache of a frozen encoder's features."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from factories import IMAGES, TUTORIAL_CAPTIONS, TUTORIAL_NAME, R, write_tutoria
 
 from datasets import CaptionDataset
 from models import Encoder
-from preprocessing import resumable_hdf5
+from preprocessing import feature_cache, resumable_hdf5
 from preprocessing.feature_cache import cache_features, load_features
 from utils import UserError, read_json
 
@@ -79,8 +80,6 @@ def test_other_weights_and_other_images_have_their_own_file(small, encoder):
     paths = {cache_features(dataset, encoder, "cpu"), cache_features(dataset, encoder_of(1), "cpu")}
     with h5py.File(dataset.path, "r+") as file:
         file["images"][0] = 0
-    stat = dataset.path.stat()
-    os.utime(dataset.path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))  # on coarse clocks too
     paths.add(cache_features(dataset, encoder, "cpu"))
     assert len(paths) == 3 and all(path.exists() for path in paths)
 
@@ -248,3 +247,55 @@ def test_full_disk_is_refused_beforehand(small, encoder, monkeypatch):
     with pytest.raises(UserError, match="free up space or pass --no-cache_features"):
         cache_features(small[0], encoder, "cpu")
     assert beside(small[0]) == files
+
+
+def test_copies_of_data_and_cache_are_used_again_whatever_their_times(small, encoder, tmp_path):
+    path = cache_features(small[0], encoder, "cpu")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            (copied / file.name).write_bytes(file.read_bytes())
+    dataset = CaptionDataset(copied, TUTORIAL_NAME, "TRAIN")
+    before = beside(dataset)
+    assert cache_features(dataset, encoder, "cpu") == copied / path.name
+    assert beside(dataset) == before
+
+
+def test_fingerprint_sees_every_block_of_a_small_file_and_the_ends_of_a_large_one(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SAMPLES", 16)
+    monkeypatch.setattr(feature_cache, "SAMPLE_BYTES", 64)
+    for size, positions in ((1000, range(0, 1000, 7)), (5000, (0, 63, 4936, 4999))):
+        content, found = bytearray(size), set()
+        for position in (None, *positions):
+            if position is not None:
+                content[position] ^= 1
+            (tmp_path / "x").write_bytes(content)
+            found.add(feature_cache._fingerprint(tmp_path / "x"))
+        assert len(found) == 1 + len(positions)
+
+
+def test_cache_can_be_kept_in_another_folder(small, encoder, tmp_path):
+    before = beside(small[0])
+    path = cache_features(small[0], encoder, "cpu", folder=tmp_path / "a" / "b")
+    assert path.parent == tmp_path / "a" / "b" and path.exists()
+    assert set(beside(small[0])) - set(before) == {"a"}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_read_only_folder_is_named_with_the_option_for_another(
+        small, encoder, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("preprocessing.resumable_hdf5.StagingFolder.start", refuse)
+    with pytest.raises(UserError, match="cannot be written: .*; pass --features_folder, a folder"):
+        cache_features(small[0], encoder, "cpu")
+
+
+def test_features_are_read_from_disk_where_the_system_does_not_say_its_memory(
+        small, encoder, monkeypatch):
+    path = cache_features(small[0], encoder, "cpu")
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    assert load_features(path, None, torch.device("cpu")) == path

@@ -1,6 +1,7 @@
 """The checkpoint folder: logs, locks, phases, what is replaced and what is not."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from factories import (
     ROOT,
     load_checkpoint,
     log_rows,
+    needs_fork,
     raise_signal_at,
     same,
     train_args,
 )
+from torch.utils.data import get_worker_info
 
 import train
+from datasets import CaptionDataset
 from training.run import lock_run
 from utils import Distributed, UserError
 
@@ -184,3 +188,41 @@ def test_a_checkpoint_that_differs_from_the_options_names_the_option(data, tmp_p
             train.main(["--resume", checkpoint, *option])
     with pytest.raises(UserError, match="leave --embeddings out"):
         train.main(["--data_folder", str(data), "--checkpoint", checkpoint, "--embeddings", "x"])
+
+
+@needs_fork
+def test_a_killed_loading_process_ends_the_run_in_one_line_with_all_steps_saved(
+        data, tmp_path, monkeypatch):
+    get, limit = CaptionDataset.__getitem__, 4
+
+    def killed_at_the_fifth_batch(self, index):
+        if get_worker_info() is not None:
+            self.batches_read = getattr(self, "batches_read", 0) + 1
+            if self.batches_read > limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, index)
+
+    args = train_args(data, tmp_path, "--no-cache_features", "--batch_size", "10", "--epochs", "1")
+    args[args.index("--workers") + 1] = "1"
+    monkeypatch.setattr(CaptionDataset, "__getitem__", killed_at_the_fifth_batch)
+    with pytest.raises(UserError, match="loads batches was killed, .* continue with: python train"):
+        train.main(args)
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert 0 < step <= 4
+    monkeypatch.undo()
+    train.main(["--resume", "--checkpoint_folder", str(tmp_path), "--workers", "0"])
+    assert load_checkpoint(tmp_path)["progress"]["epoch"] == 1
+
+
+def test_data_name_cannot_lead_out_of_the_folder(data, tmp_path):
+    with pytest.raises(UserError, match="is not the name of a data set: it has a folder in it"):
+        train.main([*train_args(data, tmp_path), "--data_name", "x/../../y"])
+
+
+def test_resuming_a_run_that_is_done_says_so(data, tmp_path, capsys):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    capsys.readouterr()
+    train.main(["--resume", "--checkpoint_folder", str(tmp_path), "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "1 epoch and 0 batches are done\n" in out
+    assert "nothing is left to do: --epochs is 1; pass more to go on" in out

@@ -13,6 +13,7 @@ import train
 from training import engine
 from training.losses import TeacherForcing
 from training.state import Progress, TrainingState, half_cosine
+from training.state import _build_scheduler as build_scheduler
 from utils import Distributed
 
 
@@ -106,8 +107,8 @@ def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
             random_step(state, step)
             state.progress.step += 1
             if state.progress.step == 4:
-                state.after_epoch({"epoch": state.progress.epoch + 1, "bleu4": (5.0, 3.0, 4.0)[
-                    state.progress.epoch]})
+                state.after_epoch({"epoch": state.progress.epoch + 1, "val_loss": 2.0,
+                                   "bleu4": (5.0, 3.0, 4.0)[state.progress.epoch]})
         return state
 
     state, interrupted = make_state(*options), make_state(*options)
@@ -164,7 +165,7 @@ def test_the_rate_falls_after_each_decay_after_epochs_without_a_better_score(dec
     scores, rates = [3.0, 2.0, 3.0, 1.0, 1.0, 4.0, 4.0, 1.0], [1.0]
     state = make_state("--decoder_lr", "1", "--lr_decay", decay, "--decay_after", "2")
     for epoch, score in enumerate(scores, 1):
-        state.after_epoch({"epoch": epoch, "bleu4": score})
+        state.after_epoch({"epoch": epoch, "bleu4": score, "val_loss": 2.0})
         for group in state.optimizer.param_groups:
             for p in group["params"]:
                 state.optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": p.detach() * 0,
@@ -178,11 +179,38 @@ def test_the_rate_falls_after_each_decay_after_epochs_without_a_better_score(dec
 
 
 def test_progress_of_every_version_is_read():
-    progress = Progress(epoch=3, bleu4=20.5, best=21.0, epochs_since_improvement=2, previous_rows=7,
-                        baseline=-1.5, step=4, sums=[1.5, 2, 3, 4, 5.5])
+    progress = Progress(epoch=3, bleu4=20.5, best=21.0, best_loss=3.5, epochs_since_improvement=2,
+                        previous_rows=7, baseline=-1.5, step=4, sums=[1.5, 2, 3, 4, 5.5])
     content = progress.to_dict()
-    assert content == {"epoch": 3, "bleu4": 20.5, "best": 21.0, "stale": 2, "rows": 7,
-                       "baseline": -1.5, "step": 4, "sums": [1.5, 2, 3, 4, 5.5]}
+    assert content == {"epoch": 3, "bleu4": 20.5, "best": 21.0, "best_loss": 3.5, "stale": 2,
+                       "rows": 7, "baseline": -1.5, "step": 4, "sums": [1.5, 2, 3, 4, 5.5]}
     assert Progress.from_dict(content) == progress
     content["best_bleu4"] = content.pop("best")
     assert Progress.from_dict(content) == progress
+
+
+def stub_state(**progress):
+    state = TrainingState.__new__(TrainingState)
+    state.args = train.get_args(["--decay_after", "2"])
+    state.progress = Progress(**progress)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    state.optimizer = torch.optim.Adam([weight], 1.0)
+    state.scheduler = build_scheduler(state.args, state.optimizer, 1)
+    state.processes = Distributed(torch.device("cpu"))
+    return state
+
+
+def test_scores_of_zero_and_ties_are_decided_by_the_loss():
+    state, improved = stub_state(), []
+    for epoch, (bleu4, loss) in enumerate([(2e-76, 5.0), (7e-153, 4.0), (3e-76, 4.5), (0.0, 3.9),
+                                           (1.5, 6.0), (1.5, 5.5), (1.5, 5.5), (1.4, 1.0)], 1):
+        improved.append(state.after_epoch({"epoch": epoch, "bleu4": bleu4, "val_loss": loss}))
+    assert improved == [True, True, False, True, True, True, False, False]
+    assert (state.progress.best, state.progress.best_loss) == (1.5, 5.5)
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.8)  # after two without
+
+
+def test_a_phase_from_an_older_checkpoint_without_best_loss_is_not_beaten_by_a_tie():
+    state = stub_state(epoch=1, best=1.5)
+    assert not state.after_epoch({"epoch": 2, "bleu4": 1.5, "val_loss": 0.1})
+    assert state.after_epoch({"epoch": 3, "bleu4": 1.6, "val_loss": 9.0})
