@@ -23,9 +23,11 @@ As a library, for paths, pictures and arrays alike:
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import add_search_options, beam_search, search_options
+from modeling.beam_search import add_search_options, find_captions, search_options
 from modeling.field_of_view import find_offset
 from preprocessing.images import read_rgb, resize_square, to_rgb
 from utils import (
@@ -46,8 +48,11 @@ from utils import (
     add_device_options,
     autocast,
     find_device,
+    non_negative_int,
     positive_int,
+    printable,
     run_script,
+    set_seed,
 )
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
@@ -129,14 +134,15 @@ class Captioner:
 
     def __call__(self, images, **options):
         """
-        images: a path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or several of
-        these, a list or an array (N, H, W, 3)
+        images: a path, a web address, bytes, an open binary file, a PIL image, an array uint8
+        (H, W), (H, W, 3) or (H, W, 4); or several of these, a list, an array (N, H, W, 3) or
+        whatever yields them
         options: those of `each`
 
         Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
-        several = isinstance(images, (list, tuple)) or np.ndim(images) == 4 and not isinstance(
-            images, Image.Image)
+        several = isinstance(images, (list, tuple, Iterator)) and not hasattr(images, "read") \
+            or isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
         results = list(self.each(list(images) if several else [images], **options))
         for result in results:
             if isinstance(result, UserError):
@@ -148,8 +154,11 @@ class Captioner:
         Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
         readable. While the model captions one batch, threads read the next.
 
-        batch_size: images at a time; n_best, no_unk, search: options of beam_search
+        batch_size: images at a time; n_best, no_unk, search: options of beam_search, or
+        sampling=Sampling(temperature, top_p) and those of draw_captions
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
         search = search | {"n_best": n_best, "no_unk": no_unk}
         batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
         read = partial(_try_read, size=self.image_size)
@@ -162,7 +171,7 @@ class Captioner:
                 if readable:
                     with torch.inference_mode(), autocast(self.device, self.amp):
                         features = self.encoder(torch.stack(readable).to(self.device))
-                        captions = iter(beam_search(self.decoder, features, self.word_map,
+                        captions = iter(find_captions(self.decoder, features, self.word_map,
                                                     beam_size, **search))
                 for source, image in zip(sources, pixels):
                     yield image if isinstance(image, UserError) else self._to_words(
@@ -190,11 +199,16 @@ class Captioner:
 
 
 def load_pixels(source):
-    """uint8 (H, W, 3) from a path, a PIL image or an array; UserError if that is not possible"""
-    if isinstance(source, (str, os.PathLike)):
-        return read_rgb(os.fspath(source))
+    """uint8 (H, W, 3) from what `Captioner` takes; UserError if that is not possible"""
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, (str, bytes, bytearray)) or hasattr(source, "read"):
+        return read_rgb(source)
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except (OSError, SyntaxError, ValueError) as error:  # its file is cut off
+            raise UserError(f"the image is not readable: {error}") from None
     source = np.asarray(source)
     if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
             (), (1,), (3,), (4,)) or 0 in source.shape:
@@ -228,6 +242,7 @@ def get_args(argv=None):
     add("--batch_size", type=positive_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
     add_search_options(parser, no_unk=True)
+    add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
     add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
         "folder for the overlays of several, or one .html for all; if not given, "
@@ -248,16 +263,19 @@ def get_args(argv=None):
 
 def check_options(args):
     """UserError for options that contradict each other."""
-    if args.n_best > args.beam_size:
+    if args.n_best > args.beam_size and not args.sample:
         raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
                         f"it is {args.beam_size}")
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
         raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
+    if args.sample and args.beam_tree:
+        raise UserError("--beam_tree draws a search; leave --sample out")
     if args.out and page.is_page(args.out) and not args.smooth:
         raise UserError(f"--no-smooth is for pictures; HTML pages such as {args.out} always blend "
                         f"locations")
+    search_options(args)
     find_device(args.device)
 
 
@@ -272,7 +290,8 @@ def main():
     overlays = overlay_paths(paths, None if one_page else args.out, single)
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
-    search, failed, for_page = search_options(args), 0, []
+    set_seed(args.seed)
+    search, failed, for_page, read_only = search_options(args), 0, [], False
     results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
@@ -285,9 +304,20 @@ def main():
         print_captions(result, args, single)
         if one_page:
             for_page.append(result)
-        elif not args.no_attention:
-            with writing(overlay, make_folder=True):
-                result.save(overlay, args.smooth, args.overlay)
+        elif not args.no_attention and not read_only:
+            try:
+                with writing(overlay, make_folder=True):
+                    result.save(overlay, args.smooth, args.overlay)
+            except UserError as error:
+                if single and args.out:
+                    raise
+                # The captions go on: where photographs are read-only, without overlays.
+                read_only = not args.out and isinstance(error.__cause__, OSError) \
+                    and error.__cause__.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+                tqdm.write(f"{os.path.basename(sys.argv[0])}: {error}" + (
+                    "; captions go on without overlays, --out FOLDER takes them" * read_only),
+                    file=sys.stderr)
+                failed += not read_only
         if args.show:
             show(result, overlay, args)
     if args.beam_tree:
@@ -295,7 +325,7 @@ def main():
     if for_page:
         with writing(args.out, make_folder=True):
             page.write_page(args.out, for_page, f"{len(for_page)} captions", args.overlay)
-    if not args.no_attention and failed < len(paths):
+    if not args.no_attention and failed < len(paths) and not read_only:
         where = args.out or f"*{OVERLAY} beside the images"
         print(f"attention: {overlays[0] if single else where}", file=sys.stderr)
     if failed:
@@ -310,13 +340,13 @@ def print_captions(captioned, args, single):
                   "finished": captioned.finished}
         lines = [json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))]
     else:
-        prefix = "" if single else f"{captioned.name}\t"
-        lines = [prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + text
+        prefix = "" if single else f"{printable(captioned.name)}\t"
+        lines = [prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + printable(text)
                  for text, score in captioned.n_best]
     tqdm.write("\n".join(lines), file=sys.stdout)
     if not captioned.words:
-        tqdm.write(f"{captioned.name}: the caption is empty; the model may need more training",
-                   file=sys.stderr)
+        tqdm.write(f"{printable(captioned.name)}: the caption is empty; the model may need more "
+                   f"training", file=sys.stderr)
     sys.stdout.flush()
 
 
@@ -339,5 +369,4 @@ def draw_beam_tree(captioner, path, args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
     run_script(main)

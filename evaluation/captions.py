@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import ResumableBatchSampler
+from datasets import ResumableBatchSampler, load_batches
 from evaluation.metrics import attention_hits
-from modeling.beam_search import beam_search
+from modeling.beam_search import find_captions
 from modeling.field_of_view import find_offset
 from utils import UserError, autocast, read_json
 
@@ -55,11 +55,12 @@ def caption_split(model, data, args, processes):
     loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
                         pin_memory=processes.device.type == "cuda")
     found = []
-    bar = tqdm(loader, desc=args.split, unit="batch", disable=None if processes.is_main else True)
+    bar = tqdm(load_batches(loader), total=len(batches), desc=args.split, unit="batch",
+               disable=None if processes.is_main else True)
     for indices, (images, _, _) in zip(batches, bar):
         with autocast(processes.device, args.amp):
             features = encoder(images.to(processes.device, non_blocking=True))
-            searches = [beam_search(decoder, features, word_map, beam_size, **args.search)
+            searches = [find_captions(decoder, features, word_map, beam_size, **args.search)
                         for beam_size in args.beam_sizes]
         for i, captions in zip(indices.tolist(), zip(*searches)):
             objects = data.entry(i).get("objects", [])

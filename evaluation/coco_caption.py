@@ -1,9 +1,12 @@
-"""The two Java programs of pycocoevalcap: the PTB tokenizer and METEOR 1.5."""
+"""The Java programs of pycocoevalcap: the PTB tokenizer, METEOR 1.5 and SPICE."""
 
 import functools
+import re
+import shutil
 import subprocess
+import tempfile
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +70,15 @@ def meteor_sums(references, hypotheses):
     """
     lines = []
     for captions, hypothesis in zip(references, hypotheses):
-        texts = [" ".join(words) for words in (*(captions or [[]]), hypothesis)]
+        texts = [" ".join(" ".join(words).split()) for words in (*(captions or [[]]), hypothesis)]
         lines.append(" ||| ".join(["SCORE", *(text.replace("|||", "") for text in texts)]) + "\n")
-    command = ["java", *UTF8, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en",
-               "-norm"]
-    with subprocess.Popen(command, cwd=_folder("meteor"), stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with (
+        _plain_path(_folder("meteor")) as folder, tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            ["java", *UTF8, "-Xmx2G", "-jar", f"{folder}/meteor-1.5.jar", "-", "-", "-stdio", "-l",
+             "en", "-norm"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
         writer.start()  # concurrently, since the pipes' buffers cannot hold all lines
         try:
@@ -82,13 +88,48 @@ def meteor_sums(references, hypotheses):
         finally:
             process.kill()
             writer.join()
-    if any(len(answer) != 23 for answer in answers):
-        raise JavaError("METEOR failed; it needs 2 GB of memory")
+        if any(len(answer) != 23 for answer in answers):
+            errors.seek(0)
+            raise JavaError(f"METEOR failed ({_last_line(errors.read())}); it needs 2 GB of memory")
     sums = np.array(answers, dtype=np.float64).reshape(-1, 23)
     # METEOR counts 0 chunks for a caption that is matched completely in one chunk.
     complete = (sums[:, [0, 1]] == sums[:, [21, 22]]).all(1) & (sums[:, 20] == 1)
     sums[complete, 20] = 0
     return sums
+
+
+def spice(references, hypotheses):
+    """
+    SPICE's F-score of each image, 0..1, by pycocoevalcap. Arguments as of `meteor_sums`.
+
+    Raises JavaError, also where the models of its parser are missing, which the package does not
+    bring.
+    """
+    from pycocoevalcap.spice.spice import Spice
+
+    if not (_folder("spice") / "lib" / "stanford-corenlp-3.6.0-models.jar").exists():
+        raise JavaError("its parser's models are missing; download them once with python -m "
+                        "pycocoevalcap.spice.get_stanford_models")
+    texts = [{i: [" ".join(words) for words in captions] for i, captions in enumerate(group)}
+             for group in (references, [[words] for words in hypotheses])]
+    try:
+        _, scores = Spice().compute_score(*texts)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise JavaError(f"SPICE failed ({error}); it needs 8 GB of memory") from None
+    return np.nan_to_num([image["All"]["f"] for image in scores])
+
+
+@contextmanager
+def _plain_path(folder):
+    """
+    The folder, or a copy of it, under a path where METEOR finds its data: it takes the path of its
+    program from a URL without decoding it, so that a space, % or é in it would be wrong.
+    """
+    if re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        yield shutil.copytree(folder, Path(parent, "meteor"))
 
 
 def _write(pipe, lines):
@@ -97,7 +138,9 @@ def _write(pipe, lines):
 
 
 def _last_line(text):
-    lines = text.decode(errors="replace").strip().splitlines()
+    """What a Java program said last, without the places in its code."""
+    lines = [line for line in text.decode(errors="replace").strip().splitlines()
+             if not line.startswith("\tat ")]
     return lines[-1] if lines else "no message"
 
 

@@ -20,6 +20,7 @@ from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")
+VALID_NAMES = (*NAMES, "SPICE")  # not one of "all", since it needs a download of 700 MB
 
 
 class Metric(NamedTuple):
@@ -34,16 +35,17 @@ class Metric(NamedTuple):
 
 def parse_names(names):
     """
-    The arguments of --metrics, in any case, -> names as in NAMES and in their order; "all" and
-    "bleu" stand for several. UserError that lists the valid names for an unknown one.
+    The arguments of --metrics, in any case, -> names as in VALID_NAMES and in their order; "all"
+    and "bleu" stand for several. UserError that lists the valid names for an unknown one.
     """
-    groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
+    groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in VALID_NAMES}}
     wanted = set()
     for name in names:
         if name.lower() not in groups:
-            raise UserError(f"unknown metric {name}; valid ones: all, BLEU, {', '.join(NAMES)}")
+            raise UserError(f"unknown metric {name}; valid ones: all, BLEU, "
+                            f"{', '.join(VALID_NAMES)}")
         wanted.update(groups[name.lower()])
-    return [name for name in NAMES if name in wanted]
+    return [name for name in VALID_NAMES if name in wanted]
 
 
 def tokenize(systems, references, tokens=None):
@@ -89,6 +91,12 @@ def measure(systems, references, names, novel=None):
                     part, lambda sums: 100 * coco_caption.meteor_from_sums(sums))
         except coco_caption.JavaError as error:
             missing["METEOR"] = str(error)
+    if "SPICE" in names:
+        try:
+            for system, captions in zip(found, systems):
+                system["SPICE"] = _mean(coco_caption.spice(references, captions), 100)
+        except coco_caption.JavaError as error:
+            missing["SPICE"] = str(error)
     if "unseen" in names and novel is None:
         missing["unseen"] = "the training captions are not known"
     for i, (system, captions) in enumerate(zip(found, systems)):

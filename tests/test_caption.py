@@ -1,5 +1,7 @@
 """caption.py: what it prints, what it draws and what it refuses."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -293,3 +295,84 @@ def test_the_library_says_unk_only_when_asked(model, photos):
     path = photos / "0.png"
     assert "<unk>" not in captioner(path, beam_size=2, max_len=4).words
     assert captioner(path, beam_size=2, max_len=4, no_unk=False).words == ["<unk>"] * 4
+
+
+def test_sampling_is_repeated_by_its_seed(run, photos):
+    first = run(photos / "0.png", "--sample", "--n_best=4", "--no_attention")[1]
+    assert first.count("\n") == 4
+    assert run(photos / "0.png", "--sample", "--n_best=4", "--no_attention")[1] == first
+    assert run(photos / "0.png", "--sample", "--n_best=4", "--no_attention", "--seed=1")[1] != first
+    greedy = run(photos / "0.png", "-b=1", "--no_attention")[1]
+    assert run(photos / "0.png", "--sample", "--top_p=1e-9", "--no_attention")[1] == greedy
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--temperature", "2"], "--temperature and --top_p are for --sample"),
+    (["--sample", "--length_penalty", "1"], "are for the search, not for --sample"),
+    (["--sample", "--beam_tree", "x.svg"], "--beam_tree draws a search; leave --sample out"),
+    (["--temperature", "0"], "--temperature is 0.0, it must be above 0"),
+    (["--top_p", "1.5"], "--top_p is 1.5, it must be above 0 and at most 1")])
+def test_options_that_contradict_sampling_are_errors(run, photos, options, message):
+    code, _, err = run(photos / "0.png", *options)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_folder_stands_for_every_format_and_says_what_it_passed_over(run, photos):
+    for suffix in ("avif", "jfif", "jp2"):
+        Image.open(photos / "0.png").save(photos / f"6.{suffix}")
+    for name in ("a.txt", "b.txt", "c.mov", "README"):
+        (photos / name).touch()
+    code, out, err = run(photos, "--no_attention")
+    assert code == 0 and out.count("\n") == 8
+    assert "passed over, as no images: 2 .txt, 1 readme, 1 .mov" in err.lower()
+
+
+def test_two_stars_stand_for_any_number_of_folders(run, photos):
+    (photos / "a" / "b").mkdir(parents=True)
+    for folder in (photos / "a", photos / "a" / "b"):
+        Image.open(photos / "0.png").save(folder / "x.png")
+    code, out, _ = run(f"{photos}/**/*.png", "--no_attention")
+    assert code == 0 and out.count("\n") == 7
+
+
+def test_names_that_would_break_lines_or_steer_a_terminal_are_escaped(run, photos):
+    os.rename(photos / "0.png", photos / "0\n\t\x1b[31m.png")
+    code, out, _ = run(photos, "--no_attention")
+    assert code == 0 and out.count("\n") == 5 and "0\\n\\t\\x1b[31m.png\t" in out
+
+
+def test_captions_go_on_where_photographs_are_read_only(run, photos, monkeypatch):
+    def refuse(captioned, path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(caption.Captioned, "save", refuse)
+    code, out, err = run(photos)
+    assert code == 0 and out.count("\n") == 5
+    assert err.count("captions go on without overlays, --out FOLDER takes them") == 1
+
+
+def test_one_overlay_that_cannot_be_written_does_not_end_the_others(run, photos):
+    name = "x" * 245 + ".png"
+    os.rename(photos / "2.png", photos / name)
+    code, out, err = run(photos)
+    assert code == 2 and out.count("\n") == 5 and len(overlays(photos)) == 4
+    assert name[:100] in err and "File name too long" in err
+    assert "1 of 5 images could not be captioned" in err
+
+
+def test_the_library_takes_bytes_files_generators_and_addresses(model, photos):
+    captioner = caption.Captioner(model, device="cpu")
+    path = photos / "1.png"
+    expected = captioner(path, max_len=6)
+    with open(path, "rb") as file:
+        for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), file):
+            found = captioner(source, max_len=6)
+            assert found.words == expected.words and found.name in ("image", str(path))
+    several = captioner((p for p in [path, path]), max_len=6)
+    assert [c.words for c in several] == [expected.words] * 2
+    for options in ({"batch_size": -1}, {"max_len": 0}, {"beam_size": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            captioner(path, **options)
+    cut_off = Image.open(io.BytesIO(path.read_bytes()[:100]))
+    with pytest.raises(UserError, match="the image is not readable"):
+        captioner(cut_off)

@@ -1,5 +1,6 @@
 """GIF and MP4: attention moves over the photograph word by word, and the sentence grows below."""
 
+import functools
 import shutil
 from contextlib import closing
 from itertools import chain, pairwise
@@ -10,9 +11,9 @@ import imageio.v3 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, printable
 from visualization.attention import resize_image
-from visualization.figures import FONT_FILE
+from visualization.figures import find_fonts, font_for
 from visualization.overlay import DEFAULT, attention_overlays
 
 TICK = 0.08  # seconds; GIF counts time in hundredths
@@ -75,9 +76,11 @@ class Sentence:
     """Words laid out in lines within the frame's width; their positions do not change."""
 
     def __init__(self, words):
-        font, available = ImageFont.truetype(FONT_FILE, FONT), SIZE - 2 * MARGIN
+        words = [printable(word) for word in words]
+        available, fonts = SIZE - 2 * MARGIN, find_fonts(words)
         self.words, x, y = [], 0, 0
         for word in words:
+            font = _load_font(font_for(word, fonts))
             width = font.getlength(word)
             word_font = (font if width <= available else
                          font.font_variant(size=FONT * available / width))
@@ -107,6 +110,11 @@ class Sentence:
                 colour = CURRENT_TEXT
             draw.text((x, y + 0.7 * LINE), word, colour, font, anchor="ls")
         return np.asarray(canvas)
+
+
+@functools.cache
+def _load_font(path):
+    return ImageFont.truetype(path, FONT)
 
 
 def _write_gif(path, frames):

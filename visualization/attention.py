@@ -7,6 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from utils import printable
+from visualization.figures import family_names, find_fonts
 from visualization.overlay import DEFAULT, attention_overlays
 
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
@@ -56,6 +58,8 @@ def _num_columns(count, ratio):
 
 def _draw_panels(panels, titles, width, height):
     """A Figure of the panels, each width x height inches, with their titles above."""
+    titles = [printable(title) for title in titles]
+    families = family_names(find_fonts(titles))
     longest = max(map(len, titles)) * 0.65 / 72  # inches per point of its font
     cell_width = GAP + max(width, MIN_COLUMN, min(longest * SMALLEST, MAX_COLUMN))
     cell_height = TITLE + height + GAP
@@ -75,6 +79,7 @@ def _draw_panels(panels, titles, width, height):
         axes.set_title(
             title,
             fontsize=FONT * min(1, letters / max(1, len(title))),
+            fontfamily=families,
             parse_math=False,  # a dollar sign is not a formula
             pad=6,
             y=1,  # faster: matplotlib need not compute it from the ticks

@@ -2,12 +2,15 @@
 
 import glob
 import os
+import sys
+from collections import Counter
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
-from utils import UserError
+from preprocessing.images import find_suffixes, is_url
+from utils import UserError, printable
 from visualization import page
 
-IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 OVERLAY = "_attention.png"
 ANIMATIONS = (".gif", ".mp4")
 ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of several images cannot be
@@ -15,26 +18,42 @@ ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of severa
 
 def find_images(patterns):
     """
-    The image paths for files, folders and globs, in this order, without repetitions. A folder or
-    glob stands for its files with an image's suffix, sorted, without subfolders.
+    The image paths for files, web addresses, folders and globs, in this order, without
+    repetitions. A folder stands for its files with an image's suffix, sorted, without subfolders; a
+    glob for those that it matches, where ** is any number of folders. How many other files were
+    passed over is said on stderr.
 
     Our own overlays are left out, even if the shell has expanded the glob.
     Raises UserError for a folder or glob without images; a file need not exist.
     """
-    paths = []
+    paths, passed_over, suffixes = [], Counter(), tuple(find_suffixes())
     for pattern in patterns:
         folder = os.path.isdir(pattern)
-        if folder or glob.has_magic(pattern) and not os.path.exists(pattern):
+        is_glob = glob.has_magic(pattern) and not os.path.exists(pattern) and not is_url(pattern)
+        if folder or is_glob:
             wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
-            found = sorted(path for path in glob.glob(wildcard) if path.lower().endswith(IMAGES)
-                           and not path.endswith(OVERLAY) and os.path.isfile(path))
-            if not found:
-                raise UserError(f"no images {'in' if folder else 'match'} {pattern}")
-            paths += found
+            found = [path for path in sorted(glob.glob(wildcard, recursive=True))
+                     if not path.endswith(OVERLAY) and os.path.isfile(path)]
+            images = [path for path in found if path.lower().endswith(suffixes)]
+            passed_over.update(os.path.splitext(path)[1].lower() or os.path.basename(path)
+                               for path in found if not path.lower().endswith(suffixes))
+            if not images:
+                raise UserError(f"no images {'in' if folder else 'match'} {pattern}" + (
+                    f", only {_count(passed_over)}" if passed_over else ""))
+            paths += images
         else:
             paths.append(pattern)
+    if passed_over:
+        print(f"passed over, as no images: {_count(passed_over)}", file=sys.stderr)
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not path.endswith(OVERLAY)] or paths
+
+
+def _count(kinds):
+    """How many files of each kind, as in "3 .txt, 1 .mov": the most frequent five kinds"""
+    others = sum(kinds.values()) - sum(n for _, n in kinds.most_common(5))
+    shown = ", ".join(f"{n} {printable(kind)}" for kind, n in kinds.most_common(5))
+    return shown + f" and {others} others" * bool(others)
 
 
 def overlay_paths(paths, out, single):
@@ -60,6 +79,8 @@ def overlay_paths(paths, out, single):
                         f"folder or an .html")
     taken, overlays = set(paths), []
     for path in paths:
+        if is_url(path):  # goes to the current folder
+            path = os.path.basename(urlsplit(path).path) or "image"
         stem, count = os.path.splitext(path)[0], 1
         if out:
             stem = os.path.join(out, os.path.basename(stem))
@@ -117,4 +138,4 @@ def writing(path, make_folder=False):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+        raise UserError(f"{path} cannot be written: {error}") from error

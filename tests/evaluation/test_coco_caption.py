@@ -1,5 +1,8 @@
 """The PTB tokenizer and METEOR against pycocoevalcap's own calls; skipped without Java."""
 
+import shutil
+
+import numpy as np
 import pytest
 from factories import as_coco, caption_sets
 from pycocoevalcap.meteor.meteor import Meteor
@@ -51,3 +54,42 @@ def test_a_java_that_fails_is_a_java_error(monkeypatch):
         coco_caption.tokenize(["a"])
     with pytest.raises(coco_caption.JavaError, match="METEOR failed"):
         coco_caption.meteor_sums([[["a"]]] * 500, [["a"]] * 500)
+
+
+def test_meteor_runs_under_any_path_and_takes_any_token(tmp_path, monkeypatch):
+    references, hypotheses = [[["a", "dog", "runs"]]], [["a", "dog", "ran"]]
+    expected = coco_caption.meteor_sums(references, hypotheses)
+    folder, odd = coco_caption._folder("meteor"), tmp_path / "a b%20é"
+    shutil.copytree(folder, odd)
+    monkeypatch.setattr(coco_caption, "_folder", lambda _: odd)
+    np.testing.assert_array_equal(coco_caption.meteor_sums(references, hypotheses), expected)
+    monkeypatch.undo()
+    with_breaks = coco_caption.meteor_sums([[["a", "dog\r\n", "\x85runs"]]],
+                                           [["a\n", "dog", "ran"]])
+    np.testing.assert_array_equal(with_breaks, expected)
+
+
+def test_why_meteor_fails_is_said(tmp_path, monkeypatch):
+    (tmp_path / "meteor-1.5.jar").write_bytes(b"no jar")
+    monkeypatch.setattr(coco_caption, "_folder", lambda _: tmp_path)
+    with pytest.raises(coco_caption.JavaError, match="METEOR failed .*(jarfile|corrupt)"):
+        coco_caption.meteor_sums([[["a"]]], [["a"]])
+
+
+def test_spice_says_what_is_missing_or_gives_the_packages_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_caption, "_folder", lambda _: tmp_path)
+    with pytest.raises(coco_caption.JavaError, match="models are missing; download them once with"):
+        coco_caption.spice([[["a"]]], [["a"]])
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "stanford-corenlp-3.6.0-models.jar").touch()
+    asked = []
+
+    class Spice:
+        def compute_score(self, references, captions):
+            asked.append((references, captions))
+            return 0.25, [{"All": {"f": 0.5}}, {"All": {"f": float("nan")}}]
+
+    monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
+    found = coco_caption.spice([[["a", "dog"], ["dogs"]], [["a", "cat"]]], [["a", "cow"], []])
+    assert found.tolist() == [0.5, 0]
+    assert asked == [({0: ["a dog", "dogs"], 1: ["a cat"]}, {0: ["a cow"], 1: [""]})]

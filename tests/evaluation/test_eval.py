@@ -72,7 +72,7 @@ def test_unseen_is_a_dash_without_the_training_captions(stub_options, data, caps
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--metrics", "SPICE"], "unknown metric SPICE; valid ones: all, BLEU, BLEU-1, BLEU-2"),
+    (["--metrics", "WER"], "unknown metric WER; valid ones: all, BLEU, BLEU-1, BLEU-2"),
     (["--bootstrap", "0"], "--bootstrap is 0"),
     (["--seed", "-1"], "--seed is -1"),
     (["--workers", "-1"], "--workers is -1"),

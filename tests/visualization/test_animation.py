@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import utils
 from utils import UserError
 from visualization import animation
 from visualization.animation import FADE, HOLD, HOLD_END, TICK, Sentence, write_animation
@@ -209,14 +211,21 @@ def test_a_truncated_mp4_is_an_error(tmp_path, small, monkeypatch):
 @BOTH
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_file(
-        tmp_path, small, kind, capfd):
+        tmp_path, small, kind, capfd, monkeypatch):
     path = tmp_path / f"x.{kind}"
     path.write_text("old")
-    Path(f"{path}.tmp").symlink_to("/dev/full")  # where atomic_write lets it be written
+
+    @contextmanager
+    def full_disk(path):
+        Path(f"{path}.tmp").symlink_to("/dev/full")
+        yield f"{path}.tmp"
+        pytest.fail("nothing can be written to it")
+
+    monkeypatch.setattr(utils, "_temporary_file", full_disk)
     with pytest.raises(OSError, match="ffmpeg failed|No space left on device") as error:
         write_animation(path, grey(60, 60), WORDS, one_hot())
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
 
 
 def test_without_the_package_only_mp4_fails_and_says_what_to_install(tmp_path, small, monkeypatch):
