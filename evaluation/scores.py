@@ -20,7 +20,7 @@ from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")
-VALID_NAMES = (*NAMES, "SPICE")  # not one of "all", since it needs a download of 700 MB
+VALID_NAMES = (*NAMES, "SPICE")  # not one of "all", since it needs a download
 
 
 class Metric(NamedTuple):
