@@ -68,6 +68,14 @@ def run_script(main):
     except BrokenPipeError:  # as in `| head`: Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError)
+                or "can't allocate memory" in str(error)):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: the memory is full; pass a smaller --batch_size "
+              f"(train.py: or a larger --accumulate, which takes the same steps in parts)",
+              file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for example
         interrupted = isinstance(error, KeyboardInterrupt)
         message = str(error) if isinstance(error, UserError) else printable(str(error))

@@ -38,18 +38,22 @@ from training.state import Progress, TrainingState
 from utils import Distributed, autocast, write_json
 
 
-def write_data_set(folder, **images):
-    """The files of create_input_files.py for random images: TRAIN=160, VAL=16, ..."""
+def write_data_set(folder, pixels=True, **images):
+    """
+    The files of create_input_files.py for random images: TRAIN=160, VAL=16, ... Without pixels they
+    are black, and take no space on disk.
+    """
     words = {f"word{i}": i for i in range(1, VOCAB - 3)}
     write_json(f"{folder}/WORDMAP_x.json", WORD_MAP | words)
     for split, n in images.items():
         captions, lengths = random_captions(n, 5)
         write_json(f"{folder}/{split}_CAPTIONS_x.json", captions.flatten(0, 1).tolist())
         write_json(f"{folder}/{split}_CAPLENS_x.json", lengths.flatten().tolist())
-        pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 256, 256), np.uint8)
         with h5py.File(f"{folder}/{split}_IMAGES_x.hdf5", "w") as file:
             file.attrs["captions_per_image"] = 5
-            file["images"] = pixels
+            array = file.create_dataset("images", (n, 3, 256, 256), np.uint8)
+            if pixels:
+                array[:] = np.random.default_rng(0).integers(0, 256, array.shape, np.uint8)
 
 
 def options(args, folder, *more):
@@ -69,11 +73,13 @@ class PreloadedBatches(list):
 class EpochRunner:
     """Training as in train.py on this data: run() trains for one epoch."""
 
-    def __init__(self, encoder, data, args, fine_tune=False, preload=False):
-        run_args = train.get_args(options(args, "."))
+    def __init__(self, encoder, data, args, fine_tune=False, preload=False, images=16, more=(),
+                 decoder=None):
+        """images: in a batch, each with 5 captions; more: further options of train.py"""
+        run_args = train.get_args(options(args, ".", *more))
         run_args.fine_tune_encoder = fine_tune
-        decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
-        sampler = ResumableBatchSampler(len(data), 16)
+        decoder = decoder or DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, encoder.encoder_dim)
+        sampler = ResumableBatchSampler(len(data), images)
         self.loader = build_loader(data, sampler, run_args.workers, args.device)
         if preload:
             self.loader = PreloadedBatches(self.loader, args.device)

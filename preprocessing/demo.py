@@ -253,5 +253,5 @@ if __name__ == "__main__":
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=non_negative_int, default=n,
                             help="number of scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the random generator")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random generator")
     run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

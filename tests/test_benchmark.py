@@ -121,3 +121,17 @@ def test_epochs_train_the_same_parameters_as_train_py(fine_tune, cached, tmp_pat
 
 def test_the_textbook_is_the_one_that_the_tests_compare_with():
     assert model.reference is reference
+
+
+def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    benchmark.main(["--stages", "gpu", "--device", "cpu", "--repeats", "1", "--json", str(path)])
+    rows = {row["stage"]: row for row in json.loads(path.read_text())["rows"]}
+    assert [stage for stage in rows if stage.startswith("frozen epoch")] == [
+        "frozen epoch of COCO from the cache, batch 10",
+        "frozen epoch of COCO from the cache, batch 20"]
+    timed = [row for row in rows.values() if "ours" in row]
+    assert len(timed) == 5 and all(row["ours"] > 0 for row in timed)
+    exact = rows["float32 against float64"]
+    assert exact["loss_error"] < 1e-5 and exact["gradient_error"] < 1e-3 and exact["identical"] == 8
+    assert rows["bf16 against float64"]["loss_error"] > exact["loss_error"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from factories import ROOT
 
 import utils
@@ -20,6 +21,7 @@ from utils import (
     positive_int,
     printable,
     read_json,
+    run_script,
     write_json,
 )
 
@@ -158,3 +160,18 @@ def test_world_size_without_torchruns_other_variables_is_a_single_process(
         assert processes.world_size == 1 and processes.is_main
     assert ("this is a single process; for several start torchrun" in capsys.readouterr().err
             ) == said
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
+def test_full_memory_is_one_line_that_names_the_options(capsys, error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(fail)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert "--batch_size" in err and "--accumulate" in err
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
