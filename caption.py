@@ -41,7 +41,7 @@ from tqdm import tqdm
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
 from modeling.beam_search import add_search_options, find_captions, search_options
 from modeling.field_of_view import find_offset
-from preprocessing.images import read_rgb, resize_square, to_rgb
+from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
 from utils import (
     Parser,
     UserError,
@@ -117,7 +117,8 @@ class Captioned:
 class Captioner:
     """
     A trained model that captions images:
-    `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`.
+    `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`. `each` goes on after an image that
+    cannot be read; a call raises its error.
 
     model: a checkpoint; if not given, the one that comes with the program
     word_map: a WORDMAP file, for checkpoints without word map
@@ -233,8 +234,8 @@ def _try_read(source, size):
 def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
     group = parser.add_argument_group("images and model")
-    group.add_argument("-i", "--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB",
-                       help="what to caption")
+    group.add_argument("-i", "--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB|URL",
+                       help="what to caption; folders without their subfolders, ** is any of them")
     add_model_options(group)
     add = parser.add_argument_group("captions").add_argument
     add("-b", "--beam_size", type=positive_int, default=5, help="1 is greedy decoding")
@@ -288,6 +289,8 @@ def main():
         raise UserError("--beam_tree is for one image; pass a single file as --img")
     one_page = args.out and page.is_page(args.out) and not single  # for all images
     overlays = overlay_paths(paths, None if one_page else args.out, single)
+    if single and not is_url(paths[0]) and not os.path.exists(paths[0]):
+        raise UserError(f"{paths[0]} not found")  # before the model is loaded
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp)
     set_seed(args.seed)

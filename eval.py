@@ -115,10 +115,10 @@ def check_outputs(args):
 
 
 def evaluate(args, processes):
-    path = find_model(args.model, args.checkpoint_folder, processes.print)
-    model = load_captioner(path, processes.device, args.word_map)
     name = find_data_name(args.data_folder, args.data_name)
     data = CaptionDataset(args.data_folder, name, args.split.upper())
+    path = find_model(args.model, args.checkpoint_folder, processes.print)
+    model = load_captioner(path, processes.device, args.word_map)
     if len(data) == 0:
         raise UserError(f"{data.path} has no images; choose the other --split")
     if args.report:

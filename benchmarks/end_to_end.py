@@ -65,6 +65,8 @@ def options(args, folder, *more):
 class PreloadedBatches(list):
     """The batches of a loader of cached features, in float32 on the device."""
 
+    num_workers = 0
+
     def __init__(self, loader, device):
         super().__init__((features.to(device).float(), *rest) for features, *rest in loader)
         self.dataset, self.sampler = loader.dataset, loader.sampler

@@ -33,8 +33,8 @@ def add_search_options(parser, no_unk=False):
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
     add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N",
         help="say no N words twice in the same order; 0: allowed")
-    add("--sample", action="store_true", help="draw captions at random, --n_best of them, instead "
-        "of searching for the most probable one")
+    add("--sample", action="store_true", help="draw captions at random, the same ones with the "
+        "same --seed, instead of searching for the most probable one")
     add("--temperature", type=Number(float, above=0, most=100), default=1.0,
         help="--sample: above 1 more varied, below 1 safer")
     add("--top_p", type=Number(float, above=0, most=1), default=1.0,

@@ -165,7 +165,7 @@ def _to_8_bits(pixels):
 def _reason(error):
     """One line on why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
-        return f"it is in none of the formats {', '.join(FORMATS)}"
+        return "it is empty, or in none of the formats of photographs"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).partition("\n")[0] or type(error).__name__

@@ -55,16 +55,18 @@ def _check_words(splits, options):
     words = create_word_map(captions, options.min_word_freq)
     tokens = sum(map(len, captions))
     unknown = sum(word not in words for caption in captions for word in caption)
-    kept = (f"{len(words) - len(SPECIAL_TOKENS)} words occur more than {options.min_word_freq} "
-            f"times in {len(captions)} captions, {unknown} of {tokens} tokens become <unk>")
+    kept = (f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
+            f"<unk>, since only {len(words) - len(SPECIAL_TOKENS)} different ones occur more than "
+            f"{options.min_word_freq} times")
     advice = "pass a lower --min_word_freq, 0 to keep every word"
-    if tokens < 2 * len(captions):  # a whole sentence is one word
-        advice += ("; if the language is written without spaces, as Chinese, Japanese and Thai "
-                   "are, put a space between the words first")
+    unspaced = tokens < 1.5 * len(captions)
+    if unspaced:
+        advice += ("; most captions are one word: if the language is written without spaces, as "
+                   "Chinese, Japanese and Thai are, put a space between the words first")
     if unknown == tokens:
         raise UserError(f"{kept}; {advice}")
-    if unknown > tokens / 2:
-        print(f"{kept}; {advice}", file=sys.stderr)
+    if unknown > tokens / 2 or unspaced:
+        print(f"warning: {kept}; {advice}", file=sys.stderr)
 
 
 def _sample(captions, n, rng):
@@ -130,7 +132,7 @@ def _first_reasons(reasons):
 
 
 def _bad_images(reasons, next_step):
-    return UserError(f"{len(reasons)} bad images:", [*_first_reasons(reasons), next_step])
+    return UserError(f"{count(len(reasons), 'bad image')}:", [*_first_reasons(reasons), next_step])
 
 
 def _check_bad_images(splits, bad, skip_bad_images, note=""):
@@ -212,7 +214,7 @@ def _drop_bad_images(staging, splits, missing, skip_bad_images):
     _check_bad_images(splits, bad, skip_bad_images, "; the other images will not be read again")
     staging.drop_bad()
     if bad:
-        print("\n  ".join([f"{len(bad)} bad images dropped:",
+        print("\n  ".join([f"{count(len(bad), 'bad image')} dropped:",
                            *map(printable, _first_reasons(bad))]))
     return splits
 
@@ -231,7 +233,9 @@ def _write_captions(staging, name, splits, options):
             "REFERENCES": [image.record for image in images],
         }.items():
             write_json(staging.path(data_file(split, kind, name)), content)
-        print(f"{split}: {count(len(images), 'image')}, {count(len(captions), 'caption')}")
+        distinct = sum(min(len(image.captions), options.captions_per_image) for image in images)
+        print(f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}"
+              + (f", filled up to {len(captions)}" if distinct < len(captions) else ""))
     write_json(staging.path(staging.files[-1]), word_map)
 
 
@@ -384,4 +388,5 @@ def create_input_files(
                 staging.save()
             staging.move()
     word_map = os.path.join(output_folder, staging.files[-1])
-    print(f"{len(read_json(word_map))} words in {word_map}")
+    words = len(read_json(word_map)) - len(SPECIAL_TOKENS)
+    print(f"{count(words, 'word')} and {len(SPECIAL_TOKENS)} special tokens in {word_map}")

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from datasets import SPECIAL_TOKENS
-from utils import UserError, check_is_file, read_json
+from utils import UserError, check_is_file, count, read_json
 
 # Karpathy's name of a split -> that of our files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
@@ -185,8 +185,9 @@ def read_splits(karpathy, source, image_folder, max_len):
             splits[split].append(image)
         else:
             skipped[split] += 1
-    for split, count in skipped.items():
-        print(f"{split}: {count} images skipped, without a caption of 1 to {max_len} words")
+    for split, number in skipped.items():
+        print(f"{split}: {count(number, 'image')} skipped, without a caption of 1 to {max_len} "
+              f"words")
     if not splits["TRAIN"]:
         raise UserError(f"{source}: no image to train on; give some the split 'train'")
     return splits

@@ -324,7 +324,7 @@ def test_a_folder_stands_for_every_format_and_says_what_it_passed_over(run, phot
         (photos / name).touch()
     code, out, err = run(photos, "--no_attention")
     assert code == 0 and out.count("\n") == 8
-    assert "passed over, as no images: 2 .txt, 1 readme, 1 .mov" in err.lower()
+    assert "skipped, not images: 2 .txt, 1 readme, 1 .mov" in err.lower()
 
 
 def test_two_stars_stand_for_any_number_of_folders(run, photos):

@@ -44,7 +44,7 @@ def find_images(patterns):
         else:
             paths.append(pattern)
     if passed_over:
-        print(f"passed over, as no images: {_count(passed_over)}", file=sys.stderr)
+        print(f"skipped, not images: {_count(passed_over)}", file=sys.stderr)
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not path.endswith(OVERLAY)] or paths
 

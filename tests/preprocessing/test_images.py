@@ -206,7 +206,7 @@ def test_postscript_is_refused_without_starting_ghostscript(tmp_path, monkeypatc
     quadrants().save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
-    with pytest.raises(UserError, match="a.jpg is not a readable image: it is in none of the"):
+    with pytest.raises(UserError, match="a.jpg is not a readable image: it is empty, or in none"):
         read_rgb(tmp_path / "a.jpg")
 
 

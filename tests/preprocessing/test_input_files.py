@@ -95,7 +95,7 @@ def test_image_without_a_usable_caption_is_skipped_and_counted(tmp_path, capsys)
     entries = [entry("a.png", captions=["a b c d e", ""]), entry("b.png")]
     read = create(tmp_path, entries)
     assert greys(read, "TRAIN_IMAGES") == [grey_of(1)] and len(read("TRAIN_REFERENCES")) == 1
-    assert "TRAIN: 1 images skipped" in capsys.readouterr().out
+    assert "TRAIN: 1 image skipped" in capsys.readouterr().out
 
 
 def test_references_are_all_captions_of_any_length_as_words(tmp_path):
@@ -167,22 +167,22 @@ def test_words_of_any_script_and_long_names_of_missing_files_are_fine(tmp_path):
     entries = [entry("a.png", captions=["ein Käse हिन्दी 猫"])]
     assert list(create(tmp_path, entries)("WORDMAP"))[1:5] == ["ein", "Käse", "हिन्दी", "猫"]
     write_json(tmp_path / "dataset.json", {"images": [entry("x" * 5000 + ".png")]})
-    with pytest.raises(UserError, match="1 bad images.*\n.*x.png: File name too long"):
+    with pytest.raises(UserError, match="1 bad image:.*\n.*x.png: File name too long"):
         create_input_files("x", tmp_path / "dataset.json", tmp_path, output_folder=tmp_path / "o")
 
 
 def test_missing_image_is_named_before_any_is_read(tmp_path):
     path = prepare(tmp_path, ONE_PER_SPLIT)
     (tmp_path / "images" / "b.png").unlink()
-    with pytest.raises(UserError, match=r"1 bad images.*\n.*b\.png not found"):
+    with pytest.raises(UserError, match=r"1 bad image:.*\n.*b\.png not found"):
         create_input_files("x", path, tmp_path / "images", output_folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("captions, min_word_freq, message", [
-    (["a dog runs", "a dog sits"], 5, "0 words occur more than 5 times in 2 captions, 6 of 6 "
-     "tokens become <unk>; pass a lower --min_word_freq, 0 to keep every word"),
-    (["一只狗在草地上奔跑", "一只猫"], 5, "; if the language is written without spaces, as"),
+    (["a dog runs", "a dog sits"], 5, "of 6 words in 2 captions, 6 become <unk>, since only 0 "
+     "different ones occur more than 5 times; pass a lower --min_word_freq, 0 to keep every word"),
+    (["一只狗在草地上奔跑", "一只猫"], 5, ": if the language is written without spaces, as"),
 ])
 def test_a_vocabulary_without_words_is_an_error_that_says_what_to_pass(
         tmp_path, captions, min_word_freq, message):
@@ -194,10 +194,18 @@ def test_a_vocabulary_without_words_is_an_error_that_says_what_to_pass(
 def test_it_is_said_when_most_tokens_become_unknown(tmp_path, capsys):
     captions = ["a dog runs fast", "a cat sits still"]
     create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=1)
-    assert ("1 words occur more than 1 times in 2 captions, 6 of 8 tokens become <unk>; pass a "
-            "lower --min_word_freq") in capsys.readouterr().err
-    create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=0)
+    assert ("warning: of 8 words in 2 captions, 6 become <unk>, since only 1 different ones occur "
+            "more than 1 times; pass a lower --min_word_freq") in capsys.readouterr().err
+    create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=0, overwrite=True)
     assert "<unk>" not in capsys.readouterr().err
+    create(tmp_path, [entry("a.png", captions=["一只狗", "一只猫"])], overwrite=True)
+    assert "put a space between the words first" in capsys.readouterr().err
+
+
+def test_repeated_captions_are_said_to_fill_up(tmp_path, capsys):
+    create(tmp_path, [entry("a.png", captions=["a b", "c d"]), entry("b.png", captions=["e f"])],
+           captions_per_image=3)
+    assert "TRAIN: 2 images, 3 captions, filled up to 6\n" in capsys.readouterr().out
 
 
 def test_names_match_whether_composed_or_decomposed(tmp_path):

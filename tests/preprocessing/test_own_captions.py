@@ -136,7 +136,7 @@ def test_script_makes_the_files_of_own_captions(script, capsys):
     script("--dataset", "mine", "--captions", "mine.csv")
     references = read_json("data/TRAIN_REFERENCES_mine_5_cap_per_img_0_min_word_freq.json")
     assert len(references) == 8 and references[0]["references"] == [["a", "dog"]]
-    assert "TRAIN: 8 images, 40 captions" in capsys.readouterr().out
+    assert "TRAIN: 8 images, 8 captions, filled up to 40" in capsys.readouterr().out
 
 
 def test_own_captions_without_validation_images_give_a_warning(script, capsys):
