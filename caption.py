@@ -6,7 +6,7 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
-    python caption.py --img photo.jpg --overlay heat      # a heat map instead of light
+    python caption.py --img photo.jpg --overlay light     # lit instead of a heat map
     python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
     python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
@@ -87,12 +87,13 @@ class Captioned:
         """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
         return load_pixels(self.source)
 
-    def figure(self, smooth=True, overlay="light"):
+    def figure(self, smooth=True, overlay=page.OVERLAYS[0]):
         """
         A matplotlib Figure with the attention for each word.
 
         smooth: blend its locations
-        overlay: "light", the photograph lit where the model looked, or "heat", a colour map over it
+        overlay: "heat", a colour map over the photograph, or "light", the photograph lit where the
+        model looked
         """
         from visualization.attention import attention_grid  # only here: matplotlib is slow
         from visualization.overlay import Drawing
@@ -100,7 +101,7 @@ class Captioned:
         return attention_grid(self.image, self.words, self.attention,
                               Drawing(smooth, overlay, self.offset))
 
-    def save(self, path, smooth=True, overlay="light"):
+    def save(self, path, smooth=True, overlay=page.OVERLAYS[0]):
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
@@ -249,8 +250,8 @@ def get_args(argv=None):
         "folder for the overlays of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
-    add("--overlay", choices=page.OVERLAYS, default="light", help="light: the photograph lit "
-        "where the model looked; heat: a colour map over it")
+    add("--overlay", choices=page.OVERLAYS, default=page.OVERLAYS[0], help="heat: a colour map "
+        "over the photograph; light: the photograph lit where the model looked")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the locations of the attention grid")
     add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,

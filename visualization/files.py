@@ -97,7 +97,7 @@ def overlay_paths(paths, out, single):
 # without pictures start faster.
 
 
-def save_attention(captioned, path, smooth=True, overlay="light"):
+def save_attention(captioned, path, smooth=True, overlay=page.OVERLAYS[0]):
     """
     Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
     picture. smooth, overlay: as in `caption.Captioned.figure`

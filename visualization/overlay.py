@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from visualization.page import check_overlay
+from visualization.page import OVERLAYS, check_overlay
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue: Pillow's grey
 DARK, BRIGHT = 0.18, 0.72  # mean brightness of a location without attention and with the most
@@ -33,7 +33,7 @@ STEPS = 30  # of the fit; more change no location by 1/255
 class Drawing(NamedTuple):
     """How attention is drawn."""
     smooth: bool = True  # blend neighbouring locations; otherwise each is shown as a block
-    overlay: str = "light"  # or "heat"
+    overlay: str = OVERLAYS[0]
     offset: tuple = (0.0, 0.0)  # `modeling.field_of_view.measure_offset` of the encoder
 
 
