@@ -34,7 +34,7 @@ class Encoder(nn.Module):
     name: any convolutional classifier of torchvision or timm
     weights: "imagenet", "none" (random), a file (a state dict with the classifier's own keys, or
     one of our checkpoints), or None where a checkpoint will be loaded into it
-    stride: 16 for a grid twice as fine, at about twice the cost; see `load_backbone`
+    stride: 16 for a grid twice as fine; see `load_backbone`
     image_size: S of the images that it is trained on, and captions
 
     A square feature map coarser than 14 x 14 stays on its own grid: the decoder pools it to 14 x 14

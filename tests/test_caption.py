@@ -252,7 +252,7 @@ def test_captioner_names_what_it_cannot_read(model, photos, tmp_path):
     one.save(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size[0] > 100
     for kind in ("png", "gif", "html"):
-        with pytest.raises(ValueError, match="overlay 'heap' is not one of: light, heat"):
+        with pytest.raises(ValueError, match="overlay 'heap' is not one of: heat, light"):
             one.save(tmp_path / f"y.{kind}", overlay="heap")
 
 

@@ -34,11 +34,12 @@ def test_attention_is_brightest_where_alpha_is(shape, smooth):
         assert np.unravel_index(light.argmax(), light.shape) == cell
 
 
-def test_even_attention_leaves_the_whole_photograph_bright():
+@pytest.mark.parametrize("overlay, least", [("light", 180), ("heat", 140)])
+def test_even_attention_leaves_the_whole_photograph_bright(overlay, least):
     image = np.full((60, 60, 3), 200, dtype=np.uint8)
-    figure = attention_grid(image, ["a"], np.full((1, 196), 1 / 196))
+    figure = attention_grid(image, ["a"], np.full((1, 196), 1 / 196), Drawing(overlay=overlay))
     light = brightness(figure.axes[1], 5, 5)
-    assert light.min() > 180 and np.ptp(light) < 2
+    assert light.min() > least and np.ptp(light) < 2
 
 
 # The panels
