@@ -56,6 +56,7 @@ from utils import (
 )
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
+from visualization.overlay import OVERLAYS
 
 # The library
 
@@ -87,7 +88,7 @@ class Captioned:
         """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
         return load_pixels(self.source)
 
-    def figure(self, smooth=True, overlay=page.OVERLAYS[0]):
+    def figure(self, smooth=True, overlay=OVERLAYS[0]):
         """
         A matplotlib Figure with the attention for each word.
 
@@ -101,7 +102,7 @@ class Captioned:
         return attention_grid(self.image, self.words, self.attention,
                               Drawing(smooth, overlay, self.offset))
 
-    def save(self, path, smooth=True, overlay=page.OVERLAYS[0]):
+    def save(self, path, smooth=True, overlay=OVERLAYS[0]):
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
@@ -250,7 +251,7 @@ def get_args(argv=None):
         "folder for the overlays of several, or one .html for all; if not given, "
         f"photo{OVERLAY} beside photo.jpg")
     add("--no_attention", action="store_true", help="draw no overlays")
-    add("--overlay", choices=page.OVERLAYS, default=page.OVERLAYS[0], help="heat: a colour map "
+    add("--overlay", choices=OVERLAYS, default=OVERLAYS[0], help="heat: a colour map "
         "over the photograph; light: the photograph lit where the model looked")
     add("--smooth", action=argparse.BooleanOptionalAction, default=True,
         help="blend the locations of the attention grid")

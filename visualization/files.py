@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from preprocessing.images import find_suffixes, is_url
 from utils import UserError, printable
 from visualization import page
+from visualization.overlay import OVERLAYS
 
 OVERLAY = "_attention.png"
 ANIMATIONS = (".gif", ".mp4")
@@ -97,7 +98,7 @@ def overlay_paths(paths, out, single):
 # without pictures start faster.
 
 
-def save_attention(captioned, path, smooth=True, overlay=page.OVERLAYS[0]):
+def save_attention(captioned, path, smooth=True, overlay=OVERLAYS[0]):
     """
     Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
     picture. smooth, overlay: as in `caption.Captioned.figure`

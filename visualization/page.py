@@ -16,12 +16,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from utils import atomic_write
+from visualization.overlay import OVERLAYS, check_overlay, heat_colours
 
 LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
-# Ways to draw attention over a photograph, see overlay.py. The first is the default: of ten pairs,
-# somebody who knew nothing of either chose it nine times.
-OVERLAYS = ("heat", "light")
 # A ninth of the photograph with less of the attention than this is not named; 0.11 is average.
 SPREAD = 0.17
 POSITIONS = ("at the upper left", "at the top", "at the upper right",
@@ -104,12 +102,6 @@ def is_page(path):
     return os.fspath(path).lower().endswith((".html", ".htm"))
 
 
-def check_overlay(overlay):
-    """ValueError unless it is one of OVERLAYS"""
-    if overlay not in OVERLAYS:
-        raise ValueError(f"overlay {overlay!r} is not one of: {', '.join(OVERLAYS)}")
-
-
 def write_page(path, captioned, title, overlay=OVERLAYS[0]):
     """Write `attention_page` with `atomic_write`; OSError if the file cannot be written."""
     content = attention_page(captioned, title, overlay)
@@ -154,8 +146,6 @@ def _colours(overlay):
     check_overlay(overlay)
     if overlay != "heat":
         return ""
-    from visualization.overlay import heat_colours  # only here: matplotlib is slow
-
     return base64.b64encode(np.rint(255 * heat_colours()).astype(np.uint8).tobytes()).decode()
 
 
