@@ -393,7 +393,7 @@ def _keep_freed_memory():
     """
     Ask the C library, where it is glibc, to keep memory that was freed for what is allocated next.
     By default it gives large blocks back to the system, which clears each page again when it is
-    touched: of a training step on a CPU that was found to take up to half of the time.
+    touched: that was found to take an eighth to a quarter of a training step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
