@@ -32,16 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import add_search_options, find_captions, search_options
-from modeling.field_of_view import find_offset
-from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
 from utils import (
     Parser,
     UserError,
@@ -54,6 +44,16 @@ from utils import (
     run_script,
     set_seed,
 )
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
+from modeling.beam_search import add_search_options, find_captions, search_options
+from modeling.field_of_view import find_offset
+from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
 from visualization.overlay import OVERLAYS

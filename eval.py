@@ -11,16 +11,6 @@ captions of two models.
 
 import os
 from pathlib import Path
-
-from checkpoints import add_model_options, find_model, load_captioner
-from datasets import CaptionDataset, add_data_options, find_data_name
-from evaluation.captions import caption_split, read_training_captions
-from evaluation.compare import compare
-from evaluation.report import check_photographs, write_report
-from evaluation.results import write_results
-from evaluation.scores import NAMES, parse_names, scores_by_image
-from evaluation.table import evaluate_captions, print_evaluation
-from modeling.beam_search import add_search_options, search_options
 from utils import (
     Parser,
     UserError,
@@ -31,6 +21,16 @@ from utils import (
     run_script,
     set_seed,
 )
+
+from checkpoints import add_model_options, find_model, load_captioner
+from datasets import CaptionDataset, add_data_options, find_data_name
+from evaluation.captions import caption_split, read_training_captions
+from evaluation.compare import compare
+from evaluation.report import check_photographs, write_report
+from evaluation.results import write_results
+from evaluation.scores import NAMES, parse_names, scores_by_image
+from evaluation.table import evaluate_captions, print_evaluation
+from modeling.beam_search import add_search_options, search_options
 from visualization import page
 
 

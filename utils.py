@@ -1,6 +1,9 @@
 """
 The ground floor, which imports no other module of this repository: errors that a user sees, options
 that several scripts share, atomic file writes, devices and processes.
+
+It is imported first in every file (see pyproject.toml), and imports torch only where it is needed:
+Ctrl-C in the seconds that torch takes to load is then one line too.
 """
 
 import argparse
@@ -17,9 +20,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 try:
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
 TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -59,6 +59,18 @@ class UserError(Exception):
         super().__init__("\n  ".join(map(printable, (message, *details))))
 
 
+def _quiet_interrupt(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# In our scripts, not in programs that use Captioner; from here on, while the others are imported.
+if os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__)):
+    sys.excepthook = _quiet_interrupt
+
+
 def run_script(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     for name in ("stdout", "stderr"):
@@ -69,6 +81,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as error:
+        import torch
+
         if not (isinstance(error, torch.OutOfMemoryError)
                 or "can't allocate memory" in str(error)):
             raise
@@ -358,6 +372,9 @@ def exclusive_lock(path, busy, timeout=0.5):
 
 def set_seed(seed):
     """Seed the random generators of Python, NumPy and torch (on all devices)."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -368,7 +385,10 @@ def autocast(device, amp):
     A context in which matrix products on this device are in half precision: amp is "bf16", "fp16"
     or None, which changes nothing. Weights stay in float32.
     """
-    return torch.autocast(device.type, AMP.get(amp), enabled=amp is not None)
+    import torch
+
+    dtype = None if amp is None else getattr(torch, AMP[amp])
+    return torch.autocast(device.type, dtype, enabled=amp is not None)
 
 
 def find_device(name=None):
@@ -376,6 +396,8 @@ def find_device(name=None):
     The torch.device of this name, by default the GPU if there is one; UserError if it is not
     available. Also makes torch's global settings those that all scripts use.
     """
+    import torch
+
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     # Numbers below 1e-38 become 0: sharp attention is full of them, and on a CPU they take 10 times
     # as long as other numbers.
@@ -403,7 +425,7 @@ def _keep_freed_memory():
 
 class Distributed(NamedTuple):
     """One of the processes that `torchrun --nproc_per_node=K` started, or the only process."""
-    device: torch.device
+    device: "torch.device"  # noqa: F821
     rank: int = 0
     world_size: int = 1
 
@@ -420,6 +442,8 @@ class Distributed(NamedTuple):
         """The items of all processes in one list, rank by rank, in every process."""
         if self.world_size == 1:
             return list(items)
+        import torch.distributed as dist
+
         shares = [None] * self.world_size
         dist.all_gather_object(shares, list(items))
         return [item for share in shares for item in share]
@@ -428,12 +452,17 @@ class Distributed(NamedTuple):
         """Each number summed over all processes, in float64."""
         if self.world_size == 1:
             return numbers
+        import torch
+        import torch.distributed as dist
+
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def barrier(self):
         if self.world_size > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
@@ -445,6 +474,9 @@ def distributed(device=None):
     device: as in `find_device`; under torchrun each process takes its own GPU
     Yields a `Distributed`.
     """
+    import torch
+    import torch.distributed as dist
+
     device = find_device(device)
     variables = {name: os.environ.get(name) for name in TORCHRUN_VARIABLES}
     missing = [name for name, value in variables.items() if not value]

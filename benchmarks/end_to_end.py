@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from utils import Distributed, autocast, write_json
 
 import h5py
 import numpy as np
@@ -35,7 +36,6 @@ from training.build import build_criterion, build_loader
 from training.engine import train_one_epoch
 from training.interrupts import Interrupts
 from training.state import Progress, TrainingState
-from utils import Distributed, autocast, write_json
 
 
 def write_data_set(folder, pixels=True, **images):

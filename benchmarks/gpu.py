@@ -6,6 +6,7 @@ CPU, where it only shows that it runs.
 import copy
 import tempfile
 from types import SimpleNamespace
+from utils import autocast
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -28,7 +29,6 @@ from datasets import CaptionDataset
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
-from utils import autocast
 
 
 def find_sizes(device):

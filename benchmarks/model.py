@@ -4,6 +4,7 @@ import copy
 import statistics
 import sys
 from pathlib import Path
+from utils import autocast
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from benchmarks.measuring import compare, exponent, matmul_rate, seconds
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
-from utils import autocast
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import reference  # noqa: E402

@@ -5,6 +5,7 @@ which of them are novel.
 
 from pathlib import Path
 from typing import NamedTuple
+from utils import UserError, autocast, read_json
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from datasets import ResumableBatchSampler, load_batches
 from evaluation.metrics import attention_hits
 from modeling.beam_search import find_captions
 from modeling.field_of_view import find_offset
-from utils import UserError, autocast, read_json
 
 MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from utils import Parser, UserError
 
 import h5py
 import numpy as np
@@ -25,7 +26,6 @@ from datasets import (
     find_data_name,
     read_word_ids,
 )
-from utils import Parser, UserError
 
 # The files of the tutorial
 

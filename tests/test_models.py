@@ -1,6 +1,7 @@
 """The decoder and the loss against the textbook version, in float64."""
 
 import weakref
+from utils import autocast
 
 import pytest
 import reference
@@ -12,7 +13,6 @@ from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder, pooling_matrix
 from training.losses import doubly_stochastic_loss
-from utils import autocast
 
 
 def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):

@@ -4,15 +4,11 @@ import argparse
 import errno
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-from factories import ROOT
-
 import utils
+from pathlib import Path
 from utils import (
     UserError,
     atomic_write,
@@ -24,6 +20,10 @@ from utils import (
     run_script,
     write_json,
 )
+
+import pytest
+import torch
+from factories import ROOT, restore_interrupts
 
 
 def test_json_is_written_completely_or_not_at_all(tmp_path):
@@ -175,3 +175,15 @@ def test_full_memory_is_one_line_that_names_the_options(capsys, error):
     assert "--batch_size" in err and "--accumulate" in err
     with pytest.raises(RuntimeError, match="a bug"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "caption", "create_input_files", "checkpoints",
+                                    "visualize"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    for name in ("torch", "numpy", "matplotlib"):  # whichever comes first
+        (tmp_path / f"{name}.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          preexec_fn=restore_interrupts)
+    assert done.stderr == f"{script}.py: interrupted\n" and done.returncode == -signal.SIGINT

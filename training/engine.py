@@ -3,6 +3,7 @@
 import signal
 import time
 from contextlib import nullcontext
+from utils import UserError, autocast
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from datasets import WorkerDied, load_batches
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from training.losses import Batch, doubly_stochastic_loss
-from utils import UserError, autocast
 
 SIDES = ("left", "right")  # words that are wrong for a mirrored image
 CHECK_EVERY = 20  # steps between checks of the loss on a GPU, since each check waits for it

@@ -2,6 +2,8 @@
 Before phase 1: the decoder learns to write from captions without images, of which there are more.
 """
 
+from utils import autocast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
 from training.state import half_cosine
-from utils import autocast
 
 BATCH = 1280  # captions
 LR = 2e-3

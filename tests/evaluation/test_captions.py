@@ -1,6 +1,7 @@
 """Captioning a split: every image once at each beam size, in order, with its attention hits."""
 
 from types import SimpleNamespace
+from utils import Distributed
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from torch.utils.data import Dataset
 from evaluation.captions import MARGIN, caption_split
 from evaluation.metrics import attention_hits
 from modeling.beam_search import beam_search
-from utils import Distributed
 
 WORDS = {**{f"word{i}": i for i in range(1, VOCAB - 3)}, **WORD_MAP}
 WORDS_OF = {i: word for word, i in WORDS.items()}

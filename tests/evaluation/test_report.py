@@ -2,6 +2,7 @@
 
 import json
 import re
+from utils import UserError
 
 import pytest
 from factories import NAME
@@ -10,7 +11,6 @@ from PIL import Image
 import eval as eval_script
 from datasets import CaptionDataset
 from evaluation import report, table
-from utils import UserError
 from visualization import page
 
 

@@ -7,6 +7,7 @@ import struct
 import sys
 import types
 from collections import OrderedDict
+from utils import UserError
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ import checkpoints
 import models
 from checkpoints import load, load_captioner
 from modeling.stub_unpickler import MAGIC, PROTOCOL
-from utils import UserError
 
 FORMS = ("zip", "old")
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from utils import UserError
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from preprocessing import images
 from preprocessing.images import find_suffixes, read_image, read_rgb
-from utils import UserError
 
 
 def grey(values):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from utils import Distributed, UserError
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ import checkpoints
 import train
 from training.interrupts import Interrupted, leave_signals_to_parent
 from training.resume import resume_command
-from utils import Distributed, UserError
 
 
 @pytest.mark.parametrize("call, signum, function, options", [

@@ -6,6 +6,7 @@ are enumerated.
 import itertools
 import math
 from argparse import Namespace
+from utils import Distributed
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from training.losses import (
     caption_log_probs,
     doubly_stochastic_loss,
 )
-from utils import Distributed
 
 WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
 START, END = 2, 3

@@ -3,6 +3,7 @@
 import math
 import signal
 from pathlib import Path
+from utils import UserError
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from factories import (
 import checkpoints
 import train
 from training.interrupts import Interrupted
-from utils import UserError
 
 
 def test_resumed_run_equals_uninterrupted(data, tmp_path):

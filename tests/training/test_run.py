@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from utils import Distributed, UserError
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from torch.utils.data import get_worker_info
 import train
 from datasets import CaptionDataset
 from training.run import lock_run
-from utils import Distributed, UserError
 
 
 def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):

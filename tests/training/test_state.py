@@ -2,6 +2,7 @@
 
 import copy
 import math
+from utils import Distributed
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from training import engine
 from training.losses import TeacherForcing
 from training.state import Progress, TrainingState, half_cosine
 from training.state import _build_scheduler as build_scheduler
-from utils import Distributed
 
 
 def test_the_cosine_schedule_ignores_the_plateau_rule(

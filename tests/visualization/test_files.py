@@ -1,8 +1,9 @@
 """Which images the arguments stand for, and where their overlays are written."""
 
+from utils import UserError
+
 import pytest
 
-from utils import UserError
 from visualization import files
 from visualization.files import find_images, overlay_paths
 
