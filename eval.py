@@ -29,7 +29,7 @@ from evaluation.compare import compare
 from evaluation.report import check_photographs, write_report
 from evaluation.results import write_results
 from evaluation.scores import NAMES, parse_names, scores_by_image
-from evaluation.table import evaluate_captions, print_evaluation
+from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
 from modeling.beam_search import add_search_options, search_options
 from visualization import page
 
@@ -59,6 +59,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--results", metavar="FILE", help="write the captions of the last beam size as JSON, with "
         "each image's scores if --metrics is given")
+    add("--table", metavar="FILE", help="write the table, or that of --compare, for a paper: .tex "
+        "(booktabs) or .md")
     add("--report", metavar="FILE", help="write an HTML page with metrics and intervals, caption "
         "lengths, and the best, worst and random images at the last beam size; unless given, with "
         "--metrics all --bootstrap 1000")
@@ -87,10 +89,10 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
+    check_outputs(args)
     if args.compare:
         compare(*args.compare, args)
         return
-    check_outputs(args)
     with distributed(args.device) as processes:
         set_seed(args.seed + processes.rank)
         evaluate(args, processes)
@@ -98,7 +100,7 @@ def main(argv=None):
 
 def check_outputs(args):
     """UserError if an output file cannot be written; checked before any work."""
-    for option in ("results", "report"):
+    for option in ("results", "report", "table"):
         file = getattr(args, option)
         if file and not Path(file).resolve().parent.is_dir():
             raise UserError(f"the folder of --{option} {file} does not exist; make it first")
@@ -109,6 +111,8 @@ def check_outputs(args):
         if file and not os.access(Path(file).resolve().parent, os.W_OK):
             raise UserError(f"--{option} {file} cannot be written: its folder is read-only; pass "
                             f"another")
+    if args.table and not args.table.lower().endswith((".tex", ".md")):
+        raise UserError(f"--table {args.table} must end in .tex or .md")
     if args.report and not page.is_page(args.report):
         raise UserError(f"--report {args.report}: the report is a web page, its name must end in "
                         f".html")
@@ -137,7 +141,11 @@ def evaluate(args, processes):
         write_results(args.results, data, last.captions, scores)
     if args.report:
         write_report(args.report, evaluation, data, args.image_folder, args.seed)
+    if args.table:
+        write_table(args.table, table_rows(evaluation), [title, *evaluation.notes])
     print_evaluation(evaluation)
+    if args.table:
+        print(f"the table is {args.table}")
     if args.results:
         print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
     if args.report:

@@ -6,7 +6,7 @@ import numpy as np
 
 from evaluation import scores
 from evaluation.results import read_results
-from evaluation.table import bootstrap_notes, cell, footnotes
+from evaluation.table import bootstrap_notes, cell, footnotes, write_table
 
 
 def compare(path_a, path_b, args):
@@ -15,7 +15,8 @@ def compare(path_a, path_b, args):
     over resamples of the images (the same for both), and the share of resamples in which A is
     higher.
 
-    args: eval.py's options: names (of the metrics), tokens, bootstrap (resamples), seed
+    args: eval.py's options: names (of the metrics), tokens, bootstrap (resamples), seed, and table,
+    a file to write it to as well, or None
     """
     a, b = read_results(path_a), read_results(path_b)
     check_same_images(path_a, a, path_b, b)
@@ -26,17 +27,23 @@ def compare(path_a, path_b, args):
     if "unseen" in missing:
         missing["unseen"] = "it needs the training captions; run eval.py on the model"
     draws = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in (first, second)]
+    rows = [["metric", "A", "B", "A - B", "low", "high", "A higher"]]
     print(f"A {path_a}, B {path_b}: {len(a)} images")
     print("metric             A         B     A - B       low      high  A higher")
     for name in args.names:
         if name in missing:
             continue
         values = [first[name].total, second[name].total, first[name].total - second[name].total]
-        line = "".join(cell(name, value, 10) for value in values)
-        print(f"{name:10}{line}" + _difference(name, *(drawn.get(name) for drawn in draws)))
-    print(*footnotes(args.names, tokens, missing),
-          *bootstrap_notes(args.names, args.bootstrap, args.seed),
-          "A higher: share of the resamples, ties counted as halves", sep="\n")
+        cells = [cell(name, value, 10) for value in values]
+        cells += _difference(name, *(drawn.get(name) for drawn in draws))
+        print(f"{name:10}" + "".join(cells))
+        rows.append([name, *(text.strip() for text in cells)])
+    notes = [*footnotes(args.names, tokens, missing),
+             *bootstrap_notes(args.names, args.bootstrap, args.seed),
+             "A higher: share of the resamples, ties counted as halves"]
+    print(*notes, sep="\n")
+    if args.table:
+        write_table(args.table, rows, [f"A {path_a}, B {path_b}: {len(a)} images", *notes])
 
 
 def check_same_images(path_a, a, path_b, b):
@@ -55,6 +62,6 @@ def check_same_images(path_a, a, path_b, b):
 def _difference(name, a, b):
     """The interval of a - b and how often it is above 0: three cells, dashes without resamples"""
     if a is None:
-        return "".join(cell(name, None, 10) for _ in range(3))
+        return [cell(name, None, 10) for _ in range(3)]
     ends, higher = scores.interval(a - b), np.mean((a > b) + (a == b) / 2)
-    return "".join(cell(name, end, 10) for end in ends) + f"{100 * higher:8.1f} %"
+    return [*(cell(name, end, 10) for end in ends), f"{100 * higher:8.1f} %"]

@@ -3,7 +3,9 @@ An evaluation and its table: a row per beam size, or one for each source of its 
 all, and notes that explain the columns.
 """
 
+import re
 from typing import NamedTuple
+from utils import atomic_write
 
 from evaluation import scores
 from evaluation.captions import object_nouns
@@ -98,6 +100,53 @@ def print_evaluation(evaluation):
                   + row(names, {name: ends[i] for name, ends in beam.intervals.items()}))
     for note in evaluation.notes:
         print(note)
+
+
+def table_rows(evaluation):
+    """The evaluation as rows of texts, the heading first; intervals stand in their cells."""
+    sources = any(beam.source for beam in evaluation.beams)
+    attention = evaluation.beams[0].attention is not None
+    rows = [["beam", *["source"] * sources, *evaluation.names, *["attention"] * attention]]
+    for beam in evaluation.beams:
+        cells = [_with_interval(name, beam.metrics.get(name), beam.intervals)
+                 for name in evaluation.names]
+        rows.append([str(beam.beam_size), *[beam.source or "all"] * sources, *cells,
+                     *[beam.attention] * attention])
+    return rows
+
+
+def _with_interval(name, metric, intervals):
+    if metric is None:
+        return "–"
+    text = cell(name, metric.total).strip()
+    if not intervals or name not in intervals:
+        return text
+    low, high = (cell(name, end).strip() for end in intervals[name])
+    return f"{text} ({low}–{high})"
+
+
+def write_table(path, rows, notes):
+    """
+    Write rows of texts, the heading first, as a Markdown table or, to a .tex file, as a LaTeX
+    tabular of the package booktabs; notes, lines that explain it, become comments there.
+    """
+    if str(path).lower().endswith(".tex"):
+        lines = [f"% {note}" for note in ["needs \\usepackage{booktabs}", *notes]]
+        lines += [f"\\begin{{tabular}}{{{'l' + 'r' * (len(rows[0]) - 1)}}}", "\\toprule"]
+        for i, cells in enumerate(rows):
+            lines.append(" & ".join(map(_to_latex, cells)) + r" \\")
+            lines += ["\\midrule"] * (i == 0)
+        lines += ["\\bottomrule", "\\end{tabular}"]
+    else:
+        heading, *others = [f"| {' | '.join(cells)} |" for cells in rows]
+        lines = [heading, "|" + "---|" * len(rows[0]), *others, "", *(f"* {n}" for n in notes)]
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _to_latex(text):
+    text = re.sub(r"([%_&#$])", r"\\\1", text).replace("–", "--")
+    return re.sub(r" (\([\d.-]+\))$", r" {\\scriptsize \1}", text)
 
 
 def cell(name, value, width=None):

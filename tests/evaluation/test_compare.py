@@ -70,3 +70,15 @@ def test_files_that_cannot_be_compared_say_why(tmp_path, rows, message):
     bad.write_text(rows if isinstance(rows, str) else json.dumps(rows))
     with pytest.raises(UserError, match=message):
         eval_script.main(["--compare", good, str(bad)])
+
+
+def test_comparison_is_written_as_a_table_too(tmp_path, capsys, no_java):
+    a = write(tmp_path / "a_b.json", [result(i, "a red dog") for i in range(3)])
+    b = write(tmp_path / "b.json", [result(i, "a big dog") for i in range(3)])
+    eval_script.main(["--compare", a, b, "--metrics", "bleu", "--table", str(tmp_path / "t.md")])
+    printed = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    rows = [line.strip("| ").split(" | ") for line in
+            (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[0] == ["metric", "A", "B", "A - B", "low", "high", "A higher"] and len(rows) == 5
+    for name, *cells in rows[1:]:
+        assert " ".join(cells).split() == printed[name][1:]

@@ -101,3 +101,26 @@ def test_damaged_training_captions_are_named_with_the_next_step(tmp_path):
 def test_ptb_tokens_without_java_are_refused(stub_options, no_java):
     with pytest.raises(UserError, match="--tokens ptb: java is not in the PATH"):
         eval_script.main([*stub_options, "--tokens", "ptb"])
+
+
+def test_table_for_a_paper_holds_what_is_printed(stub_options, tmp_path, capsys, no_java):
+    names = ["bleu", "length"]
+    for suffix in ("md", "tex"):
+        eval_script.main([*stub_options, "--metrics", *names, "--bootstrap", "50", "--table",
+                          str(tmp_path / f"t.{suffix}")])
+    _, heading, row, low, high, *_ = capsys.readouterr().out.splitlines()
+    values, lows, highs = row.split()[1:6], low.split()[1:6], high.split()[1:6]
+    heading, rule, cells, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
+    assert heading == "| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention |"
+    assert rule == "|" + "---|" * 7 and empty == ""
+    assert cells == "| 1 | " + " | ".join(
+        f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs)) + " | 33.33 %  66.67 % |"
+    assert any("50 resamples" in note for note in notes)
+    tex = (tmp_path / "t.tex").read_text().splitlines()
+    assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrr}" in tex
+    [line] = [line for line in tex if line.startswith("1 & ")]
+    assert line == "1 & " + " & ".join(
+        f"{v} {{\\scriptsize ({a}--{b})}}" for v, a, b in zip(values, lows, highs)
+    ) + " & 33.33 \\%  66.67 \\% \\\\"
+    with pytest.raises(UserError, match="must end in .tex or .md"):
+        eval_script.main([*stub_options, "--table", "t.csv"])

@@ -26,3 +26,8 @@ def test_embedding_of_a_word_is_its_line_and_others_are_random_within_the_limit(
 def test_broken_line_of_embeddings_is_named(tmp_path, line):
     with pytest.raises(UserError, match=r"glove\.txt, line 2"):
         glove(tmp_path, f"cat 1 2 3\n{line}\n")
+
+
+def test_first_line_of_word2vec_and_fasttext_is_skipped(tmp_path):
+    embeddings, size = glove(tmp_path, "2 3\ndog 1 -2 3\ncat 4 5 6\n")
+    assert size == 3 and embeddings[1:].tolist() == [[1, -2, 3], [4, 5, 6]]
