@@ -149,3 +149,23 @@ def test_values_that_are_not_numbers_leave_a_gap(tmp_path):
     axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))["BLEU-4 of validation"]
     axes.figure.canvas.draw()
     assert np.isnan(lines(axes)[0][1]).tolist() == [False] + [True] * 5 + [False]
+
+
+def test_watching_draws_again_when_a_log_has_grown_and_waits_for_its_first_row(
+        tmp_path, monkeypatch):
+    log, drawn, looks = tmp_path / "log_x.jsonl", [], []
+    contents = [[], FIRST[:1], FIRST[:1], FIRST]
+
+    def sleep(_):
+        looks.append(len(drawn))
+        if len(looks) == len(contents):
+            raise KeyboardInterrupt
+        write_log(log, contents[len(looks)])
+
+    write_log(log, contents[0])
+    monkeypatch.setattr(visualize.time, "sleep", sleep)
+    monkeypatch.setattr(visualize, "draw", lambda args: drawn.append(args.logs))
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", str(log), "--watch"])
+    with pytest.raises(KeyboardInterrupt):
+        visualize.main()
+    assert looks == [0, 1, 1, 2]
