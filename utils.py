@@ -238,8 +238,8 @@ def atomic_write(path):
 def _temporary_file(path):
     """
     A context with the name of an empty file in the folder of `path` (os.replace stays within a file
-    system), which is removed at the end. No other process has it: it is locked where the system has
-    such locks. One that a killed process left behind is used again.
+    system), which is removed after an error. No other process has it: it is locked where the system
+    has such locks. One that a killed process left behind is used again.
     """
     folder, name = os.path.split(path)
     if fcntl is None:
@@ -253,9 +253,11 @@ def _temporary_file(path):
                 break
     try:
         yield temporary
-    finally:
-        if os.path.exists(temporary):
+    except BaseException:
+        with suppress(FileNotFoundError):
             os.remove(temporary)
+        raise
+    finally:  # once it has been moved, another process may have a file of this name
         if file:
             file.close()
 
