@@ -7,6 +7,7 @@ import struct
 import subprocess
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from utils import UserError
 
@@ -352,3 +353,24 @@ def test_one_pixel_fills_the_square(tmp_path):
     Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "1.png")
     assert np.array_equal(read_image(tmp_path / "1.png").reshape(3, -1),
                           np.repeat([[9], [8], [7]], 256 * 256, 1))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_of_large_pictures_one_at_a_time_is_decoded_to_bound_the_memory(
+        tmp_path, monkeypatch, large):
+    quadrants().save(tmp_path / "a.png")
+    inside, most, together = [], [], threading.Barrier(1 if large else 4)
+    original = images._upright_rgb
+
+    def record(*args):
+        inside.append(1)
+        together.wait(timeout=60)  # if they may, all four are here at the same time
+        most.append(len(inside))
+        inside.pop()
+        return original(*args)
+
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10 if large else 1 << 24)
+    monkeypatch.setattr(images, "_upright_rgb", record)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_rgb, [tmp_path / "a.png"] * 4))
+    assert max(most) == (1 if large else 4)
