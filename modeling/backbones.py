@@ -193,19 +193,37 @@ def _read_file(path, name):
             return load_file(path)
         except Exception as error:
             raise _weights_error(path, name, error) from None
+    try:
+        return _read_untrusted(path)
+    except UserError as error:
+        reason = str(error).partition(" is damaged or not a checkpoint: ")[2]
+        if not reason:  # it names what is refused
+            raise
+        raise _weights_error(path, name, reason) from None
+
+
+def _read_untrusted(path):
+    """The content of a file of torch.save, as `_read_file` returns it"""
     root, _ = stub_unpickler.read(path)
-    if isinstance(root, dict) and "encoder_args" in root:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(root, dict) and {"encoder", "decoder"} <= root.keys():
+    if isinstance(root, dict) and {"encoder", "decoder"} <= root.keys() \
+            and "encoder_args" not in root:
         return legacy_checkpoints.convert(root, path)
-    for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
-        if isinstance(root, dict) and isinstance(root.get(key), (dict, stub_unpickler.Stub)):
-            root = root[key]
     with stub_unpickler.one_line_errors(path):
-        tensors = legacy_checkpoints.find_tensors(root)
-        if not tensors:
-            raise ValueError("it holds no weights")
-        return {key: tensor.read(path) for key, tensor in tensors.items()}
+        if isinstance(root, dict) and "encoder_args" in root:
+            return {"encoder_args": root["encoder_args"],
+                    "encoder": _read_tensors(root["encoder"], path)}
+        for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
+            if isinstance(root, dict) and isinstance(root.get(key), (dict, stub_unpickler.Stub)):
+                root = root[key]
+        return _read_tensors(root, path)
+
+
+def _read_tensors(root, path):
+    """Name -> tensor, of a state dict or a whole module; ValueError if there is none"""
+    found = legacy_checkpoints.find_tensors(root)
+    if not found:
+        raise ValueError("it holds no weights")
+    return {name: tensor.read(path) for name, tensor in found.items()}
 
 
 def _load_encoder(body, checkpoint, name, path):
