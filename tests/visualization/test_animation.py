@@ -214,18 +214,20 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_file(
         tmp_path, small, kind, capfd, monkeypatch):
     path = tmp_path / f"x.{kind}"
     path.write_text("old")
+    temporary_file = utils._temporary_file
 
     @contextmanager
     def full_disk(path):
-        Path(f"{path}.tmp").symlink_to("/dev/full")
-        yield f"{path}.tmp"
-        pytest.fail("nothing can be written to it")
+        with temporary_file(path) as temporary:
+            Path(temporary).unlink()
+            Path(temporary).symlink_to("/dev/full")
+            yield temporary
 
     monkeypatch.setattr(utils, "_temporary_file", full_disk)
     with pytest.raises(OSError, match="ffmpeg failed|No space left on device") as error:
         write_animation(path, grey(60, 60), WORDS, one_hot())
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_without_the_package_only_mp4_fails_and_says_what_to_install(tmp_path, small, monkeypatch):
