@@ -17,7 +17,7 @@ import os
 
 # The profiler, which measures memory, must not write to the table.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-from utils import AMP, Parser, find_device, positive_int, run_script, write_json
+from utils import AMP, Parser, positive_int, run_script, write_json
 
 import torch  # noqa: E402
 
@@ -26,6 +26,7 @@ from benchmarks.files import loading, preprocessing
 from benchmarks.gpu import gpu
 from benchmarks.measuring import matmul_rate
 from benchmarks.model import encoding, scaling, search, training
+from devices import find_device
 
 STAGES = {stage.__name__: stage for stage in (
     training, search, encoding, cache, preprocessing, loading, start_up, coco, scaling, gpu)}

@@ -11,19 +11,11 @@ captions of two models.
 
 import os
 from pathlib import Path
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    distributed,
-    non_negative_int,
-    positive_int,
-    run_script,
-    set_seed,
-)
+from utils import Parser, UserError, add_device_options, non_negative_int, positive_int, run_script
 
 from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
+from devices import distributed, set_seed
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
 from evaluation.report import check_photographs, write_report

@@ -15,16 +15,15 @@ from utils import (
     Parser,
     UserError,
     add_device_options,
-    distributed,
     non_negative_float,
     non_negative_int,
     positive_int,
     run_script,
-    set_seed,
 )
 
 import checkpoints
 from datasets import add_data_options, find_data_name
+from devices import distributed, set_seed
 from training.build import (
     build_criterion,
     build_loaders,

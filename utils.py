@@ -1,24 +1,20 @@
 """
 The ground floor, which imports no other module of this repository: errors that a user sees, options
-that several scripts share, atomic file writes, devices and processes.
+that several scripts share, files that are written whole.
 
-It is imported first in every file (see pyproject.toml), and imports torch only where it is needed:
-Ctrl-C in the seconds that torch takes to load is then one line too.
+It is imported first in every file (see pyproject.toml), and does not import torch: Ctrl-C in the
+seconds that torch takes to load is then one line too.
 """
 
 import argparse
-import ctypes
 import errno
 import io
 import itertools
 import json
 import os
-import random
 import re
 import sys
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -28,8 +24,6 @@ except ImportError:  # Windows
     fcntl = None
 
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
-TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -206,7 +200,7 @@ def _check_option(action, value):
 
 
 def add_device_options(parser):
-    """--device, which `find_device` takes, and --amp, which `autocast` takes"""
+    """--device, which `devices.find_device` takes, and --amp, which `devices.autocast` takes"""
     parser.add_argument("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
                         "where there is one, else the CPU")
     parser.add_argument("--amp", choices=AMP,
@@ -367,143 +361,3 @@ def exclusive_lock(path, busy, timeout=0.5):
         if os.name != "posix":  # Windows does not remove an open file
             with suppress(OSError):
                 os.remove(path)
-
-
-# Devices and processes
-
-
-def set_seed(seed):
-    """Seed the random generators of Python, NumPy and torch (on all devices)."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def autocast(device, amp):
-    """
-    A context in which matrix products on this device are in half precision: amp is "bf16", "fp16"
-    or None, which changes nothing. Weights stay in float32.
-    """
-    import torch
-
-    dtype = None if amp is None else getattr(torch, AMP[amp])
-    return torch.autocast(device.type, dtype, enabled=amp is not None)
-
-
-def find_device(name=None):
-    """
-    The torch.device of this name, by default the GPU if there is one; UserError if it is not
-    available. Also makes torch's global settings those that all scripts use.
-    """
-    import torch
-
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    # Numbers below 1e-38 become 0: sharp attention is full of them, and on a CPU they take 10 times
-    # as long as other numbers.
-    torch.set_flush_denormal(True)
-    _keep_freed_memory()
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {name} cannot be used here: {reason}") from None
-
-
-def _keep_freed_memory():
-    """
-    Ask the C library, where it is glibc, to keep memory that was freed for what is allocated next.
-    By default it gives large blocks back to the system, which clears each page again when it is
-    touched: that was found to take an eighth to a quarter of a training step on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_MMAP_MAX, 0)
-
-
-class Distributed(NamedTuple):
-    """One of the processes that `torchrun --nproc_per_node=K` started, or the only process."""
-    device: "torch.device"  # noqa: F821
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self):
-        """Whether this is the process that prints and writes."""
-        return self.rank == 0
-
-    def print(self, *args):
-        if self.is_main:
-            print(*args, flush=True)
-
-    def all_gather(self, items):
-        """The items of all processes in one list, rank by rank, in every process."""
-        if self.world_size == 1:
-            return list(items)
-        import torch.distributed as dist
-
-        shares = [None] * self.world_size
-        dist.all_gather_object(shares, list(items))
-        return [item for share in shares for item in share]
-
-    def all_reduce(self, *numbers):
-        """Each number summed over all processes, in float64."""
-        if self.world_size == 1:
-            return numbers
-        import torch
-        import torch.distributed as dist
-
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def barrier(self):
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
-
-
-@contextmanager
-def distributed(device=None):
-    """
-    `with distributed(device) as processes:` join the processes that torchrun started, if it did.
-
-    device: as in `find_device`; under torchrun each process takes its own GPU
-    Yields a `Distributed`.
-    """
-    import torch
-    import torch.distributed as dist
-
-    device = find_device(device)
-    variables = {name: os.environ.get(name) for name in TORCHRUN_VARIABLES}
-    missing = [name for name, value in variables.items() if not value]
-    if missing and variables["WORLD_SIZE"] not in (None, "", "1"):  # batch systems set some of them
-        print(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but {', '.join(missing)} "
-              f"{'is' if len(missing) == 1 else 'are'} not set: this is a single process; for "
-              f"several start torchrun", file=sys.stderr)
-    if missing or variables["WORLD_SIZE"] == "1":
-        yield Distributed(device)
-        return
-    try:
-        world_size, rank, local_rank = (int(variables[name]) for name in TORCHRUN_VARIABLES[:3])
-    except ValueError:
-        raise UserError("WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them; "
-                        "unset them") from None
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "
-                            f"--nproc_per_node or pass --device cpu")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # Rank 0 may take long over the feature cache while the others wait.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=4))
-    try:
-        yield Distributed(device, rank, world_size)
-    finally:
-        dist.destroy_process_group()

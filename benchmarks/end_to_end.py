@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from utils import Distributed, autocast, write_json
+from utils import write_json
 
 import h5py
 import numpy as np
@@ -29,6 +29,7 @@ from benchmarks.model import (
     reference,
 )
 from datasets import CaptionDataset, ResumableBatchSampler
+from devices import Distributed, autocast
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features

@@ -6,7 +6,6 @@ CPU, where it only shows that it runs.
 import copy
 import tempfile
 from types import SimpleNamespace
-from utils import autocast
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -26,6 +25,7 @@ from benchmarks.model import (
     training_step,
 )
 from datasets import CaptionDataset
+from devices import autocast
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss

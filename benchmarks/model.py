@@ -4,12 +4,12 @@ import copy
 import statistics
 import sys
 from pathlib import Path
-from utils import autocast
 
 import numpy as np
 import torch
 
 from benchmarks.measuring import compare, exponent, matmul_rate, seconds
+from devices import autocast
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss

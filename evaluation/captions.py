@@ -5,7 +5,7 @@ which of them are novel.
 
 from pathlib import Path
 from typing import NamedTuple
-from utils import UserError, autocast, read_json
+from utils import UserError, read_json
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import ResumableBatchSampler, load_batches
+from devices import autocast
 from evaluation.metrics import attention_hits
 from modeling.beam_search import find_captions
 from modeling.field_of_view import find_offset

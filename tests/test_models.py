@@ -1,7 +1,6 @@
 """The decoder and the loss against the textbook version, in float64."""
 
 import weakref
-from utils import autocast
 
 import pytest
 import reference
@@ -9,6 +8,7 @@ import torch
 from factories import WORD_MAP, make_captions, make_decoder
 from torch import nn
 
+from devices import autocast
 from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder, pooling_matrix

@@ -12,7 +12,6 @@ from pathlib import Path
 from utils import (
     UserError,
     atomic_write,
-    distributed,
     exclusive_lock,
     positive_int,
     printable,
@@ -145,21 +144,6 @@ def test_closed_output_is_no_error(tmp_path):
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and (tmp_path / "done").exists()
-
-
-@pytest.mark.parametrize("variables, said", [
-    ({}, False), ({"WORLD_SIZE": ""}, False), ({"WORLD_SIZE": "1"}, False),
-    ({"WORLD_SIZE": "4"}, True), ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": ""}, True)])
-def test_world_size_without_torchruns_other_variables_is_a_single_process(
-        monkeypatch, capsys, variables, said):
-    for name in utils.TORCHRUN_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with distributed("cpu") as processes:
-        assert processes.world_size == 1 and processes.is_main
-    assert ("this is a single process; for several start torchrun" in capsys.readouterr().err
-            ) == said
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),

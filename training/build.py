@@ -1,13 +1,14 @@
 """Builds what train.py needs: data, model, cached features, data loaders and criterion."""
 
 import math
-from utils import UserError, autocast, count
+from utils import UserError, count
 
 import torch
 from torch.utils.data import DataLoader
 
 import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
+from devices import autocast
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features
 from preprocessing.own_captions import read_documents

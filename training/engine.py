@@ -3,7 +3,7 @@
 import signal
 import time
 from contextlib import nullcontext
-from utils import UserError, autocast
+from utils import UserError
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
 from datasets import WorkerDied, load_batches
+from devices import autocast
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from training.losses import Batch, doubly_stochastic_loss

@@ -1,7 +1,6 @@
 """Captioning a split: every image once at each beam size, in order, with its attention hits."""
 
 from types import SimpleNamespace
-from utils import Distributed
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from factories import VOCAB, WORD_MAP, make_case
 from torch.utils.data import Dataset
 
+from devices import Distributed
 from evaluation.captions import MARGIN, caption_split
 from evaluation.metrics import attention_hits
 from modeling.beam_search import beam_search

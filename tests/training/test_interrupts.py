@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from utils import Distributed, UserError
+from utils import UserError
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from factories import (
 
 import checkpoints
 import train
+from devices import Distributed
 from training.interrupts import Interrupted, leave_signals_to_parent
 from training.resume import resume_command
 

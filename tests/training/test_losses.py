@@ -6,7 +6,6 @@ are enumerated.
 import itertools
 import math
 from argparse import Namespace
-from utils import Distributed
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from factories import make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
+from devices import Distributed
 from modeling.sampling import sample_captions
 from models import DecoderWithAttention
 from training.losses import (

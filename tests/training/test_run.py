@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from utils import Distributed, UserError
+from utils import UserError
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from torch.utils.data import get_worker_info
 
 import train
 from datasets import CaptionDataset
+from devices import Distributed
 from training.run import lock_run
 
 

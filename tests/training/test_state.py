@@ -2,7 +2,6 @@
 
 import copy
 import math
-from utils import Distributed
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from factories import NAME, load_checkpoint, log_rows, make_decoder, same, train
 
 import eval as eval_script
 import train
+from devices import Distributed
 from training import engine
 from training.losses import TeacherForcing
 from training.state import Progress, TrainingState, half_cosine
