@@ -24,6 +24,7 @@ from pathlib import Path
 from utils import Parser, UserError, atomic_write, run_script
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from datasets import (
     IMAGE_SIZE,
@@ -189,6 +190,19 @@ def _one_line_errors(path):
         raise UserError(f"{path} does not hold a complete model: {reason}") from None
 
 
+class _NoInitialWeights(TorchFunctionMode):
+    """
+    A context in which new modules leave their weights as they find them, for those of a file. To
+    draw random numbers only to overwrite them takes as long as to read them.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def check_model(checkpoint, path):
     """
     UserError unless a checkpoint holds the arguments of a model, the decoder's tensors in the sizes
@@ -197,7 +211,7 @@ def check_model(checkpoint, path):
     This protects memory: tensors are not larger than the file, but arguments can say any size.
     """
     with _one_line_errors(path):
-        with torch.device("meta"):  # sizes only, no memory
+        with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         encoder_args = checkpoint.get("encoder_args", {})
         for size in (decoder.args["encoded_image_size"],
@@ -237,7 +251,7 @@ def _check_vocab_size(word_map, checkpoint, path):
 
 def build(checkpoint, path):
     """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
-    with _one_line_errors(path):
+    with _one_line_errors(path), _NoInitialWeights():
         with torch.device("meta"):  # sizes only: a small file may claim any encoder
             encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         _check_encoder(encoder.state_dict(), checkpoint["encoder"])

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from utils import UserError, check_is_file, read_json
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -88,6 +87,8 @@ def open_hdf5(path):
     Open an HDF5 file for reading. Not with HDF5's own locks: our files do not change once they have
     their name, and some network disks have no locks, which looks like a damaged file.
     """
+    import h5py  # only here: a caption of a photograph needs none
+
     check_is_file(path)
     return h5py.File(path, "r", locking=False)
 

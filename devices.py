@@ -82,7 +82,6 @@ class Distributed(NamedTuple):
         """The items of all processes in one list, rank by rank, in every process."""
         if self.world_size == 1:
             return list(items)
-
         shares = [None] * self.world_size
         dist.all_gather_object(shares, list(items))
         return [item for share in shares for item in share]
@@ -91,14 +90,12 @@ class Distributed(NamedTuple):
         """Each number summed over all processes, in float64."""
         if self.world_size == 1:
             return numbers
-
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def barrier(self):
         if self.world_size > 1:
-
             dist.barrier()
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from datasets import IMAGE_SIZE
 from modeling.autograd import AttentionEnergy, DeferredLinear
 from modeling.backbones import load_backbone
+from modeling.fused import fuse
 from modeling.packed_captions import PackedCaptions
 from modeling.sampling import sample_categorical, sample_location
 
@@ -48,6 +49,7 @@ class Encoder(nn.Module):
                      "image_size": image_size}
         backbone = load_backbone(name, weights, stride)
         self.resnet = backbone.body  # the tutorial's name, whatever the backbone
+        self._fused = (None, None)  # see `_body`
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
         self.encoder_dim = backbone.channels
         self._fine_tuned = backbone.fine_tuned
@@ -64,13 +66,21 @@ class Encoder(nn.Module):
         Returns annotation vectors (N, G, E), row by row of the feature map: G = 64 for the usual
         backbones at S = 256, at most 14 x 14. A map that is not square comes pooled to 14 x 14.
         """
+        images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
-            images = (images.float() / 255 - self.mean) / self.std
-        x = self.resnet(images.contiguous(memory_format=torch.channels_last))  # (N, E, h, w)
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+        x = self._body(images)  # (N, E, h, w)
         height, width = x.shape[2:]
         if height != width or height > self.adaptive_pool.output_size:
             x = self.adaptive_pool(x)
         return x.flatten(2).transpose(1, 2)
+
+    @property
+    def _body(self):
+        """`resnet` with fused convolutions; in a tuple, or its weights would be saved twice."""
+        if self._fused[0] is not self.resnet:
+            self._fused = (self.resnet, fuse(self.resnet))
+        return self._fused[1]
 
     def fine_tune(self, fine_tune=True):
         """Switch training of blocks 2-4, all layers beyond stride 4, on or off."""

@@ -16,16 +16,12 @@ import re
 import sys
 from contextlib import contextmanager, suppress
 
-from filelock import FileLock, Timeout
-
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
-
-
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_INT = 2 ** 31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
 
@@ -340,6 +336,8 @@ def exclusive_lock(path, busy, timeout=0.5):
     Raises UserError with the message `busy` if another process still holds it after `timeout`
     seconds.
     """
+    from filelock import FileLock, Timeout  # only here: most commands lock nothing
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=timeout)  # workers of a killed run hold it a moment longer

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
 
 def ngrams(words):
@@ -41,6 +40,11 @@ def bleu_sums(references, hypothesis):
 
     references: captions of one image; hypothesis: a caption
     """
+    from nltk.translate.bleu_score import (  # only here: it takes as long as half of torch
+        closest_ref_length,
+        modified_precision,
+    )
+
     references = [caption for caption in references if caption] or [[]]
     precisions = [modified_precision(references, hypothesis, n) for n in (1, 2, 3, 4)]
     return [*(p.numerator for p in precisions), *(p.denominator for p in precisions),

@@ -14,7 +14,7 @@ from utils import UserError
 import torch
 from torch import nn
 
-from modeling import legacy_checkpoints, stub_unpickler
+from modeling import efficientnet_lite, legacy_checkpoints, stub_unpickler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,9 +44,10 @@ def load_backbone(name, weights, stride=32):
     Raises UserError for an unknown name, a failed download, weights that do not fit or a network
     that cannot have this stride.
     """
-    import torchvision
-
-    if name in torchvision.models.list_models(module=torchvision.models):
+    if name in efficientnet_lite.SCALES and weights != "imagenet":  # timm downloads them
+        model = efficientnet_lite.EfficientNetLite(name, stride)
+        mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD
+    elif _is_torchvision(name):
         model, mean, std = _from_torchvision(name, weights, stride)
     else:
         model, mean, std = _from_timm(name, weights, stride)
@@ -64,7 +65,7 @@ def load_backbone(name, weights, stride=32):
     body = nn.Sequential(*body)
     if isinstance(last := body[-1], nn.Sequential) and isinstance(last[-1], nn.MaxPool2d):
         last[-1] = nn.Identity()  # VGG: section 4.3 takes the map before the last max pooling
-    probed = _probe(body)
+    probed = getattr(model, "feature_map", None) or _probe(body)
     if probed is None and hasattr(model, "forward_features"):
         # A timm model that is not a sequence of its children: HRNet, DLA and similar ones.
         model.reset_classifier(0, "")
@@ -116,6 +117,12 @@ def _probe_tokens(body, model):
     blocks = [module for name, module in model.named_children()
               if name in ("blocks", "layers", "stages", "norm")]
     return (out.shape[1], blocks, round(side / out.shape[2])) if blocks else None
+
+
+def _is_torchvision(name):
+    import torchvision
+
+    return name in torchvision.models.list_models(module=torchvision.models)
 
 
 def _from_torchvision(name, weights, stride):

@@ -73,7 +73,7 @@ def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
 
 
 @pytest.mark.parametrize("name", [
-    "resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto",
+    "resnet18d", "tf_efficientnet_b0", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto",
     "repvgg_a0", "dla34", "efficientvit_b0"])  # dla34 is not a sequence of its children
 def test_body_gives_timms_own_features(monkeypatch, name):
     expected, got, backbone = features_of(
