@@ -1,9 +1,10 @@
 """
 Compare the speed of our code with the textbook version of tests/reference.py, in turns.
 
-    python benchmark.py                          # all stages but gpu, on the GPU if there is one
+    python benchmark.py              # all stages but scale and gpu, on the GPU if there is one
     python benchmark.py --stages training search           # some of them
     python benchmark.py --device cpu --json figures.json
+    python benchmark.py --stages scale           # 120,000 photographs, from files to an epoch
     python benchmark.py --device cuda --stages gpu --amp bf16  # epochs of COCO on a GPU, in minutes
 
 Sizes are the tutorial's on COCO: 2048-wide features of 256 x 256 images on an 8 x 8 grid (the
@@ -21,22 +22,27 @@ from utils import AMP, Parser, positive_int, run_script, write_json
 
 import torch  # noqa: E402
 
-from benchmarks.end_to_end import cache, coco, start_up
+from benchmarks.encoder import encoder, finetune, folder
+from benchmarks.end_to_end import cache, coco, start
 from benchmarks.files import loading, preprocessing
 from benchmarks.gpu import gpu
 from benchmarks.measuring import matmul_rate
-from benchmarks.model import encoding, scaling, search, training
+from benchmarks.model import scaling, search, training
+from benchmarks.scale import scale
 from devices import find_device
 
 STAGES = {stage.__name__: stage for stage in (
-    training, search, encoding, cache, preprocessing, loading, start_up, coco, scaling, gpu)}
+    training, search, start, encoder, finetune, folder, cache, preprocessing, loading, coco,
+    scaling, scale, gpu)}
+LONG = ("scale", "gpu")  # these run if they are asked for
 
 
 def get_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--stages", nargs="+", choices=STAGES, help="which to run; all but gpu if not given",
-        default=[stage for stage in STAGES if stage != "gpu"])
+    add("--stages", nargs="+", choices=STAGES,
+        help="which to run; all but scale and gpu if not given",
+        default=[stage for stage in STAGES if stage not in LONG])
     add("--repeats", type=positive_int, default=5, help="timed runs of each version")
     add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
         "where there is one, else the CPU")

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +16,10 @@ from utils import write_json
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 
-import checkpoints
 import train
 from benchmarks.files import COCO_IMAGES
-from benchmarks.measuring import compare, measure_process, seconds
+from benchmarks.measuring import ROOT, compare, seconds
 from benchmarks.model import (
     CELLS,
     ENCODER_DIM,
@@ -39,7 +41,7 @@ from training.interrupts import Interrupts
 from training.state import Progress, TrainingState
 
 
-def write_data_set(folder, pixels=True, **images):
+def write_data_set(folder, pixels=True, size=256, **images):
     """
     The files of create_input_files.py for random images: TRAIN=160, VAL=16, ... Without pixels they
     are black, and take no space on disk.
@@ -52,7 +54,7 @@ def write_data_set(folder, pixels=True, **images):
         write_json(f"{folder}/{split}_CAPLENS_x.json", lengths.flatten().tolist())
         with h5py.File(f"{folder}/{split}_IMAGES_x.hdf5", "w") as file:
             file.attrs["captions_per_image"] = 5
-            array = file.create_dataset("images", (n, 3, 256, 256), np.uint8)
+            array = file.create_dataset("images", (n, 3, size, size), np.uint8)
             if pixels:
                 array[:] = np.random.default_rng(0).integers(0, 256, array.shape, np.uint8)
 
@@ -166,27 +168,28 @@ def coco(args):
                  "note": f"from 10 images one by one and {n} in batches of 50"}
 
 
-def start_up(args):
-    """caption.py on one photograph, from the start of Python to the overlay; and imports."""
+def start(args):
+    """Scripts, from the start of Python to its end, beside `import torch`, which all need."""
     with tempfile.TemporaryDirectory() as folder:
-        encoder = Encoder(weights="none")
-        decoder = decoder_with_realistic_lengths(torch.device("cpu"))
-        checkpoints.save(f"{folder}/model.pth.tar", encoder, decoder,
-                         WORD_MAP | {f"word{i}": i for i in range(1, VOCAB - 3)})
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)).save(
-            f"{folder}/photo.jpg")
-        command = ["caption.py", "--img", f"{folder}/photo.jpg", "--model",
-                   f"{folder}/model.pth.tar", "--device", str(args.device)]
-        total = measure_process(f"""
-            import subprocess
-            subprocess.run([sys.executable, *{command!r}], check=True, capture_output=True)
-        """)
-        yield {"stage": "caption.py on one photograph, ResNet-101", "ours": total["seconds"]}
-    for script in ("train", "eval"):
-        imports = measure_process(f"""
-            import importlib
-            importlib.import_module({script!r})
-            result["plots"] = "matplotlib" in sys.modules
-        """)
-        yield {"stage": f"importing {script}.py", "ours": imports["seconds"],
-               "note": "with matplotlib" if imports["plots"] else "without matplotlib"}
+        photograph = shutil.copy(ROOT / "docs/photo.jpg", folder)
+        caption = ["caption.py", "--img", photograph, "--device", str(args.device)]
+        commands = {"import torch": ["-c", "import torch"],
+                    "caption.py, one photograph": [*caption, "--no_attention"],
+                    "caption.py, with the overlay": caption,
+                    "Captioner()": ["-c", "from caption import Captioner; Captioner()"],
+                    "train.py --help": ["train.py", "--help"],
+                    "eval.py --help": ["eval.py", "--help"]}
+
+        def run(command):
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+
+        times = {name: [] for name in commands}
+        for i in range(args.repeats + 1):
+            for name, command in commands.items():
+                time = seconds(partial(run, command), args.device)
+                times[name] += [time] if i else []  # the first time files come from the disk
+    times = {name: statistics.median(values) for name, values in times.items()}
+    for name, time in times.items():
+        share = time / times["import torch"]
+        yield {"stage": name, "ours": time, "share": share,
+               "note": f"{share:.2f} times import torch"}

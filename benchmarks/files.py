@@ -37,10 +37,12 @@ def draw_photographs(folder, n, different=100):
     return paths
 
 
-def write_karpathy(path, photographs):
+def write_karpathy(path, photographs, val=0):
+    """val: how many of them, the last ones, are for validation"""
     sentences = [{"tokens": f"a photograph number {i} of something".split()} for i in range(5)]
-    write_json(path, {"images": [{"filename": photograph.name, "split": "train",
-                                  "sentences": sentences} for photograph in photographs]})
+    write_json(path, {"images": [{"filename": photograph.name, "sentences": sentences,
+                                  "split": "val" if i >= len(photographs) - val else "train"}
+                                 for i, photograph in enumerate(photographs)]})
 
 
 def preprocessing(args):

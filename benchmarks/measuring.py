@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def synchronise(device):
     if device.type == "cuda":
@@ -83,6 +85,6 @@ def measure_process(code):
         "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
         "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
         "print(json.dumps(result))"])
-    process = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent,
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT,
                           check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(process.stdout.splitlines()[-1])

@@ -1,6 +1,5 @@
 """The decoder's training step, beam search and the encoder, compared with the textbook version."""
 
-import copy
 import statistics
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from benchmarks.measuring import compare, exponent, matmul_rate, seconds
 from devices import autocast
 from modeling.beam_search import beam_search
-from models import DecoderWithAttention, Encoder
+from models import DecoderWithAttention
 from training.losses import doubly_stochastic_loss
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -136,37 +135,6 @@ def search(args):
         length = statistics.mean(len(caption.tokens) for caption in results["ours"])
         yield row | {"identical": same, "words": length,
                      "note": f"{same} of 100 captions identical, {length:.1f} words"}
-
-
-def encoding(args):
-    """ResNet-101 in float32 in torchvision's memory layout, and ours, in float32 and bf16."""
-    torch.manual_seed(0)
-    encoder = Encoder(weights="none").to(args.device).eval()
-    plain = copy.deepcopy(encoder.resnet).to(memory_format=torch.contiguous_format)
-    images = torch.randint(0, 256, (16, 3, 256, 256), dtype=torch.uint8, device=args.device)
-
-    @torch.inference_mode()
-    def textbook():
-        plain((images / 255 - encoder.mean) / encoder.std)
-
-    for amp in (None, "bf16"):
-
-        @torch.inference_mode()
-        def ours(amp=amp):
-            with autocast(args.device, amp):
-                encoder(images)
-
-        yield compare(f"ResNet-101 encoding of 16 images, {amp or 'float32'}", textbook, ours, args)
-
-    fine = Encoder(weights="none", stride=16).to(args.device).eval()
-
-    @torch.inference_mode()
-    def stride_16():
-        fine(images)
-
-    stride_16()
-    yield {"stage": "ResNet-101 encoding of 16 images, stride 16, float32",
-           "ours": statistics.median(seconds(stride_16, args.device) for _ in range(args.repeats))}
 
 
 def scaling(args):

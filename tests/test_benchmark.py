@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmarks import end_to_end, measuring, model
+from benchmarks import encoder as encoder_stages
+from benchmarks import end_to_end, measuring, model, scale
 from datasets import CaptionDataset
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention, Encoder
@@ -135,3 +136,29 @@ def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(tmp_path, capsys):
     exact = rows["float32 against float64"]
     assert exact["loss_error"] < 1e-5 and exact["gradient_error"] < 1e-2 and exact["identical"] > 4
     assert rows["bf16 against float64"]["loss_error"] > exact["loss_error"]
+
+
+def test_the_scale_stage_counts_the_files_of_each_script(tmp_path):
+    args = benchmark.get_args(["--device", "cpu"])
+    runs = scale.run_scripts(tmp_path, 200, args)
+    pixels, features = 200 * 3 * 32 * 32, 200 * 512 * 2  # one cell of ResNet-18 in float16
+    created, cached, trained = (size for _, _, size in runs.values())
+    assert pixels < created < pixels + 300_000 and features < cached < features + 100_000
+    assert trained == 0
+    assert all(seconds > 1 and memory > 100e6 for seconds, memory, _ in runs.values())
+
+
+@torch.no_grad()
+def test_encoder_stages_compare_the_same_network():
+    for name in ("resnet18", "tf_efficientnet_lite0"):
+        encoder = Encoder(name=name, weights="none")
+        images = torch.randn(2, 3, 64, 64)
+        plain = encoder_stages.library_network(encoder)(images).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(encoder(images), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_cache_and_captions_of_a_folder_are_rows_of_the_table(monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: encoder_stages.folder(args, n=30))
+    benchmark.main(["--stages", "folder", "--device", "cpu", "--repeats", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "30 images" in line]
+    assert len(rows) == 2 and all("of the encoder's" in row for row in rows)
