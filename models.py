@@ -112,7 +112,7 @@ class Annotations(NamedTuple):
     energy: AttentionEnergy  # the attention scores, from these keys
     hidden_projections: DeferredLinear  # H -> A + E + 4 H: decoder_att, f_beta, weight_hh stacked
     context_to_gates: DeferredLinear  # E -> 4 H: the context's columns of weight_ih
-    embedding_to_gates: torch.Tensor  # (4 H, embed_dim): the embedding's columns of weight_ih
+    embedding_to_gates: DeferredLinear  # embed_dim -> 4 H: the embedding's columns of weight_ih
 
     def __getitem__(self, images):
         """The annotations of some of the images, without gradients."""
@@ -222,7 +222,8 @@ class DecoderWithAttention(nn.Module):
             (self.args["embed_dim"], self.args["encoder_dim"]), 1)
         return Annotations(
             features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
-            hidden_projections, DeferredLinear(context_to_gates, lstm.bias_ih), embedding_to_gates)
+            hidden_projections, DeferredLinear(context_to_gates, lstm.bias_ih),
+            DeferredLinear(embedding_to_gates))
 
     def init_hidden_state(self, annotations):
         """h and c, each (N, H), from the mean annotation vector (section 3.1.2)"""
@@ -232,7 +233,7 @@ class DecoderWithAttention(nn.Module):
 
     def embed_to_gates(self, tokens, annotations):
         """What the tokens' embeddings add to the LSTM's gates: ids (...) -> (..., 4 H)"""
-        return F.linear(self.embedding(tokens), annotations.embedding_to_gates)
+        return annotations.embedding_to_gates(self.embedding(tokens))
 
     def step(self, token_gates, state, annotations, grid, slots=None, hard_attention=None):
         """
@@ -268,6 +269,10 @@ class DecoderWithAttention(nn.Module):
     def logits(self, h):
         """Hidden states (..., H) -> logits of the next token (..., V)"""
         return self.fc(self.dropout(h))
+
+    def to_logits(self):
+        """`logits` in evaluation mode, as a function for all steps of a search"""
+        return DeferredLinear(self.fc.weight, self.fc.bias)
 
     def _scheduled_sampling(self, token_gates, h, annotations, sampling_prob):
         """

@@ -10,7 +10,15 @@ pass, one large matrix product computes the sum (`DeferredGradients`).
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+
+def uses_onednn(*tensors):
+    """Whether oneDNN's operators for inference take these: on a CPU, float32, without gradients"""
+    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu") \
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) \
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 class DeferredGradients(torch.autograd.Function):
@@ -35,28 +43,34 @@ class DeferredLinear:
     """
     `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
 
-    weight (O, I), bias (O,), x (M, I), where M may differ from call to call. Under autocast the
-    weight is cast once, not at every step.
+    weight (O, I), bias (O,) or None, x (M, I), where M may differ from call to call. Under autocast the
+    weight is cast once, not at every step; without gradients on a CPU it is laid out once as oneDNN
+    reads it, which makes products with few rows 2 to 8 times as fast.
     """
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight, bias=None):
         device = weight.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), bias.to(dtype)
-        self.weight, self.bias = weight.detach(), bias.detach()
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.packed = None
+        if uses_onednn(weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         self.inputs, self.grads = [], []  # one entry per step
         self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.inputs, self.grads), weight, bias)
+            partial(self._make_gradients, self.inputs, self.grads, bias is not None), weight, bias)
 
     @staticmethod
-    def _make_gradients(inputs, grads):
+    def _make_gradients(inputs, grads, has_bias):
         x, grad = torch.cat(inputs), torch.cat(grads)
         inputs.clear()
         grads.clear()
-        return grad.t() @ x, grad.sum(0)
+        return grad.t() @ x, grad.sum(0) if has_bias else None
 
     def __call__(self, x):
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return _Linear.apply(x.to(self.weight.dtype), self.anchor, self.weight, self.bias,
                              self.inputs, self.grads)
 
@@ -66,7 +80,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight, bias, inputs, grads):
         ctx.save_for_backward(x, weight)
         ctx.inputs, ctx.grads = inputs, grads
-        return torch.addmm(bias, x, weight.t())
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable

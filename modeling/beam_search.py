@@ -150,7 +150,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     if n == 0:
         return []
     start, end = word_map["<start>"], word_map["<end>"]
-    annotations = decoder.encode_memory(features)
+    annotations, to_logits = decoder.encode_memory(features), decoder.to_logits()
     state = decoder.init_hidden_state(annotations)
     tokens = torch.full((n, beam_size), start, device=device)
     # A closed slot has score -inf. At first only slot 0 is open, since all would be equal.
@@ -167,7 +167,7 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         token_gates = decoder.embed_to_gates(tokens.flatten()[slots], annotations)
         state, _, weights = decoder.step(token_gates, state, annotations, tokens.shape, slots,
                                          hard_attention)
-        log_probs = decoder.logits(state[0]).log_softmax(-1)
+        log_probs = to_logits(state[0]).log_softmax(-1)
         if no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
         if no_repeat_ngram:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from modeling.autograd import uses_onednn
 from modeling.efficientnet_lite import Conv2dSame
 
 # What oneDNN applies to a result: a name, and numbers
@@ -43,20 +44,12 @@ class ConvNormAct(nn.Module):
         conv, (weight, bias) = self.conv, folded
         if isinstance(conv, Conv2dSame):
             weight = conv.widen(weight, x)
-        if _runs_onednn(x, weight):
+        if uses_onednn(x, weight):
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups,
                 *_ACTIVATIONS[type(self.act)], "")
         return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation,
                                  conv.groups))
-
-
-def _runs_onednn(x, weight):
-    """Whether oneDNN's fused convolution takes these: on a CPU, in float32, without gradients"""
-    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 \
-        and torch.backends.mkldnn.is_available() and not needs_gradients \
-        and not torch.is_autocast_enabled("cpu")
 
 
 class FusedBody(nn.Module):

@@ -89,7 +89,7 @@ def sample_captions(decoder, features, word_map, samples, max_len=50, sampling=N
     after it, without <end>.
     """
     n, device, sampling = len(features), features.device, sampling or Sampling()
-    annotations = decoder.encode_memory(features)
+    annotations, to_logits = decoder.encode_memory(features), decoder.to_logits()
     state = tuple(x.repeat_interleave(samples, 0) for x in decoder.init_hidden_state(annotations))
     captions = torch.full((n * samples, max_len + 2), word_map["<pad>"], device=device)
     captions[:, 0] = word_map["<start>"]
@@ -97,7 +97,7 @@ def sample_captions(decoder, features, word_map, samples, max_len=50, sampling=N
     for t in range(1, max_len + 2):
         token_gates = decoder.embed_to_gates(tokens, annotations)
         state, *_ = decoder.step(token_gates, state, annotations, (n, samples), unfinished)
-        logits = decoder.logits(state[0])
+        logits = to_logits(state[0])
         if no_unk:
             logits[:, word_map["<unk>"]] = -torch.inf
         if no_repeat_ngram:
