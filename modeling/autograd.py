@@ -43,9 +43,9 @@ class DeferredLinear:
     """
     `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
 
-    weight (O, I), bias (O,) or None, x (M, I), where M may differ from call to call. Under autocast the
-    weight is cast once, not at every step; without gradients on a CPU it is laid out once as oneDNN
-    reads it, which makes products with few rows 2 to 8 times as fast.
+    weight (O, I), bias (O,) or None, x (M, I), where M may differ from call to call. Under autocast
+    the weight is cast once, not at every step; without gradients on a CPU it is laid out once as
+    oneDNN reads it, which makes products with few rows 2 to 8 times as fast.
     """
 
     def __init__(self, weight, bias=None):
