@@ -22,14 +22,14 @@ PHOTOGRAPHS = ("docs/photo.jpg", "pretrained/cat.jpg", "pretrained/coffee.jpg")
 ENCODERS = (("resnet101", 32, 256), ("tf_efficientnet_lite2", 16, 320))
 
 
-def library_network(encoder):
+def plain_network(encoder):
     """The layers of torchvision or timm, not fused, with the weights of an `Encoder`"""
     if not encoder.args["name"].startswith("tf_efficientnet_lite"):
         return encoder.resnet
     model = timm.create_model(encoder.args["name"], output_stride=encoder.args["stride"])
     layers = nn.Sequential(model.conv_stem, model.bn1, model.blocks, model.conv_head, model.bn2)
     layers.load_state_dict(encoder.resnet.state_dict())
-    return layers.to(next(encoder.parameters()).device, memory_format=torch.channels_last).eval()
+    return layers.to(next(encoder.parameters()), memory_format=torch.channels_last).eval()
 
 
 def encoder(args):
@@ -37,7 +37,7 @@ def encoder(args):
     for name, stride, size in ENCODERS:
         torch.manual_seed(0)
         ours = Encoder(name=name, weights="none", stride=stride).to(args.device)
-        plain = library_network(ours)
+        plain = plain_network(ours)
         images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8,
                                device=args.device)
 
@@ -71,7 +71,7 @@ def finetune(args):
             torch.autograd.grad(loss, trained)
 
         ours.fine_tune()
-        plain = library_network(ours)
+        plain = plain_network(ours)
         trained = [p for p in ours.parameters() if p.requires_grad]
         if plain is not ours.resnet:
             for weight, other in zip(plain.parameters(), ours.parameters()):

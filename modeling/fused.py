@@ -101,7 +101,7 @@ def fuse(body):
 
 
 def _find_layer(node, modules):
-    """The nodes and the ConvNormAct that begin at this node of a graph; None if there is none"""
+    """The nodes and the ConvNormAct that begin at this node of a graph; None, None without one"""
     conv, norm = (_module(n, modules) for n in (node, node.next))
     if not (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" or type(conv) is Conv2dSame) \
             or not isinstance(norm, nn.BatchNorm2d) or list(node.users) != [node.next]:

@@ -1,6 +1,5 @@
 """modeling/efficientnet_lite.py against timm's."""
 
-
 import pytest
 import timm
 import torch
