@@ -85,6 +85,26 @@ def test_gradients_of_deferred_linear_over_two_steps_equal_finite_differences():
     assert torch.autograd.gradcheck(two_steps, inputs)
 
 
+def test_gradients_of_deferred_linear_without_bias_equal_finite_differences():
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+              for shape in ((2, 3), (4, 3))]
+    assert torch.autograd.gradcheck(lambda weight, x: DeferredLinear(weight)(x), inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("has_bias", [True, False])
+@torch.no_grad()
+def test_deferred_linear_in_a_search_equals_the_product_in_float64(rows, has_bias):
+    """For a slice of a weight too, whose rows do not lie one after the other."""
+    whole, x = torch.randn(64, 100), torch.randn(rows, 60)
+    bias = torch.randn(64) if has_bias else None
+    exact = nn.functional.linear(x.double(), whole[:, 40:].double(),
+                                 bias.double() if has_bias else None)
+    layer = DeferredLinear(whole[:, 40:], bias)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("words, vocab_size", [(1, 7), (300, 9490)])  # at once; in several parts
 def test_cross_entropy_and_its_gradient_equal_torchs(words, vocab_size):
     scores = torch.randn(words, vocab_size, dtype=torch.float64).mul_(30).requires_grad_()
