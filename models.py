@@ -212,8 +212,9 @@ class DecoderWithAttention(nn.Module):
         pool = pooling_matrix(features.shape[1], self.args["encoded_image_size"],
                               features.device, features.dtype)
         attention, lstm = self.attention, self.decode_step
+        encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
         # The rows of pool sum to 1, so the bias passes through it unchanged.
-        keys = pool @ attention.encoder_att(features)
+        keys = pool @ encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
         layers = attention.decoder_att, self.f_beta
         hidden_projections = DeferredLinear(
             torch.cat([layer.weight for layer in layers] + [lstm.weight_hh]),
@@ -267,11 +268,11 @@ class DecoderWithAttention(nn.Module):
         return (o.sigmoid() * c.tanh(), c), alpha, weights
 
     def logits(self, h):
-        """Hidden states (..., H) -> logits of the next token (..., V)"""
-        return self.fc(self.dropout(h))
+        """Hidden states (M, H) -> logits of the next token (M, V)"""
+        return self.to_logits()(self.dropout(h))
 
     def to_logits(self):
-        """`logits` in evaluation mode, as a function for all steps of a search"""
+        """`logits` without dropout, as a function for all steps of a search"""
         return DeferredLinear(self.fc.weight, self.fc.bias)
 
     def _scheduled_sampling(self, token_gates, h, annotations, sampling_prob):

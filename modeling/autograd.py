@@ -39,13 +39,23 @@ class DeferredGradients(torch.autograd.Function):
         return None, *ctx.make_gradients()
 
 
+def linear(x, weight, bias=None):
+    """
+    F.linear, by oneDNN where it takes the tensors: on processors with AVX-512 it is up to 2.5 times
+    as fast as the library that PyTorch prefers. It needs rows that lie one after the other.
+    """
+    if uses_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class DeferredLinear:
     """
     `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
 
     weight (O, I), bias (O,) or None, x (M, I), where M may differ from call to call. Under autocast
-    the weight is cast once, not at every step; without gradients on a CPU it is laid out once as
-    oneDNN reads it, which makes products with few rows 2 to 8 times as fast.
+    the weight is cast once, not at every step; on a CPU it is laid out once as oneDNN reads it.
     """
 
     def __init__(self, weight, bias=None):
@@ -54,41 +64,50 @@ class DeferredLinear:
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.packed = None
-        if uses_onednn(weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.packed = self._pack(self.weight)
+        self.packed_transpose = None  # made by the first backward pass
         self.inputs, self.grads = [], []  # one entry per step
         self.anchor = DeferredGradients.apply(
             partial(self._make_gradients, self.inputs, self.grads, bias is not None), weight, bias)
 
     @staticmethod
+    def _pack(weight):
+        """The weight as `linear` reads it fastest"""
+        if uses_onednn(weight):
+            return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return weight
+
+    @staticmethod
     def _make_gradients(inputs, grads, has_bias):
-        x, grad = torch.cat(inputs), torch.cat(grads)
+        x, grad = (torch.cat(y) if len(y) > 1 else y[0] for y in (inputs, grads))
         inputs.clear()
         grads.clear()
-        return grad.t() @ x, grad.sum(0) if has_bias else None
+        return linear(grad.t(), x.t()), grad.sum(0) if has_bias else None
 
     def __call__(self, x):
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return _Linear.apply(x.to(self.weight.dtype), self.anchor, self.weight, self.bias,
-                             self.inputs, self.grads)
+        return _Linear.apply(x.to(self.weight.dtype), self.anchor, self)
+
+    def backward(self, grad):
+        """The gradient of x"""
+        if self.packed_transpose is None:
+            self.packed_transpose = self._pack(self.weight.t())
+        return linear(grad, self.packed_transpose)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, inputs, grads):
-        ctx.save_for_backward(x, weight)
-        ctx.inputs, ctx.grads = inputs, grads
-        return F.linear(x, weight, bias)
+    def forward(ctx, x, anchor, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return linear(x, layer.packed, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.inputs.append(x)
-        ctx.grads.append(grad)
-        return grad @ weight, None, None, None, None, None
+        [x] = ctx.saved_tensors
+        ctx.layer.inputs.append(x)
+        ctx.layer.grads.append(grad)
+        return ctx.layer.backward(grad) if ctx.needs_input_grad[0] else None, None, None
 
 
 class AttentionEnergy:
@@ -116,7 +135,9 @@ class AttentionEnergy:
         # relu(x) = x where x > 0, so the gradient of the weight follows from those of keys
         # (here) and query (in _Energy), and needs no pass over the large tensor.
         total = d_keys.pop()
-        return total * weight, (total * keys).sum((0, 1))
+        d_weight = sum((a * b).sum((0, 1)) for a, b in zip(
+            *(x.split(_chunk_size(x, x[0].numel())) for x in (total, keys))))
+        return total.mul_(weight), d_weight
 
     def __call__(self, query):
         query = query.to(self.keys.dtype)

@@ -1,6 +1,7 @@
 """The decoder and the loss against the textbook version, in float64."""
 
 import weakref
+from functools import partial
 
 import pytest
 import reference
@@ -91,18 +92,35 @@ def test_gradients_of_deferred_linear_without_bias_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda weight, x: DeferredLinear(weight)(x), inputs)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [(1,), (5, 40)])
 @pytest.mark.parametrize("has_bias", [True, False])
-@torch.no_grad()
-def test_deferred_linear_in_a_search_equals_the_product_in_float64(rows, has_bias):
-    """For a slice of a weight too, whose rows do not lie one after the other."""
-    whole, x = torch.randn(64, 100), torch.randn(rows, 60)
-    bias = torch.randn(64) if has_bias else None
-    exact = nn.functional.linear(x.double(), whole[:, 40:].double(),
-                                 bias.double() if has_bias else None)
-    layer = DeferredLinear(whole[:, 40:], bias)
-    for _ in range(2):
-        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
+def test_deferred_linear_and_its_gradients_in_float32_equal_those_in_float64(rows, has_bias):
+    """In a search, too, and for a slice of a weight, whose rows do not lie one after the other."""
+    whole, bias = torch.randn(64, 100, requires_grad=True), torch.randn(64, requires_grad=True)
+    inputs = [torch.randn(m, 60, requires_grad=True) for m in rows]
+    leaves = [whole, *inputs, *([bias] if has_bias else [])]
+
+    def run(layer_of, dtype):
+        layer = layer_of(whole.to(dtype)[:, 40:], bias.to(dtype) if has_bias else None)
+        outputs = [layer(x.to(dtype)) for x in inputs]
+        return outputs, torch.autograd.grad(sum(y.sin().sum() for y in outputs), leaves)
+
+    outputs, grads = run(DeferredLinear, torch.float32)
+    exact = run(lambda weight, bias: lambda x: nn.functional.linear(x, weight, bias), torch.float64)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4, check_dtype=False)
+    close((outputs, grads), exact)
+    with torch.no_grad():
+        layer = DeferredLinear(whole[:, 40:], bias if has_bias else None)
+        close([layer(x) for x in inputs], exact[0])
+
+
+def test_frozen_inputs_of_deferred_linear_get_no_gradient():
+    """Features of a frozen encoder: the product that would make theirs is a third of the layer."""
+    weight, x = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
+    layer = DeferredLinear(weight)
+    layer(x).sum().backward()
+    assert layer.packed_transpose is None and x.grad is None
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 5))
 
 
 @pytest.mark.parametrize("words, vocab_size", [(1, 7), (300, 9490)])  # at once; in several parts
