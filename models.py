@@ -213,8 +213,10 @@ class DecoderWithAttention(nn.Module):
                               features.device, features.dtype)
         attention, lstm = self.attention, self.decode_step
         encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
-        # The rows of pool sum to 1, so the bias passes through it unchanged.
-        keys = pool @ encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
+        keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
+        if len(pool) != features.shape[1]:  # else each cell is a location
+            # The rows of pool sum to 1, so the bias passes through it unchanged.
+            keys = pool @ keys
         layers = attention.decoder_att, self.f_beta
         hidden_projections = DeferredLinear(
             torch.cat([layer.weight for layer in layers] + [lstm.weight_hh]),

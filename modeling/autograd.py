@@ -7,7 +7,7 @@ one by one. Here each step only stores the factors of its gradient; after the la
 pass, one large matrix product computes the sum (`DeferredGradients`).
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,11 @@ class DeferredLinear:
         x, grad = (torch.cat(y) if len(y) > 1 else y[0] for y in (inputs, grads))
         inputs.clear()
         grads.clear()
-        return linear(grad.t(), x.t()), grad.sum(0) if has_bias else None
+        # The transposed copies of some rows at a time, since large new tensors are slow.
+        rows = _chunk_size(x, min(x.shape[1], grad.shape[1]))
+        d_weight = reduce(torch.Tensor.add_, (
+            linear(a.t(), b.t()) for a, b in zip(grad.split(rows), x.split(rows))))
+        return d_weight, grad.sum(0) if has_bias else None
 
     def __call__(self, x):
         return _Linear.apply(x.to(self.weight.dtype), self.anchor, self)
