@@ -14,7 +14,7 @@ help:
 	.venv/bin/pip install -r requirements.txt
 	touch $@
 
-.venv/test: .venv/demo requirements-dev.txt
+.venv/test: .venv/demo requirements-app.txt requirements-dev.txt
 	.venv/bin/pip install -r requirements-dev.txt
 	touch $@
 

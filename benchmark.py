@@ -29,7 +29,7 @@ from benchmarks.gpu import gpu
 from benchmarks.measuring import matmul_rate
 from benchmarks.model import scaling, search, training
 from benchmarks.scale import scale
-from devices import find_device
+from modeling.devices import find_device
 
 STAGES = {stage.__name__: stage for stage in (
     training, search, start, encoder, finetune, folder, cache, preprocessing, loading, coco,

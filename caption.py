@@ -48,8 +48,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from devices import autocast, find_device, set_seed
 from modeling.beam_search import add_search_options, find_captions, search_options
+from modeling.devices import autocast, find_device, set_seed
 from modeling.field_of_view import find_offset
 from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
 from visualization import page

@@ -15,7 +15,6 @@ from utils import Parser, UserError, add_device_options, non_negative_int, posit
 
 from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
-from devices import distributed, set_seed
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
 from evaluation.report import check_photographs, write_report
@@ -23,6 +22,7 @@ from evaluation.results import write_results
 from evaluation.scores import NAMES, parse_names, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
 from modeling.beam_search import add_search_options, search_options
+from modeling.devices import distributed, set_seed
 from visualization import page
 
 

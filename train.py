@@ -23,7 +23,7 @@ from utils import (
 
 import checkpoints
 from datasets import add_data_options, find_data_name
-from devices import distributed, set_seed
+from modeling.devices import distributed, set_seed
 from training.build import (
     build_criterion,
     build_loaders,

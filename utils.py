@@ -196,7 +196,7 @@ def _check_option(action, value):
 
 
 def add_device_options(parser):
-    """--device, which `devices.find_device` takes, and --amp, which `devices.autocast` takes"""
+    """--device and --amp, which `find_device` and `autocast` of modeling/devices.py take"""
     parser.add_argument("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
                         "where there is one, else the CPU")
     parser.add_argument("--amp", choices=AMP,

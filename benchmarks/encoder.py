@@ -12,7 +12,7 @@ from benchmarks.end_to_end import write_data_set
 from benchmarks.measuring import ROOT, compare
 from caption import Captioner
 from datasets import CaptionDataset
-from devices import autocast
+from modeling.devices import autocast
 from models import Encoder
 from preprocessing.feature_cache import cache_features
 

@@ -31,8 +31,8 @@ from benchmarks.model import (
     reference,
 )
 from datasets import CaptionDataset, ResumableBatchSampler
-from devices import Distributed, autocast
 from modeling.beam_search import beam_search
+from modeling.devices import Distributed, autocast
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features
 from training.build import build_criterion, build_loader

@@ -25,8 +25,8 @@ from benchmarks.model import (
     training_step,
 )
 from datasets import CaptionDataset
-from devices import autocast
 from modeling.beam_search import beam_search
+from modeling.devices import autocast
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import compare, exponent, matmul_rate, seconds
-from devices import autocast
 from modeling.beam_search import beam_search
+from modeling.devices import autocast
 from models import DecoderWithAttention
 from training.losses import doubly_stochastic_loss
 

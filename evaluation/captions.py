@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import ResumableBatchSampler, load_batches
-from devices import autocast
 from evaluation.metrics import attention_hits
 from modeling.beam_search import find_captions
+from modeling.devices import autocast
 from modeling.field_of_view import find_offset
 
 MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness

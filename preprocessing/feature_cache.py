@@ -28,9 +28,9 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     by default that of its images: "features" (I, G, E) float16. Returns the file's path.
 
     The name contains a hash of the image file's content, the encoder, its weights and amp (see
-    devices.autocast), so a cache is never used for other images or another encoder; a complete one
-    is used again, also where both files were copied to. The work of an interrupted call is kept,
-    and the next call continues it.
+    modeling.devices.autocast), so a cache is never used for other images or another encoder; a
+    complete one is used again, also where both files were copied to. The work of an interrupted
+    call is kept, and the next call continues it.
     Raises UserError if the disk is too small, a feature is too large for float16, or another
     process is writing the same file.
     """

@@ -9,9 +9,9 @@ import torch
 from factories import WORD_MAP, make_captions, make_decoder
 from torch import nn
 
-from devices import autocast
 from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
 from modeling.beam_search import beam_search
+from modeling.devices import autocast
 from models import DecoderWithAttention, Encoder, pooling_matrix
 from training.losses import doubly_stochastic_loss
 

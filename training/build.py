@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
-from devices import autocast
+from modeling.devices import autocast
 from models import DecoderWithAttention, Encoder
 from preprocessing.feature_cache import cache_features, load_features
 from preprocessing.own_captions import read_documents

@@ -11,9 +11,9 @@ from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
 from datasets import WorkerDied, load_batches
-from devices import autocast
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
+from modeling.devices import autocast
 from training.losses import Batch, doubly_stochastic_loss
 
 SIDES = ("left", "right")  # words that are wrong for a mirrored image

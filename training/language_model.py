@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_value_
 from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
-from devices import autocast
+from modeling.devices import autocast
 from training.state import half_cosine
 
 BATCH = 1280  # captions
@@ -25,7 +25,7 @@ def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
     the embedding only if it is to be (`fine_tune_embeddings`).
 
     captions: lists of words, not empty; those that are not in word_map count as <unk>
-    amp: as in `devices.autocast`
+    amp: as in `modeling.devices.autocast`
 
     Returns the mean loss of the last epoch, in nats per token.
     """

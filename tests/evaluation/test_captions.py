@@ -8,10 +8,10 @@ import torch
 from factories import VOCAB, WORD_MAP, make_case
 from torch.utils.data import Dataset
 
-from devices import Distributed
 from evaluation.captions import MARGIN, caption_split
 from evaluation.metrics import attention_hits
 from modeling.beam_search import beam_search
+from modeling.devices import Distributed
 
 WORDS = {**{f"word{i}": i for i in range(1, VOCAB - 3)}, **WORD_MAP}
 WORDS_OF = {i: word for word, i in WORDS.items()}

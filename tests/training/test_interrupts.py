@@ -24,7 +24,7 @@ from factories import (
 
 import checkpoints
 import train
-from devices import Distributed
+from modeling.devices import Distributed
 from training.interrupts import Interrupted, leave_signals_to_parent
 from training.resume import resume_command
 

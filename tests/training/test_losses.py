@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from factories import make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
-from devices import Distributed
+from modeling.devices import Distributed
 from modeling.sampling import sample_captions
 from models import DecoderWithAttention
 from training.losses import (

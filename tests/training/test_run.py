@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 
 import train
 from datasets import CaptionDataset
-from devices import Distributed
+from modeling.devices import Distributed
 from training.run import lock_run
 
 

@@ -10,7 +10,7 @@ from factories import NAME, load_checkpoint, log_rows, make_decoder, same, train
 
 import eval as eval_script
 import train
-from devices import Distributed
+from modeling.devices import Distributed
 from training import engine
 from training.losses import TeacherForcing
 from training.state import Progress, TrainingState, half_cosine

@@ -2,7 +2,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,6 @@ SIDE = 14  # locations of the attention grid along an edge
 SENTENCE = "a brown dog runs over the snow with a red ball &"
 NASTY = ["<unk>", "\"&'", "</script>", "<img src=x onerror='window.hacked=1'>",
          "</style><script>window.hacked=1</script>", "&lt;", "naïve", "雪", "-->", "{{x}}"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)
-DRIVER = shutil.which("chromedriver")
 
 
 def one_hot(*cells):
@@ -210,23 +206,6 @@ def test_fragment_styles_nothing_but_itself():
 
 
 # In Chromium
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("no chromium and chromedriver on this machine; "
-                    "Debian: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    # The sandbox needs rights that containers lack; these pages are our own.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 class Browser:

@@ -2,8 +2,8 @@
 
 import pytest
 
-import devices
-from devices import distributed
+from modeling import devices
+from modeling.devices import distributed
 
 
 @pytest.mark.parametrize("variables, said", [
