@@ -1,0 +1,87 @@
+"""docs/lesson.ipynb: it runs, what it shows is what is stored in it, and it runs in Colab."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from factories import ROOT
+
+LESSON = ROOT / "docs" / "lesson.ipynb"
+NUMBER = re.compile(r"-?\d+\.\d+|-?\d+")
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def printed(cell):
+    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+
+
+def pictures(cell):
+    """The formats of a cell's pictures"""
+    return [sorted(set(output["data"]) - {"text/plain"}) for output in cell["outputs"]
+            if output["output_type"] == "display_data"]
+
+
+def test_the_lesson_runs_and_gives_what_is_stored_in_it(tmp_path, monkeypatch):
+    """Its own cells assert that each step by hand equals the repository's function."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("TEST_THREADS", "1"))
+    stored = json.loads(LESSON.read_bytes())
+    fresh = nbformat.read(LESSON, as_version=4)
+    client = nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3",
+                                     resources={"metadata": {"path": str(LESSON.parent)}})
+    client.execute()
+    for before, after in zip(code_cells(stored), code_cells(fresh)):
+        before_text, after_text = printed(before), printed(after)
+        assert NUMBER.sub("#", before_text) == NUMBER.sub("#", after_text)
+        numbers = [np.array(NUMBER.findall(text), float) for text in (before_text, after_text)]
+        # Processors round differently; the last digit that is printed may change.
+        assert np.allclose(*numbers, rtol=0.02, atol=0.011)
+        assert pictures(before) == pictures(after)
+
+
+def test_every_cell_was_run_in_order_and_every_part_ends_with_an_assertion():
+    notebook = json.loads(LESSON.read_bytes())
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    part, asserted = None, {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if heading := re.match(r"## (\d+)\.", source):
+            part = int(heading[1])
+        if part and cell["cell_type"] == "code":
+            asserted[part] = "assert" in source
+    assert asserted == dict.fromkeys(range(1, 10), True)
+
+
+def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_path):
+    first = "".join(code_cells(json.loads(LESSON.read_bytes()))[0]["source"])
+    assert 'REPOSITORY = "URL"' in first
+    here = first.replace('"URL"  #', f"{str(ROOT)!r}  #")
+    code = ("import sys, types\n"
+            "sys.modules |= {'google': types.ModuleType('google'),\n"
+            "                'google.colab': types.ModuleType('google.colab')}\n"
+            "import subprocess\n"
+            "run, commands = subprocess.run, []\n"
+            "def record(command, **options):\n"
+            "    commands.append(command)\n"
+            "    if 'pip' not in command: return run(command, **options)\n"
+            "subprocess.run = record\n"
+            f"exec({here!r})\n"
+            "assert commands[1][1:5] == ['-m', 'pip', 'install', '-q'], commands\n"
+            "assert open(commands[1][-1]).read().startswith('torch')\n"
+            "import models; print(models.__file__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.stdout.strip().endswith("show-attend-and-tell/models.py"), done.stderr
+    unset = subprocess.run([sys.executable, "-c", code.replace(repr(here), repr(first))],
+                           cwd=tmp_path, capture_output=True, text=True)
+    assert "write the address of the repository into REPOSITORY first" in unset.stderr
