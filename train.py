@@ -198,7 +198,8 @@ def make_parser():
     add("--save_minutes", type=non_negative_float, default=10.0,
         help="time between saves within an epoch")
     add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
-    add("--tensorboard", action="store_true", help="also log to tensorboard_NAME/")
+    add("--tensorboard", action="store_true", help="also log to tensorboard_NAME/, with "
+        "validation photographs, their captions and attention")
 
     add_device_options(parser.add_argument_group("device"))
     return parser

@@ -6,6 +6,7 @@ from functools import partial
 
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks.end_to_end import write_data_set
@@ -17,7 +18,8 @@ from models import Encoder
 from preprocessing.feature_cache import cache_features
 
 IMAGES = 16
-PHOTOGRAPHS = ("docs/photo.jpg", "pretrained/cat.jpg", "pretrained/coffee.jpg")
+PHOTOGRAPHS = ("docs/photo.jpg", "docs/examples/cat.jpg", "docs/examples/coffee.jpg")
+PIXELS = 500, 375  # the usual size in Flickr8k
 # Name, stride, pixels: the paper's kind of encoder, and that of the model we ship
 ENCODERS = (("resnet101", 32, 256), ("tf_efficientnet_lite2", 16, 320))
 
@@ -95,8 +97,9 @@ def folder(args, n=300):
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{i}.jpg" for i in range(n)]
+        different = [Image.open(ROOT / path).convert("RGB").resize(PIXELS) for path in PHOTOGRAPHS]
         for i, path in enumerate(paths):
-            os.symlink(ROOT / PHOTOGRAPHS[i % len(PHOTOGRAPHS)], path)
+            different[i % len(different)].save(path)
         write_data_set(folder, size=captioner.image_size, TRAIN=n)
         data = CaptionDataset(folder, "x", "TRAIN")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from utils import UserError, atomic_write, exclusive_lock
 
 import checkpoints
-from datasets import WorkerDied
+from datasets import CaptionDataset, WorkerDied
 from training.interrupts import Interrupted, Interrupts
 from training.resume import (
     TRANSIENT_OPTIONS,
@@ -37,7 +37,7 @@ class Run:
 
     def __enter__(self):
         if self.processes.is_main:
-            self._log = Log(self.args, self.state.progress)
+            self._log = Log(self.args, self.state.progress, self.word_map)
         self.interrupts.__enter__()
         return self
 
@@ -101,7 +101,7 @@ class Run:
             if self.state.after_epoch(stats):
                 self.save(best_path(self.args))
             if self._log:
-                self._log.write(stats)
+                self._log.write(stats, self.state)
             self.save()  # last: until then, a resumed run repeats all of the above
 
     def print_summary(self):
@@ -125,11 +125,12 @@ def _format_scores(stats):
 
 class Log:
     """
-    log_NAME.jsonl, and TensorBoard's files with --tensorboard. Unless the run continues what is in
-    the folder, creating its Log removes the log and the checkpoints of an earlier run.
+    log_NAME.jsonl, and TensorBoard's files with --tensorboard: the same figures, and some captioned
+    validation photographs. Unless the run continues what is in the folder, creating its Log removes
+    the log and the checkpoints of an earlier run.
     """
 
-    def __init__(self, args, progress):
+    def __init__(self, args, progress, word_map):
         folder = Path(args.checkpoint_folder)
         self.path, self._writer = folder / f"log_{args.data_name}.jsonl", None
         if args.tensorboard:
@@ -157,13 +158,20 @@ class Log:
         if args.tensorboard:
             self._writer = SummaryWriter(folder / f"tensorboard_{args.data_name}",
                                          purge_step=self._previous_rows + progress.epoch + 1)
+            from training.pictures import ValidationPictures  # only here: matplotlib is slow
 
-    def write(self, row):
+            val_data = CaptionDataset(args.data_folder, args.data_name, "VAL")
+            self._pictures = ValidationPictures(val_data, word_map)
+
+    def write(self, row, state):
+        """row: an epoch's metrics; state: the TrainingState after it"""
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._writer:
+            epoch = self._previous_rows + row["epoch"]
             for key, value in row.items():
-                self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
+                self._writer.add_scalar(key, value, epoch)
+            self._pictures.write(self._writer, state, epoch)
             self._writer.flush()
 
 

@@ -12,29 +12,29 @@ from visualization.figures import family_names, find_fonts
 from visualization.overlay import DEFAULT, attention_overlays
 
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
-DPI = 120  # pixels per inch
+DPI = 120
 PANEL_SIDE = 2.8  # inches, of a square photograph; others get the same area
 MIN_COLUMN, MAX_COLUMN = 1.3, 1.8  # inches; columns over slim photographs widen for long words
 GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
 FONT, SMALLEST = 12, 9  # points; a letter's width is about 0.65 of it; columns widen below SMALLEST
 
 
-def attention_grid(image, words, alphas, drawing=DEFAULT):
+def attention_grid(image, words, alphas, drawing=DEFAULT, dpi=DPI):
     """
     One panel per word, row by row: the photograph lit where the model looked for the word. The
     first panel is the photograph itself.
 
     image: uint8 (H, W, 3), of any shape; the alphas' grid covers it, resized to a square
     words: T strings; alphas: (T, P) attention on a square grid, P = side * side, row by row
-    drawing: an `overlay.Drawing`: light or heat, smooth or in blocks
+    drawing: an `overlay.Drawing`: light or heat, smooth or in blocks; dpi: pixels per inch
 
     Returns a matplotlib Figure with T + 1 axes. Raises ValueError unless there is one alpha per
     word and P is a square.
     """
     width, height = _panel_size(image)
-    photograph = resize_image(image, round(width * DPI), round(height * DPI))
+    photograph = resize_image(image, round(width * dpi), round(height * dpi))
     panels = [photograph, *attention_overlays(photograph, words, alphas, drawing)]
-    return _draw_panels(panels, ["<start>", *words], width, height)
+    return _draw_panels(panels, ["<start>", *words], width, height, dpi)
 
 
 def resize_image(image, width, height):
@@ -56,7 +56,7 @@ def _num_columns(count, ratio):
     return min(range(1, count + 1), key=distance)
 
 
-def _draw_panels(panels, titles, width, height):
+def _draw_panels(panels, titles, width, height, dpi):
     """A Figure of the panels, each width x height inches, with their titles above."""
     titles = [printable(title) for title in titles]
     families = family_names(find_fonts(titles))
@@ -66,7 +66,7 @@ def _draw_panels(panels, titles, width, height):
     columns = _num_columns(len(panels), cell_width / cell_height)
     rows = math.ceil(len(panels) / columns)
     total_width, total_height = columns * cell_width + GAP, rows * cell_height + GAP
-    figure = Figure(figsize=(total_width, total_height), dpi=DPI)
+    figure = Figure(figsize=(total_width, total_height), dpi=dpi)
     FigureCanvasAgg(figure)  # becomes figure.canvas
     for i, (panel, title) in enumerate(zip(panels, titles)):
         row, column = divmod(i, columns)
