@@ -17,13 +17,11 @@ from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
-from evaluation.report import check_photographs, write_report
 from evaluation.results import write_results
 from evaluation.scores import NAMES, parse_names, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
 from modeling.beam_search import add_search_options, search_options
 from modeling.devices import distributed, set_seed
-from visualization import page
 
 
 def get_args(argv=None):
@@ -105,9 +103,12 @@ def check_outputs(args):
                             f"another")
     if args.table and not args.table.lower().endswith((".tex", ".md")):
         raise UserError(f"--table {args.table} must end in .tex or .md")
-    if args.report and not page.is_page(args.report):
-        raise UserError(f"--report {args.report}: the report is a web page, its name must end in "
-                        f".html")
+    if args.report:
+        from visualization import page  # only where needed: --help need not wait for Jinja
+
+        if not page.is_page(args.report):
+            raise UserError(f"--report {args.report}: the report is a web page, its name must end "
+                            f"in .html")
 
 
 def evaluate(args, processes):
@@ -118,6 +119,8 @@ def evaluate(args, processes):
     if len(data) == 0:
         raise UserError(f"{data.path} has no images; choose the other --split")
     if args.report:
+        from evaluation.report import check_photographs, write_report
+
         check_photographs(data, args.image_folder)
     captions = caption_split(model, data, args, processes)
     if not processes.is_main:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+# Bytes to process at a time: as much as the caches of a few cores hold; enough to keep a GPU busy
+CPU_CHUNK, GPU_CHUNK = 4 << 20, 1 << 30
+
 
 def uses_onednn(*tensors):
     """Whether oneDNN's operators for inference take these: on a CPU, float32, without gradients"""
@@ -82,8 +85,10 @@ class DeferredLinear:
         x, grad = (torch.cat(y) if len(y) > 1 else y[0] for y in (inputs, grads))
         inputs.clear()
         grads.clear()
-        # The transposed copies of some rows at a time, since large new tensors are slow.
-        rows = _chunk_size(x, min(x.shape[1], grad.shape[1]))
+        # The transposed copies of some rows at a time, since large new tensors are slow. In half
+        # precision all at once: the sum of rounded parts would lose digits.
+        half = x.element_size() < 4
+        rows = len(x) if half else _chunk_size(x, min(x.shape[1], grad.shape[1]))
         d_weight = reduce(torch.Tensor.add_, (
             linear(a.t(), b.t()) for a, b in zip(grad.split(rows), x.split(rows))))
         return d_weight, grad.sum(0) if has_bias else None
@@ -139,8 +144,8 @@ class AttentionEnergy:
         # relu(x) = x where x > 0, so the gradient of the weight follows from those of keys
         # (here) and query (in _Energy), and needs no pass over the large tensor.
         total = d_keys.pop()
-        d_weight = sum((a * b).sum((0, 1)) for a, b in zip(
-            *(x.split(_chunk_size(x, x[0].numel())) for x in (total, keys))))
+        images = _chunk_size(total, total[0].numel())
+        d_weight = sum((a * b).sum((0, 1)) for a, b in zip(total.split(images), keys.split(images)))
         return total.mul_(weight), d_weight
 
     def __call__(self, query):
@@ -150,8 +155,7 @@ class AttentionEnergy:
 
 def _chunk_size(tensor, numel):
     """How many items of `numel` elements each to process at a time, at least 1."""
-    # As much as the caches of a few cores hold; on a GPU, enough to keep it busy.
-    budget = 4 << 20 if tensor.device.type == "cpu" else 1 << 30
+    budget = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
     return max(1, budget // max(1, numel * tensor.element_size()))
 
 

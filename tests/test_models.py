@@ -9,6 +9,7 @@ import torch
 from factories import WORD_MAP, make_captions, make_decoder
 from torch import nn
 
+from modeling import autograd
 from modeling.autograd import AttentionEnergy, CrossEntropy, DeferredLinear
 from modeling.beam_search import beam_search
 from modeling.devices import autocast
@@ -23,9 +24,15 @@ def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):
         decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4], alpha_c)
 
 
+@pytest.fixture(params=[4 << 20, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
+def chunks(request, monkeypatch):
+    """Large tensors are processed in chunks: here of the usual size, of some items, and of one."""
+    monkeypatch.setattr(autograd, "CPU_CHUNK", request.param)
+
+
 @pytest.mark.parametrize("n, r, cells", [(1, 1, 64), (4, 1, 64), (4, 5, 64), (3, 2, 196),
                                          (2, 3, 1), (5, 5, 49)])
-def test_loss_and_all_gradients_equal_the_textbook_version(n, r, cells):
+def test_loss_and_all_gradients_equal_the_textbook_version(n, r, cells, chunks):
     decoder, (captions, lengths) = make_decoder(seed=n), make_captions(n, r, seed=n)
     features = torch.randn(n, cells, 9, dtype=torch.float64, requires_grad=True)
     wanted = [features, *decoder.parameters()]
@@ -229,7 +236,7 @@ def test_uint8_images_are_normalised_like_imagenet():
     torch.testing.assert_close(encoder(images), encoder(normal))
 
 
-def test_bfloat16_gradients_have_the_direction_of_float32_gradients():
+def test_bfloat16_gradients_have_the_direction_of_float32_gradients(chunks):
     decoder, (captions, lengths) = make_decoder(scale=1.0).float(), make_captions(6, 3)
     features = torch.randn(6, 64, 9)
     gradients = []

@@ -22,7 +22,7 @@ from checkpoints import PRETRAINED, load_captioner
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "docs/questions.md", "docs/results.md", "pretrained/README.md",
-             "benchmarks/README.md"]
+             "benchmarks/README.md", "docs/scale.md"]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text())
