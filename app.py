@@ -11,11 +11,13 @@ Photographs stay on this computer, for at most an hour, and are removed when the
 
 import os
 import signal
+import socket
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
-from utils import Parser, UserError, add_device_options, positive_int, run_script
+from utils import Number, Parser, UserError, add_device_options, run_script
 
 from caption import Captioner
 from checkpoints import add_model_options, find_model
@@ -37,7 +39,8 @@ def get_args(argv=None):
     add_model_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("address").add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0: let other computers in")
-    add("--port", type=positive_int, help="the first free one from 7860 on if not given")
+    add("--port", type=Number(int, least=1, most=65535),
+        help="the first free one from 7860 on if not given")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
@@ -105,8 +108,19 @@ def build_page(captioner, gr):
     return blocks
 
 
+def check_address(host, port):
+    """UserError unless this computer can listen there; Gradio would try for minutes"""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}, port {port or 'any'}: {error.strerror}; pass "
+                        f"another --host or --port") from None
+
+
 def main():
     args = get_args()
+    check_address(args.host, args.port)
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="show-attend-tell-") as folder:
@@ -124,7 +138,8 @@ def main():
             theme=gr.themes.Default(font=fonts, font_mono=["monospace"]))
         print(f"Open {address} in a browser; Ctrl-C ends.", flush=True)
         try:
-            signal.pause()
+            while True:  # signal.pause() is not on every system
+                time.sleep(KEEP_SECONDS)
         finally:
             blocks.close(verbose=False)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,20 @@ def test_choices_of_the_page_are_those_of_the_search(captioner):
     assert items(app.SAMPLE, 1, 4, 2.0, "heat")[1] == 4
     assert 'data-colours=""' in items(*DEFAULTS[:-1], "light")[2]
     assert app.caption(captioner, None, *DEFAULTS) == ("", "")
+
+
+def test_an_address_that_is_taken_or_not_ones_own_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in (
+                (["--port", str(port)], f"cannot listen at 127.0.0.1, port {port}: "),
+                (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port any: "),
+                (["--host", "no.such.invalid"], "cannot listen at no.such.invalid, port any: "),
+                (["--port", "70000"], "--port is 70000, it must be at least 1 and at most 65535")):
+            done = subprocess.run([sys.executable, ROOT / "app.py", *arguments],
+                                  capture_output=True, text=True, timeout=60)
+            assert done.returncode == 2 and done.stderr.startswith(f"app.py: {message}")
+            assert done.stderr.count("\n") == 1
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path):

@@ -5,6 +5,7 @@ links, and what works out of the box.
 
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -23,10 +24,14 @@ from checkpoints import PRETRAINED, load_captioner
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "docs/questions.md", "docs/results.md", "pretrained/README.md",
              "benchmarks/README.md", "docs/scale.md"]
+LESSON = json.loads((ROOT / "docs/lesson.ipynb").read_bytes())
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+TEXT["docs/lesson.ipynb"] = "\n".join(
+    "".join(cell["source"]) for cell in LESSON["cells"] if cell["cell_type"] == "markdown")
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text())
-OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",  # torchrun's
+                  "--logdir", "--samples_per_plugin"}  # TensorBoard's
 SOURCES = {".py", ".html", ".css", ".js", ".sh"}
 
 

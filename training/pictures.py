@@ -12,7 +12,7 @@ from visualization.attention import attention_grid
 from visualization.overlay import Drawing
 
 COUNT = 8
-DPI = 60  # pixels per inch: eight figures take about 2 MB an epoch
+DPI = 60  # pixels per inch: a panel takes about 40 kB
 
 
 class ValidationPictures:
@@ -24,9 +24,11 @@ class ValidationPictures:
 
     def __init__(self, data, word_map):
         indices = np.unique(np.linspace(0, len(data) - 1, COUNT).round().astype(int))
-        self.images, *_ = data[indices]  # uint8 (COUNT, 3, S, S)
-        self.names = [data.entry(i)["filename"] or f"image {i}" for i in indices]
-        self.references = [" ".join(data.entry(i)["references"][0]) for i in indices]
+        self.images, *_ = data[indices]  # uint8 (n, 3, S, S), n at most COUNT
+        entries = [data.entry(i) for i in indices]
+        self.names = ["/".join(filter(None, (entry.get("source"), entry["filename"])))
+                      or f"image {i}" for i, entry in zip(indices, entries)]
+        self.references = [" ".join(entry["references"][0]) for entry in entries]
         self.word_map = word_map
 
     def write(self, writer, state, epoch):
@@ -41,8 +43,7 @@ class ValidationPictures:
         for name, image, reference, (words, alphas) in zip(
                 self.names, self.images, self.references, self._caption(state)):
             rows.append(f"| {' | '.join(map(_escape, (name, ' '.join(words), reference)))} |")
-            figure = attention_grid(image.permute(1, 2, 0).numpy(), words, alphas, drawing,
-                                    DPI)
+            figure = attention_grid(image.permute(1, 2, 0).numpy(), words, alphas, drawing, DPI)
             figure.canvas.draw()
             writer.add_image(f"attention/{name}", np.asarray(figure.canvas.buffer_rgba()), epoch,
                              dataformats="HWC")

@@ -101,8 +101,10 @@ class Run:
             if self.state.after_epoch(stats):
                 self.save(best_path(self.args))
             if self._log:
-                self._log.write(stats, self.state)
+                self._log.write(stats)
             self.save()  # last: until then, a resumed run repeats all of the above
+        if self._log:
+            self._log.write_pictures(self.state)
 
     def print_summary(self):
         progress = self.state.progress
@@ -133,12 +135,16 @@ class Log:
     def __init__(self, args, progress, word_map):
         folder = Path(args.checkpoint_folder)
         self.path, self._writer = folder / f"log_{args.data_name}.jsonl", None
-        if args.tensorboard:
+        if args.tensorboard:  # before anything of an earlier run is removed
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs the package tensorboard; run pip install "
                                 "tensorboard") from None
+            from training.pictures import ValidationPictures  # only here: matplotlib is slow
+
+            val_data = CaptionDataset(args.data_folder, args.data_name, "VAL")
+            self._pictures = ValidationPictures(val_data, word_map)
         folder.mkdir(parents=True, exist_ok=True)
         # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         rows = []
@@ -158,20 +164,20 @@ class Log:
         if args.tensorboard:
             self._writer = SummaryWriter(folder / f"tensorboard_{args.data_name}",
                                          purge_step=self._previous_rows + progress.epoch + 1)
-            from training.pictures import ValidationPictures  # only here: matplotlib is slow
 
-            val_data = CaptionDataset(args.data_folder, args.data_name, "VAL")
-            self._pictures = ValidationPictures(val_data, word_map)
-
-    def write(self, row, state):
-        """row: an epoch's metrics; state: the TrainingState after it"""
+    def write(self, row):
+        """row: an epoch's metrics"""
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._writer:
-            epoch = self._previous_rows + row["epoch"]
             for key, value in row.items():
-                self._writer.add_scalar(key, value, epoch)
-            self._pictures.write(self._writer, state, epoch)
+                self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
+            self._writer.flush()
+
+    def write_pictures(self, state):
+        """state: the TrainingState after an epoch"""
+        if self._writer:
+            self._pictures.write(self._writer, state, self._previous_rows + state.progress.epoch)
             self._writer.flush()
 
 

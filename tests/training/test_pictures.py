@@ -3,16 +3,20 @@
 import io
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from factories import NAME, log_rows, train_args
+from factories import NAME, SMALL_ENCODER, log_rows, train_args
 from PIL import Image
 
 import train
 from caption import Captioner
 from datasets import CaptionDataset
+from modeling.devices import Distributed
+from models import DecoderWithAttention, Encoder
 from training import pictures
 from visualization.attention import attention_grid
 from visualization.overlay import Drawing
@@ -21,15 +25,17 @@ from visualization.overlay import Drawing
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """The folder of a run of two epochs, and its events"""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "COUNT", 4)  # of the six, whose captions are still long
         train.main(train_args(data, folder, "--epochs", "2", "--tensorboard"))
-    events = accumulator.EventAccumulator(str(folder / f"tensorboard_{NAME}"),
-                                          size_guidance={"images": 0, "tensors": 0})
-    events.Reload()
-    return folder, events
+    return folder, read_events(folder / f"tensorboard_{NAME}")
+
+
+def read_events(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
+    return events.Reload()
 
 
 def table(event):
@@ -85,6 +91,39 @@ def test_the_pictures_have_the_photograph_and_a_panel_for_each_word(run, data):
 
 def test_words_in_angle_brackets_and_bars_are_shown_as_they_are():
     assert pictures._escape("a <unk> | b") == "a &lt;unk&gt; &#124; b"
+
+
+def test_an_empty_caption_of_a_file_without_name_is_shown_too(data, tmp_path):
+    """As of a data set made by the tutorial's code, and a model that ends at once."""
+    writer_module = pytest.importorskip("torch.utils.tensorboard")
+    for path in data.glob(f"*{NAME}*"):
+        if "REFERENCES" not in path.name:
+            shutil.copy(path, tmp_path)
+    val_data = CaptionDataset(tmp_path, NAME, "VAL")
+    encoder = Encoder(name="mobilenet_v3_small", weights="none")
+    decoder = DecoderWithAttention(8, 8, 8, len(val_data.word_map), encoder.encoder_dim)
+    with torch.no_grad():
+        decoder.fc.bias[val_data.word_map["<end>"]] = 100
+    state = SimpleNamespace(args=train.get_args([]), averaged_encoder=encoder,
+                            averaged_decoder=decoder, processes=Distributed(torch.device("cpu")))
+    with writer_module.SummaryWriter(tmp_path / "log") as writer:
+        pictures.ValidationPictures(val_data, val_data.word_map).write(writer, state, 1)
+    events = read_events(tmp_path / "log")
+    [event] = events.Tensors("captions/text_summary")
+    assert [row[:2] for row in table(event)] == [[f"image {i}", ""] for i in range(6)]
+    [picture] = events.Images("attention/image 5")
+    assert picture.width > 100
+
+
+def test_a_fine_tuned_average_of_the_model_is_shown(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "COUNT", 1)
+    train.main(train_args(data, tmp_path, *SMALL_ENCODER, "--fine_tune_encoder", "--ema", "0.9",
+                          "--epochs", "1", "--tensorboard"))
+    captioner = Captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", device="cpu")
+    images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0])]
+    expected = captioner(images[0].permute(1, 2, 0).numpy(), beam_size=1, no_unk=False)
+    [event] = read_events(tmp_path / f"tensorboard_{NAME}").Tensors("captions/text_summary")
+    assert [row[1] for row in table(event)] == [expected.text]
 
 
 def test_training_is_the_same_with_and_without_pictures(run, data, tmp_path):
