@@ -28,6 +28,11 @@ from visualization.overlay import OVERLAYS
 EXAMPLES = sorted((Path(__file__).parent / "docs" / "examples").glob("*.jpg"))
 CREDITS = ("The examples come with scikit-image (CC0): *chelsea* by Stefan van der Walt, *coffee* "
            "by Rachel Michetti.")
+# Gradio turns the view of one photograph into that of the next: the elements stay, and what page.js
+# knows of them is of the photograph before. Copies of them know nothing.
+NEW_VIEW = """
+for (const view of element.querySelectorAll(".sat")) view.replaceWith(view.cloneNode(true));
+"""
 LARGEST_MEGABYTES = 32
 LARGEST_BEAM = 10
 CHECK_SECONDS, KEEP_SECONDS = 60, 3600  # how often old photographs are looked for, and their age
@@ -96,7 +101,7 @@ def build_page(captioner, gr):
                     again = gr.Button("Again")
             with gr.Column(scale=3):
                 text = gr.Textbox(label="Caption", interactive=False, buttons=["copy"], lines=1)
-                view = gr.HTML(js_on_load=f"watch('value', () => {{{page.SCRIPT}}});")
+                view = gr.HTML(js_on_load=f"watch('value', () => {{{NEW_VIEW}{page.SCRIPT}}});")
         gr.Markdown(CREDITS)
         words.change(lambda chosen: (gr.Slider(visible=chosen != SAMPLE),
                                      gr.Slider(visible=chosen == SAMPLE)),

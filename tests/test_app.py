@@ -68,31 +68,50 @@ def wait_for(condition, seconds=60):
     raise AssertionError("waited in vain")
 
 
+class Visitor:
+    """Somebody at the page, in Chromium."""
+
+    def __init__(self, chromium, server):
+        self.chromium = chromium
+        chromium.get_log("browser"), chromium.get_log("performance")  # clears them
+        chromium.get(server.address)
+        wait_for(lambda: self.elements("input[type=file]"))
+
+    def elements(self, selector):
+        return self.chromium.find_elements("css selector", selector)
+
+    def drop(self, path):
+        for button in self.elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
+            button.click()  # the photograph before
+        wait_for(lambda: self.elements("input[type=file]"))[0].send_keys(str(path))
+
+    def wait_for_words(self, words):
+        wait_for(lambda: [word.text for word in self.elements(".sat-word")] == words)
+        wait_for(lambda: self.elements("textarea")[0].get_property("value") == " ".join(words))
+
+    def point_at(self, index):
+        """Point at a word; what the picture then shows, as a data URL"""
+        from selenium.webdriver import ActionChains
+
+        word = self.elements(".sat-word")[index]
+        ActionChains(self.chromium).move_to_element(word).perform()
+        wait_for(lambda: "sat-shown" in word.get_attribute("class"))
+        canvas = self.elements(".sat-picture canvas")[0]
+        return wait_for(lambda: self.chromium.execute_script(
+            "return arguments[0].width > 300 && arguments[0].toDataURL()", canvas))
+
+    def errors(self):
+        return [entry for entry in self.chromium.get_log("browser") if entry["level"] == "SEVERE"]
+
+
 @pytest.mark.parametrize("path", PHOTOGRAPHS[:2], ids=lambda path: path.stem)
 def test_a_dropped_photograph_gets_its_caption_and_its_words_light_up(
         server, chromium, captioner, path):
-    from selenium.webdriver import ActionChains
-
-    def elements(selector):
-        return chromium.find_elements("css selector", selector)
-
-    def caption():
-        return elements("textarea")[0].get_property("value")
-
-    chromium.get_log("browser"), chromium.get_log("performance")  # clears them
-    chromium.get(server.address)
-    wait_for(lambda: elements("input[type=file]"))[0].send_keys(str(path))
-    words = captioner(path).words
-    wait_for(lambda: [word.text for word in elements(".sat-word")] == words)
-    wait_for(lambda: caption() == " ".join(words))
-    pictures = set()
-    for word in elements(".sat-word")[:2]:
-        ActionChains(chromium).move_to_element(word).perform()
-        wait_for(lambda word=word: "sat-shown" in word.get_attribute("class"))
-        pictures.add(chromium.execute_script(
-            "return arguments[0].toDataURL()", elements(".sat-picture canvas")[0]))
-    assert len(pictures) == 2
-    assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
+    visitor = Visitor(chromium, server)
+    visitor.drop(path)
+    visitor.wait_for_words(captioner(path).words)
+    assert len({visitor.point_at(0), visitor.point_at(1)}) == 2
+    assert visitor.errors() == []
     messages = [json.loads(entry["message"])["message"]
                 for entry in chromium.get_log("performance")]
     addresses = [message["params"]["request"]["url"] for message in messages
@@ -100,6 +119,31 @@ def test_a_dropped_photograph_gets_its_caption_and_its_words_light_up(
     ours = [url for url in addresses if url.startswith(server.address)]
     assert len(ours) > 3  # the page, its script, the photograph, the question
     assert {url.partition(":")[0] for url in addresses if url not in ours} <= {"data", "blob"}
+
+
+def test_the_next_photograph_and_another_view_show_their_own_attention(
+        server, chromium, captioner):
+    first, second = PHOTOGRAPHS[:2]
+    words = captioner(second).words
+    visitor = Visitor(chromium, server)
+    visitor.drop(second)
+    visitor.wait_for_words(words)
+    expected = visitor.point_at(1)
+
+    visitor = Visitor(chromium, server)
+    visitor.drop(first)
+    visitor.wait_for_words(captioner(first).words)
+    assert visitor.point_at(1) != expected
+    visitor.drop(second)
+    visitor.wait_for_words(words)
+    assert visitor.elements(".sat-where")[0].text.startswith("Point at a word")
+    assert visitor.point_at(1) == expected
+    wait_for(lambda: visitor.elements("button.label-wrap"))[0].click()  # the options
+    wait_for(lambda: visitor.elements("input[value=light]"))[0].click()
+    wait_for(lambda: visitor.elements(".sat[data-colours='']"))
+    visitor.wait_for_words(words)
+    assert visitor.point_at(1) != expected
+    assert visitor.errors() == []
 
 
 def test_people_who_come_at_once_get_the_captions_of_their_own_photographs(ask, captioner):
