@@ -94,7 +94,7 @@ def build_page(captioner, gr):
                     words = gr.Radio(WORDS, value=SEARCH, label="Words")
                     beam_size = gr.Slider(1, LARGEST_BEAM, value=5, step=1, label="Beam size")
                     n_best = gr.Slider(1, LARGEST_BEAM, value=1, step=1, label="Captions",
-                                       info="at most the beam size, unless drawn at random")
+                                       info="of a search, at most the beam size")
                     temperature = gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature",
                                             visible=False)
                     overlay = gr.Radio(OVERLAYS, value=OVERLAYS[0], label="View")

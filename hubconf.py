@@ -3,6 +3,8 @@ The model in one line, from any folder, without installing anything:
 
     torch.hub.load("PATH", "show_attend_tell", source="local")("photo.jpg").text
 
+    torch.hub.load("PATH", "show_attend_tell", "BEST_checkpoint_X.pth.tar", source="local")
+
 Entries: `show_attend_tell`, a `caption.Captioner`; `encoder`, `decoder` and `word_map`, its parts.
 """
 
@@ -57,9 +59,12 @@ def _is_ours(module):
 _ours = _import_ours()
 
 
-def show_attend_tell(**options):
-    """A `caption.Captioner` with the model that comes with the repository; options: its own."""
-    return _ours["caption"].Captioner(**options)
+def show_attend_tell(*checkpoint, **options):
+    """
+    A `caption.Captioner`, with the model that comes with the repository unless a checkpoint is
+    given; options: its other ones. (torch.hub has an argument called `model` itself.)
+    """
+    return _ours["caption"].Captioner(*checkpoint, **options)
 
 
 def encoder(pretrained=True, **options):

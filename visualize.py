@@ -43,6 +43,8 @@ def main():
     if not args.watch:
         draw(args)
     drawn = None
+    if args.watch and not all(map(os.path.exists, args.logs)):
+        print(f"waiting for {' '.join(args.logs)}", file=sys.stderr)
     while args.watch:
         sizes = [os.path.getsize(log) if os.path.exists(log) else 0 for log in args.logs]
         if all(sizes) and sizes != drawn:  # a log is there from the start, its first row later

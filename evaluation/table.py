@@ -28,7 +28,7 @@ class BeamResult(NamedTuple):
     captions: list  # an ImageCaption per image
     metrics: dict  # {name: scores.Metric}
     intervals: dict  # {name: (low, high)}; None without --bootstrap
-    attention: str  # `attention_accuracy` as text; None if the data set has no boxes of objects
+    attention: tuple  # two texts of `attention_accuracy`; None if the data have no boxes of objects
 
 
 class Evaluation(NamedTuple):
@@ -94,7 +94,7 @@ def print_evaluation(evaluation):
         values = {name: metric.total for name, metric in beam.metrics.items()}
         source = f"  {beam.source or 'all'}".ljust(width) if width else ""
         print(f"{beam.beam_size:4d}{source}{row(names, values)}"
-              + (f"{beam.attention:>19}" if has_attention else ""))
+              + (f"{'  '.join(beam.attention):>19}" if has_attention else ""))
         for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
             print(f"{end:>4}" + " " * width
                   + row(names, {name: ends[i] for name, ends in beam.intervals.items()}))
@@ -105,13 +105,13 @@ def print_evaluation(evaluation):
 def table_rows(evaluation):
     """The evaluation as rows of texts, the heading first; intervals stand in their cells."""
     sources = any(beam.source for beam in evaluation.beams)
-    attention = evaluation.beams[0].attention is not None
-    rows = [["beam", *["source"] * sources, *evaluation.names, *["attention"] * attention]]
+    attention = ["attention", "attention near"] if evaluation.beams[0].attention else []
+    rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
     for beam in evaluation.beams:
         cells = [_with_interval(name, beam.metrics.get(name), beam.intervals)
                  for name in evaluation.names]
         rows.append([str(beam.beam_size), *[beam.source or "all"] * sources, *cells,
-                     *[beam.attention] * attention])
+                     *(beam.attention or ())])
     return rows
 
 
@@ -167,10 +167,10 @@ def row(names, values):
 
 
 def attention_accuracy(captions):
-    """Attention accuracy as text, without and with margin; a dash if no object was named"""
+    """Attention accuracy as two texts, without and with margin; dashes if no object was named"""
     total = sum(caption.object_words for caption in captions)
     hits = sum(caption.hits for caption in captions), sum(caption.near_hits for caption in captions)
-    return "  ".join(f"{100 * hit / total:.2f} %" for hit in hits) if total else "–"
+    return tuple(f"{100 * hit / total:.2f} %" if total else "–" for hit in hits)
 
 
 def footnotes(names, tokens, missing):

@@ -173,7 +173,7 @@ def test_a_page_holds_one_image_or_all(run, photos):
     code, out, err = run(photos / "0.png", "--out", photos / "new" / "one.html", "--n_best=3")
     assert code == 0 and f"attention: {photos / 'new' / 'one.html'}" in err
     one = (photos / "new" / "one.html").read_text()
-    assert one.count("<article") == 1 and "3 best captions" in one
+    assert one.count("<article") == 1 and "3 captions, the most probable first" in one
     assert all(score.replace("-", "\u2212") in one for score in re.findall(r"-\d+\.\d{3}", out))
     (photos / "1.png").write_bytes(b"no image at all")
     code, out, err = run(photos, "--out", photos / "all.html")

@@ -1,10 +1,13 @@
 """hubconf.py: the model in one line, from any folder, beside foreign modules of our names."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 from factories import ROOT
+
+from checkpoints import PRETRAINED
 
 ONE_LINE = f"""if True:
     import torch
@@ -43,6 +46,20 @@ def test_foreign_modules_that_are_imported_later_are_theirs_and_a_second_load_wo
         f"{load}import utils, datasets, models\n"
         f"print(utils.THEIRS and datasets.THEIRS and models.THEIRS)\n{load}", tmp_path)
     assert theirs == "True" and first == second
+
+
+def test_a_checkpoint_of_ones_own_loads_by_its_path(tmp_path):
+    code = f"""if True:
+        import torch
+        captioner = torch.hub.load({str(ROOT)!r}, "show_attend_tell", "own.pth.tar",
+                                   source="local", device="cpu")
+        print(captioner({str(ROOT / "docs" / "photo.jpg")!r}).text)
+    """
+    shutil.copy(PRETRAINED, tmp_path / "own.pth.tar")
+    *_, own = run(code, tmp_path)
+    assert own == run(ONE_LINE, tmp_path)[-1]
+    with pytest.raises(AssertionError, match="gone.pth.tar not found"):
+        run(code.replace("own.pth", "gone.pth"), tmp_path)
 
 
 def test_the_parts_load_alone_trained_or_new(tmp_path):

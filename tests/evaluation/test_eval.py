@@ -29,8 +29,8 @@ def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(
 def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
     some = ImageCaption(["a"] * 4, score=-1.0, object_words=4, hits=1, near_hits=2)
     none = ImageCaption(["a"] * 4, score=-1.0, object_words=0, hits=0, near_hits=0)
-    assert attention_accuracy([some, some, none]) == "25.00 %  50.00 %"
-    assert attention_accuracy([none]) == "–"
+    assert attention_accuracy([some, some, none]) == ("25.00 %", "50.00 %")
+    assert attention_accuracy([none]) == ("–", "–")
 
 
 def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(stub_options, no_java,
@@ -111,16 +111,17 @@ def test_table_for_a_paper_holds_what_is_printed(stub_options, tmp_path, capsys,
     _, heading, row, low, high, *_ = capsys.readouterr().out.splitlines()
     values, lows, highs = row.split()[1:6], low.split()[1:6], high.split()[1:6]
     heading, rule, cells, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
-    assert heading == "| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention |"
-    assert rule == "|" + "---|" * 7 and empty == ""
+    assert heading == ("| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention "
+                       "| attention near |")
+    assert rule == "|" + "---|" * 8 and empty == ""
     assert cells == "| 1 | " + " | ".join(
-        f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs)) + " | 33.33 %  66.67 % |"
+        f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs)) + " | 33.33 % | 66.67 % |"
     assert any("50 resamples" in note for note in notes)
     tex = (tmp_path / "t.tex").read_text().splitlines()
-    assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrr}" in tex
+    assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrrr}" in tex
     [line] = [line for line in tex if line.startswith("1 & ")]
     assert line == "1 & " + " & ".join(
         f"{v} {{\\scriptsize ({a}--{b})}}" for v, a, b in zip(values, lows, highs)
-    ) + " & 33.33 \\%  66.67 \\% \\\\"
+    ) + " & 33.33 \\% & 66.67 \\% \\\\"
     with pytest.raises(UserError, match="must end in .tex or .md"):
         eval_script.main([*stub_options, "--table", "t.csv"])
