@@ -1,5 +1,6 @@
 """app.py: the page in Chromium, and what its server does with the files it gets."""
 
+import base64
 import json
 import os
 import re
@@ -83,7 +84,14 @@ class Visitor:
     def drop(self, path):
         for button in self.elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
             button.click()  # the photograph before
-        wait_for(lambda: self.elements("input[type=file]"))[0].send_keys(str(path))
+        box = wait_for(lambda: self.elements("button:has(> input[type=file])"))[0]
+        self.chromium.execute_script("""
+            const [box, name, base64] = arguments;
+            const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+            const dropped = new DataTransfer();
+            dropped.items.add(new File([bytes], name, { type: "image/jpeg" }));
+            box.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true }));
+        """, box, path.name, base64.b64encode(path.read_bytes()).decode())
 
     def wait_for_words(self, words):
         wait_for(lambda: [word.text for word in self.elements(".sat-word")] == words)
