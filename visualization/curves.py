@@ -120,9 +120,10 @@ def _draw_panel(axes, title, keys, runs):
             for key, (_, style) in keys.items():
                 values = [row.get(key, math.nan) for row in run.rows[start:end]]
                 axes.plot(run.epochs[start:end], values, style, color=colour, linewidth=1.4,
-                          marker="o", markersize=2.5 if len(run.rows) <= 40 else 0)
+                          markersize=3 if len(run.rows) <= 40 else 0, **_points(style))
     if len(keys) > 1:
-        lines = [Line2D([], [], color="0.3", linestyle=style) for _, style in keys.values()]
+        lines = [Line2D([], [], color="0.3", linestyle=style, markersize=3, **_points(style))
+                 for _, style in keys.values()]
         _legend(axes, lines, [name for name, _ in keys.values()])
     numbers = [row[key] for run in runs for row in run.rows for key in keys if key in row]
     if min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
@@ -135,6 +136,11 @@ def _draw_panel(axes, title, keys, runs):
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("0.6")
+
+
+def _points(style):
+    """Hollow on dashed lines, so that the two can be told apart when there is but one epoch."""
+    return {"marker": "o"} | ({"markerfacecolor": "white"} if style == "--" else {})
 
 
 def _legend(parent, lines, names, **options):

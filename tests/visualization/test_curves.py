@@ -57,7 +57,9 @@ def test_lines_show_the_values_of_the_log(tmp_path):
     loss = axes["Loss, nats per word"]
     assert lines(loss) == [([1, 2, 3], [5, 2.5, 5 / 3]), ([1, 2, 3], [6, 3, 2])]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]
-    assert len({line.get_linestyle() for line in loss.get_lines()}) == 2
+    for drawn in (loss.get_lines(), loss.get_legend().get_lines()):
+        assert len({line.get_linestyle() for line in drawn}) == 2
+        assert [line.get_markerfacecolor() == "white" for line in drawn] == [True, False]
     assert lines(axes["BLEU-4 of validation"]) == [([1, 2, 3], [11, 12, 13]), ([1, 2, 3], [9] * 3)]
     assert lines(axes["Learning rate"]) == [([1, 2, 3], [4e-4] * 3)]
     assert lines(axes["Captions per second of training"]) == [([1, 2, 3], [200.0] * 3)]
