@@ -126,7 +126,11 @@ def check_address(host, port):
 def main():
     args = get_args()
     check_address(args.host, args.port)
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Gradio asks its own server whether it is there, which a proxy would not know.
+    direct = [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "localhost", "127.0.0.1",
+              args.host]
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "no_proxy": ",".join(filter(None, direct))}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="show-attend-tell-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -137,8 +141,9 @@ def main():
         model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
         blocks = build_page(Captioner(model, args.word_map, args.device, args.amp), gr)
         fonts = ["system-ui", "sans-serif"]  # Gradio's own come from another server
+        host = f"[{args.host}]" if ":" in args.host else args.host
         _, address, _ = blocks.launch(
-            server_name=args.host, server_port=args.port, quiet=True, share=False,
+            server_name=host, server_port=args.port, quiet=True, share=False,
             prevent_thread_lock=True, max_file_size=LARGEST_MEGABYTES << 20, footer_links=[],
             theme=gr.themes.Default(font=fonts, font_mono=["monospace"]))
         print(f"Open {address} in a browser; Ctrl-C ends.", flush=True)

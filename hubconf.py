@@ -2,7 +2,6 @@
 The model in one line, from any folder, without installing anything:
 
     torch.hub.load("PATH", "show_attend_tell", source="local")("photo.jpg").text
-
     torch.hub.load("PATH", "show_attend_tell", "BEST_checkpoint_X.pth.tar", source="local")
 
 Entries: `show_attend_tell`, a `caption.Captioner`; `encoder`, `decoder` and `word_map`, its parts.
@@ -59,12 +58,12 @@ def _is_ours(module):
 _ours = _import_ours()
 
 
-def show_attend_tell(*checkpoint, **options):
+def show_attend_tell(checkpoint=_ours["checkpoints"].PRETRAINED, **options):
     """
-    A `caption.Captioner`, with the model that comes with the repository unless a checkpoint is
-    given; options: its other ones. (torch.hub has an argument called `model` itself.)
+    A `caption.Captioner`; checkpoint: its `model`, a name that torch.hub has for itself; options:
+    its other ones
     """
-    return _ours["caption"].Captioner(*checkpoint, **options)
+    return _ours["caption"].Captioner(checkpoint, **options)
 
 
 def encoder(pretrained=True, **options):

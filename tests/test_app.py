@@ -27,15 +27,22 @@ def captioner():
     return Captioner(device="cpu")
 
 
+def start_app(folder, *arguments):
+    """app.py, on a computer whose other requests go through a proxy: its process and address"""
+    pytest.importorskip("gradio")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "app.py", "--device", "cpu", *arguments], stdout=subprocess.PIPE,
+        text=True, env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
+                                     "http_proxy": "http://127.0.0.1:9"})
+    [address] = re.findall(r"Open (http\S+) in a browser", process.stdout.readline())
+    return process, address
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A running app.py: its address, its process and the folder for its temporary files"""
-    pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("temporary")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "app.py", "--device", "cpu"], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"})
-    [address] = re.findall(r"Open (http\S+) in a browser", process.stdout.readline())
+    process, address = start_app(folder)
     yield SimpleNamespace(address=address, process=process, folder=folder)
     process.send_signal(signal.SIGTERM)
     process.wait(30)
@@ -218,6 +225,20 @@ def test_an_address_that_is_taken_or_not_ones_own_is_one_line():
                                   capture_output=True, text=True, timeout=60)
             assert done.returncode == 2 and done.stderr.startswith(f"app.py: {message}")
             assert done.stderr.count("\n") == 1
+
+
+def test_it_listens_at_an_ipv6_address_too(tmp_path):
+    httpx = pytest.importorskip("httpx")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    process, address = start_app(tmp_path, "--host", "::1")
+    try:
+        assert address.startswith("http://[::1]:") and httpx.get(address).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path):

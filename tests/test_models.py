@@ -24,7 +24,7 @@ def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):
         decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4], alpha_c)
 
 
-@pytest.fixture(params=[4 << 20, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
+@pytest.fixture(params=[autograd.CPU_CHUNK, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
 def chunks(request, monkeypatch):
     """Large tensors are processed in chunks: here of the usual size, of some items, and of one."""
     monkeypatch.setattr(autograd, "CPU_CHUNK", request.param)

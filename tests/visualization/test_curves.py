@@ -154,9 +154,9 @@ def test_values_that_are_not_numbers_leave_a_gap(tmp_path):
 
 
 def test_watching_draws_again_when_a_log_has_grown_and_waits_for_its_first_row(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, capsys):
     log, drawn, looks = tmp_path / "log_x.jsonl", [], []
-    contents = [[], FIRST[:1], FIRST[:1], FIRST]
+    contents = [None, [], FIRST[:1], FIRST[:1], FIRST]  # at first there is no log
 
     def sleep(_):
         looks.append(len(drawn))
@@ -164,10 +164,10 @@ def test_watching_draws_again_when_a_log_has_grown_and_waits_for_its_first_row(
             raise KeyboardInterrupt
         write_log(log, contents[len(looks)])
 
-    write_log(log, contents[0])
     monkeypatch.setattr(visualize.time, "sleep", sleep)
     monkeypatch.setattr(visualize, "draw", lambda args: drawn.append(args.logs))
     monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", str(log), "--watch"])
     with pytest.raises(KeyboardInterrupt):
         visualize.main()
-    assert looks == [0, 1, 1, 2]
+    assert looks == [0, 0, 1, 1, 2]
+    assert capsys.readouterr().err == f"waiting for {log}\n"
