@@ -17,11 +17,11 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from utils import Number, Parser, UserError, add_device_options, run_script
 
 from caption import Captioner
 from checkpoints import add_model_options, find_model
 from modeling.sampling import Sampling, most_likely_location
+from utils import Number, Parser, UserError, add_device_options, run_script
 from visualization import page
 from visualization.overlay import OVERLAYS
 

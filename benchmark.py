@@ -18,8 +18,6 @@ import os
 
 # The profiler, which measures memory, must not write to the table.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-from utils import AMP, Parser, positive_int, run_script, write_json
-
 import torch  # noqa: E402
 
 from benchmarks.encoder import encoder, finetune, folder
@@ -30,6 +28,7 @@ from benchmarks.measuring import matmul_rate
 from benchmarks.model import scaling, search, training
 from benchmarks.scale import scale
 from modeling.devices import find_device
+from utils import AMP, Parser, positive_int, run_script, write_json
 
 STAGES = {stage.__name__: stage for stage in (
     training, search, start, encoder, finetune, folder, cache, preprocessing, loading, coco,

@@ -32,15 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    non_negative_int,
-    positive_int,
-    printable,
-    run_script,
-)
 
 import numpy as np
 import torch
@@ -52,6 +43,15 @@ from modeling.beam_search import add_search_options, find_captions, search_optio
 from modeling.devices import autocast, find_device, set_seed
 from modeling.field_of_view import find_offset
 from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
+from utils import (
+    Parser,
+    UserError,
+    add_device_options,
+    non_negative_int,
+    positive_int,
+    printable,
+    run_script,
+)
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
 from visualization.overlay import OVERLAYS

@@ -21,7 +21,6 @@ import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from utils import Parser, UserError, atomic_write, run_script
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -36,6 +35,7 @@ from datasets import (
 from modeling import legacy_checkpoints, stub_unpickler
 from modeling.field_of_view import find_offset
 from models import ENCODED_IMAGE_SIZE, DecoderWithAttention, Encoder
+from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/everyday_efficientnet_lite2.pth.tar"

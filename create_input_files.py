@@ -11,12 +11,12 @@ is interrupted or killed, run the same command again to continue.
 
 import os
 import sys
-from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
 
 from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import coco_split, read_captions
+from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
 
 
 def get_args(argv=None):

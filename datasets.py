@@ -11,11 +11,12 @@ import warnings
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from utils import UserError, check_is_file, read_json
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from utils import UserError, check_is_file, read_json
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}

@@ -11,7 +11,6 @@ captions of two models.
 
 import os
 from pathlib import Path
-from utils import Parser, UserError, add_device_options, non_negative_int, positive_int, run_script
 
 from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
@@ -22,6 +21,7 @@ from evaluation.scores import NAMES, parse_names, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
 from modeling.beam_search import add_search_options, search_options
 from modeling.devices import distributed, set_seed
+from utils import Parser, UserError, add_device_options, non_negative_int, positive_int, run_script
 
 
 def get_args(argv=None):

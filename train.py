@@ -10,16 +10,6 @@ Train the captioning model.
 
 import argparse
 from pathlib import Path
-from utils import (
-    Number,
-    Parser,
-    UserError,
-    add_device_options,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
-    run_script,
-)
 
 import checkpoints
 from datasets import add_data_options, find_data_name
@@ -36,6 +26,16 @@ from training.engine import train_one_epoch, validate
 from training.resume import check_same_data, check_unchanged, load_run, restore_state
 from training.run import Run, lock_run
 from training.state import TrainingState
+from utils import (
+    Number,
+    Parser,
+    UserError,
+    add_device_options,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run_script,
+)
 
 
 def train(args, checkpoint, processes):

@@ -9,8 +9,8 @@ Draw training curves from the log of train.py.
 import os
 import sys
 import time
-from utils import Parser, run_script
 
+from utils import Parser, run_script
 from visualization import figures
 from visualization.curves import draw_curves, name_runs, read_run
 from visualization.files import writing

@@ -11,7 +11,6 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from utils import write_json
 
 import h5py
 import numpy as np
@@ -39,6 +38,7 @@ from training.build import build_criterion, build_loader
 from training.engine import train_one_epoch
 from training.interrupts import Interrupts
 from training.state import Progress, TrainingState
+from utils import write_json
 
 
 def write_data_set(folder, pixels=True, size=256, **images):

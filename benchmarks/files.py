@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from utils import write_json
 
 import h5py
 import imageio.v3 as imageio
@@ -18,6 +17,7 @@ from benchmarks.measuring import compare, measure_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from preprocessing.input_files import create_input_files
 from preprocessing.resumable_hdf5 import ResumableHDF5
+from utils import write_json
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
 

@@ -5,7 +5,6 @@ which of them are novel.
 
 from pathlib import Path
 from typing import NamedTuple
-from utils import UserError, read_json
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from evaluation.metrics import attention_hits
 from modeling.beam_search import find_captions
 from modeling.devices import autocast
 from modeling.field_of_view import find_offset
+from utils import UserError, read_json
 
 MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
 

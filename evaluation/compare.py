@@ -1,12 +1,11 @@
 """Compares two models' captions of the same images: `eval.py --compare`."""
 
-from utils import UserError
-
 import numpy as np
 
 from evaluation import scores
 from evaluation.results import read_results
 from evaluation.table import bootstrap_notes, cell, footnotes, write_table
+from utils import UserError
 
 
 def compare(path_a, path_b, args):

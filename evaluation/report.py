@@ -3,7 +3,6 @@
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from utils import UserError, atomic_write
 
 import numpy as np
 from jinja2 import FileSystemLoader
@@ -12,6 +11,7 @@ from markupsafe import Markup
 from evaluation.scores import scores_by_image
 from evaluation.table import cell
 from preprocessing.images import read_rgb
+from utils import UserError, atomic_write
 from visualization import page
 
 IMAGES_PER_SECTION = 24

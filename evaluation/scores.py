@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
-from utils import UserError
 
 import numpy as np
 from pycocoevalcap.rouge.rouge import Rouge
@@ -17,6 +16,7 @@ from evaluation.metrics import (
     cider_d,
     ngrams,
 )
+from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")

@@ -5,10 +5,10 @@ all, and notes that explain the columns.
 
 import re
 from typing import NamedTuple
-from utils import atomic_write
 
 from evaluation import scores
 from evaluation.captions import object_nouns
+from utils import atomic_write
 
 ATTENTION = ("attention: share of object words at which the most attended place lies in the "
              "object's box; then, at most 15 pixels of 256 beside it (the pointing game)")

@@ -9,12 +9,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from utils import UserError
 
 import torch
 from torch import nn
 
 from modeling import efficientnet_lite, legacy_checkpoints, stub_unpickler
+from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -5,7 +5,6 @@
 
 import argparse
 from typing import NamedTuple
-from utils import Number, UserError, non_negative_int, positive_int
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from modeling.sampling import (
     most_likely_location,
     sample_captions,
 )
+from utils import Number, UserError, non_negative_int, positive_int
 
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 

@@ -7,11 +7,12 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
-from utils import AMP, UserError
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from utils import AMP, UserError
 
 TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h

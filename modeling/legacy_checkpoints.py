@@ -4,9 +4,9 @@ it: extracts their tensors by name and the arguments of our model, without runni
 """
 
 import math
-from utils import UserError
 
 from modeling.stub_unpickler import Refused, Stub, Tensor, one_line_errors
+from utils import UserError
 
 MAX_DEPTH, MAX_PARTS = 32, 100_000  # of a tree of modules; a ResNet-152: 4 and 2000
 

@@ -16,10 +16,11 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from contextlib import contextmanager
 from pickletools import code2op
-from utils import UserError
 
 import numpy as np
 import torch
+
+from utils import UserError
 
 ZIP_START = b"PK\3\4"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the start of a file in the format before zip

@@ -14,6 +14,13 @@ from itertools import product
 from math import cos, pi, radians, sin
 from pathlib import Path
 from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from preprocessing.processes import open_pool
 from utils import (
     Parser,
     UserError,
@@ -23,13 +30,6 @@ from utils import (
     run_script,
     write_json,
 )
-
-import numpy as np
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
-
-from preprocessing.processes import open_pool
 
 DRAWING_VERSION = 1  # increase it when scenes are drawn differently, so that old ones are redrawn
 SIDE = 256  # pixels, width and height of a picture

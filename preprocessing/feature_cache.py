@@ -9,7 +9,6 @@ import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from utils import UserError
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from datasets import open_hdf5
 from preprocessing.resumable_hdf5 import StagingFolder
+from utils import UserError
 
 # Of an image file, for its fingerprint: a file of up to 64 MB is read whole.
 SAMPLES, SAMPLE_BYTES = 1024, 1 << 16

@@ -7,12 +7,12 @@ import urllib.error
 import urllib.request
 import warnings
 from contextlib import nullcontext
-from utils import UserError, check_is_file
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from datasets import IMAGE_SIZE
+from utils import UserError, check_is_file
 
 # Pillow's warnings about unusual but readable files are not for the user.
 warnings.filterwarnings("ignore", module=r"PIL\.")

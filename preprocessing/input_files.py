@@ -12,7 +12,6 @@ from collections import Counter, deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from typing import NamedTuple
-from utils import UserError, count, printable, read_json, write_json
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from preprocessing.images import read_image
 from preprocessing.karpathy import read_karpathy, read_sources
 from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import StagingFolder
+from utils import UserError, count, printable, read_json, write_json
 
 MAX_REASONS = 10  # of bad images, printed
 CHUNK = 4  # images that a process reads at a time; few, since an interrupt waits for them

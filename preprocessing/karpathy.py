@@ -6,9 +6,9 @@ import zipfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from utils import UserError, check_is_file, count, read_json
 
 from datasets import SPECIAL_TOKENS
+from utils import UserError, check_is_file, count, read_json
 
 # Karpathy's name of a split -> that of our files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}

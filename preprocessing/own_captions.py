@@ -26,9 +26,9 @@ import unicodedata
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from utils import UserError, broken_json, check_is_file, read_text
 
 from preprocessing.images import find_suffixes
+from utils import UserError, broken_json, check_is_file, read_text
 
 IMAGE_KEYS = ("image", "filename", "file_name", "file", "image_name", "image_path", "image_file",
               "filepath", "file_path", "path", "img", "img_path", "name")

@@ -8,13 +8,13 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from utils import UserError, exclusive_lock, read_json, sync_folder, write_json
 
 import h5py
 import numpy as np
 
 from datasets import open_hdf5
 from preprocessing.processes import defer_interrupt
+from utils import UserError, exclusive_lock, read_json, sync_folder, write_json
 
 SAVE_SECONDS = 2  # time between saves of the progress: the work lost if the process is killed
 

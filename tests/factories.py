@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from utils import UserError, write_json
 
 import h5py
 import numpy as np
@@ -21,6 +20,7 @@ from checkpoints import PRETRAINED, load
 from models import DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
+from utils import UserError, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the features may be anything, and the encoder runs often or in half precision.

@@ -7,10 +7,8 @@ import os
 import re
 import subprocess
 import sys
-import utils
 from functools import cache
 from pathlib import Path
-from utils import UserError
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,7 +18,9 @@ from PIL import Image
 
 import caption
 import checkpoints
+import utils
 from models import DecoderWithAttention, Encoder
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]

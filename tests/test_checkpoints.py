@@ -7,7 +7,6 @@ import pickle
 import resource
 import zipfile
 from pathlib import Path
-from utils import Parser, UserError
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from checkpoints import (
 from modeling import field_of_view
 from modeling.field_of_view import find_offset
 from models import DecoderWithAttention, Encoder
+from utils import Parser, UserError
 
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 ENCODER = "mobilenetv3_small_050"  # timm's smallest: 1.2 MB without its head

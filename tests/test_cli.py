@@ -4,8 +4,6 @@ import importlib
 import re
 import subprocess
 import sys
-import utils
-from utils import UserError, write_json
 
 import numpy as np
 import pytest
@@ -15,9 +13,11 @@ from PIL import Image
 import caption
 import eval as eval_script
 import train
+import utils
 from evaluation import captions
 from modeling.beam_search import search_options
 from modeling.sampling import most_likely_location
+from utils import UserError, write_json
 
 SCRIPTS = ("create_input_files", "train", "eval", "caption", "checkpoints", "visualize",
            "benchmark")

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from utils import Parser, UserError
 
 import h5py
 import numpy as np
@@ -26,6 +25,7 @@ from datasets import (
     find_data_name,
     read_word_ids,
 )
+from utils import Parser, UserError
 
 # The files of the tutorial
 

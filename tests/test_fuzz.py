@@ -10,7 +10,6 @@ import os
 import pickle
 import tempfile
 from pathlib import Path
-from utils import UserError, read_json
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from models import DecoderWithAttention, Encoder
 from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import read_captions
+from utils import UserError, read_json
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, database=None,
                 derandomize="FUZZ" not in os.environ,

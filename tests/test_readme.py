@@ -14,12 +14,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from utils import Parser
 
 import pytest
 import torch
 
 from checkpoints import PRETRAINED, load_captioner
+from utils import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "docs/questions.md", "docs/results.md", "pretrained/README.md",

@@ -7,8 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import utils
 from pathlib import Path
+
+import pytest
+import torch
+from factories import ROOT, restore_interrupts
+
+import utils
 from utils import (
     UserError,
     atomic_write,
@@ -19,10 +24,6 @@ from utils import (
     run_script,
     write_json,
 )
-
-import pytest
-import torch
-from factories import ROOT, restore_interrupts
 
 
 def test_json_is_written_completely_or_not_at_all(tmp_path):

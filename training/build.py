@@ -1,7 +1,6 @@
 """Builds what train.py needs: data, model, cached features, data loaders and criterion."""
 
 import math
-from utils import UserError, count
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +15,7 @@ from training.embeddings import load_embeddings
 from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
+from utils import UserError, count
 
 VALIDATION_BATCH = 64  # images
 

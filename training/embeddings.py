@@ -1,10 +1,11 @@
 """Pretrained word embeddings: `load_embeddings` reads GloVe's text format."""
 
 import math
-from utils import UserError, check_is_file
 
 import numpy as np
 import torch
+
+from utils import UserError, check_is_file
 
 
 def init_embedding(embeddings):

@@ -3,7 +3,6 @@
 import signal
 import time
 from contextlib import nullcontext
-from utils import UserError
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from modeling.devices import autocast
 from training.losses import Batch, doubly_stochastic_loss
+from utils import UserError
 
 SIDES = ("left", "right")  # words that are wrong for a mirrored image
 CHECK_EVERY = 20  # steps between checks of the loss on a GPU, since each check waits for it

@@ -13,9 +13,9 @@ import os
 import shlex
 import zlib
 from pathlib import Path
-from utils import UserError, count
 
 import checkpoints
+from utils import UserError, count
 
 # Options of a single start of the script, which are not saved with the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")

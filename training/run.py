@@ -5,7 +5,6 @@
 import json
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from utils import UserError, atomic_write, exclusive_lock
 
 import checkpoints
 from datasets import CaptionDataset, WorkerDied
@@ -19,6 +18,7 @@ from training.resume import (
     resume_command,
 )
 from training.state import monitored_metric
+from utils import UserError, atomic_write, exclusive_lock
 
 
 class Run:

@@ -6,12 +6,12 @@ from contextlib import closing
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
-from utils import UserError, atomic_write, printable
 
 import imageio.v3 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils import UserError, atomic_write, printable
 from visualization.attention import resize_image
 from visualization.figures import find_fonts, font_for
 from visualization.overlay import DEFAULT, attention_overlays

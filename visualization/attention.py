@@ -1,13 +1,13 @@
 """Where the model looked for each word: attention over the photograph, as a figure."""
 
 import math
-from utils import printable
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from utils import printable
 from visualization.figures import family_names, find_fonts
 from visualization.overlay import DEFAULT, attention_overlays
 

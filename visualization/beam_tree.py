@@ -4,12 +4,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
-from utils import atomic_write
 from xml.sax.saxutils import escape
 
 from PIL import ImageFont
 
 from modeling.beam_search import beam_search
+from utils import atomic_write
 from visualization.figures import FONT_FILE
 
 SIZE, SMALL = 13, 10.5  # pixels, the letters of words and of scores

@@ -5,12 +5,13 @@ import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
-from utils import UserError, read_text
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from utils import UserError, read_text
 
 # The panels: their titles, and the keys of a log row with their labels and line styles.
 PANELS = [

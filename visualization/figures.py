@@ -8,13 +8,14 @@ import functools
 import sys
 import warnings
 from pathlib import Path
-from utils import atomic_write
 
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
+
+from utils import atomic_write
 
 FONT_FILE = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 

@@ -6,9 +6,9 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from utils import UserError, printable
 
 from preprocessing.images import find_suffixes, is_url
+from utils import UserError, printable
 from visualization import page
 from visualization.overlay import OVERLAYS
 

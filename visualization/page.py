@@ -9,13 +9,13 @@ import io
 import math
 import os
 from pathlib import Path
-from utils import atomic_write
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from utils import atomic_write
 from visualization.overlay import OVERLAYS, check_overlay, heat_colours
 
 LONGEST = 640  # pixels, of a photograph's longer edge in the page

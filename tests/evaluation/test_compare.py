@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from utils import UserError
 
 import pytest
 
 import eval as eval_script
 from evaluation import coco_caption
+from utils import UserError
 
 
 def write(path, rows):

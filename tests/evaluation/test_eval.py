@@ -1,7 +1,6 @@
 """eval.py as a user runs it, with a stand-in for the model: tables, results, mistakes."""
 
 import json
-from utils import UserError
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from evaluation.captions import ImageCaption, read_training_captions
 from evaluation.metrics import bleu
 from evaluation.scores import NAMES
 from evaluation.table import attention_accuracy
+from utils import UserError
 
 
 def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(

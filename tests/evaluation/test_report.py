@@ -2,7 +2,6 @@
 
 import json
 import re
-from utils import UserError
 
 import pytest
 from factories import NAME
@@ -11,6 +10,7 @@ from PIL import Image
 import eval as eval_script
 from datasets import CaptionDataset
 from evaluation import report, table
+from utils import UserError
 from visualization import page
 
 

@@ -1,7 +1,6 @@
 """eval.py on a data set that was joined from two: rows for each source and for all."""
 
 import json
-from utils import UserError
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import eval as eval_script
 from evaluation.captions import ImageCaption
 from evaluation.metrics import CiderD, bleu
 from preprocessing.input_files import create_input_files
+from utils import UserError
 
 CAPTIONS = {"street": ["a red bus on a wet street", "a dog runs in a park",
                        "two men sit at a table"],

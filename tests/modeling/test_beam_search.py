@@ -1,7 +1,5 @@
 """The batched search against a list of beams, one image at a time."""
 
-from utils import UserError
-
 import numpy as np
 import pytest
 import reference
@@ -10,6 +8,7 @@ from factories import WORD_MAP, make_case
 
 from modeling.beam_search import beam_search, draw_captions
 from modeling.sampling import Sampling, most_likely_location
+from utils import UserError
 
 
 def expect_equal(ours, textbook):

@@ -7,7 +7,6 @@ import struct
 import sys
 import types
 from collections import OrderedDict
-from utils import UserError
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ import checkpoints
 import models
 from checkpoints import load, load_captioner
 from modeling.stub_unpickler import MAGIC, PROTOCOL
+from utils import UserError
 
 FORMS = ("zip", "old")
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}

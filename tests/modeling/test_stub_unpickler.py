@@ -15,7 +15,6 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from utils import UserError
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from factories import refused
 
 from modeling import stub_unpickler
 from modeling.stub_unpickler import MAGIC, MAX_PICKLE, PROTOCOL, Stub, Tensor, read
+from utils import UserError
 
 FORMS = ("zip", "old")  # torch's format, and the one before zip
 

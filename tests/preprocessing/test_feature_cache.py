@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from utils import UserError, read_json
 
 import h5py
 import numpy as np
@@ -18,6 +17,7 @@ from datasets import CaptionDataset
 from models import Encoder
 from preprocessing import feature_cache, resumable_hdf5
 from preprocessing.feature_cache import cache_features, load_features
+from utils import UserError, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,6 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from utils import UserError
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from preprocessing import images
 from preprocessing.images import find_suffixes, read_image, read_rgb
+from utils import UserError
 
 
 def grey(values):

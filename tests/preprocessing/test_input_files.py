@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from utils import UserError, write_json
 
 import h5py
 import numpy as np
@@ -15,6 +14,7 @@ from factories import write_karpathy as prepare
 from create_input_files import get_args
 from preprocessing import processes
 from preprocessing.input_files import create_input_files
+from utils import UserError, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,6 @@
 
 import json
 import zipfile
-from utils import UserError, write_json
 
 import pytest
 from factories import karpathy_entry as entry
@@ -10,6 +9,7 @@ from factories import karpathy_entry as entry
 from preprocessing.input_files import create_input_files
 from preprocessing.karpathy import read_karpathy
 from preprocessing.own_captions import read_captions
+from utils import UserError, write_json
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import json
 import sys
 import unicodedata
 from pathlib import Path
-from utils import UserError, read_json, write_json
 
 import pytest
 from factories import karpathy_entry as entry
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from create_input_files import find_captions, get_args, main
 from preprocessing.own_captions import read_captions, read_documents, split_words
+from utils import UserError, read_json, write_json
 
 CAPTIONS = [
     ("a.jpg", "A man's dog, running."), ("b.jpg", "Two dogs"),

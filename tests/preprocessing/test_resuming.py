@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from utils import UserError, exclusive_lock, read_json
 
 import h5py
 import numpy as np
@@ -32,6 +31,7 @@ from PIL import Image
 from preprocessing import input_files, resumable_hdf5
 from preprocessing.input_files import create_input_files
 from preprocessing.resumable_hdf5 import ResumableHDF5
+from utils import UserError, exclusive_lock, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

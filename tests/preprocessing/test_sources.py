@@ -1,7 +1,6 @@
 """Several data sets joined into one."""
 
 import json
-from utils import UserError
 
 import pytest
 from factories import (
@@ -16,6 +15,7 @@ import create_input_files as script
 import eval as eval_script
 from datasets import CaptionDataset
 from preprocessing.input_files import create_input_files
+from utils import UserError
 
 NAME = "both_2_cap_per_img_1_min_word_freq"
 DOGS = [karpathy_entry("0.png", captions=["a dog", "the dog"]),

@@ -1,7 +1,6 @@
 """What training begins with: data, model, features, criterion."""
 
 import json
-from utils import UserError
 
 import h5py
 import pytest
@@ -20,6 +19,7 @@ from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
 from training.build import build_criterion
 from training.losses import TeacherForcing
+from utils import UserError
 
 
 def test_each_option_reaches_its_criterion(data):

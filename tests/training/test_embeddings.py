@@ -1,11 +1,10 @@
 """GloVe's rows for the words of a word map."""
 
-from utils import UserError
-
 import pytest
 import torch
 
 from training.embeddings import load_embeddings
+from utils import UserError
 
 
 def glove(tmp_path, text):

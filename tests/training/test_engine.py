@@ -5,7 +5,6 @@ import json
 import math
 import re
 from pathlib import Path
-from utils import UserError
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from preprocessing.input_files import create_input_files
 from training import engine, losses
 from training.losses import doubly_stochastic_loss
 from training.run import _format_scores
+from utils import UserError
 
 
 def test_training_overfits_eight_images_to_bleu_100(tmp_path):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from utils import UserError
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ import train
 from modeling.devices import Distributed
 from training.interrupts import Interrupted, leave_signals_to_parent
 from training.resume import resume_command
+from utils import UserError
 
 
 @pytest.mark.parametrize("call, signum, function, options", [

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from utils import UserError
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 import train
 from models import DecoderWithAttention
 from training.language_model import language_model_loss, pretrain
+from utils import UserError
 
 WORD_MAP = {word: i for i, word in enumerate(
     ["<pad>", *"abcdefghijklmnopqrs", "<unk>", "<start>", "<end>"])}

@@ -3,7 +3,6 @@
 import math
 import signal
 from pathlib import Path
-from utils import UserError
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from factories import (
 import checkpoints
 import train
 from training.interrupts import Interrupted
+from utils import UserError
 
 
 def test_resumed_run_equals_uninterrupted(data, tmp_path):

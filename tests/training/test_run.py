@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from utils import UserError
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ import train
 from datasets import CaptionDataset
 from modeling.devices import Distributed
 from training.run import lock_run
+from utils import UserError
 
 
 def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):

@@ -2,16 +2,16 @@
 
 import subprocess
 import sys
-import utils
 from contextlib import contextmanager
 from pathlib import Path
-from utils import UserError
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 from PIL import Image
 
+import utils
+from utils import UserError
 from visualization import animation
 from visualization.animation import FADE, HOLD, HOLD_END, TICK, Sentence, write_animation
 from visualization.overlay import Drawing

@@ -2,12 +2,12 @@
 
 import json
 import sys
-import utils
 
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
 
+import utils
 import visualize
 from visualization import curves
 

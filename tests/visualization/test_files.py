@@ -1,9 +1,8 @@
 """Which images the arguments stand for, and where their overlays are written."""
 
-from utils import UserError
-
 import pytest
 
+from utils import UserError
 from visualization import files
 from visualization.files import find_images, overlay_paths
 
