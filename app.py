@@ -26,8 +26,10 @@ from visualization import page
 from visualization.overlay import OVERLAYS
 
 EXAMPLES = sorted((Path(__file__).parent / "docs" / "examples").glob("*.jpg"))
-CREDITS = ("The examples come with scikit-image (CC0): *chelsea* by Stefan van der Walt, *coffee* "
-           "by Rachel Michetti.")
+CREDITS = (
+    "The examples come with scikit-image (CC0): *chelsea* by Stefan van der Walt, *coffee* "
+    "by Rachel Michetti."
+)
 # Gradio turns the view of one photograph into that of the next: the elements stay, and what page.js
 # knows of them is of the photograph before. Copies of them know nothing.
 NEW_VIEW = """
@@ -44,8 +46,11 @@ def get_args(argv=None):
     add_model_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("address").add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0: let other computers in")
-    add("--port", type=Number(int, least=1, most=65535),
-        help="the first free one from 7860 on if not given")
+    add(
+        "--port",
+        type=Number(int, least=1, most=65535),
+        help="the first free one from 7860 on if not given",
+    )
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
@@ -62,8 +67,10 @@ def caption(captioner, path, words, beam_size, n_best, temperature, overlay):
     if words == SAMPLE:
         options = {"n_best": n_best, "sampling": Sampling(temperature)}
     else:
-        options = {"n_best": min(n_best, beam_size),
-                   "hard_attention": most_likely_location if words == HARD else None}
+        options = {
+            "n_best": min(n_best, beam_size),
+            "hard_attention": most_likely_location if words == HARD else None,
+        }
     captioned = captioner(path, beam_size=beam_size, **options)
     view = page.view(captioned, "h3", page.HINT, overlay)
     return captioned.text, f"<style>{page.STYLE}</style>{view}"
@@ -79,37 +86,69 @@ def build_page(captioner, gr):
             message = str(error).replace(str(values[0]), os.path.basename(values[0]))
             raise gr.Error(message, print_exception=False) from None
 
-    with gr.Blocks(title="Show, Attend and Tell", analytics_enabled=False,
-                   delete_cache=(CHECK_SECONDS, KEEP_SECONDS)) as blocks:
-        gr.Markdown("# Show, Attend and Tell\nA sentence about your photograph, and where the "
-                    "model looked for each word.")
+    with gr.Blocks(
+        title="Show, Attend and Tell",
+        analytics_enabled=False,
+        delete_cache=(CHECK_SECONDS, KEEP_SECONDS),
+    ) as blocks:
+        gr.Markdown(
+            "# Show, Attend and Tell\nA sentence about your photograph, and where the "
+            "model looked for each word."
+        )
         with gr.Row():
             with gr.Column(scale=2):
-                photograph = gr.Image(label="Photograph", type="filepath", height=280,
-                                      sources=["upload", "clipboard", "webcam"])
+                photograph = gr.Image(
+                    label="Photograph",
+                    type="filepath",
+                    height=280,
+                    sources=["upload", "clipboard", "webcam"],
+                )
                 # The upload as it is: our own reader says what is wrong with it.
                 photograph.preprocess = lambda upload: upload and upload.path
                 gr.Examples([[str(path)] for path in EXAMPLES], photograph, label="Examples")
                 with gr.Accordion("Options", open=False):
                     words = gr.Radio(WORDS, value=SEARCH, label="Words")
                     beam_size = gr.Slider(1, LARGEST_BEAM, value=5, step=1, label="Beam size")
-                    n_best = gr.Slider(1, LARGEST_BEAM, value=1, step=1, label="Captions",
-                                       info="of a search, at most the beam size")
-                    temperature = gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature",
-                                            visible=False)
+                    n_best = gr.Slider(
+                        1,
+                        LARGEST_BEAM,
+                        value=1,
+                        step=1,
+                        label="Captions",
+                        info="of a search, at most the beam size",
+                    )
+                    temperature = gr.Slider(
+                        0.1, 2, value=1, step=0.1, label="Temperature", visible=False
+                    )
                     overlay = gr.Radio(OVERLAYS, value=OVERLAYS[0], label="View")
                     again = gr.Button("Again")
             with gr.Column(scale=3):
                 text = gr.Textbox(label="Caption", interactive=False, buttons=["copy"], lines=1)
                 view = gr.HTML(js_on_load=f"watch('value', () => {{{NEW_VIEW}{page.SCRIPT}}});")
         gr.Markdown(CREDITS)
-        words.change(lambda chosen: (gr.Slider(visible=chosen != SAMPLE),
-                                     gr.Slider(visible=chosen == SAMPLE)),
-                     words, [beam_size, temperature], api_visibility="private")
-        gr.on([photograph.change, again.click, words.change, overlay.change,
-               *[slider.release for slider in (beam_size, n_best, temperature)]],
-              answer, [photograph, words, beam_size, n_best, temperature, overlay], [text, view],
-              trigger_mode="always_last", api_name="caption")
+        words.change(
+            lambda chosen: (
+                gr.Slider(visible=chosen != SAMPLE),
+                gr.Slider(visible=chosen == SAMPLE),
+            ),
+            words,
+            [beam_size, temperature],
+            api_visibility="private",
+        )
+        gr.on(
+            [
+                photograph.change,
+                again.click,
+                words.change,
+                overlay.change,
+                *[slider.release for slider in (beam_size, n_best, temperature)],
+            ],
+            answer,
+            [photograph, words, beam_size, n_best, temperature, overlay],
+            [text, view],
+            trigger_mode="always_last",
+            api_name="caption",
+        )
     return blocks
 
 
@@ -119,18 +158,27 @@ def check_address(host, port):
     try:
         socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
-        raise UserError(f"cannot listen at {host}, port {port or 'any'}: {error.strerror}; pass "
-                        f"another --host or --port") from None
+        raise UserError(
+            f"cannot listen at {host}, port {port or 'any'}: {error.strerror}; pass "
+            f"another --host or --port"
+        ) from None
 
 
 def main():
     args = get_args()
     check_address(args.host, args.port)
     # Gradio asks its own server whether it is there, which a proxy would not know.
-    direct = [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "localhost", "127.0.0.1",
-              args.host]
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "no_proxy": ",".join(filter(None, direct))}
+    direct = [
+        os.environ.get("no_proxy", os.environ.get("NO_PROXY")),
+        "localhost",
+        "127.0.0.1",
+        args.host,
+    ]
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": ",".join(filter(None, direct)),
+    }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="show-attend-tell-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -143,9 +191,15 @@ def main():
         fonts = ["system-ui", "sans-serif"]  # Gradio's own come from another server
         host = f"[{args.host}]" if ":" in args.host else args.host
         _, address, _ = blocks.launch(
-            server_name=host, server_port=args.port, quiet=True, share=False,
-            prevent_thread_lock=True, max_file_size=LARGEST_MEGABYTES << 20, footer_links=[],
-            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]))
+            server_name=host,
+            server_port=args.port,
+            quiet=True,
+            share=False,
+            prevent_thread_lock=True,
+            max_file_size=LARGEST_MEGABYTES << 20,
+            footer_links=[],
+            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
+        )
         print(f"Open {address} in a browser; Ctrl-C ends.", flush=True)
         try:
             while True:  # signal.pause() is not on every system

@@ -30,23 +30,47 @@ from benchmarks.scale import scale
 from modeling.devices import find_device
 from utils import AMP, Parser, positive_int, run_script, write_json
 
-STAGES = {stage.__name__: stage for stage in (
-    training, search, start, encoder, finetune, folder, cache, preprocessing, loading, coco,
-    scaling, scale, gpu)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (
+        training,
+        search,
+        start,
+        encoder,
+        finetune,
+        folder,
+        cache,
+        preprocessing,
+        loading,
+        coco,
+        scaling,
+        scale,
+        gpu,
+    )
+}
 LONG = ("scale", "gpu")  # these run if they are asked for
 
 
 def get_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--stages", nargs="+", choices=STAGES,
+    add(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
         help="which to run; all but scale and gpu if not given",
-        default=[stage for stage in STAGES if stage not in LONG])
+        default=[stage for stage in STAGES if stage not in LONG],
+    )
     add("--repeats", type=positive_int, default=5, help="timed runs of each version")
-    add("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
-        "where there is one, else the CPU")
-    add("--amp", choices=AMP,
-        help="run our version in half precision; the textbook version stays in float32")
+    add(
+        "--device",
+        help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU where there is one, else the CPU",
+    )
+    add(
+        "--amp",
+        choices=AMP,
+        help="run our version in half precision; the textbook version stays in float32",
+    )
     add("--json", metavar="FILE", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -63,8 +87,7 @@ def main(argv=None):
             rows.append(row)
             print(format_row(row), flush=True)
     if args.json:
-        write_json(args.json, {"machine": machine, "torch": torch.__version__,
-                               "rows": rows})
+        write_json(args.json, {"machine": machine, "torch": torch.__version__, "rows": rows})
 
 
 def describe_machine(device):

@@ -62,6 +62,7 @@ from visualization.overlay import OVERLAYS
 @dataclass
 class Captioned:
     """An image, its caption, and where the model looked for each word."""
+
     source: Any = field(repr=False)  # the path, PIL image or array that was passed
     words: list[str]  # T of them
     attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1
@@ -97,8 +98,9 @@ class Captioned:
         from visualization.attention import attention_grid  # only here: matplotlib is slow
         from visualization.overlay import Drawing
 
-        return attention_grid(self.image, self.words, self.attention,
-                              Drawing(smooth, overlay, self.offset))
+        return attention_grid(
+            self.image, self.words, self.attention, Drawing(smooth, overlay, self.offset)
+        )
 
     def save(self, path, smooth=True, overlay=OVERLAYS[0]):
         """
@@ -129,7 +131,8 @@ class Captioner:
     def __init__(self, model=PRETRAINED, word_map=None, device=None, amp=None):
         self.device, self.amp = find_device(device), amp
         self.encoder, self.decoder, self.word_map, _ = load_captioner(
-            os.fspath(model), self.device, word_map)
+            os.fspath(model), self.device, word_map
+        )
         self.image_size = self.encoder.args["image_size"]
         self.words = {i: word for word, i in self.word_map.items()}
 
@@ -142,8 +145,12 @@ class Captioner:
 
         Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
-        several = isinstance(images, (list, tuple, Iterator)) and not hasattr(images, "read") \
-            or isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+        several = (
+            isinstance(images, (list, tuple, Iterator))
+            and not hasattr(images, "read")
+            or isinstance(images, (np.ndarray, torch.Tensor))
+            and images.ndim == 4
+        )
         results = list(self.each(list(images) if several else [images], **options))
         for result in results:
             if isinstance(result, UserError):
@@ -161,7 +168,7 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
         search = search | {"n_best": n_best, "no_unk": no_unk}
-        batches = [images[i:i + batch_size] for i in range(0, len(images), batch_size)]
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         read = partial(_try_read, size=self.image_size)
         with ThreadPoolExecutor() as pool:
             next_pixels = pool.map(read, batches[0] if batches else [])
@@ -172,11 +179,17 @@ class Captioner:
                 if readable:
                     with torch.inference_mode(), autocast(self.device, self.amp):
                         features = self.encoder(torch.stack(readable).to(self.device))
-                        captions = iter(find_captions(self.decoder, features, self.word_map,
-                                                    beam_size, **search))
+                        captions = iter(
+                            find_captions(
+                                self.decoder, features, self.word_map, beam_size, **search
+                            )
+                        )
                 for source, image in zip(sources, pixels):
-                    yield image if isinstance(image, UserError) else self._to_words(
-                        source, next(captions))
+                    yield (
+                        image
+                        if isinstance(image, UserError)
+                        else self._to_words(source, next(captions))
+                    )
 
     def grow_tree(self, image, beam_size=5, no_unk=True, **search):
         """
@@ -188,15 +201,25 @@ class Captioner:
         with torch.inference_mode(), autocast(self.device, self.amp):
             pixels = torch.from_numpy(resize_square(load_pixels(image), self.image_size))
             features = self.encoder(pixels[None].to(self.device))
-            return beam_tree.build_tree(self.decoder, features, self.word_map, beam_size,
-                                        no_unk=no_unk, **search)
+            return beam_tree.build_tree(
+                self.decoder, features, self.word_map, beam_size, no_unk=no_unk, **search
+            )
 
     def _to_words(self, source, caption):
         """The Captioned of a beam_search.Caption"""
-        n_best = [(" ".join(self.words[i] for i in c.tokens), c.score)
-                  for c in (caption, *caption.alternatives)]
-        return Captioned(source, [self.words[i] for i in caption.tokens], caption.alphas,
-                         caption.score, caption.finished, n_best, find_offset(self.encoder))
+        n_best = [
+            (" ".join(self.words[i] for i in c.tokens), c.score)
+            for c in (caption, *caption.alternatives)
+        ]
+        return Captioned(
+            source,
+            [self.words[i] for i in caption.tokens],
+            caption.alphas,
+            caption.score,
+            caption.finished,
+            n_best,
+            find_offset(self.encoder),
+        )
 
 
 def load_pixels(source):
@@ -211,10 +234,16 @@ def load_pixels(source):
         except (OSError, SyntaxError, ValueError) as error:  # its file is cut off
             raise UserError(f"the image is not readable: {error}") from None
     source = np.asarray(source)
-    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in (
-            (), (1,), (3,), (4,)) or 0 in source.shape:
-        raise UserError(f"an array {source.dtype} of {source.shape} is not an image; pass uint8 of "
-                        f"(H, W), (H, W, 3) or (H, W, 4)")
+    if (
+        source.dtype != np.uint8
+        or source.ndim not in (2, 3)
+        or source.shape[2:] not in ((), (1,), (3,), (4,))
+        or 0 in source.shape
+    ):
+        raise UserError(
+            f"an array {source.dtype} of {source.shape} is not an image; pass uint8 of "
+            f"(H, W), (H, W, 3) or (H, W, 4)"
+        )
     return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
 
 
@@ -234,8 +263,14 @@ def _try_read(source, size):
 def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
     group = parser.add_argument_group("images and model")
-    group.add_argument("-i", "--img", nargs="+", required=True, metavar="FILE|FOLDER|GLOB|URL",
-                       help="what to caption; folders without their subfolders, ** is any of them")
+    group.add_argument(
+        "-i",
+        "--img",
+        nargs="+",
+        required=True,
+        metavar="FILE|FOLDER|GLOB|URL",
+        help="what to caption; folders without their subfolders, ** is any of them",
+    )
     add_model_options(group)
     add = parser.add_argument_group("captions").add_argument
     add("-b", "--beam_size", type=positive_int, default=5, help="1 is greedy decoding")
@@ -245,19 +280,39 @@ def get_args(argv=None):
     add_search_options(parser, no_unk=True)
     add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
-    add("--out", help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
+    add(
+        "--out",
+        help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
         "folder for the overlays of several, or one .html for all; if not given, "
-        f"photo{OVERLAY} beside photo.jpg")
+        f"photo{OVERLAY} beside photo.jpg",
+    )
     add("--no_attention", action="store_true", help="draw no overlays")
-    add("--overlay", choices=OVERLAYS, default=OVERLAYS[0], help="heat: a colour map "
-        "over the photograph; light: the photograph lit where the model looked")
-    add("--smooth", action=argparse.BooleanOptionalAction, default=True,
-        help="blend the locations of the attention grid")
-    add("--dont_smooth", dest="smooth", action="store_false", default=argparse.SUPPRESS,
-        help="the same as --no-smooth")
+    add(
+        "--overlay",
+        choices=OVERLAYS,
+        default=OVERLAYS[0],
+        help="heat: a colour map "
+        "over the photograph; light: the photograph lit where the model looked",
+    )
+    add(
+        "--smooth",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="blend the locations of the attention grid",
+    )
+    add(
+        "--dont_smooth",
+        dest="smooth",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="the same as --no-smooth",
+    )
     add("--show", action="store_true", help="also show overlays in a window")
-    add("--beam_tree", metavar="FILE.svg", help="draw what the search for a single image "
-        "considered, kept and dropped")
+    add(
+        "--beam_tree",
+        metavar="FILE.svg",
+        help="draw what the search for a single image considered, kept and dropped",
+    )
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
@@ -265,8 +320,10 @@ def get_args(argv=None):
 def check_options(args):
     """UserError for options that contradict each other."""
     if args.n_best > args.beam_size and not args.sample:
-        raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
-                        f"it is {args.beam_size}")
+        raise UserError(
+            f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
+            f"it is {args.beam_size}"
+        )
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
     if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
@@ -274,8 +331,9 @@ def check_options(args):
     if args.sample and args.beam_tree:
         raise UserError("--beam_tree draws a search; leave --sample out")
     if args.out and page.is_page(args.out) and not args.smooth:
-        raise UserError(f"--no-smooth is for pictures; HTML pages such as {args.out} always blend "
-                        f"locations")
+        raise UserError(
+            f"--no-smooth is for pictures; HTML pages such as {args.out} always blend locations"
+        )
     search_options(args)
     find_device(args.device)
 
@@ -315,11 +373,16 @@ def main():
                 if single and args.out:
                     raise
                 # The captions go on: where photographs are read-only, without overlays.
-                read_only = not args.out and isinstance(error.__cause__, OSError) \
+                read_only = (
+                    not args.out
+                    and isinstance(error.__cause__, OSError)
                     and error.__cause__.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-                tqdm.write(f"{os.path.basename(sys.argv[0])}: {error}" + (
-                    "; captions go on without overlays, --out FOLDER takes them" * read_only),
-                    file=sys.stderr)
+                )
+                tqdm.write(
+                    f"{os.path.basename(sys.argv[0])}: {error}"
+                    + ("; captions go on without overlays, --out FOLDER takes them" * read_only),
+                    file=sys.stderr,
+                )
                 failed += not read_only
         if args.show:
             show(result, overlay, args)
@@ -339,17 +402,25 @@ def print_captions(captioned, args, single):
     """Print a line per caption, or a JSON object. single: whether to leave out the image's path"""
     if args.json:
         n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
-        fields = {"image": captioned.name, **n_best[0], "words": captioned.words,
-                  "finished": captioned.finished}
+        fields = {
+            "image": captioned.name,
+            **n_best[0],
+            "words": captioned.words,
+            "finished": captioned.finished,
+        }
         lines = [json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))]
     else:
         prefix = "" if single else f"{printable(captioned.name)}\t"
-        lines = [prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + printable(text)
-                 for text, score in captioned.n_best]
+        lines = [
+            prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + printable(text)
+            for text, score in captioned.n_best
+        ]
     tqdm.write("\n".join(lines), file=sys.stdout)
     if not captioned.words:
-        tqdm.write(f"{printable(captioned.name)}: the caption is empty; the model may need more "
-                   f"training", file=sys.stderr)
+        tqdm.write(
+            f"{printable(captioned.name)}: the caption is empty; the model may need more training",
+            file=sys.stderr,
+        )
     sys.stdout.flush()
 
 
@@ -366,8 +437,10 @@ def draw_beam_tree(captioner, path, args):
     from visualization.beam_tree import draw_tree
 
     with writing(args.beam_tree, make_folder=True):
-        draw_tree(captioner.grow_tree(path, args.beam_size, n_best=args.n_best,
-                                       **search_options(args)), args.beam_tree)
+        draw_tree(
+            captioner.grow_tree(path, args.beam_size, n_best=args.n_best, **search_options(args)),
+            args.beam_tree,
+        )
     print(f"beam tree: {args.beam_tree}", file=sys.stderr)
 
 

@@ -44,16 +44,26 @@ MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "o
 
 
 def get_args(argv=None):
-    parser = Parser(description="Convert an old checkpoint, make a smaller one, or "
-                    "the mean of several.")
+    parser = Parser(
+        description="Convert an old checkpoint, make a smaller one, or the mean of several."
+    )
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
-    parser.add_argument("--average", metavar="OTHER", nargs="+", help="average its weights with "
+    parser.add_argument(
+        "--average",
+        metavar="OTHER",
+        nargs="+",
+        help="average its weights with "
         "those of these checkpoints, of other phases or of the same phase with another --seed: "
-        "often better than each")
-    parser.add_argument("--half", action="store_true", help="store matrices and convolutions in "
-        "float16, and leave out what only --resume needs: for passing a model on")
+        "often better than each",
+    )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="store matrices and convolutions in "
+        "float16, and leave out what only --resume needs: for passing a model on",
+    )
     return parser.parse_args(argv)
 
 
@@ -72,8 +82,11 @@ def main(argv=None):
     find_offset(encoder)  # now: with some weights in float16 the encoder cannot run
     if args.half:
         # Paths among the options are reduced to file names, without the folders of this machine.
-        extra = {"options": {option: _file_names(value)
-                             for option, value in extra.get("options", {}).items()}}
+        extra = {
+            "options": {
+                option: _file_names(value) for option, value in extra.get("options", {}).items()
+            }
+        }
         for model in (encoder, decoder):
             for weight in model.parameters():
                 if weight.dim() > 1:  # the others are small, and may exceed float16's range
@@ -100,10 +113,14 @@ def _average(encoder, decoder, word_map, args):
         other = load(path)
         other_word_map = find_word_map(other, path, args.word_map, required=False)
         for ours, theirs in zip((encoder, decoder), build(other, path)):
-            if word_map != other_word_map \
-                    or {**ours.args, "dropout": 0} != {**theirs.args, "dropout": 0}:
-                raise UserError(f"{path} has another model or word map than {args.old}; pass a "
-                                f"phase of the same training")
+            if word_map != other_word_map or {**ours.args, "dropout": 0} != {
+                **theirs.args,
+                "dropout": 0,
+            }:
+                raise UserError(
+                    f"{path} has another model or word map than {args.old}; pass a "
+                    f"phase of the same training"
+                )
             theirs = theirs.state_dict()
             for name, weight in ours.state_dict().items():
                 if weight.is_floating_point():
@@ -112,8 +129,12 @@ def _average(encoder, decoder, word_map, args):
 
 def add_model_options(parser):
     """The options of `find_model` and `load_captioner`, for scripts that use a trained model."""
-    parser.add_argument("-m", "--model", help="checkpoint; if not given, the only BEST one in "
-        "--checkpoint_folder or the current folder, else the one that comes with the program")
+    parser.add_argument(
+        "-m",
+        "--model",
+        help="checkpoint; if not given, the only BEST one in "
+        "--checkpoint_folder or the current folder, else the one that comes with the program",
+    )
     parser.add_argument("--checkpoint_folder", help="where to look for it")
     parser.add_argument("-wm", "--word_map", help="WORDMAP file, for checkpoints without word map")
 
@@ -124,9 +145,16 @@ def save(path, encoder, decoder, word_map, **extra):
 
     Raises UserError if the disk is full or the folder is missing or not writable.
     """
-    state = {"format": FORMAT, "encoder": encoder.state_dict(), "encoder_args": encoder.args,
-             "decoder": decoder.state_dict(), "decoder_args": decoder.args,
-             "offset": list(find_offset(encoder)), "word_map": word_map, **extra}
+    state = {
+        "format": FORMAT,
+        "encoder": encoder.state_dict(),
+        "encoder_args": encoder.args,
+        "decoder": decoder.state_dict(),
+        "decoder_args": decoder.args,
+        "offset": list(find_offset(encoder)),
+        "word_map": word_map,
+        **extra,
+    }
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
@@ -166,14 +194,17 @@ def load(path):
 def _load_plain(path, names):
     """The content of a file of format 1; names: the functions and classes in it."""
     if foreign := [name for name in names if name not in stub_unpickler.PLAIN]:
-        raise UserError(f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
-                        f"format {FORMAT} are tensors and plain values; nothing in the file was "
-                        f"run")
+        raise UserError(
+            f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
+            f"format {FORMAT} are tensors and plain values; nothing in the file was "
+            f"run"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message suggests weights_only=False
-        raise UserError(f"{path} is damaged or not a checkpoint: it does not hold only tensors "
-                        f"and plain values") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint: it does not hold only tensors and plain values"
+        ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
@@ -184,8 +215,14 @@ def _one_line_errors(path):
     """Turn errors from missing parts, wrong types or sizes of a checkpoint into a UserError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError,
-            AttributeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold a complete model: {reason}") from None
 
@@ -214,8 +251,10 @@ def check_model(checkpoint, path):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         encoder_args = checkpoint.get("encoder_args", {})
-        for size in (decoder.args["encoded_image_size"],
-                     encoder_args.get("encoded_image_size", ENCODED_IMAGE_SIZE)):
+        for size in (
+            decoder.args["encoded_image_size"],
+            encoder_args.get("encoded_image_size", ENCODED_IMAGE_SIZE),
+        ):
             if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
                 raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
         if not 0 <= decoder.args["dropout"] <= 1:  # false for NaN too
@@ -225,8 +264,9 @@ def check_model(checkpoint, path):
             if found is None:
                 raise ValueError(f"the decoder lacks {name}")
             if found.shape != tensor.shape:
-                raise ValueError(f"the decoder's {name} has size {tuple(found.shape)}, not "
-                                 f"{tuple(tensor.shape)}")
+                raise ValueError(
+                    f"the decoder's {name} has size {tuple(found.shape)}, not {tuple(tensor.shape)}"
+                )
         if not isinstance(checkpoint["encoder_args"]["name"], str):
             raise TypeError("its encoder has no name")
         if encoder_args.get("stride", 32) not in (16, 32):
@@ -235,8 +275,10 @@ def check_model(checkpoint, path):
         if type(size) is not int or not LEAST_SIZE <= size <= LARGEST_SIZE:
             raise ValueError(f"image_size is not from {LEAST_SIZE} to {LARGEST_SIZE}")
         if (offset := checkpoint.get("offset")) is not None and not (
-                isinstance(offset, list) and len(offset) == 2
-                and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset)):
+            isinstance(offset, list)
+            and len(offset) == 2
+            and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset)
+        ):
             raise ValueError("offset is not two fractions of an image")
     if checkpoint.get("word_map") is not None:
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
@@ -245,8 +287,10 @@ def check_model(checkpoint, path):
 def _check_vocab_size(word_map, checkpoint, path):
     size = checkpoint["decoder_args"]["vocab_size"]
     if len(word_map) != size:
-        raise UserError(f"{path} was trained on {size} words, but the word map has "
-                        f"{len(word_map)}; pass the WORDMAP file it was trained with")
+        raise UserError(
+            f"{path} was trained on {size} words, but the word map has "
+            f"{len(word_map)}; pass the WORDMAP file it was trained with"
+        )
 
 
 def build(checkpoint, path):
@@ -258,8 +302,10 @@ def build(checkpoint, path):
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = DecoderWithAttention(**checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
-            raise ValueError(f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "
-                             f"decoder takes {decoder.args['encoder_dim']}")
+            raise ValueError(
+                f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "
+                f"decoder takes {decoder.args['encoder_dim']}"
+            )
         encoder.load_state_dict(checkpoint["encoder"])
         if checkpoint.get("offset") is not None:
             encoder.offset = tuple(checkpoint["offset"])
@@ -273,8 +319,10 @@ def _check_encoder(expected, found):
         if name not in found:
             raise ValueError(f"the encoder lacks {name}")
         if found[name].shape != tensor.shape:
-            raise ValueError(f"the encoder's {name} has size {tuple(found[name].shape)}, not "
-                             f"{tuple(tensor.shape)}")
+            raise ValueError(
+                f"the encoder's {name} has size {tuple(found[name].shape)}, not "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 def find_word_map(checkpoint, path, word_map_path, required=True):
@@ -327,8 +375,9 @@ def find_checkpoint(folder):
     """The only BEST_checkpoint_*.pth.tar in a folder; UserError if there are none or several."""
     found = _checkpoints(folder, "BEST_", "--model")
     if len(found) > 1:
-        raise UserError(f"several checkpoints in {folder}; pass --model, one of: "
-                        + ", ".join(map(str, found)))
+        raise UserError(
+            f"several checkpoints in {folder}; pass --model, one of: " + ", ".join(map(str, found))
+        )
     return str(found[0])
 
 
@@ -340,8 +389,10 @@ def find_latest(folder):
 def _checkpoints(folder, prefix, option):
     found = sorted(Path(folder).glob(f"{prefix}checkpoint_*.pth.tar"))
     if not found:
-        raise UserError(f"no {prefix}checkpoint_*.pth.tar in {folder}; pass {option} FILE, or "
-                        f"--checkpoint_folder, where train.py wrote it")
+        raise UserError(
+            f"no {prefix}checkpoint_*.pth.tar in {folder}; pass {option} FILE, or "
+            f"--checkpoint_folder, where train.py wrote it"
+        )
     return found
 
 

@@ -43,12 +43,15 @@ def check_word_map(word_map, path):
     elif word_map["<pad>"] != 0:
         wrong = f"<pad> is {word_map['<pad>']}, not 0"
     elif gaps := set(range(len(word_map))).symmetric_difference(word_map.values()):
-        wrong = (f"its {len(word_map)} words do not have the ids 0 to {len(word_map) - 1} once "
-                 f"each, see {min(gaps)}")
+        wrong = (
+            f"its {len(word_map)} words do not have the ids 0 to {len(word_map) - 1} once "
+            f"each, see {min(gaps)}"
+        )
     else:
         return word_map
-    raise UserError(f"{path} is not a word map: {wrong}; pass the WORDMAP file of the training "
-                    f"data")
+    raise UserError(
+        f"{path} is not a word map: {wrong}; pass the WORDMAP file of the training data"
+    )
 
 
 def read_word_map(path, next_step=""):
@@ -63,17 +66,22 @@ def find_data_name(data_folder, name=None):
     """
     if name:
         if os.path.basename(name) != name:
-            raise UserError(f"--data_name {name!r} is not the name of a data set: it has a folder "
-                            f"in it; pass --data_folder")
+            raise UserError(
+                f"--data_name {name!r} is not the name of a data set: it has a folder "
+                f"in it; pass --data_folder"
+            )
         return name
-    names = sorted(path.stem.removeprefix("WORDMAP_")
-                   for path in Path(data_folder).glob("WORDMAP_*.json"))
+    names = sorted(
+        path.stem.removeprefix("WORDMAP_") for path in Path(data_folder).glob("WORDMAP_*.json")
+    )
     if not names:
-        raise UserError(f"no data set in {data_folder}; pass the --data_folder of "
-                        f"create_input_files.py")
+        raise UserError(
+            f"no data set in {data_folder}; pass the --data_folder of create_input_files.py"
+        )
     if len(names) > 1:
-        raise UserError(f"several data sets in {data_folder}; pass --data_name, one of: "
-                        + ", ".join(names))
+        raise UserError(
+            f"several data sets in {data_folder}; pass --data_name, one of: " + ", ".join(names)
+        )
     return names[0]
 
 
@@ -133,14 +141,21 @@ def _parse_word_ids(path, vocab_size):
         while chunk := file.read(CHUNK_BYTES):
             opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
             complete, bracket, rest = (rest + chunk).rpartition(b"]")
-            rows = [row.partition(b"]")[0] for row in (complete + bracket).split(b"[") if
-                    row.strip(b", \r\n\t]")]
+            rows = [
+                row.partition(b"]")[0]
+                for row in (complete + bracket).split(b"[")
+                if row.strip(b", \r\n\t]")
+            ]
             if not rows:
                 continue
             width = width or rows[0].count(b",") + 1
             ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
-            if any(row.count(b",") + 1 != width for row in rows) \
-                    or len(ids) != width * len(rows) or ids.min() < 0 or ids.max() >= vocab_size:
+            if (
+                any(row.count(b",") + 1 != width for row in rows)
+                or len(ids) != width * len(rows)
+                or ids.min() < 0
+                or ids.max() >= vocab_size
+            ):
                 raise wrong
             pieces.append(ids.astype(dtype).reshape(-1, width))
     if rest.strip() or opened != closed or opened != sum(map(len, pieces)) + 1:
@@ -169,9 +184,11 @@ class CaptionDataset(Dataset):
     def __init__(self, data_folder, data_name, split, by_image=True):
         self.by_image, folder = by_image, Path(data_folder)
         self.path, captions, lengths, self._references = (
-            folder / data_file(split, kind, data_name) for kind in KINDS)
-        self.word_map = read_word_map(folder / f"WORDMAP_{data_name}.json",
-                                      "run python create_input_files.py first")
+            folder / data_file(split, kind, data_name) for kind in KINDS
+        )
+        self.word_map = read_word_map(
+            folder / f"WORDMAP_{data_name}.json", "run python create_input_files.py first"
+        )
         self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
         with _reading(lengths):
             numbers = np.array(json.loads(lengths.read_bytes()))
@@ -186,27 +203,34 @@ class CaptionDataset(Dataset):
             if self.captions_per_image < 1:
                 raise ValueError(f"its captions_per_image is {self.captions_per_image}")
             self.image_size = shape[-1] if shape else 0  # S
-            if shape != [3, self.image_size, self.image_size] or self.image_size < LEAST_SIZE \
-                    or images.dtype != np.uint8:
-                raise ValueError(f"it holds {images.dtype} of {images.shape}, not uint8 images of "
-                                 f"(3, S, S), S at least {LEAST_SIZE}")
+            if (
+                shape != [3, self.image_size, self.image_size]
+                or self.image_size < LEAST_SIZE
+                or images.dtype != np.uint8
+            ):
+                raise ValueError(
+                    f"it holds {images.dtype} of {images.shape}, not uint8 images of "
+                    f"(3, S, S), S at least {LEAST_SIZE}"
+                )
         expected = self.num_images * self.captions_per_image
         if not expected == len(self.captions) == len(self.lengths):
             raise UserError(
                 f"{self.path} has {self.num_images} images of {self.captions_per_image} captions, "
                 f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they do "
-                f"not belong together; run create_input_files.py again")
+                f"not belong together; run create_input_files.py again"
+            )
         self._check_captions(captions)
         self.lengths[self._repetitions()] = 1
         self._distinct = (self.lengths > 1).nonzero().flatten().numpy()
 
     def _repetitions(self):
         """(captions,) whether a caption equals an earlier one of its image"""
-        captions = self.captions.view(self.num_images, self.captions_per_image,
-                                      self.captions.shape[1])  # not -1: there may be no image
+        captions = self.captions.view(
+            self.num_images, self.captions_per_image, self.captions.shape[1]
+        )  # not -1: there may be no image
         repeated = torch.zeros(captions.shape[:2], dtype=torch.bool)
         for i in range(1, captions.shape[1]):
-            repeated[:, i] = (captions[:, :i] == captions[:, i:i + 1]).all(2).any(1)
+            repeated[:, i] = (captions[:, :i] == captions[:, i : i + 1]).all(2).any(1)
         return repeated.flatten()
 
     def _check_captions(self, path):
@@ -218,9 +242,11 @@ class CaptionDataset(Dataset):
         ends = self.captions[rows, (lengths - 1).clamp(0, self.captions.shape[1] - 1)]
         bad |= (ends != self.word_map["<end>"]) | (self.captions[:, 0] != self.word_map["<start>"])
         if bad.any():
-            raise UserError(f"{path}: caption {int(bad.nonzero()[0])} is not <start>, words and "
-                            f"<end> of the length in CAPLENS; these two files and the WORDMAP do "
-                            f"not belong together: run create_input_files.py again")
+            raise UserError(
+                f"{path}: caption {int(bad.nonzero()[0])} is not <start>, words and "
+                f"<end> of the length in CAPLENS; these two files and the WORDMAP do "
+                f"not belong together: run create_input_files.py again"
+            )
 
     @cached_property
     def entries(self):
@@ -230,19 +256,29 @@ class CaptionDataset(Dataset):
                 entries = json.loads(self._references.read_bytes())
                 needed = {"filename", "image_id", "references"}
                 if len(entries) != self.num_images or not all(
-                        needed <= entry.keys()
-                        and all(isinstance(words, list) for words in entry["references"])
-                        for entry in entries):
-                    raise ValueError(f"it is not a list of {self.num_images} images with "
-                                     f"filename, image_id and references, lists of words")
+                    needed <= entry.keys()
+                    and all(isinstance(words, list) for words in entry["references"])
+                    for entry in entries
+                ):
+                    raise ValueError(
+                        f"it is not a list of {self.num_images} images with "
+                        f"filename, image_id and references, lists of words"
+                    )
             return entries
         words = {i: word for word, i in self.word_map.items()}
-        captions = [[words[i] for i in caption[1:length - 1]] for caption, length in
-                    zip(self.captions.tolist(), self.lengths.tolist())]
+        captions = [
+            [words[i] for i in caption[1 : length - 1]]
+            for caption, length in zip(self.captions.tolist(), self.lengths.tolist())
+        ]
         n, distinct = self.captions_per_image, self.lengths > 1
-        return [{"filename": None, "image_id": i,
-                 "references": [captions[j] for j in range(i * n, (i + 1) * n) if distinct[j]]}
-                for i in range(self.num_images)]
+        return [
+            {
+                "filename": None,
+                "image_id": i,
+                "references": [captions[j] for j in range(i * n, (i + 1) * n) if distinct[j]],
+            }
+            for i in range(self.num_images)
+        ]
 
     def __len__(self):
         return self.num_images if self.by_image else len(self._distinct)
@@ -256,8 +292,11 @@ class CaptionDataset(Dataset):
         else:
             caption = self._distinct[index]
             images, captions = caption // r, caption[..., None]
-        return (self._read_images(images), self.captions[captions].long(),
-                self.lengths[captions].long())
+        return (
+            self._read_images(images),
+            self.captions[captions].long(),
+            self.lengths[captions].long(),
+        )
 
     def use_features(self, features):
         """
@@ -285,8 +324,10 @@ class CaptionDataset(Dataset):
                 self._handle.read_direct(batch, np.s_[image], np.s_[i])
             except OSError as error:
                 reason = str(error).partition("\n")[0]
-                raise UserError(f"{self.path}: image {image} cannot be read ({reason}); check the "
-                                f"disk, or run create_input_files.py again") from None
+                raise UserError(
+                    f"{self.path}: image {image} cannot be read ({reason}); check the "
+                    f"disk, or run create_input_files.py again"
+                ) from None
         return torch.from_numpy(batch.reshape(*images.shape, *batch.shape[1:]))
 
     def __getstate__(self):
@@ -324,7 +365,7 @@ class ResumableBatchSampler(Sampler):
         order = np.arange(self.num_items)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for batch in np.array_split(order, self.num_batches)[self.start:]:
+        for batch in np.array_split(order, self.num_batches)[self.start :]:
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share):
                 yield share
@@ -340,8 +381,11 @@ def load_batches(loader):
     memory for example, and UserErrors of these processes as they were raised there.
     """
     batches = iter(loader)
-    if loader.num_workers and hasattr(signal, "SIGCHLD") \
-            and threading.current_thread() is threading.main_thread():
+    if (
+        loader.num_workers
+        and hasattr(signal, "SIGCHLD")
+        and threading.current_thread() is threading.main_thread()
+    ):
         # torch's handler raises wherever the program is, also in the middle of a step. Without it,
         # the loader notices within seconds, when a batch is missing.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -352,5 +396,7 @@ def load_batches(loader):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise WorkerDied("a process that loads batches was killed, perhaps for want of memory; "
-                         "pass --workers 0, or fewer captions at a time") from None
+        raise WorkerDied(
+            "a process that loads batches was killed, perhaps for want of memory; "
+            "pass --workers 0, or fewer captions at a time"
+        ) from None

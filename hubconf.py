@@ -17,9 +17,18 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "h5py", "fileloc
 _HERE = Path(__file__).resolve().parent
 _KEPT = "_show_attend_tell"  # under this name our modules stay in sys.modules
 # With what Captioner imports only when it needs it: later this folder is not on the path any more.
-_MODULES = ["caption", "checkpoints", "models", "modeling.backbones", "visualization.attention",
-            "visualization.animation", "visualization.overlay", "visualization.beam_tree",
-            "visualization.figures", "visualization.page"]
+_MODULES = [
+    "caption",
+    "checkpoints",
+    "models",
+    "modeling.backbones",
+    "visualization.attention",
+    "visualization.animation",
+    "visualization.overlay",
+    "visualization.beam_tree",
+    "visualization.figures",
+    "visualization.page",
+]
 
 
 def _import_ours():
@@ -32,9 +41,13 @@ def _import_ours():
     if _KEPT in sys.modules:
         return sys.modules[_KEPT].modules
     names = {path.stem for path in _HERE.glob("*.py")} | {
-        path.parent.name for path in _HERE.glob("*/__init__.py")}
-    foreign = {name: module for name, module in sys.modules.items()
-               if name.partition(".")[0] in names and name != "hubconf" and not _is_ours(module)}
+        path.parent.name for path in _HERE.glob("*/__init__.py")
+    }
+    foreign = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in names and name != "hubconf" and not _is_ours(module)
+    }
     for name in foreign:
         del sys.modules[name]
     sys.path.insert(0, str(_HERE))
@@ -76,16 +89,27 @@ def encoder(pretrained=True, **options):
     return _ours["models"].Encoder(weights="none", **options).eval()
 
 
-def decoder(pretrained=True, attention_dim=512, embed_dim=512, decoder_dim=512, vocab_size=None,
-            encoder_dim=2048):
+def decoder(
+    pretrained=True,
+    attention_dim=512,
+    embed_dim=512,
+    decoder_dim=512,
+    vocab_size=None,
+    encoder_dim=2048,
+):
     """
     Its `models.DecoderWithAttention` in evaluation mode; with pretrained=False a new one of these
     sizes, by default with as many words as that one.
     """
     if pretrained:
         return _load()[1]
-    return _ours["models"].DecoderWithAttention(
-        attention_dim, embed_dim, decoder_dim, vocab_size or len(word_map()), encoder_dim).eval()
+    return (
+        _ours["models"]
+        .DecoderWithAttention(
+            attention_dim, embed_dim, decoder_dim, vocab_size or len(word_map()), encoder_dim
+        )
+        .eval()
+    )
 
 
 def word_map():

@@ -42,11 +42,21 @@ class Encoder(nn.Module):
     later (see `Annotations`), which gives the same numbers for less work.
     """
 
-    def __init__(self, encoded_image_size=ENCODED_IMAGE_SIZE, name="resnet101",
-                 weights="imagenet", stride=32, image_size=IMAGE_SIZE):
+    def __init__(
+        self,
+        encoded_image_size=ENCODED_IMAGE_SIZE,
+        name="resnet101",
+        weights="imagenet",
+        stride=32,
+        image_size=IMAGE_SIZE,
+    ):
         super().__init__()
-        self.args = {"encoded_image_size": encoded_image_size, "name": name, "stride": stride,
-                     "image_size": image_size}
+        self.args = {
+            "encoded_image_size": encoded_image_size,
+            "name": name,
+            "stride": stride,
+            "image_size": image_size,
+        }
         backbone = load_backbone(name, weights, stride)
         self.resnet = backbone.body  # the tutorial's name, whatever the backbone
         self._fused = (None, None)  # see `_body`
@@ -106,6 +116,7 @@ class Annotations(NamedTuple):
     with linear layers: keys are projected on G cells and pooled only for the ReLU, and the
     context vector is a sum over G cells instead of P locations.
     """
+
     features: torch.Tensor  # (N, G, E) annotation vectors on the backbone's grid
     pool: torch.Tensor  # (P, G) pooling weights; each row sums to 1
     keys: torch.Tensor  # (N, P, A) encoder_att of the features, pooled to P locations
@@ -117,14 +128,17 @@ class Annotations(NamedTuple):
     def __getitem__(self, images):
         """The annotations of some of the images, without gradients."""
         keys = self.keys[images]
-        return self._replace(features=self.features[images], keys=keys,
-                             energy=AttentionEnergy(keys, self.energy.weight))
+        return self._replace(
+            features=self.features[images],
+            keys=keys,
+            energy=AttentionEnergy(keys, self.energy.weight),
+        )
 
 
 @lru_cache(maxsize=8)
 def pooling_matrix(cells, size, device, dtype):
     """AdaptiveAvgPool2d(size) on a square grid of `cells` cells, as a matrix (size^2, cells)"""
-    side = round(cells ** 0.5)
+    side = round(cells**0.5)
     if side * side != cells:
         raise ValueError(f"{cells} annotation vectors do not form a square grid")
     with torch.inference_mode(False):
@@ -162,7 +176,7 @@ class Attention(nn.Module):
         """
         alpha = (annotations.energy(query) + self.full_att.bias).softmax(-1)
         weights = alpha if hard_attention is None else hard_attention(alpha)
-        return (weights @ annotations.pool) @ annotations.features[:len(query)], alpha, weights
+        return (weights @ annotations.pool) @ annotations.features[: len(query)], alpha, weights
 
 
 class DecoderWithAttention(nn.Module):
@@ -172,13 +186,26 @@ class DecoderWithAttention(nn.Module):
     `encoded_image_size` is the side of the attention grid: P = encoded_image_size ** 2.
     """
 
-    def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048,
-                 dropout=0.5, encoded_image_size=ENCODED_IMAGE_SIZE):
+    def __init__(
+        self,
+        attention_dim,
+        embed_dim,
+        decoder_dim,
+        vocab_size,
+        encoder_dim=2048,
+        dropout=0.5,
+        encoded_image_size=ENCODED_IMAGE_SIZE,
+    ):
         super().__init__()
-        self.args = {"attention_dim": attention_dim, "embed_dim": embed_dim,
-                     "decoder_dim": decoder_dim, "vocab_size": vocab_size,
-                     "encoder_dim": encoder_dim, "dropout": dropout,
-                     "encoded_image_size": encoded_image_size}
+        self.args = {
+            "attention_dim": attention_dim,
+            "embed_dim": embed_dim,
+            "decoder_dim": decoder_dim,
+            "vocab_size": vocab_size,
+            "encoder_dim": encoder_dim,
+            "dropout": dropout,
+            "encoded_image_size": encoded_image_size,
+        }
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
@@ -194,8 +221,10 @@ class DecoderWithAttention(nn.Module):
     def load_pretrained_embeddings(self, embeddings):
         """embeddings: (V, embed_dim)"""
         if embeddings.shape != self.embedding.weight.shape:
-            raise ValueError(f"embeddings are {tuple(embeddings.shape)}, the decoder needs "
-                             f"{tuple(self.embedding.weight.shape)}")
+            raise ValueError(
+                f"embeddings are {tuple(embeddings.shape)}, the decoder needs "
+                f"{tuple(self.embedding.weight.shape)}"
+            )
         with torch.no_grad():
             self.embedding.weight.copy_(embeddings)
 
@@ -209,8 +238,9 @@ class DecoderWithAttention(nn.Module):
         features: (N, G, E) annotation vectors on a square grid, or (N, h, w, E)
         """
         features = features.reshape(len(features), -1, features.shape[-1])
-        pool = pooling_matrix(features.shape[1], self.args["encoded_image_size"],
-                              features.device, features.dtype)
+        pool = pooling_matrix(
+            features.shape[1], self.args["encoded_image_size"], features.device, features.dtype
+        )
         attention, lstm = self.attention, self.decode_step
         encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
         keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
@@ -220,13 +250,20 @@ class DecoderWithAttention(nn.Module):
         layers = attention.decoder_att, self.f_beta
         hidden_projections = DeferredLinear(
             torch.cat([layer.weight for layer in layers] + [lstm.weight_hh]),
-            torch.cat([layer.bias for layer in layers] + [lstm.bias_hh]))
+            torch.cat([layer.bias for layer in layers] + [lstm.bias_hh]),
+        )
         embedding_to_gates, context_to_gates = lstm.weight_ih.split(
-            (self.args["embed_dim"], self.args["encoder_dim"]), 1)
+            (self.args["embed_dim"], self.args["encoder_dim"]), 1
+        )
         return Annotations(
-            features, pool, keys, AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
-            hidden_projections, DeferredLinear(context_to_gates, lstm.bias_ih),
-            DeferredLinear(embedding_to_gates))
+            features,
+            pool,
+            keys,
+            AttentionEnergy(keys, attention.full_att.weight.squeeze(0)),
+            hidden_projections,
+            DeferredLinear(context_to_gates, lstm.bias_ih),
+            DeferredLinear(embedding_to_gates),
+        )
 
     def init_hidden_state(self, annotations):
         """h and c, each (N, H), from the mean annotation vector (section 3.1.2)"""
@@ -256,8 +293,7 @@ class DecoderWithAttention(nn.Module):
         query, beta, gates = annotations.hidden_projections(h).split(sizes, 1)
         if slots is not None:
             query = query.new_zeros(grid[0] * grid[1], sizes[0]).index_copy(0, slots, query)
-        context, alpha, weights = self.attention(annotations, query.view(*grid, -1),
-                                                 hard_attention)
+        context, alpha, weights = self.attention(annotations, query.view(*grid, -1), hard_attention)
         outputs = (context, alpha) if hard_attention is None else (context, alpha, weights)
         outputs = [x.flatten(0, 1) for x in outputs]
         if slots is not None:
@@ -288,8 +324,9 @@ class DecoderWithAttention(nn.Module):
         with torch.no_grad():
             sampled = sample_categorical(self.fc(h).softmax(-1))
         use_sampled = torch.rand(len(h), device=h.device) < sampling_prob
-        return torch.where(use_sampled.unsqueeze(1), self.embed_to_gates(sampled, annotations),
-                           token_gates)
+        return torch.where(
+            use_sampled.unsqueeze(1), self.embed_to_gates(sampled, annotations), token_gates
+        )
 
     def forward(self, features, captions, lengths, sampling_prob=0.0, hard_fraction=0.0):
         """
@@ -307,8 +344,9 @@ class DecoderWithAttention(nn.Module):
         """
         packed = PackedCaptions.of(lengths.cpu(), captions.shape[2], features.device)
         annotations = self.encode_memory(features.index_select(0, packed.images))
-        state = tuple(x.index_select(0, packed.image_of)
-                      for x in self.init_hidden_state(annotations))
+        state = tuple(
+            x.index_select(0, packed.image_of) for x in self.init_hidden_state(annotations)
+        )
         tokens = captions.flatten()
         token_gates = self.embed_to_gates(tokens[packed.tokens], annotations)
         token_gates = token_gates.split(packed.batch_sizes)
@@ -324,8 +362,13 @@ class DecoderWithAttention(nn.Module):
                 gates = self._scheduled_sampling(gates, state[0], annotations, sampling_prob)
             # With one caption per image the grid is full and in order.
             state, alpha, weight = self.step(
-                gates, state, annotations, packed.grids[t],
-                slots[t] if captions.shape[1] > 1 else None, hard_attention)
+                gates,
+                state,
+                annotations,
+                packed.grids[t],
+                slots[t] if captions.shape[1] > 1 else None,
+                hard_attention,
+            )
             hidden.append(state[0])
             alphas.append(alpha)
             weights.append(weight)
@@ -333,7 +376,10 @@ class DecoderWithAttention(nn.Module):
         logits = self.logits(hidden.index_select(0, packed.by_caption))
         targets = tokens[packed.tokens[packed.by_caption] + 1]
         shape = *lengths.shape, len(packed.batch_sizes), -1
-        attention = [x.new_zeros(lengths.numel() * shape[2], x.shape[1]).index_copy(
-            0, packed.steps, x).view(shape)
-            for x in map(torch.cat, (alphas, weights) if hard_fraction else (alphas,))]
+        attention = [
+            x.new_zeros(lengths.numel() * shape[2], x.shape[1])
+            .index_copy(0, packed.steps, x)
+            .view(shape)
+            for x in map(torch.cat, (alphas, weights) if hard_fraction else (alphas,))
+        ]
         return logits, targets, *attention

@@ -47,8 +47,9 @@ def train(args, checkpoint, processes):
     criterion = build_criterion(args, train_data)  # a mistake in its files must not cost an hour
     cache_features_if_frozen(args, encoder, (train_data, val_data), processes)
     train_loader, val_loader = build_loaders(args, train_data, val_data, processes)
-    state = TrainingState(args, encoder, decoder, criterion, train_loader.sampler.num_batches,
-                          processes)
+    state = TrainingState(
+        args, encoder, decoder, criterion, train_loader.sampler.num_batches, processes
+    )
     start = None
     if args.resume:
         restore_state(state, checkpoint)
@@ -105,101 +106,231 @@ def make_parser():
     group = parser.add_argument_group("data")
     add_data_options(group)
     add = group.add_argument
-    add("--batch_size", type=positive_int, default=80,
-        help="captions per step, over all processes")
-    add("--accumulate", type=positive_int, default=1,
-        help="split each step's captions into this many parts, which takes less memory")
-    add("--single_captions", action="store_true",
-        help="shuffle single captions instead of images with all their captions")
-    add("--workers", type=non_negative_int, default=1,
-        help="processes that load batches; 0: none")
-    add("--cache_features", action=flag, default=True,
-        help="with a frozen encoder, encode each image once and keep the result beside the data")
+    add("--batch_size", type=positive_int, default=80, help="captions per step, over all processes")
+    add(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        help="split each step's captions into this many parts, which takes less memory",
+    )
+    add(
+        "--single_captions",
+        action="store_true",
+        help="shuffle single captions instead of images with all their captions",
+    )
+    add("--workers", type=non_negative_int, default=1, help="processes that load batches; 0: none")
+    add(
+        "--cache_features",
+        action=flag,
+        default=True,
+        help="with a frozen encoder, encode each image once and keep the result beside the data",
+    )
     add("--features_folder", help="where to keep them; if not given, beside the data")
-    add("--cache_in", choices=("disk", "ram", "device"),
-        help="where to read it from while training; if not given, the fastest in which it fits")
+    add(
+        "--cache_in",
+        choices=("disk", "ram", "device"),
+        help="where to read it from while training; if not given, the fastest in which it fits",
+    )
 
     add = parser.add_argument_group(
-        "model", "with --checkpoint and --resume these come from the file").add_argument
+        "model", "with --checkpoint and --resume these come from the file"
+    ).add_argument
     add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
-    add("--encoder_stride", type=positive_int, choices=(16, 32), default=32, help="pixels of the "
-        "image to a location; 16: a finer attention grid, by dilating the encoder's last stage")
-    add("--encoder_weights", default="imagenet", help="imagenet, none (random) or a file: "
+    add(
+        "--encoder_stride",
+        type=positive_int,
+        choices=(16, 32),
+        default=32,
+        help="pixels of the "
+        "image to a location; 16: a finer attention grid, by dilating the encoder's last stage",
+    )
+    add(
+        "--encoder_weights",
+        default="imagenet",
+        help="imagenet, none (random) or a file: "
         "a state dict, or a checkpoint whose encoder to use; not with --checkpoint and --resume, "
-        "which have their own")
-    add("--emb_dim", type=positive_int,
-        help="size of the word embeddings; if not given, that of --embeddings, else 512")
-    add("--attention_dim", type=positive_int, default=512,
-        help="size of the hidden layer that scores each location")
+        "which have their own",
+    )
+    add(
+        "--emb_dim",
+        type=positive_int,
+        help="size of the word embeddings; if not given, that of --embeddings, else 512",
+    )
+    add(
+        "--attention_dim",
+        type=positive_int,
+        default=512,
+        help="size of the hidden layer that scores each location",
+    )
     add("--decoder_dim", type=positive_int, default=512, help="size of the LSTM's state")
-    add("--pretrain_text", nargs="+", metavar="FILE", help="captions without images, from which "
-        "the decoder learns to write first: a line each, or IMAGE TAB CAPTION; may end in .gz")
+    add(
+        "--pretrain_text",
+        nargs="+",
+        metavar="FILE",
+        help="captions without images, from which "
+        "the decoder learns to write first: a line each, or IMAGE TAB CAPTION; may end in .gz",
+    )
     add("--pretrain_epochs", type=positive_int, default=5, help="how often to read them")
-    add("--dropout", type=Number(float, least=0, below=1), default=0.5,
-        help="of the LSTM's state before the logits")
+    add(
+        "--dropout",
+        type=Number(float, least=0, below=1),
+        default=0.5,
+        help="of the LSTM's state before the logits",
+    )
     add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
-    add("--fine_tune_embeddings", action=flag, default=True,
-        help="train the embeddings, including those of --embeddings")
+    add(
+        "--fine_tune_embeddings",
+        action=flag,
+        default=True,
+        help="train the embeddings, including those of --embeddings",
+    )
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive_int, default=120, help="the most epochs to train")
     add("--decoder_lr", type=non_negative_float, default=4e-4, help="learning rate of Adam")
     add("--encoder_lr", type=non_negative_float, default=1e-4, help="with --fine_tune_encoder")
     add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
-    add("--augment", action="store_true", help="train on random crops and mirror images; not with "
-        "cached features")
-    add("--grad_clip", type=non_negative_float, default=5.0,
-        help="clip each gradient to plus or minus this value")
-    add("--ema", type=Number(float, least=0, below=1), default=0.0, help="validate and save an "
+    add(
+        "--augment",
+        action="store_true",
+        help="train on random crops and mirror images; not with cached features",
+    )
+    add(
+        "--grad_clip",
+        type=non_negative_float,
+        default=5.0,
+        help="clip each gradient to plus or minus this value",
+    )
+    add(
+        "--ema",
+        type=Number(float, least=0, below=1),
+        default=0.0,
+        help="validate and save an "
         "exponential moving average of the weights with this decay per step, such as 0.999; 0: "
-        "none")
-    add("--cosine", action="store_true", help="let the learning rate fall to 0 over --epochs along "
-        "half a cosine, instead of by --lr_decay")
-    add("--lr_decay", type=Number(float, above=0, most=1), default=0.8, help="multiply the "
+        "none",
+    )
+    add(
+        "--cosine",
+        action="store_true",
+        help="let the learning rate fall to 0 over --epochs along "
+        "half a cosine, instead of by --lr_decay",
+    )
+    add(
+        "--lr_decay",
+        type=Number(float, above=0, most=1),
+        default=0.8,
+        help="multiply the "
         "learning rate by this after each --decay_after epochs without a better validation BLEU-4 "
-        "(--self_critical: CIDEr-D)")
+        "(--self_critical: CIDEr-D)",
+    )
     add("--decay_after", type=positive_int, default=8, help="see --lr_decay")
-    add("--stop_after", type=positive_int, default=20,
-        help="end the run after this many epochs without improvement")
-    add("--val_beam_size", type=positive_int, default=1,
-        help="beam size of the free-running validation")
-    add("--seed", type=non_negative_int, default=0,
-        help="of initial weights, dropout and the order of batches")
+    add(
+        "--stop_after",
+        type=positive_int,
+        default=20,
+        help="end the run after this many epochs without improvement",
+    )
+    add(
+        "--val_beam_size",
+        type=positive_int,
+        default=1,
+        help="beam size of the free-running validation",
+    )
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of initial weights, dropout and the order of batches",
+    )
 
     add = parser.add_argument_group("loss").add_argument
-    add("--alpha_c", type=non_negative_float, default=1.0,
-        help="weight of the doubly stochastic attention term")
-    add("--attention", choices=("soft", "hard"), default="soft",
-        help="hard: attend to one sampled location; section 4.1 of the paper")
-    add("--lambda_r", type=non_negative_float, default=0.01,
-        help="hard attention: weight of the reward term")
-    add("--lambda_e", type=non_negative_float, default=0.01,
-        help="hard attention: weight of the entropy term")
-    add("--sampling_max", type=Number(float, least=0, most=1), default=0.0, help="scheduled "
-        "sampling: the highest probability of feeding back a sampled word instead of the true one")
-    add("--sampling_step", type=non_negative_float, default=0.05,
-        help="the probability starts at 0 and rises by this ...")
+    add(
+        "--alpha_c",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the doubly stochastic attention term",
+    )
+    add(
+        "--attention",
+        choices=("soft", "hard"),
+        default="soft",
+        help="hard: attend to one sampled location; section 4.1 of the paper",
+    )
+    add(
+        "--lambda_r",
+        type=non_negative_float,
+        default=0.01,
+        help="hard attention: weight of the reward term",
+    )
+    add(
+        "--lambda_e",
+        type=non_negative_float,
+        default=0.01,
+        help="hard attention: weight of the entropy term",
+    )
+    add(
+        "--sampling_max",
+        type=Number(float, least=0, most=1),
+        default=0.0,
+        help="scheduled "
+        "sampling: the highest probability of feeding back a sampled word instead of the true one",
+    )
+    add(
+        "--sampling_step",
+        type=non_negative_float,
+        default=0.05,
+        help="the probability starts at 0 and rises by this ...",
+    )
     add("--sampling_every", type=positive_int, default=5, help="... after every so many epochs")
-    add("--self_critical", action="store_true",
-        help="with --checkpoint: train on the CIDEr-D of captions sampled from the model")
-    add("--samples", type=Number(int, least=2), default=5,
-        help="--self_critical: captions sampled per image")
-    add("--cross_entropy_share", type=Number(float, least=0, below=1), default=0.0,
-        help="--self_critical: the share of the cross-entropy of the true captions in the loss")
-    add("--document_frequencies", nargs="+", metavar="FILE", help="--self_critical: count the "
+    add(
+        "--self_critical",
+        action="store_true",
+        help="with --checkpoint: train on the CIDEr-D of captions sampled from the model",
+    )
+    add(
+        "--samples",
+        type=Number(int, least=2),
+        default=5,
+        help="--self_critical: captions sampled per image",
+    )
+    add(
+        "--cross_entropy_share",
+        type=Number(float, least=0, below=1),
+        default=0.0,
+        help="--self_critical: the share of the cross-entropy of the true captions in the loss",
+    )
+    add(
+        "--document_frequencies",
+        nargs="+",
+        metavar="FILE",
+        help="--self_critical: count the "
         "document frequencies of CIDEr-D in these captions, files as for --pretrain_text, instead "
-        "of in the training captions")
+        "of in the training captions",
+    )
 
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint", help="start a new phase from this model")
-    add("--resume", nargs="?", const=True, metavar="FILE",
-        help="continue a run with its options; without FILE, the latest in --checkpoint_folder")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
+    )
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
-    add("--save_minutes", type=non_negative_float, default=10.0,
-        help="time between saves within an epoch")
+    add(
+        "--save_minutes",
+        type=non_negative_float,
+        default=10.0,
+        help="time between saves within an epoch",
+    )
     add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
-    add("--tensorboard", action="store_true", help="also log to tensorboard_NAME/, with "
-        "validation photographs, their captions and attention")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="also log to tensorboard_NAME/, with "
+        "validation photographs, their captions and attention",
+    )
 
     add_device_options(parser.add_argument_group("device"))
     return parser
@@ -211,16 +342,23 @@ def get_args(argv=None, source=None, options=None):
     parser.set_options_from(source, options or {})
     args = parser.parse_args(argv)
     if args.self_critical:
-        for name, allowed in (("attention", "soft"), ("sampling_max", 0),
-                              ("single_captions", False)):
+        for name, allowed in (
+            ("attention", "soft"),
+            ("sampling_max", 0),
+            ("single_captions", False),
+        ):
             if getattr(args, name) != allowed:
-                parser.error(f"--{name} is for training on true captions, which --self_critical "
-                             f"does not use; leave one of the two out")
+                parser.error(
+                    f"--{name} is for training on true captions, which --self_critical "
+                    f"does not use; leave one of the two out"
+                )
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     elif args.cross_entropy_share or args.document_frequencies:
-        parser.error("--cross_entropy_share and --document_frequencies are for --self_critical; "
-                     "leave them out")
+        parser.error(
+            "--cross_entropy_share and --document_frequencies are for --self_critical; "
+            "leave them out"
+        )
     return args
 
 

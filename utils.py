@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MAX_INT = 2 ** 31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
+MAX_INT = 2**31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
 
 
 def printable(text):
@@ -73,12 +73,13 @@ def run_script(main):
     except RuntimeError as error:
         import torch
 
-        if not (isinstance(error, torch.OutOfMemoryError)
-                or "can't allocate memory" in str(error)):
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: the memory is full; pass a smaller --batch_size "
-              f"(train.py: or a larger --accumulate, which takes the same steps in parts)",
-              file=sys.stderr)
+        print(
+            f"{os.path.basename(sys.argv[0])}: the memory is full; pass a smaller --batch_size "
+            f"(train.py: or a larger --accumulate, which takes the same steps in parts)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for example
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -97,8 +98,7 @@ def _prepare_stream(name):
     if stream is None:
         setattr(sys, name, open(os.devnull, "w"))
     elif isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8",
-                           errors="backslashreplace")
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 # Options
@@ -113,11 +113,16 @@ class Number:
 
     def __init__(self, kind, least=None, most=None, above=None, below=None):
         self.kind, self.__name__ = kind, kind.__name__  # argparse names it in "invalid int value"
-        self.bounds = [(text, bound, is_met) for text, bound, is_met in (
-            ("at least", least, lambda value: value >= least),
-            ("above", above, lambda value: value > above),
-            ("at most", most, lambda value: value <= most),
-            ("below", below, lambda value: value < below)) if bound is not None]
+        self.bounds = [
+            (text, bound, is_met)
+            for text, bound, is_met in (
+                ("at least", least, lambda value: value >= least),
+                ("above", above, lambda value: value > above),
+                ("at most", most, lambda value: value <= most),
+                ("below", below, lambda value: value < below),
+            )
+            if bound is not None
+        ]
 
     def __call__(self, text):
         return self.check(self.kind(text))
@@ -197,10 +202,13 @@ def _check_option(action, value):
 
 def add_device_options(parser):
     """--device and --amp, which `find_device` and `autocast` of modeling/devices.py take"""
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU "
-                        "where there is one, else the CPU")
-    parser.add_argument("--amp", choices=AMP,
-                        help="multiply matrices in half precision; float32 if not given")
+    parser.add_argument(
+        "--device",
+        help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU where there is one, else the CPU",
+    )
+    parser.add_argument(
+        "--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given"
+    )
 
 
 # Files
@@ -344,11 +352,17 @@ def exclusive_lock(path, busy, timeout=0.5):
     except Timeout:
         raise UserError(busy) from None
     except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.ENOSYS,
-                                                 errno.EOPNOTSUPP):
+        if getattr(error, "errno", None) not in (
+            None,
+            errno.ENOLCK,
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+        ):
             raise
-        raise UserError(f"{path} cannot be locked, as on some network disks ({error}); pass a "
-                        f"folder on another disk") from None
+        raise UserError(
+            f"{path} cannot be locked, as on some network disks ({error}); pass a "
+            f"folder on another disk"
+        ) from None
     try:
         yield
     finally:

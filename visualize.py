@@ -22,12 +22,17 @@ def get_args(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser(
-        "curves", help="loss, reward, BLEU-4, CIDEr-D, learning rate and speed by epoch",
-        description="Draw what train.py logged after each epoch, with a panel for each metric.")
+        "curves",
+        help="loss, reward, BLEU-4, CIDEr-D, learning rate and speed by epoch",
+        description="Draw what train.py logged after each epoch, with a panel for each metric.",
+    )
     curves.add_argument("logs", nargs="+", metavar="log_NAME.jsonl", help="drawn as one line each")
     curves.add_argument("-o", "--out", default="curves.png", help="PNG, PDF or SVG")
-    curves.add_argument("--watch", action="store_true", help="go on, and draw again whenever a log "
-                        "has changed, until Ctrl-C")
+    curves.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on, and draw again whenever a log has changed, until Ctrl-C",
+    )
     return parser.parse_args(argv)
 
 

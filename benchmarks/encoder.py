@@ -40,13 +40,17 @@ def encoder(args):
         torch.manual_seed(0)
         ours = Encoder(name=name, weights="none", stride=stride).to(args.device)
         plain = plain_network(ours)
-        images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8,
-                               device=args.device)
+        images = torch.randint(
+            0, 256, (IMAGES, 3, size, size), dtype=torch.uint8, device=args.device
+        )
 
         @torch.inference_mode()
         def textbook(plain=plain, images=images, ours=ours):
-            plain(((images / 255 - ours.mean) / ours.std).contiguous(
-                memory_format=torch.channels_last))
+            plain(
+                ((images / 255 - ours.mean) / ours.std).contiguous(
+                    memory_format=torch.channels_last
+                )
+            )
 
         for amp in (None, "bf16"):
 
@@ -55,8 +59,9 @@ def encoder(args):
                 with autocast(args.device, amp):
                     ours(images)
 
-            row = compare(f"{name}, {size} pixels, stride {stride}, {amp or 'float32'}", textbook,
-                          fused, args)
+            row = compare(
+                f"{name}, {size} pixels, stride {stride}, {amp or 'float32'}", textbook, fused, args
+            )
             yield row | {"note": f"{IMAGES / row['ours']:.1f} images/s"}
 
 
@@ -66,7 +71,8 @@ def finetune(args):
         torch.manual_seed(0)
         ours = Encoder(name=name, weights="none", stride=stride).to(args.device)
         images = torch.randn(IMAGES, 3, size, size, device=args.device).contiguous(
-            memory_format=torch.channels_last)
+            memory_format=torch.channels_last
+        )
 
         def step(body, trained, images=images):
             loss = body(images).square().mean()
@@ -79,8 +85,12 @@ def finetune(args):
             for weight, other in zip(plain.parameters(), ours.parameters()):
                 weight.requires_grad = other.requires_grad
         of_plain = [p for p in plain.parameters() if p.requires_grad]
-        row = compare(f"fine-tuning {name}, {IMAGES} images of {size} pixels",
-                      partial(step, plain, of_plain), partial(step, ours._body, trained), args)
+        row = compare(
+            f"fine-tuning {name}, {IMAGES} images of {size} pixels",
+            partial(step, plain, of_plain),
+            partial(step, ours._body, trained),
+            args,
+        )
         yield row | {"note": f"{IMAGES / row['ours']:.1f} images/s"}
 
 
@@ -112,8 +122,15 @@ def folder(args, n=300):
                 os.remove(cache_features(data, captioner.encoder, args.device, args.amp))
 
         for what, function in (("captions of a folder", captions), ("a feature cache", cache)):
-            row = compare(f"{what}, {n} images; textbook: the encoder alone", encoder_alone,
-                          function, args, memory=False)
+            row = compare(
+                f"{what}, {n} images; textbook: the encoder alone",
+                encoder_alone,
+                function,
+                args,
+                memory=False,
+            )
             share = row["textbook"] / row["ours"]
-            yield row | {"share": share, "note": f"{n / row['ours']:.1f} images/s, {share:.2f} of "
-                                                 f"the encoder's"}
+            yield row | {
+                "share": share,
+                "note": f"{n / row['ours']:.1f} images/s, {share:.2f} of the encoder's",
+            }

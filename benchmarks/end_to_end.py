@@ -61,8 +61,18 @@ def write_data_set(folder, pixels=True, size=256, **images):
 
 def options(args, folder, *more):
     amp = ["--amp", args.amp] if args.amp else []
-    return ["--data_folder", str(folder), "--checkpoint_folder", str(folder), "--encoder_weights",
-            "none", "--device", str(args.device), *amp, *more]
+    return [
+        "--data_folder",
+        str(folder),
+        "--checkpoint_folder",
+        str(folder),
+        "--encoder_weights",
+        "none",
+        "--device",
+        str(args.device),
+        *amp,
+        *more,
+    ]
 
 
 class PreloadedBatches(list):
@@ -78,8 +88,9 @@ class PreloadedBatches(list):
 class EpochRunner:
     """Training as in train.py on this data: run() trains for one epoch."""
 
-    def __init__(self, encoder, data, args, fine_tune=False, preload=False, images=16, more=(),
-                 decoder=None):
+    def __init__(
+        self, encoder, data, args, fine_tune=False, preload=False, images=16, more=(), decoder=None
+    ):
         """images: in a batch, each with 5 captions; more: further options of train.py"""
         run_args = train.get_args(options(args, ".", *more))
         run_args.fine_tune_encoder = fine_tune
@@ -88,9 +99,14 @@ class EpochRunner:
         self.loader = build_loader(data, sampler, run_args.workers, args.device)
         if preload:
             self.loader = PreloadedBatches(self.loader, args.device)
-        self.state = TrainingState(run_args, encoder, decoder.to(args.device),
-                                   build_criterion(run_args, data), sampler.num_batches,
-                                   Distributed(args.device))
+        self.state = TrainingState(
+            run_args,
+            encoder,
+            decoder.to(args.device),
+            build_criterion(run_args, data),
+            sampler.num_batches,
+            Distributed(args.device),
+        )
 
     def run(self):
         self.state.progress = Progress()
@@ -106,8 +122,17 @@ def cache(args):
         for option, epochs in (("--cache_features", 4), ("--no-cache_features", 2)):
             shutil.rmtree(Path(folder, "run"), ignore_errors=True)
             with redirect_stdout(StringIO()):
-                train.main(options(args, folder, "--checkpoint_folder", f"{folder}/run",
-                                   option, "--epochs", str(epochs)))
+                train.main(
+                    options(
+                        args,
+                        folder,
+                        "--checkpoint_folder",
+                        f"{folder}/run",
+                        option,
+                        "--epochs",
+                        str(epochs),
+                    )
+                )
             log = Path(folder, "run", "log_x.jsonl").read_text().splitlines()
             times[option] = min(json.loads(line)["train_seconds"] for line in log[1:])
         torch.manual_seed(0)  # the same encoder as in that run, whose features exist
@@ -120,9 +145,13 @@ def cache(args):
         runner.run()
         decoder_alone = min(seconds(runner.run, args.device) for _ in range(3))
     cached, uncached = times["--cache_features"], times["--no-cache_features"]
-    yield {"stage": "epoch of 96 images, ResNet-101; textbook: no cache", "textbook": uncached,
-           "ours": cached, "decoder": decoder_alone,
-           "note": f"{cached / decoder_alone:.2f} times the decoder's own {decoder_alone:.3f} s"}
+    yield {
+        "stage": "epoch of 96 images, ResNet-101; textbook: no cache",
+        "textbook": uncached,
+        "ours": cached,
+        "decoder": decoder_alone,
+        "note": f"{cached / decoder_alone:.2f} times the decoder's own {decoder_alone:.3f} s",
+    }
 
 
 def coco(args):
@@ -145,8 +174,11 @@ def coco(args):
             runner.run()
             time = scale * min(seconds(runner.run, args.device) for _ in range(3))
             what = "fine-tuning ResNet-101" if fine_tune else "decoder alone, from the cache"
-            yield {"stage": f"epoch of COCO, {what}", "ours": time,
-                   "note": f"from {batches} of {COCO_IMAGES // 16 + 1} batches"}
+            yield {
+                "stage": f"epoch of COCO, {what}",
+                "ours": time,
+                "note": f"from {batches} of {COCO_IMAGES // 16 + 1} batches",
+            }
     encoder.eval()
     decoder, n = decoder_with_realistic_lengths(args.device), 5000 if gpu else 50
     images = torch.randint(0, 256, (50, 3, 256, 256), dtype=torch.uint8)
@@ -162,10 +194,14 @@ def coco(args):
             with autocast(args.device, args.amp):
                 beam_search(decoder, encoder(images.to(args.device)), WORD_MAP, 5)
 
-    row = compare("beam-5 search of 5000 images, with ResNet-101", textbook, ours, args,
-                  memory=False)
-    yield row | {"textbook": row["textbook"] * 500, "ours": row["ours"] * 5000 / n,
-                 "note": f"from 10 images one by one and {n} in batches of 50"}
+    row = compare(
+        "beam-5 search of 5000 images, with ResNet-101", textbook, ours, args, memory=False
+    )
+    yield row | {
+        "textbook": row["textbook"] * 500,
+        "ours": row["ours"] * 5000 / n,
+        "note": f"from 10 images one by one and {n} in batches of 50",
+    }
 
 
 def start(args):
@@ -173,12 +209,14 @@ def start(args):
     with tempfile.TemporaryDirectory() as folder:
         photograph = shutil.copy(ROOT / "docs/photo.jpg", folder)
         caption = ["caption.py", "--img", photograph, "--device", str(args.device)]
-        commands = {"import torch": ["-c", "import torch"],
-                    "caption.py, one photograph": [*caption, "--no_attention"],
-                    "caption.py, with the overlay": caption,
-                    "Captioner()": ["-c", "from caption import Captioner; Captioner()"],
-                    "train.py --help": ["train.py", "--help"],
-                    "eval.py --help": ["eval.py", "--help"]}
+        commands = {
+            "import torch": ["-c", "import torch"],
+            "caption.py, one photograph": [*caption, "--no_attention"],
+            "caption.py, with the overlay": caption,
+            "Captioner()": ["-c", "from caption import Captioner; Captioner()"],
+            "train.py --help": ["train.py", "--help"],
+            "eval.py --help": ["eval.py", "--help"],
+        }
 
         def run(command):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
@@ -191,5 +229,9 @@ def start(args):
     times = {name: statistics.median(values) for name, values in times.items()}
     for name, time in times.items():
         share = time / times["import torch"]
-        yield {"stage": name, "ours": time, "share": share,
-               "note": f"{share:.2f} times import torch"}
+        yield {
+            "stage": name,
+            "ours": time,
+            "share": share,
+            "note": f"{share:.2f} times import torch",
+        }

@@ -40,9 +40,19 @@ def draw_photographs(folder, n, different=100):
 def write_karpathy(path, photographs, val=0):
     """val: how many of them, the last ones, are for validation"""
     sentences = [{"tokens": f"a photograph number {i} of something".split()} for i in range(5)]
-    write_json(path, {"images": [{"filename": photograph.name, "sentences": sentences,
-                                  "split": "val" if i >= len(photographs) - val else "train"}
-                                 for i, photograph in enumerate(photographs)]})
+    write_json(
+        path,
+        {
+            "images": [
+                {
+                    "filename": photograph.name,
+                    "sentences": sentences,
+                    "split": "val" if i >= len(photographs) - val else "train",
+                }
+                for i, photograph in enumerate(photographs)
+            ]
+        },
+    )
 
 
 def preprocessing(args):
@@ -56,14 +66,16 @@ def preprocessing(args):
             with h5py.File(folder / "textbook.hdf5", "w") as file:
                 images = file.create_dataset("images", (len(photographs), 3, 256, 256), "uint8")
                 for i, path in enumerate(photographs):
-                    image = Image.fromarray(imageio.imread(path)).resize((256, 256),
-                                                                         Image.Resampling.BILINEAR)
+                    image = Image.fromarray(imageio.imread(path)).resize(
+                        (256, 256), Image.Resampling.BILINEAR
+                    )
                     images[i] = np.asarray(image).transpose(2, 0, 1)
 
         def ours():
             with redirect_stdout(io.StringIO()):
-                create_input_files("photos", folder / "karpathy.json", folder,
-                                   output_folder=folder / "ours")
+                create_input_files(
+                    "photos", folder / "karpathy.json", folder, output_folder=folder / "ours"
+                )
             shutil.rmtree(folder / "ours")
 
         row = compare("preprocessing 1000 photographs", textbook, ours, args, memory=False)
@@ -81,16 +93,23 @@ def preprocessing(args):
             ours.create()
             ours.write(0, pixels)
 
-        yield compare("writing 400 images; textbook: a plain file", plain_file,
-                      resumable_file, args,
-                      memory=False)
+        yield compare(
+            "writing 400 images; textbook: a plain file",
+            plain_file,
+            resumable_file,
+            args,
+            memory=False,
+        )
 
     peaks = {n: memory_of_preprocessing(n) for n in (1000, 5000)}
     slope = (peaks[5000] - peaks[1000]) / 4000
-    yield {"stage": "preprocessing memory, 1000 and 5000 photographs", "bytes": peaks,
-           "bytes_per_image": slope,
-           "note": f"{peaks[1000] / 1e6:.0f} and {peaks[5000] / 1e6:.0f} MB, "
-                   f"{slope / 1e3:+.1f} kB an image"}
+    yield {
+        "stage": "preprocessing memory, 1000 and 5000 photographs",
+        "bytes": peaks,
+        "bytes_per_image": slope,
+        "note": f"{peaks[1000] / 1e6:.0f} and {peaks[5000] / 1e6:.0f} MB, "
+        f"{slope / 1e3:+.1f} kB an image",
+    }
 
 
 def memory_of_preprocessing(n):
@@ -130,9 +149,13 @@ def opening(folder, images):
         from datasets import CaptionDataset
         data = CaptionDataset({folder!r}, "x", "TRAIN")
     """)
-    yield {"stage": f"opening {count:,} captions", "textbook": textbook["seconds"],
-           "ours": ours["seconds"], "textbook_bytes": textbook["bytes_beyond_imports"],
-           "ours_bytes": ours["bytes_beyond_imports"]}
+    yield {
+        "stage": f"opening {count:,} captions",
+        "textbook": textbook["seconds"],
+        "ours": ours["seconds"],
+        "textbook_bytes": textbook["bytes_beyond_imports"],
+        "ours_bytes": ours["bytes_beyond_imports"],
+    }
     for method in ("fork", "spawn"):
         workers = measure_process(f"""
             from torch.utils.data import DataLoader
@@ -149,5 +172,9 @@ def opening(folder, images):
             result["private"] = [private(w.pid) for w in batches._workers]
         """)
         memory = " and ".join(f"{size / 1e6:.0f}" for size in workers["private"])
-        yield {"stage": f"  two workers' first batch, {method}", "ours": workers["start"],
-               "worker_bytes": workers["private"], "note": f"{memory} MB of their own"}
+        yield {
+            "stage": f"  two workers' first batch, {method}",
+            "ours": workers["start"],
+            "worker_bytes": workers["private"],
+            "note": f"{memory} MB of their own",
+        }

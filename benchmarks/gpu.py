@@ -34,10 +34,19 @@ from training.losses import doubly_stochastic_loss
 def find_sizes(device):
     """How much of everything is run; whole epochs and splits are extrapolated from it."""
     if device.type == "cuda":
-        return SimpleNamespace(images=11_328, batches=(16, 128), tuned=640, side=256, searched=1000,
-                               search_batch=100, textbook=10, steps=10)
-    return SimpleNamespace(images=8, batches=(2, 4), tuned=4, side=64, searched=2, search_batch=2,
-                           textbook=1, steps=1)
+        return SimpleNamespace(
+            images=11_328,
+            batches=(16, 128),
+            tuned=640,
+            side=256,
+            searched=1000,
+            search_batch=100,
+            textbook=10,
+            steps=10,
+        )
+    return SimpleNamespace(
+        images=8, batches=(2, 4), tuned=4, side=64, searched=2, search_batch=2, textbook=1, steps=1
+    )
 
 
 def gpu(args):
@@ -73,9 +82,12 @@ def _frozen_epochs(encoder, data, sizes, args):
         textbook, *_ = training_step(textbook_decoder, images, 5, args)
         textbook()
         steps = COCO_IMAGES / images
-        yield {"stage": f"frozen epoch of COCO from the cache, batch {5 * images}", "ours": ours,
-               "textbook": seconds(textbook, args.device) * steps,
-               "note": f"from {sizes.images} images; {1000 * ours / steps:.1f} ms a step"}
+        yield {
+            "stage": f"frozen epoch of COCO from the cache, batch {5 * images}",
+            "ours": ours,
+            "textbook": seconds(textbook, args.device) * steps,
+            "note": f"from {sizes.images} images; {1000 * ours / steps:.1f} ms a step",
+        }
     if args.device.type == "cuda":
         wall = seconds(runner.run, args.device)
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -83,25 +95,39 @@ def _frozen_epochs(encoder, data, sizes, args):
             torch.cuda.synchronize(args.device)
         kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-        yield {"stage": f"time in which the GPU computes, batch {5 * sizes.batches[-1]}",
-               "ours": busy, "share": busy / wall,
-               "note": f"{100 * busy / wall:.0f} % of {wall:.2f} s, {len(kernels)} kernels"}
+        yield {
+            "stage": f"time in which the GPU computes, batch {5 * sizes.batches[-1]}",
+            "ours": busy,
+            "share": busy / wall,
+            "note": f"{100 * busy / wall:.0f} % of {wall:.2f} s, {len(kernels)} kernels",
+        }
 
 
 def _self_critical_step(encoder, data, sizes, args):
     """A step of each criterion on the same batches, from a decoder whose captions end."""
     times, images = {}, sizes.batches[0]
     part = copy.copy(data)
-    for name, options in (("cross-entropy", []),
-                          ("self-critical", ["--self_critical", "--checkpoint", "x"])):
-        runner = EpochRunner(encoder, part, args, images=images, more=options,
-                             decoder=decoder_with_realistic_lengths(args.device))
+    for name, options in (
+        ("cross-entropy", []),
+        ("self-critical", ["--self_critical", "--checkpoint", "x"]),
+    ):
+        runner = EpochRunner(
+            encoder,
+            part,
+            args,
+            images=images,
+            more=options,
+            decoder=decoder_with_realistic_lengths(args.device),
+        )
         batches = runner.loader.sampler.num_batches
         runner.run()
         times[name] = seconds(runner.run, args.device) / batches
     ratio = times["self-critical"] / times["cross-entropy"]
-    return {"stage": f"self-critical step, {images} images × 5 samples", "ours":
-            times["self-critical"], "note": f"{ratio:.1f} times a cross-entropy step"}
+    return {
+        "stage": f"self-critical step, {images} images × 5 samples",
+        "ours": times["self-critical"],
+        "note": f"{ratio:.1f} times a cross-entropy step",
+    }
 
 
 def _fine_tuning(sizes, args):
@@ -127,20 +153,23 @@ def _fine_tuning(sizes, args):
     step()
     steps = max(1, sizes.tuned // n)
     time = seconds(lambda: [step() for _ in range(steps)], args.device)
-    return {"stage": "epoch of COCO, fine-tuning ResNet-101",
-            "ours": time * COCO_IMAGES / n / steps,
-            "note": f"{args.amp or 'float32'}, from {steps} steps of {n} images × 5 captions"}
+    return {
+        "stage": "epoch of COCO, fine-tuning ResNet-101",
+        "ours": time * COCO_IMAGES / n / steps,
+        "note": f"{args.amp or 'float32'}, from {steps} steps of {n} images × 5 captions",
+    }
 
 
 @torch.inference_mode()
 def _search(encoder, sizes, args):
     """Beam 5 over COCO's 5,000 test images, ResNet-101 included, beside one image at a time."""
     decoder = decoder_with_realistic_lengths(args.device)
-    images = torch.randint(0, 256, (sizes.search_batch, 3, sizes.side, sizes.side),
-                           dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (sizes.search_batch, 3, sizes.side, sizes.side), dtype=torch.uint8
+    )
 
     def textbook():
-        for image in images[:sizes.textbook].to(args.device).split(1):
+        for image in images[: sizes.textbook].to(args.device).split(1):
             reference.search(decoder, reference.encode(encoder(image)), WORD_MAP, 5)
 
     def ours():
@@ -148,11 +177,14 @@ def _search(encoder, sizes, args):
             with autocast(args.device, args.amp):
                 beam_search(decoder, encoder(images.to(args.device)), WORD_MAP, 5)
 
-    row = compare("beam 5 over 5000 images, ResNet-101 included", textbook, ours, args,
-                  memory=False)
-    return row | {"textbook": row["textbook"] * 5000 / sizes.textbook,
-                  "ours": row["ours"] * 5000 / sizes.searched,
-                  "note": f"from {sizes.textbook} images one by one, {sizes.searched} in batches"}
+    row = compare(
+        "beam 5 over 5000 images, ResNet-101 included", textbook, ours, args, memory=False
+    )
+    return row | {
+        "textbook": row["textbook"] * 5000 / sizes.textbook,
+        "ours": row["ours"] * 5000 / sizes.searched,
+        "note": f"from {sizes.textbook} images one by one, {sizes.searched} in batches",
+    }
 
 
 def _precision(args):
@@ -162,23 +194,31 @@ def _precision(args):
     exact = decoder_with_realistic_lengths(torch.device("cpu")).double()
     expected = _loss_and_gradients(exact, features.double(), captions, lengths)
     searched = [c.tokens for c in beam_search(exact, features.double(), WORD_MAP, 5)]
-    for name, precision, amp in (("float32", "highest", None), ("TF32", "high", None),
-                                 ("bf16", "high", "bf16")):
+    for name, precision, amp in (
+        ("float32", "highest", None),
+        ("TF32", "high", None),
+        ("bf16", "high", "bf16"),
+    ):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         decoder = decoder_with_realistic_lengths(args.device)
         on_device = features.to(args.device)
         with autocast(args.device, amp):
-            loss, gradient = _loss_and_gradients(decoder, on_device, captions.to(args.device),
-                                                 lengths)
+            loss, gradient = _loss_and_gradients(
+                decoder, on_device, captions.to(args.device), lengths
+            )
             found = [c.tokens for c in beam_search(decoder, on_device, WORD_MAP, 5)]
         torch.set_float32_matmul_precision(before)
         error = (gradient.cpu().double() - expected[1]).norm() / expected[1].norm()
         same = sum(a == b for a, b in zip(found, searched))
-        yield {"stage": f"{name} against float64", "loss_error": abs(loss / expected[0] - 1),
-               "gradient_error": float(error), "identical": same,
-               "note": f"loss {abs(loss / expected[0] - 1):.1e}, gradients {error:.1e} off, {same} "
-                       f"of 8 captions identical"}
+        yield {
+            "stage": f"{name} against float64",
+            "loss_error": abs(loss / expected[0] - 1),
+            "gradient_error": float(error),
+            "identical": same,
+            "note": f"loss {abs(loss / expected[0] - 1):.1e}, gradients {error:.1e} off, {same} "
+            f"of 8 captions identical",
+        }
 
 
 def _loss_and_gradients(decoder, features, captions, lengths):

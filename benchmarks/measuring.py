@@ -34,12 +34,16 @@ def seconds(function, device):
 def compare(stage, textbook, ours, args, memory=True):
     """A row of the table; both versions run in turns, so that other load affects them equally."""
     textbook(), ours()
-    times = [[seconds(function, args.device) for function in (textbook, ours)]
-             for _ in tqdm(range(args.repeats), stage, disable=None, leave=False)]
+    times = [
+        [seconds(function, args.device) for function in (textbook, ours)]
+        for _ in tqdm(range(args.repeats), stage, disable=None, leave=False)
+    ]
     row = {"stage": stage} | dict(zip(("textbook", "ours"), map(statistics.median, zip(*times))))
     if memory:
-        row |= {"textbook_bytes": peak_memory(textbook, args.device),
-                "ours_bytes": peak_memory(ours, args.device)}
+        row |= {
+            "textbook_bytes": peak_memory(textbook, args.device),
+            "ours_bytes": peak_memory(ours, args.device),
+        }
     return row
 
 
@@ -50,12 +54,15 @@ def peak_memory(function, device):
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
-    changes = sorted((event.start_ns(), event.nbytes())
-                     for event in profile.profiler.kineto_results.events()
-                     if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     return int(np.cumsum([size for _, size in changes]).max(initial=0))
 
 
@@ -65,9 +72,12 @@ def matmul_rate(device):
     the faster of PyTorch's library and `linear`'s.
     """
     a = torch.rand(2048, 2048, device=device)
-    times = [seconds(partial(product, a, a), device)
-             for product in (torch.matmul, linear) for _ in range(20)]
-    return 2 * 2048 ** 3 / min(times)
+    times = [
+        seconds(partial(product, a, a), device)
+        for product in (torch.matmul, linear)
+        for _ in range(20)
+    ]
+    return 2 * 2048**3 / min(times)
 
 
 def exponent(sizes, times):
@@ -84,14 +94,21 @@ def measure_process(code):
     imports, code = [], textwrap.dedent(code).strip().split("\n")
     while code and code[0].startswith(("from ", "import ")):
         imports.append(code.pop(0))
-    program = "\n".join([
-        "import json, resource, sys, time", *imports,
-        "peak = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
-        "result, before = {}, peak()", "start = time.perf_counter()", *code,
-        "result['seconds'] = time.perf_counter() - start",
-        "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
-        "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
-        "print(json.dumps(result))"])
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT,
-                          check=True, stdout=subprocess.PIPE, text=True)
+    program = "\n".join(
+        [
+            "import json, resource, sys, time",
+            *imports,
+            "peak = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
+            "result, before = {}, peak()",
+            "start = time.perf_counter()",
+            *code,
+            "result['seconds'] = time.perf_counter() - start",
+            "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
+            "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
+            "print(json.dumps(result))",
+        ]
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(process.stdout.splitlines()[-1])

@@ -63,8 +63,9 @@ def training_step(decoder, n, r, args, vocab=None, mean=12.5, cells=CELLS):
 
     def textbook():
         decoder.zero_grad(set_to_none=False)
-        reference.loss(*reference.decode(decoder, encoded, captions.flatten(0, 1),
-                                         lengths.flatten())[:4]).backward()
+        reference.loss(
+            *reference.decode(decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4]
+        ).backward()
 
     def ours():
         decoder.zero_grad(set_to_none=False)
@@ -122,23 +123,31 @@ def search(args):
         results = {}
 
         def textbook(beam_size=beam_size, results=results):
-            results["textbook"] = [reference.search(decoder, image, WORD_MAP, beam_size)[0]
-                                   for image in encoded.split(1)]
+            results["textbook"] = [
+                reference.search(decoder, image, WORD_MAP, beam_size)[0]
+                for image in encoded.split(1)
+            ]
 
         def ours(beam_size=beam_size, results=results):
             with autocast(args.device, args.amp):
                 results["ours"] = beam_search(decoder, features, WORD_MAP, beam_size)
 
         row = compare(f"beam search, beam {beam_size}, 100 images", textbook, ours, args)
-        same = sum([WORD_MAP["<start>"], *a.tokens, WORD_MAP["<end>"]] == b[0]
-                   for a, b in zip(results["ours"], results["textbook"]))
+        same = sum(
+            [WORD_MAP["<start>"], *a.tokens, WORD_MAP["<end>"]] == b[0]
+            for a, b in zip(results["ours"], results["textbook"])
+        )
         length = statistics.mean(len(caption.tokens) for caption in results["ours"])
-        yield row | {"identical": same, "words": length,
-                     "note": f"{same} of 100 captions identical, {length:.1f} words"}
+        yield row | {
+            "identical": same,
+            "words": length,
+            "note": f"{same} of 100 captions identical, {length:.1f} words",
+        }
 
 
 def scaling(args):
     """How the time grows with each size alone, and the exponent: 1 is linear."""
+
     def make_step(n, r=5, vocab=None, mean=12.5, cells=CELLS):
         decoder = DecoderWithAttention(SIZE, SIZE, SIZE, vocab or VOCAB, ENCODER_DIM)
         return training_step(decoder.to(args.device), n, r, args, vocab, mean, cells)[1]
@@ -149,23 +158,34 @@ def scaling(args):
 
     decoder = decoder_with_realistic_lengths(args.device)
     for what, sizes, make in (
-            ("training step, images of 5 captions", (8, 16, 32, 64), lambda n: make_step(n)),
-            ("training step, vocabulary", (2500, 5000, 10000, 20000),
-             lambda v: make_step(16, 5, v)),
-            ("training step, words a caption", (6, 12, 24, 48), lambda t: make_step(16, mean=t)),
-            ("training step, cells of an image (stride 16: 196)", (49, 64, 100, 196),
-             lambda cells: make_step(16, cells=cells)),
-            ("beam search at 5, images", (25, 50, 100, 200), lambda n: make_search(n, 5)),
-            ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: make_search(100, k)),
-            ("beam search at 5, cells of an image", (49, 64, 100, 196),
-             lambda cells: make_search(100, 5, cells))):
+        ("training step, images of 5 captions", (8, 16, 32, 64), lambda n: make_step(n)),
+        ("training step, vocabulary", (2500, 5000, 10000, 20000), lambda v: make_step(16, 5, v)),
+        ("training step, words a caption", (6, 12, 24, 48), lambda t: make_step(16, mean=t)),
+        (
+            "training step, cells of an image (stride 16: 196)",
+            (49, 64, 100, 196),
+            lambda cells: make_step(16, cells=cells),
+        ),
+        ("beam search at 5, images", (25, 50, 100, 200), lambda n: make_search(n, 5)),
+        ("beam search of 100 images, beams", (1, 2, 4, 8), lambda k: make_search(100, k)),
+        (
+            "beam search at 5, cells of an image",
+            (49, 64, 100, 196),
+            lambda cells: make_search(100, 5, cells),
+        ),
+    ):
         times = []
         for size in sizes:
             function = make(size)
             function()
-            times.append(statistics.median(seconds(function, args.device)
-                                           for _ in range(args.repeats)))
+            times.append(
+                statistics.median(seconds(function, args.device) for _ in range(args.repeats))
+            )
         table = ", ".join(f"{size}: {time:.3f} s" for size, time in zip(sizes, times))
-        yield {"stage": what, "sizes": sizes, "seconds": times,
-               "exponent": exponent(sizes, times),
-               "note": f"exponent {exponent(sizes, times):.2f}   ({table})"}
+        yield {
+            "stage": what,
+            "sizes": sizes,
+            "seconds": times,
+            "exponent": exponent(sizes, times),
+            "note": f"exponent {exponent(sizes, times):.2f}   ({table})",
+        }

@@ -27,12 +27,22 @@ def scale(args, sizes=SIZES):
     for what, measured in rows.items():
         times, memories, file_sizes = zip(*measured)
         slope = exponent(sizes, times)
-        yield {"stage": f"{what}, {sizes[-1]:,} photographs", "ours": times[-1], "sizes": sizes,
-               "seconds": times, "bytes": memories, "files": file_sizes, "exponent": slope,
-               "note": f"exponent {slope:.2f}, {max(memories) / 1e9:.2f} GB of memory, "
-                       f"{file_sizes[-1] / 1e9:.2f} GB of files   ("
-                       + ", ".join(f"{n:,}: {time:.1f} s, {memory / 1e9:.2f} GB"
-                                   for n, time, memory in zip(sizes, times, memories)) + ")"}
+        yield {
+            "stage": f"{what}, {sizes[-1]:,} photographs",
+            "ours": times[-1],
+            "sizes": sizes,
+            "seconds": times,
+            "bytes": memories,
+            "files": file_sizes,
+            "exponent": slope,
+            "note": f"exponent {slope:.2f}, {max(memories) / 1e9:.2f} GB of memory, "
+            f"{file_sizes[-1] / 1e9:.2f} GB of files   ("
+            + ", ".join(
+                f"{n:,}: {time:.1f} s, {memory / 1e9:.2f} GB"
+                for n, time, memory in zip(sizes, times, memories)
+            )
+            + ")",
+        }
 
 
 def run_scripts(folder, n, args):
@@ -40,14 +50,42 @@ def run_scripts(folder, n, args):
     photographs = draw_small_photographs(folder / "photos", n)
     write_karpathy(folder / "k.json", photographs, val=n // 100)
     data, runs = folder / "data", {}
-    create = ["create_input_files.py", "--karpathy_json", str(folder / "k.json"), "--image_folder",
-              str(folder / "photos"), "--output_folder", str(data), "--image_size", str(SIDE)]
-    train = ["train.py", "--data_folder", str(data), "--device", str(args.device), "--epochs", "1",
-             "--encoder", "resnet18", "--encoder_weights", "none", "--emb_dim", "16",
-             "--attention_dim", "16", "--decoder_dim", "16", "--checkpoint_folder"]
-    for what, command in (("create_input_files.py", create),
-                          ("train.py, feature cache and an epoch", [*train, str(folder / "a")]),
-                          ("train.py, an epoch from the cache", [*train, str(folder / "b")])):
+    create = [
+        "create_input_files.py",
+        "--karpathy_json",
+        str(folder / "k.json"),
+        "--image_folder",
+        str(folder / "photos"),
+        "--output_folder",
+        str(data),
+        "--image_size",
+        str(SIDE),
+    ]
+    train = [
+        "train.py",
+        "--data_folder",
+        str(data),
+        "--device",
+        str(args.device),
+        "--epochs",
+        "1",
+        "--encoder",
+        "resnet18",
+        "--encoder_weights",
+        "none",
+        "--emb_dim",
+        "16",
+        "--attention_dim",
+        "16",
+        "--decoder_dim",
+        "16",
+        "--checkpoint_folder",
+    ]
+    for what, command in (
+        ("create_input_files.py", create),
+        ("train.py, feature cache and an epoch", [*train, str(folder / "a")]),
+        ("train.py, an epoch from the cache", [*train, str(folder / "b")]),
+    ):
         before = _bytes_of(data)
         run = measure_process(f"""
             import subprocess

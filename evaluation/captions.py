@@ -23,6 +23,7 @@ MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps
 
 class ImageCaption(NamedTuple):
     """The model's caption of one image at one beam size, and its attention accuracy"""
+
     words: list
     score: float  # total log-probability in nats
     object_words: int  # how many of the words name objects
@@ -46,30 +47,44 @@ def caption_split(model, data, args, processes):
     """
     encoder, decoder, word_map, *_ = model
     if (size := encoder.args["image_size"]) != data.image_size:
-        processes.print(f"the model was trained on images of {size} pixels, these are of "
-                        f"{data.image_size}")
+        processes.print(
+            f"the model was trained on images of {size} pixels, these are of {data.image_size}"
+        )
     words_of = {i: word for word, i in word_map.items()}
     nouns = object_nouns(data)
     offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else of no use
-    batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, processes.rank,
-                                    processes.world_size)
-    loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=args.workers,
-                        pin_memory=processes.device.type == "cuda")
+    batches = ResumableBatchSampler(
+        len(data), args.batch_size, False, 0, processes.rank, processes.world_size
+    )
+    loader = DataLoader(
+        data,
+        sampler=batches,
+        batch_size=None,
+        num_workers=args.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
     found = []
-    bar = tqdm(load_batches(loader), total=len(batches), desc=args.split, unit="batch",
-               disable=None if processes.is_main else True)
+    bar = tqdm(
+        load_batches(loader),
+        total=len(batches),
+        desc=args.split,
+        unit="batch",
+        disable=None if processes.is_main else True,
+    )
     for indices, (images, _, _) in zip(batches, bar):
         with autocast(processes.device, args.amp):
             features = encoder(images.to(processes.device, non_blocking=True))
-            searches = [find_captions(decoder, features, word_map, beam_size, **args.search)
-                        for beam_size in args.beam_sizes]
+            searches = [
+                find_captions(decoder, features, word_map, beam_size, **args.search)
+                for beam_size in args.beam_sizes
+            ]
         for i, captions in zip(indices.tolist(), zip(*searches)):
             objects = data.entry(i).get("objects", [])
-            by_beam = [_image_caption(caption, words_of, objects, nouns, offset)
-                       for caption in captions]
+            by_beam = [
+                _image_caption(caption, words_of, objects, nouns, offset) for caption in captions
+            ]
             if args.report:
-                by_beam[-1] = by_beam[-1]._replace(
-                    attention=captions[-1].alphas.astype(np.float16))
+                by_beam[-1] = by_beam[-1]._replace(attention=captions[-1].alphas.astype(np.float16))
             found.append((i, by_beam))
     found = sorted(processes.all_gather(found), key=lambda item: item[0])
     return [list(captions) for captions in zip(*(by_beam for _, by_beam in found))]
@@ -79,14 +94,19 @@ def _image_caption(caption, words_of, objects, nouns, offset):
     words = [words_of[token] for token in caption.tokens]
     (hits, total), (near_hits, _) = (
         attention_hits(words, caption.alphas, objects, nouns, margin, offset)
-        for margin in (0, MARGIN))
+        for margin in (0, MARGIN)
+    )
     return ImageCaption(words, caption.score, total, hits, near_hits, offset)
 
 
 def object_nouns(data):
     """The words that name objects in this data set; empty if it has no boxes of objects"""
-    return {noun for i in range(len(data)) for obj in data.entry(i).get("objects", [])
-            for noun in obj["words"]}
+    return {
+        noun
+        for i in range(len(data))
+        for obj in data.entry(i).get("objects", [])
+        for noun in obj["words"]
+    }
 
 
 def read_training_captions(data_folder, data_name):
@@ -97,5 +117,7 @@ def read_training_captions(data_folder, data_name):
     try:
         return {tuple(words) for entry in read_json(path) for words in entry["references"]}
     except (TypeError, KeyError):
-        raise UserError(f"{path} is not a list of images with references, lists of words; run "
-                        f"create_input_files.py again") from None
+        raise UserError(
+            f"{path} is not a list of images with references, lists of words; run "
+            f"create_input_files.py again"
+        ) from None

@@ -14,8 +14,25 @@ import pycocoevalcap
 from tqdm import tqdm
 
 # As in pycocoevalcap. The tokenizer writes -lrb- and so on in lower case, so brackets are kept.
-PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":",
-               "-", "--", "...", ";"}
+PUNCTUATION = {
+    "''",
+    "'",
+    "``",
+    "`",
+    "-LRB-",
+    "-RRB-",
+    "-LCB-",
+    "-RCB-",
+    ".",
+    "?",
+    "!",
+    ",",
+    ":",
+    "-",
+    "--",
+    "...",
+    ";",
+}
 # METEOR 1.5's parameters for English; the weights are for exact, stem, synonym, paraphrase matches.
 MATCH_WEIGHTS, ALPHA, BETA, GAMMA, DELTA = np.array([1.0, 0.6, 0.8, 0.6]), 0.85, 0.2, 0.6, 0.75
 UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # Java's default is the locale's
@@ -51,10 +68,18 @@ def tokenize(captions):
     its input to its installation folder. Raises JavaError.
     """
     lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
-    command = ["java", *UTF8, "-cp", "stanford-corenlp-3.4.1.jar",
-               "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    done = subprocess.run(command, cwd=_folder("tokenizer"), input=lines.encode(),
-                          capture_output=True)
+    command = [
+        "java",
+        *UTF8,
+        "-cp",
+        "stanford-corenlp-3.4.1.jar",
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
+    done = subprocess.run(
+        command, cwd=_folder("tokenizer"), input=lines.encode(), capture_output=True
+    )
     found = done.stdout.decode(errors="replace").split("\n")[:-1]
     if done.returncode or len(found) != len(captions):
         raise JavaError(f"the PTB tokenizer failed ({_last_line(done.stderr)})")
@@ -73,18 +98,36 @@ def meteor_sums(references, hypotheses):
         texts = [" ".join(" ".join(words).split()) for words in (*(captions or [[]]), hypothesis)]
         lines.append(" ||| ".join(["SCORE", *(text.replace("|||", "") for text in texts)]) + "\n")
     with (
-        _plain_path(_folder("meteor")) as folder, tempfile.TemporaryFile() as errors,
+        _plain_path(_folder("meteor")) as folder,
+        tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            ["java", *UTF8, "-Xmx2G", "-jar", f"{folder}/meteor-1.5.jar", "-", "-", "-stdio", "-l",
-             "en", "-norm"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process,
+            [
+                "java",
+                *UTF8,
+                "-Xmx2G",
+                "-jar",
+                f"{folder}/meteor-1.5.jar",
+                "-",
+                "-",
+                "-stdio",
+                "-l",
+                "en",
+                "-norm",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
     ):
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
         writer.start()  # concurrently, since the pipes' buffers cannot hold all lines
         try:
-            answers = [process.stdout.readline().split() for _ in
-                       tqdm(lines, desc="METEOR", unit="caption", delay=2, leave=False,
-                            disable=None)]
+            answers = [
+                process.stdout.readline().split()
+                for _ in tqdm(
+                    lines, desc="METEOR", unit="caption", delay=2, leave=False, disable=None
+                )
+            ]
         finally:
             process.kill()
             writer.join()
@@ -108,10 +151,14 @@ def spice(references, hypotheses):
     from pycocoevalcap.spice.spice import Spice
 
     if not (_folder("spice") / "lib" / "stanford-corenlp-3.6.0-models.jar").exists():
-        raise JavaError("its parser's models are missing; download them once with python -m "
-                        "pycocoevalcap.spice.get_stanford_models")
-    texts = [{i: [" ".join(words) for words in captions] for i, captions in enumerate(group)}
-             for group in (references, [[words] for words in hypotheses])]
+        raise JavaError(
+            "its parser's models are missing; download them once with python -m "
+            "pycocoevalcap.spice.get_stanford_models"
+        )
+    texts = [
+        {i: [" ".join(words) for words in captions] for i, captions in enumerate(group)}
+        for group in (references, [[words] for words in hypotheses])
+    ]
     try:
         _, scores = Spice().compute_score(*texts)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
@@ -139,8 +186,11 @@ def _write(pipe, lines):
 
 def _last_line(text):
     """What a Java program said last, without the places in its code."""
-    lines = [line for line in text.decode(errors="replace").strip().splitlines()
-             if not line.startswith("\tat ")]
+    lines = [
+        line
+        for line in text.decode(errors="replace").strip().splitlines()
+        if not line.startswith("\tat ")
+    ]
     return lines[-1] if lines else "no message"
 
 
@@ -153,11 +203,13 @@ def meteor_from_sums(sums):
     lengths, function = sums[..., 0:2], sums[..., 2:4]
     matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
     content_matched, function_matched = (
-        np.einsum("...sk,s->...k", matched[..., part], MATCH_WEIGHTS) for part in ([0, 1], [2, 3]))
+        np.einsum("...sk,s->...k", matched[..., part], MATCH_WEIGHTS) for part in ([0, 1], [2, 3])
+    )
     weighted = DELTA * content_matched + (1 - DELTA) * function_matched
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where nothing matches
         precision, recall = np.moveaxis(
-            weighted / (DELTA * (lengths - function) + (1 - DELTA) * function), -1, 0)
+            weighted / (DELTA * (lengths - function) + (1 - DELTA) * function), -1, 0
+        )
         mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
         score = mean * (1 - GAMMA * (sums[..., 20] / sums[..., 21:23].mean(-1)) ** BETA)
     return np.nan_to_num(score)

@@ -37,9 +37,11 @@ def compare(path_a, path_b, args):
         cells += _difference(name, *(drawn.get(name) for drawn in draws))
         print(f"{name:10}" + "".join(cells))
         rows.append([name, *(text.strip() for text in cells)])
-    notes = [*footnotes(args.names, tokens, missing),
-             *bootstrap_notes(args.names, args.bootstrap, args.seed),
-             "A higher: share of the resamples, ties counted as halves"]
+    notes = [
+        *footnotes(args.names, tokens, missing),
+        *bootstrap_notes(args.names, args.bootstrap, args.seed),
+        "A higher: share of the resamples, ties counted as halves",
+    ]
     print(*notes, sep="\n")
     if args.table:
         write_table(args.table, rows, [f"A {path_a}, B {path_b}: {len(a)} images", *notes])
@@ -50,12 +52,16 @@ def check_same_images(path_a, a, path_b, b):
     if unshared := a.keys() ^ b.keys():
         image = min(unshared, key=str)
         path = path_a if image in a else path_b
-        raise UserError(f"{path_a} and {path_b} have different images: {image} is only in "
-                        f"{path}, one of {len(unshared)}; caption the same split with both models")
+        raise UserError(
+            f"{path_a} and {path_b} have different images: {image} is only in "
+            f"{path}, one of {len(unshared)}; caption the same split with both models"
+        )
     for image in a:
         if sorted(a[image][1]) != sorted(b[image][1]):
-            raise UserError(f"image {image} has other references in {path_a} than in {path_b}; "
-                            f"caption the same data set with both models")
+            raise UserError(
+                f"image {image} has other references in {path_a} than in {path_b}; "
+                f"caption the same data set with both models"
+            )
 
 
 def _difference(name, a, b):

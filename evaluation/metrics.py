@@ -24,8 +24,13 @@ def bleu(references, hypotheses):
     references: per image a list of captions, hypotheses: per image one caption; a caption is
     a list of words (or ids). Empty references are ignored.
     """
-    sums = sum((np.array(bleu_sums(captions, hypothesis))
-                for captions, hypothesis in zip(references, hypotheses)), np.zeros(10))
+    sums = sum(
+        (
+            np.array(bleu_sums(captions, hypothesis))
+            for captions, hypothesis in zip(references, hypotheses)
+        ),
+        np.zeros(10),
+    )
     # What NLTK puts in place of a precision of 0: BLEU-4 is then about 1e-75, so early epochs in
     # which no 4-gram matches are still ranked by their shorter n-grams.
     tiny = sys.float_info.min
@@ -47,8 +52,12 @@ def bleu_sums(references, hypothesis):
 
     references = [caption for caption in references if caption] or [[]]
     precisions = [modified_precision(references, hypothesis, n) for n in (1, 2, 3, 4)]
-    return [*(p.numerator for p in precisions), *(p.denominator for p in precisions),
-            len(hypothesis), closest_ref_length(references, len(hypothesis))]
+    return [
+        *(p.numerator for p in precisions),
+        *(p.denominator for p in precisions),
+        len(hypothesis),
+        closest_ref_length(references, len(hypothesis)),
+    ]
 
 
 def bleu_from_sums(sums, order, least_precision=0.0):
@@ -56,7 +65,7 @@ def bleu_from_sums(sums, order, least_precision=0.0):
     BLEU-`order`, 0..100, from summed `bleu_sums` (..., 10). least_precision: the precision of
     n-grams of which none match, if any word does
     """
-    matches, totals = sums[..., :order], sums[..., 4:4 + order]
+    matches, totals = sums[..., :order], sums[..., 4 : 4 + order]
     length, closest = sums[..., 8], sums[..., 9]
     with np.errstate(divide="ignore", invalid="ignore"):  # log 0 where nothing matches
         brevity_penalty = np.minimum(0, 1 - closest / length)
@@ -70,6 +79,7 @@ def bleu_from_sums(sums, order, least_precision=0.0):
 
 class TfIdfVector(NamedTuple):
     """A caption's TF-IDF weights, which CIDEr compares"""
+
     weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
     norms: list  # the Euclidean norms of the 4 weight vectors
     length: int  # in words
@@ -89,18 +99,22 @@ class TfIdf:
             raise ValueError("CIDEr needs captions to count document frequencies in")
         found = Counter()
         for captions in documents:
-            found.update({gram for caption in captions for counts in ngrams(caption)
-                          for gram in counts})
+            found.update(
+                {gram for caption in captions for counts in ngrams(caption) for gram in counts}
+            )
         # An n-gram of one image has the same weight as one of none, so these, which are most, need
         # not be stored.
         self._max_idf = math.log(len(documents))
-        self._idf = {gram: self._max_idf - math.log(count) for gram, count in found.items()
-                     if count > 1}
+        self._idf = {
+            gram: self._max_idf - math.log(count) for gram, count in found.items() if count > 1
+        }
 
     def vector(self, counts):
         """The `TfIdfVector` of a caption's `ngrams`"""
-        weights = [{gram: count * self._idf.get(gram, self._max_idf)
-                    for gram, count in found.items()} for found in counts]
+        weights = [
+            {gram: count * self._idf.get(gram, self._max_idf) for gram, count in found.items()}
+            for found in counts
+        ]
         norms = [math.sqrt(sum([x * x for x in part.values()])) for part in weights]
         return TfIdfVector(weights, norms, counts[0].total())
 
@@ -111,8 +125,7 @@ def cider(candidate, references):
     code): the cosine between caption and reference, averaged over n = 1..4 and the references.
     All are `TfIdfVector`s.
     """
-    return _mean_over_references(
-        [sum(_cosines(candidate, reference)) for reference in references])
+    return _mean_over_references([sum(_cosines(candidate, reference)) for reference in references])
 
 
 def cider_d(candidate, references, sigma=6.0):
@@ -121,10 +134,13 @@ def cider_d(candidate, references, sigma=6.0):
     clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
     the score (a Gaussian; sigma in words). coco-caption prints this as "CIDEr".
     """
-    return _mean_over_references([
-        sum(_cosines(candidate, reference, clip=True))
-        * math.exp(-(candidate.length - reference.length) ** 2 / (2 * sigma ** 2))
-        for reference in references])
+    return _mean_over_references(
+        [
+            sum(_cosines(candidate, reference, clip=True))
+            * math.exp(-((candidate.length - reference.length) ** 2) / (2 * sigma**2))
+            for reference in references
+        ]
+    )
 
 
 def _cosines(a, b, clip=False):
@@ -133,8 +149,11 @@ def _cosines(a, b, clip=False):
     for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
         # Summed in the order of words; a set's order differs between processes, and a resumed run
         # must have the same rewards to the last bit.
-        products = ([min(weight, y[gram]) * y[gram] for gram, weight in x.items() if gram in y]
-                    if clip else [weight * y[gram] for gram, weight in x.items() if gram in y])
+        products = (
+            [min(weight, y[gram]) * y[gram] for gram, weight in x.items() if gram in y]
+            if clip
+            else [weight * y[gram] for gram, weight in x.items() if gram in y]
+        )
         if not products:
             break  # then they have no longer n-grams in common either
         if norm_x and norm_y:
@@ -166,8 +185,13 @@ class CiderD:
         for captions in references:
             if id(captions) not in vectors:
                 vectors[id(captions)] = [self._vector(caption) for caption in captions if caption]
-        return np.array([cider_d(self._vector(candidate), vectors[id(captions)])
-                         for candidate, captions in zip(candidates, references)], dtype=np.float64)
+        return np.array(
+            [
+                cider_d(self._vector(candidate), vectors[id(captions)])
+                for candidate, captions in zip(candidates, references)
+            ],
+            dtype=np.float64,
+        )
 
     def _vector(self, caption):
         return self._tf_idf.vector(ngrams(caption))
@@ -203,9 +227,12 @@ def attention_hits(words, alphas, objects, nouns, margin=0.0, offset=(0.0, 0.0))
         total += 1
         side = round(len(alpha) ** 0.5)
         row, column = divmod(int(np.argmax(alpha)), side)
-        x, y = (min(max((at + 0.5) / side + shift, 0), 1)
-                for at, shift in zip((column, row), offset))
+        x, y = (
+            min(max((at + 0.5) / side + shift, 0), 1) for at, shift in zip((column, row), offset)
+        )
         boxes = [obj["box"] for obj in objects if word in obj["words"]]
-        hits += any(left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
-                    for left, top, right, bottom in boxes)
+        hits += any(
+            left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
+            for left, top, right, bottom in boxes
+        )
     return hits, total

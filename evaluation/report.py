@@ -34,21 +34,34 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
     captions, metrics = evaluation.beams[-1].captions, evaluation.beams[-1].metrics
     scores = scores_by_image(metrics, len(data))
     if not scores[0]:
-        raise UserError("--report ranks images, but none of these metrics scores single images; "
-                        "add one that does, such as --metrics CIDEr-D")
+        raise UserError(
+            "--report ranks images, but none of these metrics scores single images; "
+            "add one that does, such as --metrics CIDEr-D"
+        )
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     drawn = random.Random(seed).sample(range(len(scores)), min(IMAGES_PER_SECTION, len(scores)))
-    sections = [(heading, [_view(data, i, captions[i], f"{by} {scores[i][by]:.1f}", image_folder)
-                           for i in images])
-                for heading, images in ((f"Best by {by}", order[:IMAGES_PER_SECTION]),
-                                        (f"Worst by {by}", order[:-IMAGES_PER_SECTION - 1:-1]),
-                                        ("At random", drawn))]
+    sections = [
+        (
+            heading,
+            [
+                _view(data, i, captions[i], f"{by} {scores[i][by]:.1f}", image_folder)
+                for i in images
+            ],
+        )
+        for heading, images in (
+            (f"Best by {by}", order[:IMAGES_PER_SECTION]),
+            (f"Worst by {by}", order[: -IMAGES_PER_SECTION - 1 : -1]),
+            ("At random", drawn),
+        )
+    ]
     body = ENVIRONMENT.get_template("report.html").render(
         columns=["beam", *evaluation.names],
         rows=[_row(evaluation.names, beam) for beam in evaluation.beams],
         notes=list(map(page.escape, evaluation.notes)),
-        lengths=_lengths(captions, data), sections=sections)
+        lengths=_lengths(captions, data),
+        sections=sections,
+    )
     content = page.document(evaluation.title, page.HINT, [body])
     with atomic_write(path) as temporary:
         Path(temporary).write_text(content, encoding="utf-8", newline="\n")
@@ -65,12 +78,26 @@ def check_photographs(data, folder):
 def _view(data, i, caption, score, image_folder):
     """One image with its caption, attention and references, as HTML. score: text after its name"""
     entry = data.entry(i)
-    return Markup(page.view(SimpleNamespace(
-        name=" · ".join(filter(None, (str(entry["filename"] or entry["image_id"]),
-                                      entry.get("source"), score))),
-        image=_photograph(data, i, image_folder), words=caption.words,
-        attention=caption.attention, offset=caption.offset, score=caption.score, n_best=[],
-        references=[" ".join(words) for words in entry["references"]]), "h3"))
+    return Markup(
+        page.view(
+            SimpleNamespace(
+                name=" · ".join(
+                    filter(
+                        None,
+                        (str(entry["filename"] or entry["image_id"]), entry.get("source"), score),
+                    )
+                ),
+                image=_photograph(data, i, image_folder),
+                words=caption.words,
+                attention=caption.attention,
+                offset=caption.offset,
+                score=caption.score,
+                n_best=[],
+                references=[" ".join(words) for words in entry["references"]],
+            ),
+            "h3",
+        )
+    )
 
 
 def _photograph(data, i, folder):
@@ -97,10 +124,16 @@ def _lengths(captions, data):
     For the histogram, of the captions and of the references: the mean number of words, and the
     share of those with 0, 1, 2, … words.
     """
-    counts = [np.bincount([len(caption.words) for caption in captions]),
-              np.bincount([len(words) for i in range(len(data))
-                           for words in data.entry(i)["references"]] or [0])]
+    counts = [
+        np.bincount([len(caption.words) for caption in captions]),
+        np.bincount(
+            [len(words) for i in range(len(data)) for words in data.entry(i)["references"]] or [0]
+        ),
+    ]
     longest = max(map(len, counts))
     shares = [np.pad(count, (0, longest - len(count))) / max(1, count.sum()) for count in counts]
-    return {"shares": np.stack(shares, 1).tolist(), "highest": np.max(shares),
-            "means": [share @ np.arange(longest) for share in shares]}
+    return {
+        "shares": np.stack(shares, 1).tolist(),
+        "highest": np.max(shares),
+        "means": [share @ np.arange(longest) for share in shares],
+    }

@@ -13,9 +13,15 @@ def write_results(path, data, captions, scores=None):
     rows = []
     for i, caption in enumerate(captions):
         entry = data.entry(i)
-        rows.append({"image_id": entry["image_id"], "filename": entry["filename"],
-                     "caption": " ".join(caption.words), "score": caption.score,
-                     "references": [" ".join(words) for words in entry["references"]]})
+        rows.append(
+            {
+                "image_id": entry["image_id"],
+                "filename": entry["filename"],
+                "caption": " ".join(caption.words),
+                "score": caption.score,
+                "references": [" ".join(words) for words in entry["references"]],
+            }
+        )
         if "source" in entry:
             rows[-1]["source"] = entry["source"]
         if scores is not None:

@@ -25,6 +25,7 @@ VALID_NAMES = (*NAMES, "SPICE")  # not one of "all", since it needs a download
 
 class Metric(NamedTuple):
     """A metric that is computed from sums over images, so that resamples are cheap."""
+
     sums: np.ndarray  # (N, S), each image's summands; None for the vocabulary, which is no sum
     value: Callable  # sums (..., S) -> values (...), as the table shows them
 
@@ -42,8 +43,9 @@ def parse_names(names):
     wanted = set()
     for name in names:
         if name.lower() not in groups:
-            raise UserError(f"unknown metric {name}; valid ones: all, BLEU, "
-                            f"{', '.join(VALID_NAMES)}")
+            raise UserError(
+                f"unknown metric {name}; valid ones: all, BLEU, {', '.join(VALID_NAMES)}"
+            )
         wanted.update(groups[name.lower()])
     return [name for name in VALID_NAMES if name in wanted]
 
@@ -88,7 +90,8 @@ def measure(systems, references, names, novel=None):
             sums = coco_caption.meteor_sums(references * len(systems), sum(systems, []))
             for system, part in zip(found, sums.reshape(len(systems), -1, sums.shape[1])):
                 system["METEOR"] = Metric(
-                    part, lambda sums: 100 * coco_caption.meteor_from_sums(sums))
+                    part, lambda sums: 100 * coco_caption.meteor_from_sums(sums)
+                )
         except coco_caption.JavaError as error:
             missing["METEOR"] = str(error)
     if "SPICE" in names:
@@ -105,26 +108,36 @@ def measure(systems, references, names, novel=None):
         system["length"] = _mean([len(words) for words in captions], 1)
         if novel is not None:
             system["unseen"] = _mean(novel[i], 100)
-    return [{name: system[name] for name in names if name in system}
-            for system in found], missing
+    return [{name: system[name] for name in names if name in system} for system in found], missing
 
 
 def _mean(values, scale):
     """The Metric that is the mean over images of these values, times scale"""
     values = np.array(values, dtype=np.float64)
-    return Metric(np.stack([values, np.ones_like(values)], 1),
-                  lambda sums: scale * sums[..., 0] / sums[..., 1])
+    return Metric(
+        np.stack([values, np.ones_like(values)], 1),
+        lambda sums: scale * sums[..., 0] / sums[..., 1],
+    )
 
 
 def _score_images(systems, references, names):
     """Per system {name: Metric} for those of BLEU, ROUGE-L, CIDEr and CIDEr-D in names"""
     bleu = [name for name in BLEU if name in names]
-    ciders = {name: function for name, function in (("CIDEr", cider), ("CIDEr-D", cider_d))
-              if name in names}
+    ciders = {
+        name: function
+        for name, function in (("CIDEr", cider), ("CIDEr-D", cider_d))
+        if name in names
+    }
     tf_idf = TfIdf(references) if ciders else None
     rows = [{name: [] for name in ("BLEU", "ROUGE-L", *ciders)} for _ in systems]
-    for captions, *candidates in tqdm(list(zip(references, *systems)), desc="scoring",
-                                      unit="image", delay=2, leave=False, disable=None):
+    for captions, *candidates in tqdm(
+        list(zip(references, *systems)),
+        desc="scoring",
+        unit="image",
+        delay=2,
+        leave=False,
+        disable=None,
+    ):
         # What depends on the references alone is computed once for all systems.
         vectors = [tf_idf.vector(ngrams(words)) for words in captions] if ciders else []
         texts = [" ".join(words) for words in captions]
@@ -139,16 +152,23 @@ def _score_images(systems, references, names):
     metrics = []
     for row in rows:
         sums = np.array(row.pop("BLEU"), dtype=np.float64)
-        metrics.append({name: Metric(sums, lambda sums, n=int(name[-1]): bleu_from_sums(sums, n))
-                        for name in bleu}
-                       | {name: _mean(values, 100) for name, values in row.items() if values})
+        metrics.append(
+            {
+                name: Metric(sums, lambda sums, n=int(name[-1]): bleu_from_sums(sums, n))
+                for name in bleu
+            }
+            | {name: _mean(values, 100) for name, values in row.items() if values}
+        )
     return metrics
 
 
 def scores_by_image(metrics, num_images):
     """Per image {name: value}, each computed from this image alone; without the vocabulary"""
-    columns = {name: metric.value(metric.sums).round(4).tolist()
-               for name, metric in metrics.items() if metric.sums is not None}
+    columns = {
+        name: metric.value(metric.sums).round(4).tolist()
+        for name, metric in metrics.items()
+        if metric.sums is not None
+    }
     return [{name: column[i] for name, column in columns.items()} for i in range(num_images)]
 
 
@@ -165,8 +185,12 @@ def resample(metrics, resamples, seed=0):
     n, rng = len(next(iter(metrics.values())).sums), np.random.default_rng(seed)
     parts = []
     for start in range(0, resamples, 100):  # 100 at a time, to limit memory
-        counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n)
-                           for _ in range(min(100, resamples - start))]).astype(np.float64)
+        counts = np.stack(
+            [
+                np.bincount(rng.integers(n, size=n), minlength=n)
+                for _ in range(min(100, resamples - start))
+            ]
+        ).astype(np.float64)
         parts.append({name: metric.value(counts @ metric.sums) for name, metric in metrics.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in metrics}
 

@@ -10,8 +10,10 @@ from evaluation import scores
 from evaluation.captions import object_nouns
 from utils import atomic_write
 
-ATTENTION = ("attention: share of object words at which the most attended place lies in the "
-             "object's box; then, at most 15 pixels of 256 beside it (the pointing game)")
+ATTENTION = (
+    "attention: share of object words at which the most attended place lies in the "
+    "object's box; then, at most 15 pixels of 256 beside it (the pointing game)"
+)
 EXPLAINED = {
     "CIDEr": "CIDEr: as in the paper, without stemming; neither clipped nor length-penalised",
     "CIDEr-D": 'CIDEr-D: clipped and length-penalised; coco-caption prints it as "CIDEr"',
@@ -23,6 +25,7 @@ EXPLAINED = {
 
 class BeamResult(NamedTuple):
     """The captions at one beam size and their metrics: a row of the table"""
+
     beam_size: int
     source: str  # of the images; None for all of them
     captions: list  # an ImageCaption per image
@@ -33,6 +36,7 @@ class BeamResult(NamedTuple):
 
 class Evaluation(NamedTuple):
     """What eval.py prints and `report.write_report` shows"""
+
     title: str
     names: list  # of the metrics, as in scores.NAMES: the columns
     beams: list  # the rows, BeamResults; the last one has all images at the last beam size
@@ -51,21 +55,36 @@ def evaluate_captions(title, by_beam, data, training, args):
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
     # Before the PTB tokenizer, since training captions have the data set's own words.
-    novel = None if training is None else [[tuple(words) not in training for words in captions]
-                                           for captions in systems]
+    novel = (
+        None
+        if training is None
+        else [[tuple(words) not in training for words in captions] for captions in systems]
+    )
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
     has_objects, rows = bool(object_nouns(data)), [[] for _ in by_beam]
     for source, images in _images_by_source(data).items():
         parts = [[captions[i] for i in images] for captions in (*systems, references, *by_beam)]
         measured, missing = scores.measure(
-            parts[:len(systems)], parts[len(systems)], args.names,
-            novel and [[captions[i] for i in images] for captions in novel])
-        for beam, beam_size, captions, metrics in zip(rows, args.beam_sizes,
-                                                      parts[len(systems) + 1:], measured):
-            beam.append(BeamResult(
-                beam_size, source, captions, metrics,
-                scores.intervals(metrics, args.bootstrap, args.seed) if args.bootstrap else None,
-                attention_accuracy(captions) if has_objects else None))
+            parts[: len(systems)],
+            parts[len(systems)],
+            args.names,
+            novel and [[captions[i] for i in images] for captions in novel],
+        )
+        for beam, beam_size, captions, metrics in zip(
+            rows, args.beam_sizes, parts[len(systems) + 1 :], measured
+        ):
+            beam.append(
+                BeamResult(
+                    beam_size,
+                    source,
+                    captions,
+                    metrics,
+                    scores.intervals(metrics, args.bootstrap, args.seed)
+                    if args.bootstrap
+                    else None,
+                    attention_accuracy(captions) if has_objects else None,
+                )
+            )
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
     notes = [ATTENTION] if has_objects else []
@@ -88,16 +107,25 @@ def print_evaluation(evaluation):
     names, has_attention = evaluation.names, evaluation.beams[0].attention is not None
     width = max(max(len(beam.source), 6) + 2 if beam.source else 0 for beam in evaluation.beams)
     print(evaluation.title)
-    print("beam" + ("  source" * bool(width)).ljust(width) + heading(names)
-          + "          attention" * has_attention)
+    print(
+        "beam"
+        + ("  source" * bool(width)).ljust(width)
+        + heading(names)
+        + "          attention" * has_attention
+    )
     for beam in evaluation.beams:
         values = {name: metric.total for name, metric in beam.metrics.items()}
         source = f"  {beam.source or 'all'}".ljust(width) if width else ""
-        print(f"{beam.beam_size:4d}{source}{row(names, values)}"
-              + (f"{'  '.join(beam.attention):>19}" if has_attention else ""))
+        print(
+            f"{beam.beam_size:4d}{source}{row(names, values)}"
+            + (f"{'  '.join(beam.attention):>19}" if has_attention else "")
+        )
         for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
-            print(f"{end:>4}" + " " * width
-                  + row(names, {name: ends[i] for name, ends in beam.intervals.items()}))
+            print(
+                f"{end:>4}"
+                + " " * width
+                + row(names, {name: ends[i] for name, ends in beam.intervals.items()})
+            )
     for note in evaluation.notes:
         print(note)
 
@@ -108,10 +136,18 @@ def table_rows(evaluation):
     attention = ["attention", "attention near"] if evaluation.beams[0].attention else []
     rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
     for beam in evaluation.beams:
-        cells = [_with_interval(name, beam.metrics.get(name), beam.intervals)
-                 for name in evaluation.names]
-        rows.append([str(beam.beam_size), *[beam.source or "all"] * sources, *cells,
-                     *(beam.attention or ())])
+        cells = [
+            _with_interval(name, beam.metrics.get(name), beam.intervals)
+            for name in evaluation.names
+        ]
+        rows.append(
+            [
+                str(beam.beam_size),
+                *[beam.source or "all"] * sources,
+                *cells,
+                *(beam.attention or ()),
+            ]
+        )
     return rows
 
 

@@ -19,9 +19,12 @@ CPU_CHUNK, GPU_CHUNK = 4 << 20, 1 << 30
 
 def uses_onednn(*tensors):
     """Whether oneDNN's operators for inference take these: on a CPU, float32, without gradients"""
-    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu") \
-        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) \
+    return (
+        torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
 
 
 class DeferredGradients(torch.autograd.Function):
@@ -49,7 +52,8 @@ def linear(x, weight, bias=None):
     """
     if uses_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), weight.contiguous(), bias, "none", [], "")
+            x.contiguous(), weight.contiguous(), bias, "none", [], ""
+        )
     return F.linear(x, weight, bias)
 
 
@@ -71,7 +75,8 @@ class DeferredLinear:
         self.packed_transpose = None  # made by the first backward pass
         self.inputs, self.grads = [], []  # one entry per step
         self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.inputs, self.grads, bias is not None), weight, bias)
+            partial(self._make_gradients, self.inputs, self.grads, bias is not None), weight, bias
+        )
 
     @staticmethod
     def _pack(weight):
@@ -89,8 +94,10 @@ class DeferredLinear:
         # precision all at once: the sum of rounded parts would lose digits.
         half = x.element_size() < 4
         rows = len(x) if half else _chunk_size(x, min(x.shape[1], grad.shape[1]))
-        d_weight = reduce(torch.Tensor.add_, (
-            linear(a.t(), b.t()) for a, b in zip(grad.split(rows), x.split(rows))))
+        d_weight = reduce(
+            torch.Tensor.add_,
+            (linear(a.t(), b.t()) for a, b in zip(grad.split(rows), x.split(rows))),
+        )
         return d_weight, grad.sum(0) if has_bias else None
 
     def __call__(self, x):
@@ -137,7 +144,8 @@ class AttentionEnergy:
         self.keys, self.weight = keys.detach(), weight
         self.d_keys = []  # one tensor after the first backward, without the factor `weight`
         self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.keys, weight.detach(), self.d_keys), keys, weight)
+            partial(self._make_gradients, self.keys, weight.detach(), self.d_keys), keys, weight
+        )
 
     @staticmethod
     def _make_gradients(keys, weight, d_keys):
@@ -166,7 +174,7 @@ def _blocks(keys, query):
     buffer = keys.new_empty(step, *shape)
     for i in range(0, len(query), max(1, step)):
         block = slice(i, min(i + step, len(query)))
-        yield block, buffer[:block.stop - i]
+        yield block, buffer[: block.stop - i]
 
 
 class _Energy(torch.autograd.Function):
@@ -189,22 +197,25 @@ class _Energy(torch.autograd.Function):
         grad, d_query = grad.contiguous(), torch.empty_like(query)
         if not ctx.d_keys:
             # At least float32: it is a sum over all steps.
-            ctx.d_keys.append(keys.new_zeros(
-                keys.shape, dtype=torch.promote_types(keys.dtype, torch.float32)))
+            ctx.d_keys.append(
+                keys.new_zeros(keys.shape, dtype=torch.promote_types(keys.dtype, torch.float32))
+            )
         [d_keys] = ctx.d_keys
         ones = keys.new_ones(1, 1, query.shape[1])
         for block, buffer in _blocks(keys, query):
             torch.add(keys[block, None], query[block].unsqueeze(2), out=buffer)
             # grad where the ReLU's input is positive, 0 elsewhere
             relu_grad = torch.ops.aten.threshold_backward(
-                grad[block].unsqueeze(3).expand_as(buffer), buffer, 0)
+                grad[block].unsqueeze(3).expand_as(buffer), buffer, 0
+            )
             torch.sum(relu_grad, 2, out=d_query[block])
             n, r, p, a = relu_grad.shape
             if r == 1:
                 d_keys[block] += relu_grad.squeeze(1)
             else:
-                d_keys[block] += torch.bmm(ones.expand(n, 1, r),
-                                           relu_grad.view(n, r, p * a)).view(n, p, a)
+                d_keys[block] += torch.bmm(ones.expand(n, 1, r), relu_grad.view(n, r, p * a)).view(
+                    n, p, a
+                )
         return d_query * weight, (d_query * query).sum((0, 1)), None, None, None
 
 
@@ -242,7 +253,8 @@ class CrossEntropy(torch.autograd.Function):
         d_logits, rows = torch.empty_like(logits), _chunk_size(logits, logits.shape[1])
         grads = grad.expand_as(totals) if weights is None else grad * weights.to(totals.dtype)
         for part, target, total, out, d_loss in zip(
-                *(x.split(rows) for x in (logits, targets, totals, d_logits, grads))):
+            *(x.split(rows) for x in (logits, targets, totals, d_logits, grads))
+        ):
             # Rounded to the logits' precision only at the end, since p - 1 may be small.
             d_part = (part - total.unsqueeze(1)).exp_()
             d_part.scatter_add_(1, target.unsqueeze(1), torch.full_like(total, -1).unsqueeze(1))

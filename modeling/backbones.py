@@ -75,12 +75,16 @@ def load_backbone(name, weights, stride=32):
         body = nn.Sequential(TokenGrid(model))
         probed = _probe_tokens(body, model)
     if probed is None:
-        raise UserError(f"{name} makes neither one feature map nor a square grid of tokens; try "
-                        f"resnet101, vgg19, tf_efficientnet_lite0 or vit_small_patch16_224")
+        raise UserError(
+            f"{name} makes neither one feature map nor a square grid of tokens; try "
+            f"resnet101, vgg19, tf_efficientnet_lite0 or vit_small_patch16_224"
+        )
     *probed, found = probed
     if stride < found:
-        raise UserError(f"--encoder_stride {stride}: {name} has {found} and cannot be dilated; try "
-                        f"resnet50, resnet101 or tf_efficientnet_lite2, or leave it out")
+        raise UserError(
+            f"--encoder_stride {stride}: {name} has {found} and cannot be dilated; try "
+            f"resnet50, resnet101 or tf_efficientnet_lite2, or leave it out"
+        )
     if is_captioner:
         _load_encoder(body, state, name, weights)
     if weights == "none":
@@ -99,7 +103,7 @@ class TokenGrid(nn.Module):
         x = self.model.forward_features(images)
         if x.dim() == 4:  # (N, h, w, E), of Swin
             return x.permute(0, 3, 1, 2)
-        x = x[:, getattr(self.model, "num_prefix_tokens", 0):]  # (N, h w, E)
+        x = x[:, getattr(self.model, "num_prefix_tokens", 0) :]  # (N, h w, E)
         side = math.isqrt(x.shape[1])
         return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
@@ -114,8 +118,11 @@ def _probe_tokens(body, model):
         return None  # networks of many kinds fail in many ways
     if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
         return None
-    blocks = [module for name, module in model.named_children()
-              if name in ("blocks", "layers", "stages", "norm")]
+    blocks = [
+        module
+        for name, module in model.named_children()
+        if name in ("blocks", "layers", "stages", "norm")
+    ]
     return (out.shape[1], blocks, round(side / out.shape[2])) if blocks else None
 
 
@@ -134,13 +141,18 @@ def _from_torchvision(name, weights, stride):
         available = torchvision.models.get_model_weights(name)
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
     try:
-        model = _create(partial(torchvision.models.get_model, name, weights=pretrained), stride,
-                        replace_stride_with_dilation=[False, False, True])
+        model = _create(
+            partial(torchvision.models.get_model, name, weights=pretrained),
+            stride,
+            replace_stride_with_dilation=[False, False, True],
+        )
     except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash
         if pretrained is None:
             raise
-        raise UserError(f"could not download {pretrained.url} ({error}); fetch that file and pass "
-                        f"--encoder_weights FILE, or --encoder_weights none") from None
+        raise UserError(
+            f"could not download {pretrained.url} ({error}); fetch that file and pass "
+            f"--encoder_weights FILE, or --encoder_weights none"
+        ) from None
     if name in ("googlenet", "inception_v3"):  # torchvision's weights expect -1..1
         return model, (0.5,) * 3, (0.5,) * 3
     return model, IMAGENET_MEAN, IMAGENET_STD
@@ -162,8 +174,10 @@ def _from_timm(name, weights, stride):
 
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name}*")[:8])
-        raise UserError(f"unknown encoder {name}; see torchvision.models.list_models() and "
-                        f"timm.list_models()" + (f"; similar: {similar}" if similar else ""))
+        raise UserError(
+            f"unknown encoder {name}; see torchvision.models.list_models() and "
+            f"timm.list_models()" + (f"; similar: {similar}" if similar else "")
+        )
     config = timm.get_pretrained_cfg(name)
     create = partial(timm.create_model, name, pretrained=weights == "imagenet")
     try:
@@ -182,8 +196,10 @@ def _from_timm(name, weights, stride):
         # huggingface_hub raises many kinds of errors; all mean that there are no weights.
         url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"could not download {url} ({reason}); fetch that file and pass "
-                        f"--encoder_weights FILE, or --encoder_weights none") from None
+        raise UserError(
+            f"could not download {url} ({reason}); fetch that file and pass "
+            f"--encoder_weights FILE, or --encoder_weights none"
+        ) from None
     return model, config.mean, config.std
 
 
@@ -196,6 +212,7 @@ def _read_file(path, name):
         raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file  # timm's download format; timm requires it
+
         try:
             return load_file(path)
         except Exception as error:
@@ -212,13 +229,18 @@ def _read_file(path, name):
 def _read_untrusted(path):
     """The content of a file of torch.save, as `_read_file` returns it"""
     root, _ = stub_unpickler.read(path)
-    if isinstance(root, dict) and {"encoder", "decoder"} <= root.keys() \
-            and "encoder_args" not in root:
+    if (
+        isinstance(root, dict)
+        and {"encoder", "decoder"} <= root.keys()
+        and "encoder_args" not in root
+    ):
         return legacy_checkpoints.convert(root, path)
     with stub_unpickler.one_line_errors(path):
         if isinstance(root, dict) and "encoder_args" in root:
-            return {"encoder_args": root["encoder_args"],
-                    "encoder": _read_tensors(root["encoder"], path)}
+            return {
+                "encoder_args": root["encoder_args"],
+                "encoder": _read_tensors(root["encoder"], path),
+            }
         for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
             if isinstance(root, dict) and isinstance(root.get(key), (dict, stub_unpickler.Stub)):
                 root = root[key]
@@ -239,8 +261,9 @@ def _load_encoder(body, checkpoint, name, path):
         found = checkpoint["encoder_args"]["name"]
         if found != name:
             raise UserError(f"{path} has the encoder {found}, not {name}; pass --encoder {found}")
-        body.load_state_dict({key.removeprefix("resnet."): tensor
-                              for key, tensor in checkpoint["encoder"].items()})
+        body.load_state_dict(
+            {key.removeprefix("resnet."): tensor for key, tensor in checkpoint["encoder"].items()}
+        )
     except UserError:
         raise
     except Exception as error:
@@ -253,18 +276,25 @@ def _load_classifier(model, state, name, path):
     be missing, or of another number of classes.
     """
     sizes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    state = {key: tensor for key, tensor in state.items()
-             if not (_HEADS.fullmatch(key.partition(".")[0])
-                     and sizes.get(key) != getattr(tensor, "shape", None))}
+    state = {
+        key: tensor
+        for key, tensor in state.items()
+        if not (
+            _HEADS.fullmatch(key.partition(".")[0])
+            and sizes.get(key) != getattr(tensor, "shape", None)
+        )
+    }
     try:
         report = model.load_state_dict(state, strict=False)
     except Exception as error:
         raise _weights_error(path, name, error) from None
-    missing = [key for key in report.missing_keys
-               if not _HEADS.fullmatch(key.partition(".")[0])
-               and not key.endswith("num_batches_tracked")]
+    missing = [
+        key
+        for key in report.missing_keys
+        if not _HEADS.fullmatch(key.partition(".")[0]) and not key.endswith("num_batches_tracked")
+    ]
     if missing or report.unexpected_keys:
-        key, verb = ((missing[0], "lacks") if missing else (report.unexpected_keys[0], "also has"))
+        key, verb = (missing[0], "lacks") if missing else (report.unexpected_keys[0], "also has")
         raise UserError(f"{path} does not fit {name}: it {verb} {key}")
 
 

@@ -28,21 +28,52 @@ def add_search_options(parser, no_unk=False):
     """
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=positive_int, default=50, help="longest caption, in words")
-    add("--length_penalty", type=Number(float, least=0, most=MAX_LENGTH_PENALTY), default=0.0,
-        help="rank captions by their score over length to this power; 1: mean per word")
+    add(
+        "--length_penalty",
+        type=Number(float, least=0, most=MAX_LENGTH_PENALTY),
+        default=0.0,
+        help="rank captions by their score over length to this power; 1: mean per word",
+    )
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
-    add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N",
-        help="say no N words twice in the same order; 0: allowed")
-    add("--sample", action="store_true", help="draw captions at random, the same ones with the "
-        "same --seed, instead of searching for the most probable one")
-    add("--temperature", type=Number(float, above=0, most=100), default=1.0,
-        help="--sample: above 1 more varied, below 1 safer")
-    add("--top_p", type=Number(float, above=0, most=1), default=1.0,
-        help="--sample: only from the likeliest words that together have this probability")
-    add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS,
-        help="say <unk> where no known word is as likely, as in the tutorial")
-    add("--attention", choices=("soft", "hard"), default="soft", help="hard: look at the most "
-        "attended location alone; for models that were trained with --attention hard")
+    add(
+        "--no_repeat_ngram",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="say no N words twice in the same order; 0: allowed",
+    )
+    add(
+        "--sample",
+        action="store_true",
+        help="draw captions at random, the same ones with the "
+        "same --seed, instead of searching for the most probable one",
+    )
+    add(
+        "--temperature",
+        type=Number(float, above=0, most=100),
+        default=1.0,
+        help="--sample: above 1 more varied, below 1 safer",
+    )
+    add(
+        "--top_p",
+        type=Number(float, above=0, most=1),
+        default=1.0,
+        help="--sample: only from the likeliest words that together have this probability",
+    )
+    add(
+        "--unk",
+        dest="no_unk",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="say <unk> where no known word is as likely, as in the tutorial",
+    )
+    add(
+        "--attention",
+        choices=("soft", "hard"),
+        default="soft",
+        help="hard: look at the most "
+        "attended location alone; for models that were trained with --attention hard",
+    )
 
 
 def search_options(args):
@@ -51,17 +82,26 @@ def search_options(args):
     they contradict each other.
     """
     if args.sample and (args.length_penalty or args.attention == "hard"):
-        raise UserError("--length_penalty and --attention hard are for the search, not for "
-                        "--sample; leave one out")
+        raise UserError(
+            "--length_penalty and --attention hard are for the search, not for "
+            "--sample; leave one out"
+        )
     if not args.sample and (args.temperature, args.top_p) != (1, 1):
         raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
     if args.sample:
-        return {"max_len": args.max_len, "no_unk": args.no_unk,
-                "no_repeat_ngram": args.no_repeat_ngram,
-                "sampling": Sampling(args.temperature, args.top_p)}
-    return {"max_len": args.max_len, "length_penalty": args.length_penalty, "no_unk": args.no_unk,
+        return {
+            "max_len": args.max_len,
+            "no_unk": args.no_unk,
             "no_repeat_ngram": args.no_repeat_ngram,
-            "hard_attention": most_likely_location if args.attention == "hard" else None}
+            "sampling": Sampling(args.temperature, args.top_p),
+        }
+    return {
+        "max_len": args.max_len,
+        "length_penalty": args.length_penalty,
+        "no_unk": args.no_unk,
+        "no_repeat_ngram": args.no_repeat_ngram,
+        "hard_attention": most_likely_location if args.attention == "hard" else None,
+    }
 
 
 class Caption(NamedTuple):
@@ -80,8 +120,9 @@ def find_captions(decoder, features, word_map, beam_size=5, sampling=None, **opt
 
 
 @torch.inference_mode()
-def draw_captions(decoder, features, word_map, sampling, max_len=50, n_best=1, no_unk=False,
-                  no_repeat_ngram=0):
+def draw_captions(
+    decoder, features, word_map, sampling, max_len=50, n_best=1, no_unk=False, no_repeat_ngram=0
+):
     """
     Draw n_best captions for each image at random; see `sample_captions`, whose draws are those of
     torch's generator. Returns N Captions: of each image's the most probable one, the others as its
@@ -91,8 +132,9 @@ def draw_captions(decoder, features, word_map, sampling, max_len=50, n_best=1, n
         return []
     if n_best < 1 or max_len < 1:
         raise ValueError(f"n_best is {n_best}, max_len {max_len}: they must be at least 1")
-    tokens, lengths = sample_captions(decoder, features, word_map, n_best, max_len, sampling,
-                                      no_unk, no_repeat_ngram)
+    tokens, lengths = sample_captions(
+        decoder, features, word_map, n_best, max_len, sampling, no_unk, no_repeat_ngram
+    )
     logits, targets, alphas = decoder(features, tokens, lengths)
     log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1).double()
     counts = (lengths - 1).flatten().tolist()
@@ -105,16 +147,28 @@ def draw_captions(decoder, features, word_map, sampling, max_len=50, n_best=1, n
             path = tokens[i][r][1:length]
             finished = path[-1] == end
             path = path[:-1] if finished else path[:max_len]
-            drawn.append(Caption(path, alphas[i, r, :len(path)], float(scores[i, r]), finished, []))
+            drawn.append(
+                Caption(path, alphas[i, r, : len(path)], float(scores[i, r]), finished, [])
+            )
         first, *others = sorted(drawn, key=lambda caption: -caption.score)
         captions.append(first._replace(alternatives=others))
     return captions
 
 
 @torch.inference_mode()
-def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
-                length_penalty=0.0, no_unk=False, no_repeat_ngram=0, hard_attention=None,
-                callback=None):
+def beam_search(
+    decoder,
+    features,
+    word_map,
+    beam_size=5,
+    max_len=50,
+    n_best=1,
+    length_penalty=0.0,
+    no_unk=False,
+    no_repeat_ngram=0,
+    hard_attention=None,
+    callback=None,
+):
     """
     Caption a batch of images; beam_size=1 is greedy decoding.
 
@@ -144,8 +198,9 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"n_best is {n_best}, it must be 1 to beam_size = {beam_size}")
     if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
-        raise ValueError(f"length_penalty is {length_penalty}, it must be 0 to "
-                         f"{MAX_LENGTH_PENALTY}")
+        raise ValueError(
+            f"length_penalty is {length_penalty}, it must be 0 to {MAX_LENGTH_PENALTY}"
+        )
     n, device = len(features), features.device
     if n == 0:
         return []
@@ -165,22 +220,24 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
 
     for length in range(1, max_len + 2):  # <end> counts as a token, not as a word
         token_gates = decoder.embed_to_gates(tokens.flatten()[slots], annotations)
-        state, _, weights = decoder.step(token_gates, state, annotations, tokens.shape, slots,
-                                         hard_attention)
+        state, _, weights = decoder.step(
+            token_gates, state, annotations, tokens.shape, slots, hard_attention
+        )
         log_probs = to_logits(state[0]).log_softmax(-1)
         if no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
         if no_repeat_ngram:
             ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[slots], no_repeat_ngram)
         scores, tokens, parents = _extend(scores, log_probs, slots, width, callback)
-        history.append((rows, tokens, parents, scores,
-                        _scatter_to_slots(weights, slots, tokens.shape)))
+        history.append(
+            (rows, tokens, parents, scores, _scatter_to_slots(weights, slots, tokens.shape))
+        )
 
         if no_repeat_ngram:
             parent_paths = paths.gather(1, parents.unsqueeze(2).expand(-1, -1, length - 1))
             paths = torch.cat([parent_paths, tokens.unsqueeze(2)], 2)
         ended = tokens == end
-        ranks = scores.masked_fill(~ended, -torch.inf) / length ** length_penalty
+        ranks = scores.masked_fill(~ended, -torch.inf) / length**length_penalty
         best_finished = torch.cat([best_finished, ranks], 1)
         best_finished = best_finished.topk(n_best).values
         scores = scores.masked_fill(ended, -torch.inf)
@@ -189,7 +246,8 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         # favourable length, ranks below the n_best-th finished one.
         active = scores.max(1).values / (max_len + 1) ** length_penalty > best_finished[:, -1]
         source = slots.new_zeros(tokens.numel()).index_copy(  # slot -> its row in the state
-            0, slots, torch.arange(len(slots), device=device))
+            0, slots, torch.arange(len(slots), device=device)
+        )
         first_slot = torch.arange(0, tokens.numel(), beam_size, device=device).unsqueeze(1)
         source = source[first_slot + parents]  # (N, K): of each slot's parent
         is_open = ((scores > -torch.inf) & active.unsqueeze(1)).flatten()
@@ -202,7 +260,8 @@ def beam_search(decoder, features, word_map, beam_size=5, max_len=50, n_best=1,
         if num_active <= len(rows) // 2:  # drop the rows that are done; rarely, since it copies
             kept = _true_indices(active, num_active)
             new_row = torch.zeros_like(rows).index_copy(
-                0, kept, torch.arange(num_active, device=device))
+                0, kept, torch.arange(num_active, device=device)
+            )
             slots = new_row[slots // beam_size] * beam_size + slots % beam_size
             rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
             best_finished, width, paths = best_finished[kept], width[kept], paths[kept]
@@ -223,7 +282,8 @@ def _extend(scores, log_probs, slots, width, callback=None):
     per_slot = best.shape[1]
     total = scores.flatten()[slots].unsqueeze(1) + best
     total = scores.new_full((n * k, per_slot), -torch.inf).index_copy(
-        0, slots, total.to(scores.dtype))
+        0, slots, total.to(scores.dtype)
+    )
     tokens = _scatter_to_slots(tokens, slots, (n, k))
     top, index = total.view(n, -1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
@@ -260,15 +320,20 @@ def _backtrack(history, end, n, n_best, length_penalty, max_len):
         ends = np.argwhere(finished[:, i])  # (step, slot) of every finished beam
         if not len(ends):
             last = min(steps, max_len) - 1
-            ends = np.array([(last, slot) for slot in range(tokens.shape[2])
-                             if scores[last, i, slot] > -np.inf])
+            ends = np.array(
+                [(last, slot) for slot in range(tokens.shape[2]) if scores[last, i, slot] > -np.inf]
+            )
         if not len(ends):
-            raise UserError("the model's scores are not finite: it is damaged, or too large for "
-                            "--amp fp16; leave that out, or pass another --model")
+            raise UserError(
+                "the model's scores are not finite: it is damaged, or too large for "
+                "--amp fp16; leave that out, or pass another --model"
+            )
         ranks = scores[ends[:, 0], i, ends[:, 1]] / (ends[:, 0] + 1.0) ** length_penalty
         best = np.argsort(-ranks, kind="stable")[:n_best]
-        first, *others = (_path(tokens[:, i], parents[:, i], scores[:, i], alphas[:, i], end, *last)
-                          for last in ends[best])
+        first, *others = (
+            _path(tokens[:, i], parents[:, i], scores[:, i], alphas[:, i], end, *last)
+            for last in ends[best]
+        )
         captions.append(first._replace(alternatives=others))
     return captions
 

@@ -66,6 +66,7 @@ def _keep_freed_memory():
 
 class Distributed(NamedTuple):
     """One of the processes that `torchrun --nproc_per_node=K` started, or the only process."""
+
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -112,26 +113,31 @@ def distributed(device=None):
     variables = {name: os.environ.get(name) for name in TORCHRUN_VARIABLES}
     missing = [name for name, value in variables.items() if not value]
     if missing and variables["WORLD_SIZE"] not in (None, "", "1"):  # batch systems set some of them
-        print(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but {', '.join(missing)} "
-              f"{'is' if len(missing) == 1 else 'are'} not set: this is a single process; for "
-              f"several start torchrun", file=sys.stderr)
+        print(
+            f"WORLD_SIZE is {variables['WORLD_SIZE']}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: this is a single process; for "
+            f"several start torchrun",
+            file=sys.stderr,
+        )
     if missing or variables["WORLD_SIZE"] == "1":
         yield Distributed(device)
         return
     try:
         world_size, rank, local_rank = (int(variables[name]) for name in TORCHRUN_VARIABLES[:3])
     except ValueError:
-        raise UserError("WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them; "
-                        "unset them") from None
+        raise UserError(
+            "WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them; unset them"
+        ) from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "
-                            f"--nproc_per_node or pass --device cpu")
+            raise UserError(
+                f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "
+                f"--nproc_per_node or pass --device cpu"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Rank 0 may take long over the feature cache while the others wait.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=4))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     try:
         yield Distributed(device, rank, world_size)
     finally:

@@ -15,14 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 
 # Width and depth, as multiples of EfficientNet-B0's.
-SCALES = {"tf_efficientnet_lite0": (1.0, 1.0), "tf_efficientnet_lite1": (1.0, 1.1),
-          "tf_efficientnet_lite2": (1.1, 1.2), "tf_efficientnet_lite3": (1.2, 1.4),
-          "tf_efficientnet_lite4": (1.4, 1.8)}
+SCALES = {
+    "tf_efficientnet_lite0": (1.0, 1.0),
+    "tf_efficientnet_lite1": (1.0, 1.1),
+    "tf_efficientnet_lite2": (1.1, 1.2),
+    "tf_efficientnet_lite3": (1.2, 1.4),
+    "tf_efficientnet_lite4": (1.4, 1.8),
+}
 MEAN = STD = (0.5, 0.5, 0.5)  # of the images it was trained on, 0..1
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
 # Blocks, kernel size, stride, expansion of the channels, channels: of each stage of B0
-_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
-           (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 
 
 class Conv2dSame(nn.Conv2d):
@@ -44,8 +55,16 @@ class Conv2dSame(nn.Conv2d):
 
 def _convolution(channels, out_channels, kernel_size, stride=1, dilation=1, groups=1):
     cls = Conv2dSame if stride > 1 else nn.Conv2d
-    return cls(channels, out_channels, kernel_size, stride, kernel_size // 2 * dilation, dilation,
-               groups, bias=False)
+    return cls(
+        channels,
+        out_channels,
+        kernel_size,
+        stride,
+        kernel_size // 2 * dilation,
+        dilation,
+        groups,
+        bias=False,
+    )
 
 
 class NormAct(nn.BatchNorm2d):
@@ -109,17 +128,23 @@ class EfficientNetLite(nn.Sequential):
             reached *= stage_stride
             stage = []
             for _ in range(blocks):
-                stage.append(Block(channels, out_channels, kernel_size, stage_stride, dilation,
-                                   expansion))
+                stage.append(
+                    Block(channels, out_channels, kernel_size, stage_stride, dilation, expansion)
+                )
                 channels, stage_stride, dilation = out_channels, 1, next_dilation
             stages.append(nn.Sequential(*stage))
             beyond_stride_4 += stage * (reached > 4)
-        super().__init__(OrderedDict(
-            conv_stem=_convolution(3, _STEM, 3, 2), bn1=NormAct(_STEM),
-            blocks=nn.Sequential(*stages),
-            conv_head=_convolution(channels, _HEAD, 1), bn2=NormAct(_HEAD),
-            global_pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            classifier=nn.Linear(_HEAD, _CLASSES)))
+        super().__init__(
+            OrderedDict(
+                conv_stem=_convolution(3, _STEM, 3, 2),
+                bn1=NormAct(_STEM),
+                blocks=nn.Sequential(*stages),
+                conv_head=_convolution(channels, _HEAD, 1),
+                bn2=NormAct(_HEAD),
+                global_pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                classifier=nn.Linear(_HEAD, _CLASSES),
+            )
+        )
         for module in self.modules():  # as timm: normal, by the inputs that each output weighs
             if isinstance(module, nn.Conv2d):
                 fan_out = module.weight[:, 0].numel() // module.groups

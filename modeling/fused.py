@@ -46,10 +46,19 @@ class ConvNormAct(nn.Module):
             weight = conv.widen(weight, x)
         if uses_onednn(x, weight):
             return torch.ops.mkldnn._convolution_pointwise(
-                x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups,
-                *_ACTIVATIONS[type(self.act)], "")
-        return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation,
-                                 conv.groups))
+                x,
+                weight,
+                bias,
+                conv.padding,
+                conv.stride,
+                conv.dilation,
+                conv.groups,
+                *_ACTIVATIONS[type(self.act)],
+                "",
+            )
+        return self.act(
+            F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        )
 
 
 class FusedBody(nn.Module):
@@ -67,8 +76,11 @@ class FusedBody(nn.Module):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) \
-            or module.__module__.startswith("timm.layers") or super().is_leaf_module(module, name)
+        return (
+            isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+            or module.__module__.startswith("timm.layers")
+            or super().is_leaf_module(module, name)
+        )
 
 
 def fuse(body):
@@ -103,15 +115,19 @@ def fuse(body):
 def _find_layer(node, modules):
     """The nodes and the ConvNormAct that begin at this node of a graph; None, None without one"""
     conv, norm = (_module(n, modules) for n in (node, node.next))
-    if not (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" or type(conv) is Conv2dSame) \
-            or not isinstance(norm, nn.BatchNorm2d) or list(node.users) != [node.next]:
+    if (
+        not (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" or type(conv) is Conv2dSame)
+        or not isinstance(norm, nn.BatchNorm2d)
+        or list(node.users) != [node.next]
+    ):
         return None, None
     nodes = [node, node.next]
     act = getattr(norm, "act", None)  # of a norm that brings its activation
     if act is None or type(act) is nn.Identity:
         act, following = nn.Identity(), nodes[-1].next
-        if type(found := _module(following, modules)) in (nn.ReLU, nn.ReLU6) \
-                and list(nodes[-1].users) == [following]:
+        if type(found := _module(following, modules)) in (nn.ReLU, nn.ReLU6) and list(
+            nodes[-1].users
+        ) == [following]:
             act = found
             nodes.append(following)
     return (nodes, ConvNormAct(conv, norm, act)) if type(act) in _ACTIVATIONS else (None, None)

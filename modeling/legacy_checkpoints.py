@@ -23,8 +23,10 @@ def convert(root, path):
     with one_line_errors(path):
         for name in ("encoder", "decoder"):
             if not isinstance(root.get(name), Stub | dict) or not find_tensors(root[name]):
-                raise UserError(f"{path} has no module {name}: it is not a checkpoint of whole "
-                                f"modules or of their state dicts")
+                raise UserError(
+                    f"{path} has no module {name}: it is not a checkpoint of whole "
+                    f"modules or of their state dicts"
+                )
         encoder, decoder = (find_tensors(root[name]) for name in ("encoder", "decoder"))
         size = _attribute(root["encoder"], "adaptive_pool", "output_size")
         size = size[0] if isinstance(size, tuple) and size else size
@@ -32,10 +34,13 @@ def convert(root, path):
         p = _attribute(root["decoder"], "dropout", "p")
         checkpoint = {
             "encoder_args": {"name": _backbone(encoder, path), "encoded_image_size": size},
-            "decoder_args": {**_decoder_args(decoder, path),
-                             "dropout": p if type(p) is float and 0 <= p < 1 else 0.5,
-                             "encoded_image_size": size},
-            "word_map": None}
+            "decoder_args": {
+                **_decoder_args(decoder, path),
+                "dropout": p if type(p) is float and 0 <= p < 1 else 0.5,
+                "encoded_image_size": size,
+            },
+            "word_map": None,
+        }
         for key, old in (("epoch", "epoch"), ("bleu4", "bleu-4")):
             if type(root.get(old)) in (int, float) and math.isfinite(root[old]):
                 checkpoint[key] = root[old]
@@ -49,8 +54,11 @@ def find_tensors(root):
     Name -> Tensor, of a whole module or a state dict, without the prefixes that DataParallel and
     torch.compile put before all names.
     """
-    tensors = _state_dict(root) if isinstance(root, Stub) else {
-        name: tensor for name, tensor in root.items() if isinstance(tensor, Tensor)}
+    tensors = (
+        _state_dict(root)
+        if isinstance(root, Stub)
+        else {name: tensor for name, tensor in root.items() if isinstance(tensor, Tensor)}
+    )
     for prefix in ("module.", "_orig_mod.", "module."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -68,21 +76,30 @@ def _state_dict(module):
         if id(module) in seen or len(path) > MAX_DEPTH or parts > MAX_PARTS:
             raise Refused("an endless tree of modules")
         seen.add(id(module))
-        tensors |= {".".join((*path, name)): tensor for name, tensor in direct.items()
-                    if isinstance(tensor, Tensor)}
-        todo += [((*path, name), child) for name, child in children.items()
-                 if isinstance(child, Stub)]
+        tensors |= {
+            ".".join((*path, name)): tensor
+            for name, tensor in direct.items()
+            if isinstance(tensor, Tensor)
+        }
+        todo += [
+            ((*path, name), child) for name, child in children.items() if isinstance(child, Stub)
+        ]
     return tensors
 
 
 def _backbone(encoder, path):
     """The name of torchvision's ResNet with as many layers in block 3 and convolutions in each."""
     layers = {name.split(".")[2] for name in encoder if name.startswith("resnet.6.")}
-    names = ({6: "resnet50", 23: "resnet101", 36: "resnet152"}
-             if "resnet.6.0.conv3.weight" in encoder else {2: "resnet18", 6: "resnet34"})
+    names = (
+        {6: "resnet50", 23: "resnet101", 36: "resnet152"}
+        if "resnet.6.0.conv3.weight" in encoder
+        else {2: "resnet18", 6: "resnet34"}
+    )
     if len(layers) not in names:
-        raise UserError(f"{path} has an encoder that is not a ResNet of torchvision: resnet.6 has "
-                        f"{len(layers)} layers, not {', '.join(map(str, names))}")
+        raise UserError(
+            f"{path} has an encoder that is not a ResNet of torchvision: resnet.6 has "
+            f"{len(layers)} layers, not {', '.join(map(str, names))}"
+        )
     return names[len(layers)]
 
 
@@ -98,6 +115,7 @@ def _attribute(module, child, name):
 
 def _decoder_args(decoder, path):
     """The arguments of DecoderWithAttention that follow from the shapes of its tensors."""
+
     def shape(name):
         if name not in decoder or len(decoder[name].shape) != 2:
             raise UserError(f"{path} lacks the decoder's matrix {name}")
@@ -105,6 +123,10 @@ def _decoder_args(decoder, path):
 
     attention_dim, encoder_dim = shape("attention.encoder_att.weight")
     vocab_size, embed_dim = shape("embedding.weight")
-    return {"attention_dim": attention_dim, "embed_dim": embed_dim,
-            "decoder_dim": shape("decode_step.weight_hh")[1], "vocab_size": vocab_size,
-            "encoder_dim": encoder_dim}
+    return {
+        "attention_dim": attention_dim,
+        "embed_dim": embed_dim,
+        "decoder_dim": shape("decode_step.weight_hh")[1],
+        "vocab_size": vocab_size,
+        "encoder_dim": encoder_dim,
+    }

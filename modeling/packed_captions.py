@@ -17,6 +17,7 @@ class PackedCaptions(NamedTuple):
 
     W is the number of tokens to predict, all except <start>.
     """
+
     images: torch.Tensor  # (N,) the images, longest caption first
     image_of: torch.Tensor  # (N R,) for each caption, longest first, the position of its image
     batch_sizes: list  # T numbers M: the captions active at each step
@@ -46,5 +47,10 @@ class PackedCaptions(NamedTuple):
         tokens = captions[caption] * width + step
         to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
         per_token = torch.stack([slots, tokens, steps, steps.argsort()])  # one copy instead of four
-        return PackedCaptions(to_device(images), to_device(image_of), active.sum(1).tolist(),
-                              list(zip(n.tolist(), r.tolist())), *to_device(per_token))
+        return PackedCaptions(
+            to_device(images),
+            to_device(image_of),
+            active.sum(1).tolist(),
+            list(zip(n.tolist(), r.tolist())),
+            *to_device(per_token),
+        )

@@ -43,6 +43,7 @@ def sample_location(alpha, hard):
 class Sampling(NamedTuple):
     """How tokens are sampled: from probabilities ** (1 / temperature), the likeliest alone that
     together reach top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751)."""
+
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -65,17 +66,18 @@ def ban_repeated_ngrams(logits, captions, n):
     t = captions.shape[1]
     if t < n:
         return
-    ends = captions[:, n - 1:]  # (M, W), the last token of each n-gram so far
+    ends = captions[:, n - 1 :]  # (M, W), the last token of each n-gram so far
     same = torch.ones_like(ends, dtype=torch.bool)  # whether it begins as the caption ends
     for i in range(n - 1):
-        same &= captions[:, i:t - n + 1 + i] == captions[:, t - n + 1 + i, None]
+        same &= captions[:, i : t - n + 1 + i] == captions[:, t - n + 1 + i, None]
     banned = torch.zeros_like(logits).scatter_add(1, ends, same.to(logits.dtype))
     logits.masked_fill_(banned > 0, -torch.inf)
 
 
 @torch.no_grad()
-def sample_captions(decoder, features, word_map, samples, max_len=50, sampling=None,
-                    no_unk=False, no_repeat_ngram=0):
+def sample_captions(
+    decoder, features, word_map, samples, max_len=50, sampling=None, no_unk=False, no_repeat_ngram=0
+):
     """
     Sample captions from the decoder's distribution, token by token: `samples` for each image.
 
@@ -111,4 +113,4 @@ def sample_captions(decoder, features, word_map, samples, max_len=50, sampling=N
             break
     ended = captions == word_map["<end>"]
     lengths = torch.where(ended.any(1), ended.byte().argmax(1) + 1, max_len + 2).cpu()
-    return captions[:, :lengths.max()].view(n, samples, -1), lengths.view(n, samples)
+    return captions[:, : lengths.max()].view(n, samples, -1), lengths.view(n, samples)

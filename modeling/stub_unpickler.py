@@ -27,9 +27,18 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the start of a file in the for
 MAX_PICKLE = 6 << 20  # bytes; a ResNet-152 with its optimizers takes 0.3 MB, a word 20 bytes
 MAX_DIMENSIONS = 8
 
-DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
-          "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
-          "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
+DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
 STORAGE = re.compile(rf"torch\.(?:cuda\.)?({'|'.join(DTYPES)})Storage")
 STUBS = re.compile(
     r"(?:torch\.nn\.modules|torch\.optim|torchvision\.models)(?:\.[a-z_]\w*)*\._?[A-Z]\w*"
@@ -39,9 +48,13 @@ STUBS = re.compile(
     r"|builtins\.(?:dict|list|tuple|set|int|float|bool|str|object)"
     r"|torch\.(?:Size|device|float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)"
     r"|numpy\.(?:dtype|_?core\.multiarray\.scalar)|_codecs\.encode",  # NumPy scalars
-    re.ASCII)
-PLAIN = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict",  # format 1 needs no others
-         *(f"torch.{kind}Storage" for kind in DTYPES)}
+    re.ASCII,
+)
+PLAIN = {
+    "torch._utils._rebuild_tensor_v2",
+    "collections.OrderedDict",  # format 1 needs no others
+    *(f"torch.{kind}Storage" for kind in DTYPES),
+}
 # What torch.save writes; the last line is for newer pickle protocols than its default.
 INSTRUCTIONS = """
     PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT
@@ -101,9 +114,13 @@ class Tensor:
     """
 
     def __init__(self, storage, offset, shape, stride, *options):
-        if not (isinstance(storage, Storage) and isinstance(shape, tuple)
-                and len(shape) <= MAX_DIMENSIONS and all(type(n) is int for n in shape)
-                and math.prod(shape) <= storage.numel):
+        if not (
+            isinstance(storage, Storage)
+            and isinstance(shape, tuple)
+            and len(shape) <= MAX_DIMENSIONS
+            and all(type(n) is int for n in shape)
+            and math.prod(shape) <= storage.numel
+        ):
             raise Refused("a tensor that is larger than its storage")
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
 
@@ -114,9 +131,16 @@ class Tensor:
 # Replacements for functions and classes that cannot be stubs.
 CALLS = {
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), Tensor),
-    **dict.fromkeys(("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
-                     "torch._utils._rebuild_parameter_with_state"), lambda tensor, *_: tensor),
-    "collections.defaultdict": lambda *_: Dictionary()}
+    **dict.fromkeys(
+        (
+            "torch._utils._rebuild_parameter",
+            "torch.nn.parameter.Parameter",
+            "torch._utils._rebuild_parameter_with_state",
+        ),
+        lambda tensor, *_: tensor,
+    ),
+    "collections.defaultdict": lambda *_: Dictionary(),
+}
 
 
 class Instructions(dict):
@@ -168,8 +192,11 @@ class StubUnpickler(pickle._Unpickler):
                 return Stub
             case "storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view:
                 storage = self.storages.setdefault(key, Storage(dtype, numel))
-                if (storage.dtype, storage.numel) == (dtype, numel) and numel >= 0 \
-                        and view in ([], [None]):
+                if (
+                    (storage.dtype, storage.numel) == (dtype, numel)
+                    and numel >= 0
+                    and view in ([], [None])
+                ):
                     return storage
         kind = saved[0] if isinstance(saved, tuple) and saved else saved
         raise Refused(f"the persistent id {_printable(kind)}")
@@ -185,13 +212,20 @@ class StubUnpickler(pickle._Unpickler):
         elif not isinstance(target, Dictionary):
             raise Refused(f"attributes set on a {type(target).__name__}")
 
-    dispatch = Instructions({code: pickle._Unpickler.dispatch[code] for code in (
-        getattr(pickle, name)[0] for name in INSTRUCTIONS)})
-    dispatch |= {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build,
-                 pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
-                 # A set becomes a list, so that nothing in it is hashed.
-                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
-                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends}
+    dispatch = Instructions(
+        {
+            code: pickle._Unpickler.dispatch[code]
+            for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS)
+        }
+    )
+    dispatch |= {
+        pickle.EMPTY_DICT[0]: load_empty_dict,
+        pickle.BUILD[0]: load_build,
+        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
+        # A set becomes a list, so that nothing in it is hashed.
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+    }
 
 
 def _printable(value):
@@ -209,12 +243,15 @@ def one_line_errors(path):
     except FileNotFoundError:
         raise UserError(f"{path} not found; train a model first or pass another file") from None
     except Refused as error:
-        raise UserError(f"{path} is refused: it holds {error}, which does not belong in a "
-                        f"checkpoint; nothing in the file was run") from None
+        raise UserError(
+            f"{path} is refused: it holds {error}, which does not belong in a "
+            f"checkpoint; nothing in the file was run"
+        ) from None
     except Exception as error:  # invalid pickles fail in many ways
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or not a checkpoint: "
-                        f"{reason or type(error).__name__}") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint: {reason or type(error).__name__}"
+        ) from None
 
 
 def read(path):

@@ -83,8 +83,9 @@ def choose_scenes(n, rng):
     Raises UserError if fewer than n exist.
     """
     if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
-        raise UserError(f"{n} scenes requested; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} "
-                        f"different ones exist")
+        raise UserError(
+            f"{n} scenes requested; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} different ones exist"
+        )
     single = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
     scenes = rng.sample(ONE_OBJECT, single) + rng.sample(TWO_OBJECTS, n - single)
     rng.shuffle(scenes)
@@ -173,8 +174,13 @@ def draw(background, polygons, factor=4):
         size = int(x1) + 2 - corner[0], int(y1) + 2 - corner[1]
         for scale, brightness in COPIES:
             # In pixels of the finer picture, whose centres are at half a pixel.
-            polygon = [tuple(factor * (m + scale * (v - m) - c) - 0.5
-                             for v, m, c in zip(point, middle, corner)) for point in points]
+            polygon = [
+                tuple(
+                    factor * (m + scale * (v - m) - c) - 0.5
+                    for v, m, c in zip(point, middle, corner)
+                )
+                for point in points
+            ]
             mask = Image.new("L", (size[0] * factor, size[1] * factor))
             ImageDraw.Draw(mask).polygon(polygon, fill=255)
             picture.paste(tuple(round(brightness * c) for c in rgb), corner, mask.reduce(factor))
@@ -247,11 +253,11 @@ def _make_demo(folder, train, val, test, seed):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m preprocessing.demo",
-                    description="Draw a captioned demo data set.")
+    parser = Parser(
+        prog="python -m preprocessing.demo", description="Draw a captioned demo data set."
+    )
     parser.add_argument("folder", help="where to write the pictures and dataset_demo.json")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
-        parser.add_argument(f"--{split}", type=non_negative_int, default=n,
-                            help="number of scenes")
+        parser.add_argument(f"--{split}", type=non_negative_int, default=n, help="number of scenes")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random generator")
     run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

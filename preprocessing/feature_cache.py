@@ -48,8 +48,9 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
         encoded = encoder(images[np.arange(1)][0].to(device))
     staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)
     with _explain_failure(path):
-        with staging.lock(f"{path} is being written by another process; wait for it, or pass "
-                          f"--no-cache_features"):
+        with staging.lock(
+            f"{path} is being written by another process; wait for it, or pass --no-cache_features"
+        ):
             resumed = staging.resume()
             staging.check_space(" or pass --no-cache_features")
             if not resumed:
@@ -68,20 +69,29 @@ def _explain_failure(path):
     except OSError as error:
         if error.errno == errno.EROFS:
             raise _cannot_write(path, error) from None
-        raise UserError(f"{path} cannot be written: {str(error).partition(chr(10))[0]}; the "
-                        f"finished part is kept, run the same command to continue") from None
+        raise UserError(
+            f"{path} cannot be written: {str(error).partition(chr(10))[0]}; the "
+            f"finished part is kept, run the same command to continue"
+        ) from None
 
 
 def _cannot_write(path, error):
-    return UserError(f"{path} cannot be written: {error.strerror}; pass --features_folder, a "
-                     f"folder for it, or --no-cache_features")
+    return UserError(
+        f"{path} cannot be written: {error.strerror}; pass --features_folder, a "
+        f"folder for it, or --no-cache_features"
+    )
 
 
 def _encode_remaining(staging, images, encoder, device, batch_size):
     """Encode the images that are not encoded yet."""
     [file], done = staging.arrays.values(), staging.done["features"]
-    bar = tqdm(total=len(images), initial=done, desc=f"encoding {Path(file.path).stem}",
-               unit="image", disable=None)
+    bar = tqdm(
+        total=len(images),
+        initial=done,
+        desc=f"encoding {Path(file.path).stem}",
+        unit="image",
+        disable=None,
+    )
     try:
         with bar, torch.inference_mode():
             for i in range(done, len(images), batch_size):
@@ -89,8 +99,10 @@ def _encode_remaining(staging, images, encoder, device, batch_size):
                 encoded = encoder(images[rows][0].to(device)).half().cpu().numpy()
                 if not np.isfinite(encoded).all():
                     staging.remove()
-                    raise UserError(f"features of {encoder.args['name']} are too large for "
-                                    f"float16; pass --no-cache_features")
+                    raise UserError(
+                        f"features of {encoder.args['name']} are too large for "
+                        f"float16; pass --no-cache_features"
+                    )
                 file.write(i, encoded)
                 staging.advance("features", i + len(rows))
                 bar.update(len(rows))
@@ -103,8 +115,12 @@ def _check_cache(path, num_images, encoder):
     try:
         with open_hdf5(path) as file:
             features = file["features"]
-            valid = features.dtype == np.float16 and features.ndim == 3 \
-                and len(features) == num_images and features.shape[2] == encoder.encoder_dim
+            valid = (
+                features.dtype == np.float16
+                and features.ndim == 3
+                and len(features) == num_images
+                and features.shape[2] == encoder.encoder_dim
+            )
     except Exception:  # HDF5 raises many kinds for foreign bytes
         valid = False
     if not valid:
@@ -119,7 +135,8 @@ def _cache_path(dataset, encoder, amp, folder):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     return Path(folder or dataset.path.parent) / (
-        f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5")
+        f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5"
+    )
 
 
 def _fingerprint(path):
@@ -147,11 +164,12 @@ def load_features(path, storage, device):
             storage = _choose_storage(features.nbytes, device)
         if storage == "disk":
             return path
-        tensor = torch.empty(features.shape, dtype=torch.float16,
-                             device=device if storage == "device" else "cpu")
+        tensor = torch.empty(
+            features.shape, dtype=torch.float16, device=device if storage == "device" else "cpu"
+        )
         step = max(1, (64 << 20) // max(1, features.nbytes // max(1, len(features))))
         for i in range(0, len(features), step):  # in pieces: no second copy of all features
-            tensor[i:i + step] = torch.from_numpy(features[i:i + step]).to(tensor.device)
+            tensor[i : i + step] = torch.from_numpy(features[i : i + step]).to(tensor.device)
     return tensor
 
 

@@ -26,16 +26,38 @@ else:
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Pillow's formats for photographs. It knows others, and for some of them starts other programs.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM",
-           "TGA", "ICO", "PCX", "SGI", *["HEIF"] * bool(pillow_heif))
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "ICO",
+    "PCX",
+    "SGI",
+    *["HEIF"] * bool(pillow_heif),
+)
 OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, with 8 bits per channel
 # EXIF orientation -> quarter turns to the left that make the picture upright, and whether it must
 # then be mirrored.
-TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True),
-         8: (1, False)}
+TURNS = {
+    2: (0, True),
+    3: (2, False),
+    4: (2, True),
+    5: (3, True),
+    6: (3, False),
+    7: (1, True),
+    8: (1, False),
+}
 # What white can be in a picture of more than 8 bits: a camera's or scanner's 10, 12 or 14 bits are
 # often stored as they are in 16 or 32.
-WHITES = tuple(2 ** bits - 1 for bits in (8, 10, 12, 14, 16))
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 FLOAT_WHITES = (1, 255, 65535)
 LARGE_PIXELS = 1 << 24  # of larger pictures only one at a time is decoded
 MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
@@ -46,8 +68,11 @@ _one_large_picture = multiprocessing.Lock()  # shared with forked processes
 def find_suffixes():
     """The suffixes of the files that `read_rgb` can read here, in lower case."""
     Image.init()
-    return {suffix for suffix, kind in Image.registered_extensions().items()
-            if kind in (*FORMATS, "MPO")}  # a JPEG with several pictures
+    return {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in (*FORMATS, "MPO")
+    }  # a JPEG with several pictures
 
 
 def is_url(source):
@@ -101,8 +126,9 @@ def _download(url):
         with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
             content = response.read(MAX_DOWNLOAD + 1)
     except (OSError, ValueError, urllib.error.URLError) as error:
-        raise UserError(f"{url} could not be downloaded: {getattr(error, 'reason', error)}"
-                        ) from None
+        raise UserError(
+            f"{url} could not be downloaded: {getattr(error, 'reason', error)}"
+        ) from None
     if len(content) > MAX_DOWNLOAD:
         raise UserError(f"{url} is larger than {MAX_DOWNLOAD >> 20} MB; download it yourself")
     return content

@@ -29,6 +29,7 @@ CHUNK = 4  # images that a process reads at a time; few, since an interrupt wait
 
 class Options(NamedTuple):
     """The options that determine the content of the files, besides images and captions."""
+
     captions_per_image: int
     min_word_freq: int
     max_len: int
@@ -55,14 +56,18 @@ def _check_words(splits, options):
     words = create_word_map(captions, options.min_word_freq)
     tokens = sum(map(len, captions))
     unknown = sum(word not in words for caption in captions for word in caption)
-    kept = (f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
-            f"<unk>, since only {len(words) - len(SPECIAL_TOKENS)} different ones occur more than "
-            f"{options.min_word_freq} times")
+    kept = (
+        f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
+        f"<unk>, since only {len(words) - len(SPECIAL_TOKENS)} different ones occur more than "
+        f"{options.min_word_freq} times"
+    )
     advice = "pass a lower --min_word_freq, 0 to keep every word"
     unspaced = tokens < 1.5 * len(captions)
     if unspaced:
-        advice += ("; most captions are one word: if the language is written without spaces, as "
-                   "Chinese, Japanese and Thai are, put a space between the words first")
+        advice += (
+            "; most captions are one word: if the language is written without spaces, as "
+            "Chinese, Japanese and Thai are, put a space between the words first"
+        )
     if unknown == tokens:
         raise UserError(f"{kept}; {advice}")
     if unknown > tokens / 2 or unspaced:
@@ -139,7 +144,8 @@ def _check_bad_images(splits, bad, skip_bad_images, note=""):
     """UserError if there are bad images and they may not be skipped, or none left to train on."""
     if bad and not skip_bad_images:
         raise _bad_images(
-            bad, f"repair them, remove their captions or pass --skip_bad_images{note}")
+            bad, f"repair them, remove their captions or pass --skip_bad_images{note}"
+        )
     if not splits["TRAIN"]:
         raise _bad_images(bad, "no image to train on is left")
 
@@ -174,22 +180,29 @@ def _store_chunks(chunks, workers):
             while pending:
                 yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps out of memory; run the same command to "
-                        "continue, with --workers 1 if memory is short") from None
+        raise UserError(
+            "a worker process died, perhaps out of memory; run the same command to "
+            "continue, with --workers 1 if memory is short"
+        ) from None
 
 
 def _store_images(staging, splits, workers):
     """Read all images that have not been read yet into the HDF5 files."""
-    positions = [(split, row) for split, images in splits.items()
-                 for row in range(staging.done[split], len(images), CHUNK)]
-    chunks = ((staging.arrays[split], row,
-               [image.path for image in splits[split][row:row + CHUNK]])
-              for split, row in positions)
+    positions = [
+        (split, row)
+        for split, images in splits.items()
+        for row in range(staging.done[split], len(images), CHUNK)
+    ]
+    chunks = (
+        (staging.arrays[split], row, [image.path for image in splits[split][row : row + CHUNK]])
+        for split, row in positions
+    )
     initial = staging.rows_done
     with (
         closing(_store_chunks(chunks, workers)) as results,
-        tqdm(desc="reading", unit="image", initial=initial, total=staging.rows,
-             disable=None) as bar,
+        tqdm(
+            desc="reading", unit="image", initial=initial, total=staging.rows, disable=None
+        ) as bar,
     ):
         start = time.monotonic()
         try:
@@ -207,15 +220,20 @@ def _drop_bad_images(staging, splits, missing, skip_bad_images):
     """The splits without images that cannot be read; UserError as in _check_bad_images."""
     bad = missing + [reason for rows in staging.bad.values() for _, reason in rows]
     rows = {split: {row for row, _ in staging.bad[split]} for split in splits}
-    splits = {split: [image for row, image in enumerate(images) if row not in rows[split]]
-              for split, images in splits.items()}
+    splits = {
+        split: [image for row, image in enumerate(images) if row not in rows[split]]
+        for split, images in splits.items()
+    }
     if not splits["TRAIN"]:
         staging.remove()
     _check_bad_images(splits, bad, skip_bad_images, "; the other images will not be read again")
     staging.drop_bad()
     if bad:
-        print("\n  ".join([f"{count(len(bad), 'bad image')} dropped:",
-                           *map(printable, _first_reasons(bad))]))
+        print(
+            "\n  ".join(
+                [f"{count(len(bad), 'bad image')} dropped:", *map(printable, _first_reasons(bad))]
+            )
+        )
     return splits
 
 
@@ -225,8 +243,11 @@ def _write_captions(staging, name, splits, options):
     word_map = create_word_map(train_captions, options.min_word_freq)
     rng = random.Random(options.seed)
     for split, images in splits.items():
-        captions = [caption for image in images
-                    for caption in _sample(image.captions, options.captions_per_image, rng)]
+        captions = [
+            caption
+            for image in images
+            for caption in _sample(image.captions, options.captions_per_image, rng)
+        ]
         for kind, content in {
             "CAPTIONS": [_encode(caption, word_map, options.max_len) for caption in captions],
             "CAPLENS": [len(caption) + 2 for caption in captions],
@@ -234,8 +255,10 @@ def _write_captions(staging, name, splits, options):
         }.items():
             write_json(staging.path(data_file(split, kind, name)), content)
         distinct = sum(min(len(image.captions), options.captions_per_image) for image in images)
-        print(f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}"
-              + (f", filled up to {len(captions)}" if distinct < len(captions) else ""))
+        print(
+            f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}"
+            + (f", filled up to {len(captions)}" if distinct < len(captions) else "")
+        )
     write_json(staging.path(staging.files[-1]), word_map)
 
 
@@ -255,9 +278,11 @@ def _is_already_made(staging):
         same = False
     if same and existing == paths:
         return True
-    raise UserError(f"{existing[0]} already exists, made from other images, captions or options, "
-                    f"or other files of its data set are missing; pass --overwrite, another "
-                    f"--output_folder or --dataset")
+    raise UserError(
+        f"{existing[0]} already exists, made from other images, captions or options, "
+        f"or other files of its data set are missing; pass --overwrite, another "
+        f"--output_folder or --dataset"
+    )
 
 
 def _stage(output_folder, name, key, splits, options):
@@ -266,16 +291,24 @@ def _stage(output_folder, name, key, splits, options):
     staging = StagingFolder(output_folder, name, key, [*files, f"WORDMAP_{name}.json"])
     for split, images in splits.items():
         made_from = {"made_from": np.bytes_(key)} if split == "TRAIN" else {}
-        staging.add(split, data_file(split, "IMAGES", name), "images",
-                    (len(images), 3, options.image_size, options.image_size), np.uint8,
-                    captions_per_image=options.captions_per_image, **made_from)
+        staging.add(
+            split,
+            data_file(split, "IMAGES", name),
+            "images",
+            (len(images), 3, options.image_size, options.image_size),
+            np.uint8,
+            captions_per_image=options.captions_per_image,
+            **made_from,
+        )
     return staging
 
 
 def _start_or_resume(staging, overwrite):
     if staging.started:
-        print(f"{staging.rows_done} of {staging.rows} images are already in {staging.folder}; "
-              f"continuing")
+        print(
+            f"{staging.rows_done} of {staging.rows} images are already in {staging.folder}; "
+            f"continuing"
+        )
     else:
         staging.remove()
     staging.check_space()
@@ -291,27 +324,37 @@ def _explain_interruption(staging):
     except BrokenPipeError:  # stdout was closed
         raise
     except OSError as error:
-        kept = ("; the finished part is kept, run the same command to continue"
-                if staging.started else "")
+        kept = (
+            "; the finished part is kept, run the same command to continue"
+            if staging.started
+            else ""
+        )
         raise UserError(f"cannot write to {staging.output}: {error}{kept}") from error
     except KeyboardInterrupt:
         if not staging.started:
             raise
-        raise KeyboardInterrupt(f"interrupted; {staging.rows_done} images are kept in "
-                                f"{staging.folder}, run the same command to continue") from None
+        raise KeyboardInterrupt(
+            f"interrupted; {staging.rows_done} images are kept in "
+            f"{staging.folder}, run the same command to continue"
+        ) from None
 
 
 def _with_folders(sources, folders, dataset):
     """The tuples that `read_sources` takes, of one or several sources and folders."""
     sources, folders = (x if isinstance(x, (list, tuple)) else [x] for x in (sources, folders))
     if len(folders) not in (1, len(sources)):
-        raise UserError(f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
-                        f"a folder for each file, or one for all")
+        raise UserError(
+            f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
+            f"a folder for each file, or one for all"
+        )
     if len(folders) == 1:
         folders = folders * len(sources)
-    return [(source, source["source"], folder) if isinstance(source, dict)
-            else (read_karpathy(source, dataset), source, folder)
-            for source, folder in zip(sources, folders)]
+    return [
+        (source, source["source"], folder)
+        if isinstance(source, dict)
+        else (read_karpathy(source, dataset), source, folder)
+        for source, folder in zip(sources, folders)
+    ]
 
 
 def create_input_files(
@@ -367,8 +410,7 @@ def create_input_files(
     sources = _with_folders(karpathy_json_path, image_folder, dataset)
     options = Options(captions_per_image, min_word_freq, max_len, seed, image_size)
     splits, missing, key = _find_images(read_sources(sources, max_len), options)
-    _check_bad_images(splits, missing, skip_bad_images,
-                      "; the other images have not been read yet")
+    _check_bad_images(splits, missing, skip_bad_images, "; the other images have not been read yet")
     _check_words(splits, options)
     staging = _stage(output_folder, name, key, splits, options)
     with _explain_interruption(staging):
@@ -377,8 +419,9 @@ def create_input_files(
             if not (staging.resume(overwrite) and staging.complete):
                 if not overwrite and _is_already_made(staging):
                     staging.remove()  # exists if a run with --overwrite was killed
-                    print(f"{name} in {output_folder} is already complete; --overwrite makes it "
-                          f"again")
+                    print(
+                        f"{name} in {output_folder} is already complete; --overwrite makes it again"
+                    )
                     return
                 _start_or_resume(staging, overwrite)
                 _store_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)

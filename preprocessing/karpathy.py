@@ -27,10 +27,15 @@ def read_karpathy(path, dataset):
         with zipfile.ZipFile(path) as archive:
             members = {PurePosixPath(name).name: name for name in archive.namelist()}
             if wanted not in members:
-                names = [name[len("dataset_"):-len(".json")] for name in sorted(members)
-                         if name.startswith("dataset_") and name.endswith(".json")]
-                raise UserError(f"{path} has no {wanted}; pass --dataset, one of: "
-                                f"{', '.join(names) or 'none in it'}")
+                names = [
+                    name[len("dataset_") : -len(".json")]
+                    for name in sorted(members)
+                    if name.startswith("dataset_") and name.endswith(".json")
+                ]
+                raise UserError(
+                    f"{path} has no {wanted}; pass --dataset, one of: "
+                    f"{', '.join(names) or 'none in it'}"
+                )
             return json.loads(archive.read(members[wanted]))
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
@@ -47,8 +52,10 @@ class CaptionedImage(NamedTuple):
 
 
 def _not_karpathy(where):
-    return UserError(f"{where} is not in Karpathy's format: it needs filename, split and "
-                     f"sentences, each with a list of tokens")
+    return UserError(
+        f"{where} is not in Karpathy's format: it needs filename, split and "
+        f"sentences, each with a list of tokens"
+    )
 
 
 def _check_name(entry, where):
@@ -81,8 +88,10 @@ def _check_captions(entry, where):
             raise _not_karpathy(where)
         if not all(isinstance(word, str) for word in caption) or not _is_text("".join(caption)):
             wrong = [word for word in caption if not isinstance(word, str) or not _is_text(word)]
-            raise UserError(f"{where}: {wrong[0]!r} among the tokens of a caption is not a word; "
-                            f"tokens are strings")
+            raise UserError(
+                f"{where}: {wrong[0]!r} among the tokens of a caption is not a word; "
+                f"tokens are strings"
+            )
         if reserved := set(caption).intersection(SPECIAL_TOKENS):
             raise UserError(f"{where}: a caption has {min(reserved)}, a reserved token; remove it")
     return captions
@@ -109,8 +118,9 @@ def _captioned_image(entry, index, source, image_folder, max_len):
     }
     if "objects" in entry:
         if not _are_objects(entry["objects"]):
-            raise UserError(f"{where}: objects must be a list, each with a box of 4 numbers and "
-                            f"words")
+            raise UserError(
+                f"{where}: objects must be a list, each with a box of 4 numbers and words"
+            )
         record["objects"] = entry["objects"]
     usable = [caption for caption in references if len(caption) <= max_len]
     return SPLITS[split], CaptionedImage(os.path.join(image_folder, name), usable, record)
@@ -119,10 +129,14 @@ def _captioned_image(entry, index, source, image_folder, max_len):
 def _are_objects(objects):
     """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
     return isinstance(objects, list) and all(
-        isinstance(obj, dict) and isinstance(obj.get("box"), list) and len(obj["box"]) == 4
+        isinstance(obj, dict)
+        and isinstance(obj.get("box"), list)
+        and len(obj["box"]) == 4
         and all(type(x) in (int, float) for x in obj["box"])
         and isinstance(obj.get("words"), list)
-        and all(isinstance(word, str) for word in obj["words"]) for obj in objects)
+        and all(isinstance(word, str) for word in obj["words"])
+        for obj in objects
+    )
 
 
 def read_sources(sources, max_len):
@@ -140,8 +154,9 @@ def read_sources(sources, max_len):
         for split, images in read_splits(*source, max_len).items():
             for image in images:
                 if (file := os.path.realpath(image.path)) in seen:
-                    raise UserError(f"{image.path} is in {seen[file]} and in {source[1]}; leave "
-                                    f"one of them out")
+                    raise UserError(
+                        f"{image.path} is in {seen[file]} and in {source[1]}; leave one of them out"
+                    )
                 seen[file] = source[1]
                 image.record["source"] = name
                 joined[split].append(image)
@@ -157,8 +172,11 @@ def _source_names(sources):
     for content, path in sources:
         name = content.get("dataset") if isinstance(content, dict) else None
         names.append(name if isinstance(name, str) and name else Path(path).stem)
-    return names if len(set(names)) == len(names) else [
-        f"{name}_{i}" for i, name in enumerate(names, 1)]
+    return (
+        names
+        if len(set(names)) == len(names)
+        else [f"{name}_{i}" for i, name in enumerate(names, 1)]
+    )
 
 
 def read_splits(karpathy, source, image_folder, max_len):
@@ -186,8 +204,9 @@ def read_splits(karpathy, source, image_folder, max_len):
         else:
             skipped[split] += 1
     for split, number in skipped.items():
-        print(f"{split}: {count(number, 'image')} skipped, without a caption of 1 to {max_len} "
-              f"words")
+        print(
+            f"{split}: {count(number, 'image')} skipped, without a caption of 1 to {max_len} words"
+        )
     if not splits["TRAIN"]:
         raise UserError(f"{source}: no image to train on; give some the split 'train'")
     return splits

@@ -30,6 +30,7 @@ class ResumableHDF5:
 
     shape: (rows, ...); offset: the byte at which row 0 starts, set by `create` and `inspect`
     """
+
     path: str
     dataset: str
     shape: tuple
@@ -48,8 +49,9 @@ class ResumableHDF5:
         with h5py.File(self.path, "w", locking=False) as file:  # StagingFolder.lock is ours
             file.attrs.update(self.attributes)
             # Without timestamps, the same content gives the same bytes.
-            dataset = file.create_dataset(self.dataset, self.shape, self.dtype, track_times=False,
-                                          dcpl=allocation)
+            dataset = file.create_dataset(
+                self.dataset, self.shape, self.dtype, track_times=False, dcpl=allocation
+            )
             self.offset = dataset.id.get_offset() or 0  # None if there are no rows
         self.sync()
 
@@ -69,17 +71,25 @@ class ResumableHDF5:
                     file.seek(self.offset + number * self.row_bytes)
                     rest = memoryview(row).cast("B")
                     while rest:  # a signal or a nearly full disk may interrupt the write
-                        rest = rest[file.write(rest):]
+                        rest = rest[file.write(rest) :]
 
     def drop_rows(self, dropped):
         """Remove these rows from the file; a killed call can be repeated."""
         rows = np.setdiff1d(np.arange(self.shape[0]), dropped)
         if self.inspect() == len(rows):  # already done
             return
-        kept = ResumableHDF5(f"{self.path}.kept", self.dataset, (len(rows), *self.shape[1:]),
-                             self.dtype, self.attributes)
-        check_space(os.path.dirname(self.path), len(rows) * self.row_bytes,
-                    ", then run the same command to continue")
+        kept = ResumableHDF5(
+            f"{self.path}.kept",
+            self.dataset,
+            (len(rows), *self.shape[1:]),
+            self.dtype,
+            self.attributes,
+        )
+        check_space(
+            os.path.dirname(self.path),
+            len(rows) * self.row_bytes,
+            ", then run the same command to continue",
+        )
         kept.create()
         with open(self.path, "rb") as source, open(kept.path, "rb+") as target:
             target.seek(kept.offset)
@@ -98,8 +108,10 @@ def check_space(folder, needed, next_step=""):
     """UserError unless the folder's disk has `needed` bytes of free space."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-                        f"free up space{next_step}")
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            f"free up space{next_step}"
+        )
 
 
 class StagingFolder:
@@ -160,8 +172,11 @@ class StagingFolder:
             if found["key"] == self.key and (found["overwrite"] or not overwrite):
                 for name in ("done", "bad", "overwrite", "complete"):
                     setattr(self, name, found[name])
-                self.started = all(map(self._exists, self.files) if self.complete else
-                                   map(self._is_valid, self.arrays))
+                self.started = all(
+                    map(self._exists, self.files)
+                    if self.complete
+                    else map(self._is_valid, self.arrays)
+                )
         except (UserError, OSError, KeyError, TypeError, ValueError):  # missing or damaged
             self.started = False
         if not self.started:
@@ -177,8 +192,10 @@ class StagingFolder:
 
     def check_space(self, next_step=""):
         """UserError unless the disk has space for the rows that are not done yet."""
-        remaining = sum((array.shape[0] - self.done[label]) * array.row_bytes
-                        for label, array in self.arrays.items())
+        remaining = sum(
+            (array.shape[0] - self.done[label]) * array.row_bytes
+            for label, array in self.arrays.items()
+        )
         check_space(self.output, remaining, next_step)
 
     def start(self, overwrite=False):
@@ -206,8 +223,10 @@ class StagingFolder:
                 self.arrays[label].sync()
             # An interrupt may have come between the two assignments of advance().
             self.bad[label] = [[row, reason] for row, reason in self.bad[label] if row < done]
-        write_json(self._progress, {name: getattr(self, name) for name in
-                                    ("key", "overwrite", "complete", "done", "bad")})
+        write_json(
+            self._progress,
+            {name: getattr(self, name) for name in ("key", "overwrite", "complete", "done", "bad")},
+        )
         self._saved = time.monotonic()
 
     def drop_bad(self):

@@ -7,8 +7,9 @@ from factories import write_scenes
 
 from modeling import field_of_view
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 
 
@@ -36,8 +37,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chromium():
     if not CHROMIUM or not DRIVER:
-        pytest.skip("no chromium and chromedriver on this machine; "
-                    "Debian: apt-get install chromium chromium-driver")
+        pytest.skip(
+            "no chromium and chromedriver on this machine; "
+            "Debian: apt-get install chromium chromium-driver"
+        )
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM

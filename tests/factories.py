@@ -34,8 +34,14 @@ NAME = "demo_5_cap_per_img_0_min_word_freq"
 
 def write_scenes(folder, train, val, test):
     """Draw scenes and write their input files into this folder, which is returned."""
-    create_input_files("demo", make_demo(folder / "demo", train, val, test), folder / "demo",
-                       min_word_freq=0, output_folder=folder, workers=1)
+    create_input_files(
+        "demo",
+        make_demo(folder / "demo", train, val, test),
+        folder / "demo",
+        min_word_freq=0,
+        output_folder=folder,
+        workers=1,
+    )
     return folder
 
 
@@ -88,8 +94,12 @@ def karpathy_entry(filename, split="train", captions=("a dog",), **more):
     return {"filename": filename, "split": split, "sentences": sentences, **more}
 
 
-ONE_PER_SPLIT = [karpathy_entry("a.png"), karpathy_entry("b.png", "val"),
-                 karpathy_entry("c.png", "test"), karpathy_entry("d.png", "restval")]
+ONE_PER_SPLIT = [
+    karpathy_entry("a.png"),
+    karpathy_entry("b.png", "val"),
+    karpathy_entry("c.png", "test"),
+    karpathy_entry("d.png", "restval"),
+]
 
 
 def many_entries(n=9):
@@ -121,8 +131,9 @@ INPUT_OPTIONS = {"min_word_freq": 0, "captions_per_image": 2, "max_len": 4, "wor
 def write_input_files(folder, entries, output="out", bad=(), **options):
     """The input files of the data set x in folder/output; returns a function that reads one."""
     path, output = write_karpathy(folder, entries, bad), folder / output
-    create_input_files("x", path, folder / "images", output_folder=output,
-                       **INPUT_OPTIONS | options)
+    create_input_files(
+        "x", path, folder / "images", output_folder=output, **INPUT_OPTIONS | options
+    )
 
     def read(kind):
         [path] = output.glob(f"{kind}_x_*")
@@ -165,8 +176,9 @@ def kill_at(module, name, k):
 TUTORIAL_NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
 IMAGES, R = 5, 2
 TUTORIAL_WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "sits": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
-TUTORIAL_CAPTIONS = [[5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0]
-                     for i in range(IMAGES * R)]
+TUTORIAL_CAPTIONS = [
+    [5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0] for i in range(IMAGES * R)
+]
 TUTORIAL_LENGTHS = [4 if i % 2 else 5 for i in range(IMAGES * R)]
 
 
@@ -178,8 +190,11 @@ def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LE
         images = h.create_dataset("images", (IMAGES, 3, size, size), dtype="uint8")
         for i, image in enumerate(pixels):
             images[i] = image
-    for kind, content in {"TRAIN_CAPTIONS": captions, "TRAIN_CAPLENS": lengths,
-                          "WORDMAP": TUTORIAL_WORD_MAP}.items():
+    for kind, content in {
+        "TRAIN_CAPTIONS": captions,
+        "TRAIN_CAPLENS": lengths,
+        "WORDMAP": TUTORIAL_WORD_MAP,
+    }.items():
         with open(folder / f"{kind}_{TUTORIAL_NAME}.json", "w") as j:
             json.dump(content, j)
     return pixels
@@ -187,13 +202,32 @@ def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LE
 
 # Runs of the scripts
 
-SMALL = ["--decoder_dim", "32", "--attention_dim", "16", "--emb_dim", "8", "--workers", "0",
-         "--device", "cpu", "--decoder_lr", "5e-3"]
+SMALL = [
+    "--decoder_dim",
+    "32",
+    "--attention_dim",
+    "16",
+    "--emb_dim",
+    "8",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--decoder_lr",
+    "5e-3",
+]
 
 
 def train_args(data, folder, *options):
-    return ["--data_folder", str(data), "--checkpoint_folder", str(folder), *ENCODER, *SMALL,
-            *options]
+    return [
+        "--data_folder",
+        str(data),
+        "--checkpoint_folder",
+        str(folder),
+        *ENCODER,
+        *SMALL,
+        *options,
+    ]
 
 
 def load_checkpoint(folder, prefix=""):
@@ -207,8 +241,10 @@ def log_rows(folder):
 
 def timeless_rows(folder):
     """The rows of the log without their times."""
-    return [{key: value for key, value in row.items() if "second" not in key}
-            for row in log_rows(folder)]
+    return [
+        {key: value for key, value in row.items() if "second" not in key}
+        for row in log_rows(folder)
+    ]
 
 
 def same(a, b):
@@ -226,10 +262,20 @@ def run_script(script, *args, processes=1):
     """Run a script in its own process, or in several with torchrun."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                    "--master_port=0", "--standalone"]
-    return subprocess.run([*command, ROOT / script, *map(str, args)], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+            "--standalone",
+        ]
+    return subprocess.run(
+        [*command, ROOT / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def raise_signal_at(monkeypatch, call, signum, function="training.engine.derive_seed"):
@@ -247,7 +293,8 @@ def raise_signal_at(monkeypatch, call, signum, function="training.engine.derive_
 # Sets of captions to score
 CAPTION_WORDS = (
     "a a the the man men dog dogs puppy runs running ran on in street road quickly red two "
-    "big ball boy boys child jumps near water grass white while").split()
+    "big ball boy boys child jumps near water grass white while"
+).split()
 
 
 def caption_sets(count, seed):
@@ -273,8 +320,10 @@ def caption_sets(count, seed):
 
 def as_coco(references, captions):
     """Captions as pycocoevalcap takes them"""
-    return ({i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
-            {i: [" ".join(words)] for i, words in enumerate(captions)})
+    return (
+        {i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
+        {i: [" ".join(words)] for i, words in enumerate(captions)},
+    )
 
 
 # Errors

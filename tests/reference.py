@@ -15,7 +15,7 @@ import torch.nn.functional as F
 def encode(features, size=14):
     """(N, G, E) on the backbone's square grid -> (N, size^2, E), the tutorial's encoding"""
     n, g, e = features.shape
-    side = int(g ** 0.5)
+    side = int(g**0.5)
     grid = features.reshape(n, side, side, e).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(grid, size).permute(0, 2, 3, 1).reshape(n, size * size, e)
 
@@ -67,13 +67,21 @@ def decode(decoder, encoded, captions, lengths):
 def loss(predictions, captions, decode_lengths, alphas, alpha_c=1.0):
     """Cross-entropy over the words plus the doubly stochastic term, equation 14."""
     scores = torch.cat([p[:n] for p, n in zip(predictions, decode_lengths)])
-    targets = torch.cat([c[1:n + 1] for c, n in zip(captions, decode_lengths)])
+    targets = torch.cat([c[1 : n + 1] for c, n in zip(captions, decode_lengths)])
     return F.cross_entropy(scores, targets) + alpha_c * ((1.0 - alphas.sum(dim=1)) ** 2).mean()
 
 
 @torch.no_grad()
-def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, no_unk=False,
-           no_repeat_ngram=0):
+def search(
+    decoder,
+    encoded,
+    word_map,
+    beam_size,
+    max_len=50,
+    length_penalty=0,
+    no_unk=False,
+    no_repeat_ngram=0,
+):
     """
     Beam search for one image; its beams are a batch that shrinks as they end. encoded (1, P, E)
 
@@ -86,24 +94,28 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
     complete, unfinished, k = [], [], beam_size
     for step in range(1, max_len + 2):  # the tutorial's `if step > 50: break` comes after step 51
         words = torch.tensor([words[-1] for words, _ in beams], device=encoded.device)
-        scores, h, c, alpha = decode_step(
-            decoder, encoded.expand(len(beams), -1, -1), words, h, c)
+        scores, h, c, alpha = decode_step(decoder, encoded.expand(len(beams), -1, -1), words, h, c)
         scores = total.unsqueeze(1) + torch.log_softmax(scores, dim=1)  # (k, V)
         if no_unk:
             scores[:, word_map["<unk>"]] = -torch.inf
         for row, (path, _) in zip(scores, beams):
             for word in range(len(row)) if no_repeat_ngram else ():
                 longer = [*path[1:], word]
-                found = [tuple(longer[i:i + no_repeat_ngram])
-                         for i in range(len(longer) - no_repeat_ngram + 1)]
+                found = [
+                    tuple(longer[i : i + no_repeat_ngram])
+                    for i in range(len(longer) - no_repeat_ngram + 1)
+                ]
                 if len(found) > len(set(found)):
                     row[word] = -torch.inf
         total, best = scores.flatten().topk(min(k, scores.numel()))
         parents, words = best // scores.shape[1], (best % scores.shape[1]).tolist()
-        beams = [(beams[parent][0] + [word], beams[parent][1] + [alpha[parent]])
-                 for parent, word in zip(parents.tolist(), words)]
-        complete += [(*beam, score) for beam, score in zip(beams, total.tolist())
-                     if beam[0][-1] == end]
+        beams = [
+            (beams[parent][0] + [word], beams[parent][1] + [alpha[parent]])
+            for parent, word in zip(parents.tolist(), words)
+        ]
+        complete += [
+            (*beam, score) for beam, score in zip(beams, total.tolist()) if beam[0][-1] == end
+        ]
         active = [i for i, beam in enumerate(beams) if beam[0][-1] != end]
         k = len(active)
         if step == max_len:
@@ -112,5 +124,6 @@ def search(decoder, encoded, word_map, beam_size, max_len=50, length_penalty=0, 
             break
         beams, total = [beams[i] for i in active], total[active]
         h, c = h[parents[active]], c[parents[active]]
-    return sorted(complete or unfinished,
-                  key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty)
+    return sorted(
+        complete or unfinished, key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty
+    )

@@ -31,9 +31,12 @@ def start_app(folder, *arguments):
     """app.py, on a computer whose other requests go through a proxy: its process and address"""
     pytest.importorskip("gradio")
     process = subprocess.Popen(
-        [sys.executable, ROOT / "app.py", "--device", "cpu", *arguments], stdout=subprocess.PIPE,
-        text=True, env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
-                                     "http_proxy": "http://127.0.0.1:9"})
+        [sys.executable, ROOT / "app.py", "--device", "cpu", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9"},
+    )
     [address] = re.findall(r"Open (http\S+) in a browser", process.stdout.readline())
     return process, address
 
@@ -52,7 +55,8 @@ def server(tmp_path_factory):
 def ask(server):
     """`ask(path, *options)`: what the page's function answers, as another program sees it"""
     client = pytest.importorskip("gradio_client").Client(
-        server.address, verbose=False, analytics_enabled=False)
+        server.address, verbose=False, analytics_enabled=False
+    )
 
     def ask(path, *options):
         from gradio_client import handle_file
@@ -92,13 +96,18 @@ class Visitor:
         for button in self.elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
             button.click()  # the photograph before
         box = wait_for(lambda: self.elements("button:has(> input[type=file])"))[0]
-        self.chromium.execute_script("""
+        self.chromium.execute_script(
+            """
             const [box, name, base64] = arguments;
             const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
             const dropped = new DataTransfer();
             dropped.items.add(new File([bytes], name, { type: "image/jpeg" }));
             box.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true }));
-        """, box, path.name, base64.b64encode(path.read_bytes()).decode())
+        """,
+            box,
+            path.name,
+            base64.b64encode(path.read_bytes()).decode(),
+        )
 
     def wait_for_words(self, words):
         wait_for(lambda: [word.text for word in self.elements(".sat-word")] == words)
@@ -112,8 +121,11 @@ class Visitor:
         ActionChains(self.chromium).move_to_element(word).perform()
         wait_for(lambda: "sat-shown" in word.get_attribute("class"))
         canvas = self.elements(".sat-picture canvas")[0]
-        return wait_for(lambda: self.chromium.execute_script(
-            "return arguments[0].width > 300 && arguments[0].toDataURL()", canvas))
+        return wait_for(
+            lambda: self.chromium.execute_script(
+                "return arguments[0].width > 300 && arguments[0].toDataURL()", canvas
+            )
+        )
 
     def errors(self):
         return [entry for entry in self.chromium.get_log("browser") if entry["level"] == "SEVERE"]
@@ -121,23 +133,27 @@ class Visitor:
 
 @pytest.mark.parametrize("path", PHOTOGRAPHS[:2], ids=lambda path: path.stem)
 def test_a_dropped_photograph_gets_its_caption_and_its_words_light_up(
-        server, chromium, captioner, path):
+    server, chromium, captioner, path
+):
     visitor = Visitor(chromium, server)
     visitor.drop(path)
     visitor.wait_for_words(captioner(path).words)
     assert len({visitor.point_at(0), visitor.point_at(1)}) == 2
     assert visitor.errors() == []
-    messages = [json.loads(entry["message"])["message"]
-                for entry in chromium.get_log("performance")]
-    addresses = [message["params"]["request"]["url"] for message in messages
-                 if message["method"] == "Network.requestWillBeSent"]
+    messages = [
+        json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")
+    ]
+    addresses = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
     ours = [url for url in addresses if url.startswith(server.address)]
     assert len(ours) > 3  # the page, its script, the photograph, the question
     assert {url.partition(":")[0] for url in addresses if url not in ours} <= {"data", "blob"}
 
 
-def test_the_next_photograph_and_another_view_show_their_own_attention(
-        server, chromium, captioner):
+def test_the_next_photograph_and_another_view_show_their_own_attention(server, chromium, captioner):
     first, second = PHOTOGRAPHS[:2]
     words = captioner(second).words
     visitor = Visitor(chromium, server)
@@ -182,9 +198,14 @@ def test_a_bad_file_gets_one_line_that_names_it_and_what_is_wrong(ask, tmp_path)
 def test_a_file_beyond_the_bound_is_refused(server):
     httpx = pytest.importorskip("httpx")
     bound = app.LARGEST_MEGABYTES << 20
-    statuses = [httpx.post(f"{server.address}gradio_api/upload", timeout=60,
-                           files={"files": ("large.png", bytes(size))}).status_code
-                for size in (bound - 1000, bound + 1000)]
+    statuses = [
+        httpx.post(
+            f"{server.address}gradio_api/upload",
+            timeout=60,
+            files={"files": ("large.png", bytes(size))},
+        ).status_code
+        for size in (bound - 1000, bound + 1000)
+    ]
     assert statuses == [200, 413]
 
 
@@ -217,12 +238,17 @@ def test_an_address_that_is_taken_or_not_ones_own_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, message in (
-                (["--port", str(port)], f"cannot listen at 127.0.0.1, port {port}: "),
-                (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port any: "),
-                (["--host", "no.such.invalid"], "cannot listen at no.such.invalid, port any: "),
-                (["--port", "70000"], "--port is 70000, it must be at least 1 and at most 65535")):
-            done = subprocess.run([sys.executable, ROOT / "app.py", *arguments],
-                                  capture_output=True, text=True, timeout=60)
+            (["--port", str(port)], f"cannot listen at 127.0.0.1, port {port}: "),
+            (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port any: "),
+            (["--host", "no.such.invalid"], "cannot listen at no.such.invalid, port any: "),
+            (["--port", "70000"], "--port is 70000, it must be at least 1 and at most 65535"),
+        ):
+            done = subprocess.run(
+                [sys.executable, ROOT / "app.py", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             assert done.returncode == 2 and done.stderr.startswith(f"app.py: {message}")
             assert done.stderr.count("\n") == 1
 
@@ -243,7 +269,13 @@ def test_it_listens_at_an_ipv6_address_too(tmp_path):
 
 def test_without_gradio_it_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
-    done = subprocess.run([sys.executable, ROOT / "app.py"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, ROOT / "app.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert (done.returncode, done.stderr) == (
-        2, "app.py: app.py needs Gradio: pip install -r requirements-app.txt\n")
+        2,
+        "app.py: app.py needs Gradio: pip install -r requirements-app.txt\n",
+    )

@@ -34,7 +34,8 @@ def test_flops_of_a_step_equal_the_count_of_torch():
     # torch does not count products with a vector, such as attention's energies.
     energies = 3 * 2 * model.PIXELS * model.SIZE * int((lengths - 1).sum())
     assert model.step_flops(8, lengths) - energies == pytest.approx(
-        counter.get_total_flops(), rel=0.03)
+        counter.get_total_flops(), rel=0.03
+    )
 
 
 def test_random_captions_are_as_long_as_cocos():
@@ -47,8 +48,9 @@ def test_random_captions_are_as_long_as_cocos():
 @pytest.mark.parametrize("beam_size", [1, 3, 5])
 def test_captions_of_the_benchmark_decoder_are_as_long_as_real_ones(beam_size):
     decoder = model.decoder_with_realistic_lengths(torch.device("cpu"))
-    captions = beam_search(decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM),
-                           model.WORD_MAP, beam_size)
+    captions = beam_search(
+        decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM), model.WORD_MAP, beam_size
+    )
     lengths = [len(caption.tokens) for caption in captions]
     assert 9 < statistics.mean(lengths) < 12.5 and statistics.stdev(lengths) > 2
     assert all(caption.finished for caption in captions)
@@ -79,8 +81,9 @@ def small(monkeypatch):
 
 def test_table_and_json_hold_the_same_rows(small, tmp_path, capsys):
     path = tmp_path / "figures.json"
-    benchmark.main(["--stages", "training", "search", "--device", "cpu", "--repeats", "1",
-                    "--json", str(path)])
+    benchmark.main(
+        ["--stages", "training", "search", "--device", "cpu", "--repeats", "1", "--json", str(path)]
+    )
     written, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert len(written["rows"]) == 6 and written["machine"] in printed
     for row in written["rows"]:
@@ -115,10 +118,13 @@ def test_epochs_train_the_same_parameters_as_train_py(fine_tune, cached, tmp_pat
     runner = end_to_end.EpochRunner(encoder, data, args, fine_tune, preload=cached)
     before = [copy.deepcopy(model.state_dict()) for model in (encoder, runner.state.decoder)]
     runner.run()
-    for model_before, model_after, trained in zip(before, (encoder, runner.state.decoder),
-                                                  (fine_tune, True)):
-        changed = [not torch.equal(model_before[name], weight)
-                   for name, weight in model_after.state_dict().items()]
+    for model_before, model_after, trained in zip(
+        before, (encoder, runner.state.decoder), (fine_tune, True)
+    ):
+        changed = [
+            not torch.equal(model_before[name], weight)
+            for name, weight in model_after.state_dict().items()
+        ]
         assert any(changed) == trained
     assert {int(state["step"]) for state in runner.state.optimizer.state.values()} == {2}
 
@@ -133,7 +139,8 @@ def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(tmp_path, capsys):
     rows = {row["stage"]: row for row in json.loads(path.read_text())["rows"]}
     assert [stage for stage in rows if stage.startswith("frozen epoch")] == [
         "frozen epoch of COCO from the cache, batch 10",
-        "frozen epoch of COCO from the cache, batch 20"]
+        "frozen epoch of COCO from the cache, batch 20",
+    ]
     timed = [row for row in rows.values() if "ours" in row]
     assert len(timed) == 5 and all(row["ours"] > 0 for row in timed)
     exact = rows["float32 against float64"]

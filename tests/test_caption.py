@@ -64,6 +64,7 @@ def photos(tmp_path):
 def run(model, monkeypatch, capsys):
     """Call the script; returns its exit code, stdout and stderr."""
     monkeypatch.setattr(caption, "load_captioner", load_once)
+
     def call(*arguments):
         argv = ["caption.py", f"--model={model}", "--max_len=6", "--device=cpu", "--img"]
         monkeypatch.setattr(sys, "argv", argv + [str(argument) for argument in arguments])
@@ -73,6 +74,7 @@ def run(model, monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
     return call
 
 
@@ -96,10 +98,22 @@ def test_one_line_per_image_in_order(run, photos):
 
 
 def test_the_tutorials_spelling_of_the_options_works_too():
-    theirs = caption.get_args(["-i", "x.jpg", "-m", "BEST.pth.tar", "-wm", "WORDMAP.json",
-                               "-b", "3", "--dont_smooth"])
-    ours = caption.get_args(["--img", "x.jpg", "--model", "BEST.pth.tar", "--word_map",
-                             "WORDMAP.json", "--beam_size", "3", "--no-smooth"])
+    theirs = caption.get_args(
+        ["-i", "x.jpg", "-m", "BEST.pth.tar", "-wm", "WORDMAP.json", "-b", "3", "--dont_smooth"]
+    )
+    ours = caption.get_args(
+        [
+            "--img",
+            "x.jpg",
+            "--model",
+            "BEST.pth.tar",
+            "--word_map",
+            "WORDMAP.json",
+            "--beam_size",
+            "3",
+            "--no-smooth",
+        ]
+    )
     assert theirs == ours and (ours.beam_size, ours.smooth) == (3, False)
     assert caption.get_args(["-i", "x.jpg"]).smooth is True
     with pytest.raises(UserError, match="^--beam_size is 0, it must be at least 1"):
@@ -147,8 +161,7 @@ def test_bad_image_among_good_ones_is_reported_and_the_rest_captioned(run, photo
     assert overlays(photos) == [f"{i}_attention.png" for i in (0, 2, 3, 4)]
 
 
-def test_an_overlay_of_unknown_format_is_refused_before_the_model_is_read(
-        run, photos, monkeypatch):
+def test_an_overlay_of_unknown_format_is_refused_before_the_model_is_read(run, photos, monkeypatch):
     monkeypatch.setattr(caption, "Captioner", None)
     code, _, err = run(photos / "0.png", f"--out={photos / 'x.abc'}")
     assert code == 2 and "x.abc cannot be written: Format 'abc' is not supported" in err
@@ -181,13 +194,20 @@ def test_a_page_holds_one_image_or_all(run, photos):
     page = (photos / "all.html").read_text()
     assert page.count("<article") == 4 and "<title>4 captions</title>" in page
     assert re.findall(r'<article[^>]* aria-label="(.*?)"', page) == [
-        f"{i}.png" for i in (0, 2, 3, 4)]
+        f"{i}.png" for i in (0, 2, 3, 4)
+    ]
     assert overlays(photos) == []
 
 
 def test_an_animation_and_a_beam_tree_are_drawn_for_one_image(run, photos):
-    code, out, err = run(photos / "0.png", "--out", photos / "x.gif", "--beam_size=2",
-                         "--beam_tree", photos / "tree.svg")
+    code, out, err = run(
+        photos / "0.png",
+        "--out",
+        photos / "x.gif",
+        "--beam_size=2",
+        "--beam_tree",
+        photos / "tree.svg",
+    )
     assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
     tree = ElementTree.parse(photos / "tree.svg")
     drawn = "".join(tree.getroot().itertext())
@@ -201,13 +221,24 @@ def test_a_notebook_shows_the_view(model, photos):
     assert "<article" in captioned._repr_html_() and captioned.text in captioned._repr_html_()
 
 
-HEADLESS = {name: value for name, value in os.environ.items()
-            if name not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")} | {"OMP_NUM_THREADS": "1"}
+HEADLESS = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+} | {"OMP_NUM_THREADS": "1"}
 
 
 def test_works_without_a_display(model, photos):
-    command = [sys.executable, "caption.py", f"--img={photos / '0.png'}", f"--model={model}",
-               "--word_map=unused.json", "--beam_size=5", "--device=cpu", "--show"]
+    command = [
+        sys.executable,
+        "caption.py",
+        f"--img={photos / '0.png'}",
+        f"--model={model}",
+        "--word_map=unused.json",
+        "--beam_size=5",
+        "--device=cpu",
+        "--show",
+    ]
     result = subprocess.run(command, cwd=ROOT, env=HEADLESS, capture_output=True, text=True)
     assert result.stdout.strip() and overlays(photos) == ["0_attention.png"]
     assert result.returncode == 2  # for --show alone
@@ -263,17 +294,25 @@ def test_heat_and_light_differ_in_every_format(run, photos, tmp_path, kind):
         assert run(photos / "0.png", f"--overlay={overlay}", f"--out={path}")[0] == 0
     assert paths["light"].read_bytes() != paths["heat"].read_bytes()
     if kind == "html":
-        colours = [re.search('data-colours="(.*?)"', path.read_text())[1]
-                   for path in paths.values()]
+        colours = [
+            re.search('data-colours="(.*?)"', path.read_text())[1] for path in paths.values()
+        ]
         assert colours[0] == "" and len(colours[1]) == 4 * 256
 
 
 def test_closed_pipe_ends_without_a_traceback(model, photos):
     """As in `caption.py ... | head -1`."""
-    command = [sys.executable, "caption.py", f"--img={photos}", f"--model={model}",
-               "--device=cpu", "--no_attention"]
-    process = subprocess.Popen(command, cwd=ROOT, env=HEADLESS, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "caption.py",
+        f"--img={photos}",
+        f"--model={model}",
+        "--device=cpu",
+        "--no_attention",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=HEADLESS, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
@@ -282,8 +321,10 @@ def test_closed_pipe_ends_without_a_traceback(model, photos):
 
 def test_slow_libraries_are_imported_only_where_they_are_used():
     """Those that draw, and torchvision, which takes as long as all the rest of train.py."""
-    code = ("import sys, caption, eval, train\n"
-            "print(sys.modules.keys() & {'matplotlib', 'torchvision'})")
+    code = (
+        "import sys, caption, eval, train\n"
+        "print(sys.modules.keys() & {'matplotlib', 'torchvision'})"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr
 
@@ -306,12 +347,16 @@ def test_sampling_is_repeated_by_its_seed(run, photos):
     assert run(photos / "0.png", "--sample", "--top_p=1e-9", "--no_attention")[1] == greedy
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--temperature", "2"], "--temperature and --top_p are for --sample"),
-    (["--sample", "--length_penalty", "1"], "are for the search, not for --sample"),
-    (["--sample", "--beam_tree", "x.svg"], "--beam_tree draws a search; leave --sample out"),
-    (["--temperature", "0"], "--temperature is 0.0, it must be above 0"),
-    (["--top_p", "1.5"], "--top_p is 1.5, it must be above 0 and at most 1")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "2"], "--temperature and --top_p are for --sample"),
+        (["--sample", "--length_penalty", "1"], "are for the search, not for --sample"),
+        (["--sample", "--beam_tree", "x.svg"], "--beam_tree draws a search; leave --sample out"),
+        (["--temperature", "0"], "--temperature is 0.0, it must be above 0"),
+        (["--top_p", "1.5"], "--top_p is 1.5, it must be above 0 and at most 1"),
+    ],
+)
 def test_options_that_contradict_sampling_are_errors(run, photos, options, message):
     code, _, err = run(photos / "0.png", *options)
     assert code == 2 and message in err and err.count("\n") == 1

@@ -36,8 +36,9 @@ ENCODER = "mobilenetv3_small_050"  # timm's smallest: 1.2 MB without its head
 def models():
     torch.manual_seed(0)
     encoder = Encoder(encoded_image_size=7, name=ENCODER, weights="none")
-    return encoder.eval(), DecoderWithAttention(5, 4, 6, len(WORD_MAP), encoder.encoder_dim, 0.3,
-                                                encoded_image_size=7).eval()
+    return encoder.eval(), DecoderWithAttention(
+        5, 4, 6, len(WORD_MAP), encoder.encoder_dim, 0.3, encoded_image_size=7
+    ).eval()
 
 
 @pytest.fixture
@@ -89,11 +90,17 @@ def test_file_holds_tensors_and_plain_values_only(path):
     check(torch.load(path, weights_only=True))
 
 
-@pytest.mark.parametrize("error, raised", [
-    (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
-    (RuntimeError("unexpected pos 64 vs 0\nmore"),
-     r"written: unexpected pos 64 vs 0 \(.* GB of the disk are free\)$"),
-    (KeyboardInterrupt(), "")])
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
+        (
+            RuntimeError("unexpected pos 64 vs 0\nmore"),
+            r"written: unexpected pos 64 vs 0 \(.* GB of the disk are free\)$",
+        ),
+        (KeyboardInterrupt(), ""),
+    ],
+)
 def test_interrupted_save_leaves_the_old_file_unchanged(path, models, monkeypatch, error, raised):
     def interrupted(state, file):
         Path(file).write_bytes(b"half a checkpoint")
@@ -151,8 +158,9 @@ def test_missing_checkpoint_names_the_path(tmp_path):
     refused(tmp_path / "x.pth.tar", "not found")
 
 
-@pytest.mark.parametrize("content", ["truncated", "empty", "folder", "text", "json", "zip",
-                                     "zeros", "png"])
+@pytest.mark.parametrize(
+    "content", ["truncated", "empty", "folder", "text", "json", "zip", "zeros", "png"]
+)
 def test_damaged_or_foreign_file_names_the_path(path, content):
     data = path.read_bytes()
     if content == "folder":
@@ -162,9 +170,16 @@ def test_damaged_or_foreign_file_names_the_path(path, content):
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("photo.jpg", "no photo")
     else:
-        path.write_bytes({"truncated": data[:len(data) // 2], "empty": b"", "zeros": b"\0" * 5000,
-                          "text": b"a cat sits\n" * 99, "json": json.dumps(WORD_MAP).encode(),
-                          "png": b"\x89PNG\r\n\x1a\n" + b"x" * 999}[content])
+        path.write_bytes(
+            {
+                "truncated": data[: len(data) // 2],
+                "empty": b"",
+                "zeros": b"\0" * 5000,
+                "text": b"a cat sits\n" * 99,
+                "json": json.dumps(WORD_MAP).encode(),
+                "png": b"\x89PNG\r\n\x1a\n" + b"x" * 999,
+            }[content]
+        )
     refused(path)
 
 
@@ -245,12 +260,22 @@ def test_checkpoint_without_word_map_uses_the_given_file(path):
 
 def test_word_map_of_another_size_is_refused(path):
     without_word_map(path)
-    refused(path, "was trained on 6 words, but the word map has 7",
-            word_map=write_map(path.parent, {**WORD_MAP, "<end>": 6, "dog": 5}))
+    refused(
+        path,
+        "was trained on 6 words, but the word map has 7",
+        word_map=write_map(path.parent, {**WORD_MAP, "<end>": 6, "dog": 5}),
+    )
 
 
-@pytest.mark.parametrize("other", [{**WORD_MAP, "cat": 1}, {**WORD_MAP, "cat": "2"}, [1, 2, 3],
-                                   {f"word{i}": i for i in range(6)}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**WORD_MAP, "cat": 1},
+        {**WORD_MAP, "cat": "2"},
+        [1, 2, 3],
+        {f"word{i}": i for i in range(6)},
+    ],
+)
 def test_invalid_word_map_is_named(path, other):
     without_word_map(path)
     with pytest.raises(UserError, match=f"{path.parent}/WORDMAP_other.json is not a word map"):
@@ -291,16 +316,18 @@ def test_conversion_overwrites_nothing(path, name):
 def test_decoder_of_another_encoder_is_refused(path, models):
     other = DecoderWithAttention(5, 4, 6, len(WORD_MAP), 99)
     save(path, models[0], other, WORD_MAP)
-    refused(path, f"encoder returns vectors of {models[0].encoder_dim} numbers, its decoder takes "
-                  f"99")
+    refused(
+        path, f"encoder returns vectors of {models[0].encoder_dim} numbers, its decoder takes 99"
+    )
 
 
 def test_build_gives_the_model_of_a_loaded_file(path, models):
     encoder, decoder = build(load(path), path)
     for ours, theirs in zip((encoder, decoder), models):
         assert ours.state_dict().keys() == theirs.state_dict().keys()
-        assert all(torch.equal(value, theirs.state_dict()[key])
-                   for key, value in ours.state_dict().items())
+        assert all(
+            torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items()
+        )
 
 
 def test_options_of_a_trained_model_have_short_and_long_spellings():
@@ -315,14 +342,18 @@ def test_options_of_a_trained_model_have_short_and_long_spellings():
 
 def test_arguments_and_words_are_checked_as_a_file_is_loaded(path):
     checkpoint = torch.load(path, weights_only=True)
-    for part, message in (({"word_map": {**WORD_MAP, "dog": 9}}, "is not a word map"),
-                          ({"encoder_args": {"name": 3}}, "its encoder has no name"),
-                          ({"encoder_args": {"name": "x", "stride": 8}}, "stride is not 16 or 32"),
-                          ({"encoder_args": {"name": "x", "image_size": 1 << 20}},
-                           "image_size is not from 32 to 2048"),
-                          ({"offset": [0.1, float("nan")]}, "offset is not two fractions"),
-                          ({"offset": 0.1}, "offset is not two fractions"),
-                          ({"decoder_args": {}}, "missing 4 required positional arguments")):
+    for part, message in (
+        ({"word_map": {**WORD_MAP, "dog": 9}}, "is not a word map"),
+        ({"encoder_args": {"name": 3}}, "its encoder has no name"),
+        ({"encoder_args": {"name": "x", "stride": 8}}, "stride is not 16 or 32"),
+        (
+            {"encoder_args": {"name": "x", "image_size": 1 << 20}},
+            "image_size is not from 32 to 2048",
+        ),
+        ({"offset": [0.1, float("nan")]}, "offset is not two fractions"),
+        ({"offset": 0.1}, "offset is not two fractions"),
+        ({"decoder_args": {}}, "missing 4 required positional arguments"),
+    ):
         torch.save({**checkpoint, **part}, path)
         with pytest.raises(UserError, match=message):
             load(path)
@@ -335,7 +366,8 @@ def test_only_best_checkpoint_is_found(tmp_path):
 
 
 def test_model_is_the_given_one_else_that_of_the_folder_else_the_current_folder_else_the_shipped(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     printed, here, folder = [], tmp_path / "here", tmp_path / "folder"
     for path in (here, folder):
         path.mkdir()
@@ -353,17 +385,31 @@ def test_model_is_the_given_one_else_that_of_the_folder_else_the_current_folder_
     assert len(printed) == 2 and "model: BEST_checkpoint_b.pth.tar" in printed[1]
 
 
-def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_needs(
-        tmp_path, models):
+def test_half_rounds_matrices_keeps_statistics_and_leaves_out_what_resuming_needs(tmp_path, models):
     old, new, models = tmp_path / "old.pth.tar", tmp_path / "new.pth.tar", copy.deepcopy(models)
     next(m for m in models[0].modules() if isinstance(m, torch.nn.BatchNorm2d)).running_var.fill_(
-        1e6)  # more than float16 holds
-    save(old, *models, WORD_MAP, optimizer={"state": {0: torch.zeros(99)}}, trained=None,
-         options={"epochs": 3, "checkpoint": "/home/me/BEST.pth.tar", "amp": None})
+        1e6
+    )  # more than float16 holds
+    save(
+        old,
+        *models,
+        WORD_MAP,
+        optimizer={"state": {0: torch.zeros(99)}},
+        trained=None,
+        options={"epochs": 3, "checkpoint": "/home/me/BEST.pth.tar", "amp": None},
+    )
     main([str(old), str(new), "--half"])
     checkpoint = torch.load(new, weights_only=True)
-    assert checkpoint.keys() == {"format", "encoder", "encoder_args", "decoder", "decoder_args",
-                                 "offset", "word_map", "options"}
+    assert checkpoint.keys() == {
+        "format",
+        "encoder",
+        "encoder_args",
+        "decoder",
+        "decoder_args",
+        "offset",
+        "word_map",
+        "options",
+    }
     assert checkpoint["options"] == {"epochs": 3, "checkpoint": "BEST.pth.tar", "amp": None}
     for model, ours in zip(models, load_captioner(new, "cpu")):
         for name, weight in model.state_dict().items():
@@ -386,13 +432,23 @@ def test_average_is_the_mean_of_two_phases_of_one_model(tmp_path, models, capsys
     assert "progress" not in torch.load(paths[2], weights_only=True)  # nothing to resume
     for a, b, mean in zip(models, later, load_captioner(paths[2], "cpu")):
         for name, weight in mean.state_dict().items():
-            torch.testing.assert_close(weight, ((a.state_dict()[name].double() +
-                b.state_dict()[name].double()) / 2).to(weight.dtype), msg=name)
+            torch.testing.assert_close(
+                weight,
+                ((a.state_dict()[name].double() + b.state_dict()[name].double()) / 2).to(
+                    weight.dtype
+                ),
+                msg=name,
+            )
     main([*map(str, (paths[0], tmp_path / "three", "--average", paths[1], paths[1]))])
     for a, b, mean in zip(models, later, load_captioner(tmp_path / "three", "cpu")):
         for name, weight in mean.state_dict().items():
-            torch.testing.assert_close(weight, ((a.state_dict()[name].double() +
-                2 * b.state_dict()[name].double()) / 3).to(weight.dtype), msg=name)
+            torch.testing.assert_close(
+                weight,
+                ((a.state_dict()[name].double() + 2 * b.state_dict()[name].double()) / 3).to(
+                    weight.dtype
+                ),
+                msg=name,
+            )
     other = {word: i for i, word in enumerate(reversed(WORD_MAP))}
     save(paths[3], *later, other | {"<pad>": 0, "<end>": other["<pad>"]})
     with pytest.raises(UserError, match="another model or word map than"):

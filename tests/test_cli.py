@@ -19,13 +19,21 @@ from modeling.beam_search import search_options
 from modeling.sampling import most_likely_location
 from utils import UserError, write_json
 
-SCRIPTS = ("create_input_files", "train", "eval", "caption", "checkpoints", "visualize",
-           "benchmark")
+SCRIPTS = (
+    "create_input_files",
+    "train",
+    "eval",
+    "caption",
+    "checkpoints",
+    "visualize",
+    "benchmark",
+)
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Call a script's main as a shell would: its exit code, stdout and stderr."""
+
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         code = 0
@@ -34,6 +42,7 @@ def call(monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
     return call
 
 
@@ -61,8 +70,10 @@ MISTAKES = {
         ("--karpathy_json a --captions b", "--karpathy_json and --captions exclude each other"),
         ("--dataset x", "no captions given; pass --karpathy_json FILE or --captions FILE"),
         ("--captions captions.csv", "no images given; pass --image_folder FOLDER"),
-        ("--karpathy_json list.json list.json --image_folder empty empty empty",
-         "2 files of captions, but 3 image folders"),
+        (
+            "--karpathy_json list.json list.json --image_folder empty empty empty",
+            "2 files of captions, but 3 image folders",
+        ),
         ("--image_size 31", "--image_size is 31, it must be at least 32 and at most 2048"),
         ("--captions_per_image 0", "--captions_per_image is 0, it must be at least 1"),
         ("--val_fraction 1", "--val_fraction is 1.0, it must be at least 0 and below 1"),
@@ -82,16 +93,22 @@ MISTAKES = {
         ("--ema 1", "--ema is 1.0, it must be at least 0 and below 1"),
         ("--sampling_max 1.5", "--sampling_max is 1.5, it must be at least 0 and at most 1"),
         ("--self_critical", "needs a trained model to start from, --checkpoint FILE"),
-        ("--self_critical --attention hard --checkpoint x",
-         "--attention is for training on true captions, which --self_critical does not use"),
+        (
+            "--self_critical --attention hard --checkpoint x",
+            "--attention is for training on true captions, which --self_critical does not use",
+        ),
         ("--cross_entropy_share 0.1", "--document_frequencies are for --self_critical"),
         ("--document_frequencies x", "--document_frequencies are for --self_critical"),
         ("--cross_entropy_share 1", "--cross_entropy_share is 1.0, it must be at least 0 and"),
-        ("--data_folder data --encoder resnet18 --encoder_weights none --encoder_stride 16",
-         "--encoder_stride 16: resnet18 has 32 and cannot be dilated"),
+        (
+            "--data_folder data --encoder resnet18 --encoder_weights none --encoder_stride 16",
+            "--encoder_stride 16: resnet18 has 32 and cannot be dilated",
+        ),
         ("--encoder_stride 8", "--encoder_stride: invalid choice: 8 (choose from 16, 32)"),
-        ("--data_folder data --encoder_weights none --pretrain_text gone.txt",
-         "gone.txt not found"),
+        (
+            "--data_folder data --encoder_weights none --pretrain_text gone.txt",
+            "gone.txt not found",
+        ),
         ("--epochs x", "--epochs: invalid int value: 'x'; --help lists the options"),
         ("--lr 3", "unrecognized arguments: --lr 3"),  # options are not abbreviated
     ],
@@ -150,8 +167,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("script, arguments, message", [
-    (script, *mistake) for script in SCRIPTS for mistake in MISTAKES[script]])
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [(script, *mistake) for script in SCRIPTS for mistake in MISTAKES[script]],
+)
 def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script, arguments, message):
     before = sorted(here.iterdir())
     code, out, err = call(script, *arguments.split())
@@ -163,27 +182,38 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script, argument
 
 
 def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_path):
-    for script, options in (("create_input_files", ["--karpathy_json", "none.json",
-                                                    "--image_folder", tmp_path]),
-                            ("checkpoints", ["none.json", "new"])):
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *options], cwd=tmp_path,
-                              capture_output=True, text=True)
+    for script, options in (
+        ("create_input_files", ["--karpathy_json", "none.json", "--image_folder", tmp_path]),
+        ("checkpoints", ["none.json", "new"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / f"{script}.py", *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(f"{script}.py: none.json not found")
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script, defaults", [
-    ("create_input_files", {"--captions_per_image": "5", "--dataset": "demo"}),
-    ("train", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
-    ("eval", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
-    ("caption", {"-b": "5", "--max_len": "50"}),
-    ("checkpoints", {}), ("visualize", {}), ("benchmark", {"--repeats": "5"}),
-])
+@pytest.mark.parametrize(
+    "script, defaults",
+    [
+        ("create_input_files", {"--captions_per_image": "5", "--dataset": "demo"}),
+        ("train", {"--decoder_dim": "512", "--encoder": "resnet101", "--dropout": "0.5"}),
+        ("eval", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
+        ("caption", {"-b": "5", "--max_len": "50"}),
+        ("checkpoints", {}),
+        ("visualize", {}),
+        ("benchmark", {"--repeats": "5"}),
+    ],
+)
 def test_help_shows_the_defaults(call, script, defaults):
     code, out, _ = call(script, "--help")
-    options = {text.split()[0].rstrip(","): " ".join(text.split())
-               for text in re.split("\n  (?=-)", out)}
+    options = {
+        text.split()[0].rstrip(","): " ".join(text.split()) for text in re.split("\n  (?=-)", out)
+    }
     assert code == 0 and "None" not in out and "False" not in out and "SUPPRESS" not in out
     for option, default in defaults.items():
         assert options[option].split("\n\n")[0].find(f"(default: {default})") > 0
@@ -191,39 +221,73 @@ def test_help_shows_the_defaults(call, script, defaults):
 
 def test_search_options_reach_the_search_of_both_scripts(data, tmp_path, monkeypatch, call):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
-    options = ["--max_len", "7", "--length_penalty", "0.5", "--no_unk", "--attention", "hard",
-               "--no_repeat_ngram", "3", "--device", "cpu", "--checkpoint_folder", str(tmp_path)]
+    options = [
+        "--max_len",
+        "7",
+        "--length_penalty",
+        "0.5",
+        "--no_unk",
+        "--attention",
+        "hard",
+        "--no_repeat_ngram",
+        "3",
+        "--device",
+        "cpu",
+        "--checkpoint_folder",
+        str(tmp_path),
+    ]
     asked = []
     for module in (captions, caption):
         search = module.find_captions
-        monkeypatch.setattr(module, "find_captions", lambda *args, search=search, **options: (
-            asked.append(options) or search(*args, **options)))
+        monkeypatch.setattr(
+            module,
+            "find_captions",
+            lambda *args, search=search, **options: (
+                asked.append(options) or search(*args, **options)
+            ),
+        )
     eval_script.main(["--data_folder", str(data), "--beam_sizes", "2", "--workers", "0", *options])
     call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
     for found in asked:
         assert found.pop("n_best", 1) == 1
-        assert found == {"max_len": 7, "length_penalty": 0.5, "no_unk": True,
-                         "no_repeat_ngram": 3, "hard_attention": most_likely_location}
+        assert found == {
+            "max_len": 7,
+            "length_penalty": 0.5,
+            "no_unk": True,
+            "no_repeat_ngram": 3,
+            "hard_attention": most_likely_location,
+        }
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("script, options, expected", [
-    ("caption", [], True), ("caption", ["--unk"], False), ("caption", ["--no_unk"], True),
-    ("eval", [], False), ("eval", ["--no_unk"], True), ("eval", ["--unk"], False)])
+@pytest.mark.parametrize(
+    "script, options, expected",
+    [
+        ("caption", [], True),
+        ("caption", ["--unk"], False),
+        ("caption", ["--no_unk"], True),
+        ("eval", [], False),
+        ("eval", ["--no_unk"], True),
+        ("eval", ["--unk"], False),
+    ],
+)
 def test_caption_says_unk_only_when_asked_and_eval_unless_asked(script, options, expected):
     module = {"caption": caption, "eval": eval_script}[script]
     args = module.get_args([*(["--img", "x"] if script == "caption" else []), *options])
     assert search_options(args)["no_unk"] is expected
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"dropout": float("nan")}, "its option dropout is nan, it must be at least 0 and below 1"),
-    ({"epochs": "many"}, "its option epochs is 'many'"),
-    ({"epochs": True}, "its option epochs is True"),
-    ({"attention": "purple"}, "its option attention is 'purple'"),
-    ({"tensorboard": 1}, "its option tensorboard is 1"),
-    ({"data_folder": None}, "its option data_folder is None"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dropout": float("nan")}, "its option dropout is nan, it must be at least 0 and below 1"),
+        ({"epochs": "many"}, "its option epochs is 'many'"),
+        ({"epochs": True}, "its option epochs is True"),
+        ({"attention": "purple"}, "its option attention is 'purple'"),
+        ({"tensorboard": 1}, "its option tensorboard is 1"),
+        ({"data_folder": None}, "its option data_folder is None"),
+    ],
+)
 def test_an_option_from_a_checkpoint_is_checked_like_one_from_the_command_line(options, message):
     with pytest.raises(UserError, match=f"^x.pth.tar is damaged: {message}"):
         train.get_args([], "x.pth.tar", options)

@@ -48,8 +48,8 @@ def test_item_is_an_image_with_its_captions(data):
         image, captions, lengths = dataset[i]
         assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
         np.testing.assert_array_equal(image, pixels[i])
-        assert captions.tolist() == TUTORIAL_CAPTIONS[R * i:R * i + R]
-        assert lengths.tolist() == TUTORIAL_LENGTHS[R * i:R * i + R]
+        assert captions.tolist() == TUTORIAL_CAPTIONS[R * i : R * i + R]
+        assert lengths.tolist() == TUTORIAL_LENGTHS[R * i : R * i + R]
 
 
 def test_item_is_a_caption_with_its_image(data):
@@ -79,32 +79,49 @@ def test_index_out_of_range_is_an_error(data, index):
 
 def test_references_are_read_back_from_word_ids(data):
     entry = CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN").entry(1)
-    assert entry == {"filename": None, "image_id": 1,
-                     "references": [["a", "cat", "sits"], ["a", "<unk>"]]}
+    assert entry == {
+        "filename": None,
+        "image_id": 1,
+        "references": [["a", "cat", "sits"], ["a", "<unk>"]],
+    }
 
 
 def test_references_file_takes_precedence_over_word_ids(data):
-    entries = [{"filename": f"{i}.jpg", "image_id": i, "references": [["un", "chat"]]}
-               for i in range(IMAGES)]
+    entries = [
+        {"filename": f"{i}.jpg", "image_id": i, "references": [["un", "chat"]]}
+        for i in range(IMAGES)
+    ]
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     path.write_text(json.dumps(entries))
     assert CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN").entry(3) == entries[3]
 
 
-@pytest.mark.parametrize("captions, lengths", [
-    (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS[:-1]), (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS),
-    (TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS[:-1])])
+@pytest.mark.parametrize(
+    "captions, lengths",
+    [
+        (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS[:-1]),
+        (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS),
+        (TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS[:-1]),
+    ],
+)
 def test_count_mismatch_is_a_user_error(tmp_path, captions, lengths):
     write_tutorial_files(tmp_path, captions, lengths)
     with pytest.raises(UserError, match="create_input_files.py"):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
-@pytest.mark.parametrize("references", [
-    {}, [[]] * IMAGES, [{"filename": "a.jpg"}] * IMAGES,
-    [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1),
-    [{"filename": "a.jpg", "image_id": 1, "references": None}] * IMAGES,
-    [{"filename": "a.jpg", "image_id": 1, "references": ["un chat"]}] * IMAGES], ids=str)
+@pytest.mark.parametrize(
+    "references",
+    [
+        {},
+        [[]] * IMAGES,
+        [{"filename": "a.jpg"}] * IMAGES,
+        [{"filename": "a.jpg", "image_id": 1, "references": [["un"]]}] * (IMAGES - 1),
+        [{"filename": "a.jpg", "image_id": 1, "references": None}] * IMAGES,
+        [{"filename": "a.jpg", "image_id": 1, "references": ["un chat"]}] * IMAGES,
+    ],
+    ids=str,
+)
 def test_references_of_another_form_or_number_are_named(data, references):
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     path.write_text(json.dumps(references))
@@ -120,9 +137,15 @@ def test_images_without_captions_are_refused(tmp_path):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
-@pytest.mark.parametrize("shape, dtype", [((IMAGES, 3, 8, 8), "uint8"), ((IMAGES,), "uint8"),
-                                          ((IMAGES, 256, 256, 3), "uint8"),
-                                          ((IMAGES, 3, 256, 256), "float32")])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((IMAGES, 3, 8, 8), "uint8"),
+        ((IMAGES,), "uint8"),
+        ((IMAGES, 256, 256, 3), "uint8"),
+        ((IMAGES, 3, 256, 256), "float32"),
+    ],
+)
 def test_images_of_another_shape_or_type_are_refused(data, shape, dtype):
     with h5py.File(data[0] / FILES[0], "w") as file:
         file.attrs["captions_per_image"] = R
@@ -131,9 +154,14 @@ def test_images_of_another_shape_or_type_are_refused(data, shape, dtype):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
 
 
-@pytest.mark.parametrize("lengths", [
-    [length + 1 for length in TUTORIAL_LENGTHS], [1] * len(TUTORIAL_LENGTHS),
-    [99] * len(TUTORIAL_LENGTHS)])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [length + 1 for length in TUTORIAL_LENGTHS],
+        [1] * len(TUTORIAL_LENGTHS),
+        [99] * len(TUTORIAL_LENGTHS),
+    ],
+)
 def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, lengths):
     write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, lengths)
     with pytest.raises(UserError, match=f"{FILES[1]}: caption 0 is not <start>, words and <end>"):
@@ -143,15 +171,18 @@ def test_captions_that_do_not_end_where_their_lengths_say_are_refused(tmp_path, 
 @pytest.mark.parametrize("length", ["a", [2], 2.5, 1e400, None, True, {}])
 def test_lengths_that_are_not_integers_are_refused(tmp_path, length):
     many = [length] * len(TUTORIAL_LENGTHS)
-    for lengths, wrong in ((many, f"{FILES[2]} is damaged"), (length, "CAPLENS"),
-                           ([*TUTORIAL_LENGTHS[:-1], length], "CAPLENS")):
+    for lengths, wrong in (
+        (many, f"{FILES[2]} is damaged"),
+        (length, "CAPLENS"),
+        ([*TUTORIAL_LENGTHS[:-1], length], "CAPLENS"),
+    ):
         write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, lengths)
         with pytest.raises(UserError, match=f"{wrong}.*create_input_files.py again$"):
             CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
         (tmp_path / FILES[0]).unlink()
 
 
-@pytest.mark.parametrize("length", [-1, 0, 2 ** 40, 2 ** 70])
+@pytest.mark.parametrize("length", [-1, 0, 2**40, 2**70])
 def test_impossible_lengths_are_refused(tmp_path, length):
     write_tutorial_files(tmp_path, TUTORIAL_CAPTIONS, [*TUTORIAL_LENGTHS[:-1], length])
     with pytest.raises(UserError, match="create_input_files.py again$"):
@@ -166,21 +197,30 @@ def test_files_of_two_data_sets_are_refused(tmp_path):
         CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN")
 
 
-@pytest.mark.parametrize("word_map, reason", [
-    ([1], "not an object of words"), ({"a": "1"}, "not an object of words"),
-    ({"a": 1}, "lacks <pad>"),
-    ({"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3}, "lacks <end>"),
-    ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad> is 4"),
-    ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "see 2"),
-    ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "see 5")])
+@pytest.mark.parametrize(
+    "word_map, reason",
+    [
+        ([1], "not an object of words"),
+        ({"a": "1"}, "not an object of words"),
+        ({"a": 1}, "lacks <pad>"),
+        ({"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3}, "lacks <end>"),
+        ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad> is 4"),
+        ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "see 2"),
+        ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "see 5"),
+    ],
+)
 def test_word_map_with_gaps_duplicates_or_missing_special_tokens_is_refused(data, word_map, reason):
     (data[0] / FILES[3]).write_text(json.dumps(word_map))
     with pytest.raises(UserError, match=f"{FILES[3]} is not a word map: .*{reason}"):
         CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
 
 
-FILES = [f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5", f"TRAIN_CAPTIONS_{TUTORIAL_NAME}.json",
-         f"TRAIN_CAPLENS_{TUTORIAL_NAME}.json", f"WORDMAP_{TUTORIAL_NAME}.json"]
+FILES = [
+    f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5",
+    f"TRAIN_CAPTIONS_{TUTORIAL_NAME}.json",
+    f"TRAIN_CAPLENS_{TUTORIAL_NAME}.json",
+    f"WORDMAP_{TUTORIAL_NAME}.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -213,8 +253,9 @@ def test_workers_give_the_batches_of_one_process(data, method):
     dataset = CaptionDataset(data[0], TUTORIAL_NAME, "TRAIN")
     batches = ResumableBatchSampler(IMAGES, 2)
     expected = [dataset[rows] for rows in batches]  # the parent has the file open from here on
-    loader = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2,
-                        multiprocessing_context=method)
+    loader = DataLoader(
+        dataset, sampler=batches, batch_size=None, num_workers=2, multiprocessing_context=method
+    )
     got = list(loader)
     assert len(got) == len(loader) == 3 and all(map(equal, got, expected))
     assert equal(dataset[np.arange(IMAGES)], [torch.stack(c) for c in zip(*dataset)])
@@ -284,11 +325,14 @@ def test_order_follows_from_seed_and_epoch_alone():
     assert len({str(epoch(e, seed=s)) for e in range(4) for s in range(4)}) == 16
 
 
-@pytest.mark.parametrize("items, size, world", [
-    (items, size, world) for items, size in SIZES for world in (2, 3, 5) if items >= world])
+@pytest.mark.parametrize(
+    "items, size, world",
+    [(items, size, world) for items, size in SIZES for world in (2, 3, 5) if items >= world],
+)
 def test_processes_share_the_batches_of_one(items, size, world):
-    shares = [ResumableBatchSampler(items, size, rank=rank, world_size=world)
-              for rank in range(world)]
+    shares = [
+        ResumableBatchSampler(items, size, rank=rank, world_size=world) for rank in range(world)
+    ]
     whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
     assert sorted(sum(whole, [])) == list(range(items))
     assert all(len(part) for share in shares for part in share)
@@ -300,9 +344,14 @@ def test_processes_share_the_batches_of_one(items, size, world):
 # Captions, read in pieces
 
 
-@pytest.mark.parametrize("text", [
-    "[[1, 2, 3], [4, 5, 6], [7, 0, 0]]", "[[1,2,3],[4,5,6],[7,0,0]]", "[\n [1, 2, 3],\n"
-    " [4, 5, 6],\n [7, 0, 0]\n]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[1, 2, 3], [4, 5, 6], [7, 0, 0]]",
+        "[[1,2,3],[4,5,6],[7,0,0]]",
+        "[\n [1, 2, 3],\n [4, 5, 6],\n [7, 0, 0]\n]\n",
+    ],
+)
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 11, 1000])
 def test_word_ids_equal_those_of_json_for_any_chunk_size(tmp_path, monkeypatch, text, piece):
     path = tmp_path / "captions.json"
@@ -322,10 +371,29 @@ def test_word_ids_beyond_16_bits_are_kept(tmp_path):
     assert read_word_ids(tmp_path / "captions.json", 50000).tolist() == [[40000, 1]]
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "[", "[[1, 2]", "[[1, 2], [3", "[[1, 2], [3]]", "[[1], [2, 3], [4]]", "[[1, 8]]",
-    "[[1, -1]]", "[[1, 2.5]]", "[[1, \"a\"]]", "[[1, null]]", "[[1, 2]] x", "{}", "3", "[[1,,2]]",
-    "[[]]", "[[1, 99999999999999999999]]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "[",
+        "[[1, 2]",
+        "[[1, 2], [3",
+        "[[1, 2], [3]]",
+        "[[1], [2, 3], [4]]",
+        "[[1, 8]]",
+        "[[1, -1]]",
+        "[[1, 2.5]]",
+        '[[1, "a"]]',
+        "[[1, null]]",
+        "[[1, 2]] x",
+        "{}",
+        "3",
+        "[[1,,2]]",
+        "[[]]",
+        "[[1, 99999999999999999999]]",
+    ],
+)
 def test_invalid_list_of_word_ids_is_a_user_error(tmp_path, text):
     path = tmp_path / "captions.json"
     path.write_text(text)

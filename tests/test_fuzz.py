@@ -27,21 +27,51 @@ from preprocessing.input_files import create_input_files
 from preprocessing.own_captions import read_captions
 from utils import UserError, read_json
 
-fuzz = settings(max_examples=int(os.environ.get("FUZZ", 25)), deadline=20_000, database=None,
-                derandomize="FUZZ" not in os.environ,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ", 25)),
+    deadline=20_000,
+    database=None,
+    derandomize="FUZZ" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 WORDS = ["<pad>", "<unk>", "<start>", "<end>", "a", "dog", "chien", "犬", "\ud800", "", " "]
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=9)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=9)
     | st.floats(allow_subnormal=False)  # which torch is set to flush to 0
     | st.sampled_from([*WORDS, "train", "val", "test", "restval", "a.png", "../a.png", "/a", "\0"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.text(max_size=5) | st.sampled_from(
-            [*WORDS, "images", "filename", "filepath", "split", "sentences", "tokens", "caption",
-             "image", "annotations", "id", "file_name", "image_id", "captions", "objects"]),
-        inner, max_size=5),
-    max_leaves=12)
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=5)
+            | st.sampled_from(
+                [
+                    *WORDS,
+                    "images",
+                    "filename",
+                    "filepath",
+                    "split",
+                    "sentences",
+                    "tokens",
+                    "caption",
+                    "image",
+                    "annotations",
+                    "id",
+                    "file_name",
+                    "image_id",
+                    "captions",
+                    "objects",
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
 
 
 def read(function, content, name="x.json", named=True):
@@ -69,8 +99,9 @@ def mangled(original):
         for start, end, new in edits:
             # Mostly a small change; removing a large piece is rare.
             end = start + (end - start) % 9 if (start + end) % 4 else end
-            content = content[:start] + new + content[max(start, end):]
+            content = content[:start] + new + content[max(start, end) :]
         return content
+
     return edits.map(edit)
 
 
@@ -81,10 +112,19 @@ def picture(suffix, mode, **options):
     return file.getvalue()
 
 
-PICTURES = [picture("JPEG", "RGB"), picture("JPEG", "CMYK"), picture("PNG", "RGBA"),
-            picture("PNG", "P"), picture("GIF", "P"), picture("TIFF", "RGB"), picture("BMP", "RGB"),
-            picture("WEBP", "RGB"), picture("PNG", "I;16"), picture("TIFF", "F"),
-            picture("PPM", "RGB")]
+PICTURES = [
+    picture("JPEG", "RGB"),
+    picture("JPEG", "CMYK"),
+    picture("PNG", "RGBA"),
+    picture("PNG", "P"),
+    picture("GIF", "P"),
+    picture("TIFF", "RGB"),
+    picture("BMP", "RGB"),
+    picture("WEBP", "RGB"),
+    picture("PNG", "I;16"),
+    picture("TIFF", "F"),
+    picture("PPM", "RGB"),
+]
 
 
 @fuzz
@@ -101,13 +141,21 @@ def test_any_bytes_are_json_or_a_user_error(content):
     read(read_json, content)
 
 
-entries = st.fixed_dictionaries({}, optional={
-    "filename": st.sampled_from(["a.png", "b.png", "../a.png", "gone.png", ""]) | json_values,
-    "filepath": st.sampled_from(["", ".", ".."]) | json_values,
-    "split": st.sampled_from(["train", "val", "test", "restval"]) | json_values,
-    "sentences": st.lists(st.fixed_dictionaries(
-        {"tokens": st.lists(st.sampled_from(WORDS), max_size=6) | json_values}), max_size=3)
-    | json_values})
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "filename": st.sampled_from(["a.png", "b.png", "../a.png", "gone.png", ""]) | json_values,
+        "filepath": st.sampled_from(["", ".", ".."]) | json_values,
+        "split": st.sampled_from(["train", "val", "test", "restval"]) | json_values,
+        "sentences": st.lists(
+            st.fixed_dictionaries(
+                {"tokens": st.lists(st.sampled_from(WORDS), max_size=6) | json_values}
+            ),
+            max_size=3,
+        )
+        | json_values,
+    },
+)
 karpathy = st.fixed_dictionaries({"images": st.lists(entries, max_size=4)}) | json_values
 
 
@@ -117,17 +165,31 @@ def test_any_content_of_karpathys_json_is_prepared_or_a_user_error(content, skip
     def prepare(path):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (5, 4)).save(path.parent / name)
-        create_input_files("x", str(path), str(path.parent), 2, 0, str(path.parent / "out"), 4,
-                           workers=1, skip_bad_images=skip)
+        create_input_files(
+            "x",
+            str(path),
+            str(path.parent),
+            2,
+            0,
+            str(path.parent / "out"),
+            4,
+            workers=1,
+            skip_bad_images=skip,
+        )
+
     result = read(prepare, json.dumps(content).encode(), named=False)
     assert result is None or isinstance(result, UserError)
 
 
 @fuzz
-@given(json_values.map(json.dumps).map(str.encode)
-       | mangled(b'image,caption,split\na.png,"A dog, running.",train\nb.png,Two cats,val\n')
-       | mangled(b"a.png#0\tA dog .\nb.png#1\tTwo cats .\n") | mangled(
-           b'{"image": "a.png", "caption": "A dog"}\n{"image": "b.png", "captions": ["x", "y"]}\n'))
+@given(
+    json_values.map(json.dumps).map(str.encode)
+    | mangled(b'image,caption,split\na.png,"A dog, running.",train\nb.png,Two cats,val\n')
+    | mangled(b"a.png#0\tA dog .\nb.png#1\tTwo cats .\n")
+    | mangled(
+        b'{"image": "a.png", "caption": "A dog"}\n{"image": "b.png", "captions": ["x", "y"]}\n'
+    )
+)
 def test_any_caption_file_is_converted_or_a_user_error(content):
     result = read(read_captions, content, "x.txt")
     if not isinstance(result, UserError):
@@ -140,8 +202,12 @@ WORD_MAP = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 
 
 @fuzz
-@given((st.dictionaries(st.sampled_from(WORDS), st.integers(-1, 7)) | json_values)
-       .map(json.dumps).map(str.encode) | mangled(json.dumps(WORD_MAP).encode()))
+@given(
+    (st.dictionaries(st.sampled_from(WORDS), st.integers(-1, 7)) | json_values)
+    .map(json.dumps)
+    .map(str.encode)
+    | mangled(json.dumps(WORD_MAP).encode())
+)
 def test_any_word_map_has_ids_from_0_up_or_is_a_user_error(content):
     result = read(read_word_map, content)
     if not isinstance(result, UserError):
@@ -160,8 +226,10 @@ def test_any_captions_file_holds_word_ids_or_is_a_user_error(content):
 def data_set():
     with tempfile.TemporaryDirectory() as folder:
         write_tutorial_files(Path(folder))
-        entries = [{"filename": f"{i}.jpg", "image_id": i, "references": [["a", "cat"]]}
-                   for i in range(IMAGES)]
+        entries = [
+            {"filename": f"{i}.jpg", "image_id": i, "references": [["a", "cat"]]}
+            for i in range(IMAGES)
+        ]
         Path(folder, f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json").write_text(json.dumps(entries))
         yield Path(folder)
 
@@ -185,8 +253,9 @@ def test_any_file_of_a_data_set_is_read_or_a_user_error_that_names_it(data_set, 
 def files():
     """A checkpoint of ours, and the same tensors as pickles of both of torch's formats."""
     encoder = Encoder(7, "mobilenetv3_small_050", "none")
-    decoder = DecoderWithAttention(5, 4, 6, len(WORD_MAP), encoder.encoder_dim,
-                                   encoded_image_size=7)
+    decoder = DecoderWithAttention(
+        5, 4, 6, len(WORD_MAP), encoder.encoder_dim, encoded_image_size=7
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.pth.tar")
         checkpoints.save(path, encoder, decoder, WORD_MAP)
@@ -202,6 +271,8 @@ def files():
 @fuzz
 @given(data=st.data())
 def test_any_checkpoint_is_a_model_or_a_user_error(files, data):
-    content = data.draw(st.sampled_from(range(len(files))).flatmap(lambda i: mangled(files[i]))
-                        | st.binary(max_size=100))
+    content = data.draw(
+        st.sampled_from(range(len(files))).flatmap(lambda i: mangled(files[i]))
+        | st.binary(max_size=100)
+    )
     read(lambda path: checkpoints.load_captioner(path, "cpu"), content, "x.pth.tar")

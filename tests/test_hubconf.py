@@ -44,7 +44,9 @@ def test_foreign_modules_that_are_imported_later_are_theirs_and_a_second_load_wo
     load = f"exec({ONE_LINE!r})\n"
     *_, first, theirs, second = run(
         f"{load}import utils, datasets, models\n"
-        f"print(utils.THEIRS and datasets.THEIRS and models.THEIRS)\n{load}", tmp_path)
+        f"print(utils.THEIRS and datasets.THEIRS and models.THEIRS)\n{load}",
+        tmp_path,
+    )
     assert theirs == "True" and first == second
 
 

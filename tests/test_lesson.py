@@ -25,8 +25,11 @@ def printed(cell):
 
 def pictures(cell):
     """The formats of a cell's pictures"""
-    return [sorted(set(output["data"]) - {"text/plain"}) for output in cell["outputs"]
-            if output["output_type"] == "display_data"]
+    return [
+        sorted(set(output["data"]) - {"text/plain"})
+        for output in cell["outputs"]
+        if output["output_type"] == "display_data"
+    ]
 
 
 def assert_same_text(before, after):
@@ -43,8 +46,12 @@ def test_the_lesson_runs_and_prints_what_is_stored_in_it(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("TEST_THREADS", "1"))
     stored = json.loads(LESSON.read_bytes())
     fresh = nbformat.read(LESSON, as_version=4)
-    client = nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3",
-                                     resources={"metadata": {"path": str(LESSON.parent)}})
+    client = nbclient.NotebookClient(
+        fresh,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(LESSON.parent)}},
+    )
     client.execute()
     for before, after in zip(code_cells(stored), code_cells(fresh)):
         assert pictures(before) == pictures(after)
@@ -69,29 +76,38 @@ def test_every_cell_was_run_in_order_and_every_part_ends_with_an_assertion():
     assert asserted == dict.fromkeys("123456789", True)
 
 
-@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(),
-                    reason="it clones this repository, which is none here")
+@pytest.mark.skipif(
+    not shutil.which("git") or not (ROOT / ".git").exists(),
+    reason="it clones this repository, which is none here",
+)
 def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_path):
     first = "".join(code_cells(json.loads(LESSON.read_bytes()))[0]["source"])
     assert 'REPOSITORY = "URL"' in first
     here = first.replace('"URL"  #', f"{str(ROOT)!r}  #")
-    code = ("import sys, types\n"
-            "sys.modules |= {'google': types.ModuleType('google'),\n"
-            "                'google.colab': types.ModuleType('google.colab')}\n"
-            "import subprocess\n"
-            "run, commands = subprocess.run, []\n"
-            "def record(command, **options):\n"
-            "    commands.append(command)\n"
-            "    if 'pip' not in command: return run(command, **options)\n"
-            "subprocess.run = record\n"
-            f"exec({here!r})\nexec({here!r})\n"
-            "assert [command[0] for command in commands] == ['git', *2 * [sys.executable]]\n"
-            "assert commands[1][1:5] == ['-m', 'pip', 'install', '-q'], commands\n"
-            "assert open(commands[1][-1]).read().startswith('torch')\n"
-            "import models; print(models.__file__)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
+    code = (
+        "import sys, types\n"
+        "sys.modules |= {'google': types.ModuleType('google'),\n"
+        "                'google.colab': types.ModuleType('google.colab')}\n"
+        "import subprocess\n"
+        "run, commands = subprocess.run, []\n"
+        "def record(command, **options):\n"
+        "    commands.append(command)\n"
+        "    if 'pip' not in command: return run(command, **options)\n"
+        "subprocess.run = record\n"
+        f"exec({here!r})\nexec({here!r})\n"
+        "assert [command[0] for command in commands] == ['git', *2 * [sys.executable]]\n"
+        "assert commands[1][1:5] == ['-m', 'pip', 'install', '-q'], commands\n"
+        "assert open(commands[1][-1]).read().startswith('torch')\n"
+        "import models; print(models.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip().endswith("show-attend-and-tell/models.py"), done.stderr
-    unset = subprocess.run([sys.executable, "-c", code.replace(repr(here), repr(first))],
-                           cwd=tmp_path, capture_output=True, text=True)
+    unset = subprocess.run(
+        [sys.executable, "-c", code.replace(repr(here), repr(first))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert "write the address of the repository into REPOSITORY first" in unset.stderr

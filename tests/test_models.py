@@ -20,8 +20,9 @@ from training.losses import doubly_stochastic_loss
 def textbook_loss(decoder, features, captions, lengths, alpha_c=1.0):
     r = captions.shape[1]
     encoded = reference.encode(features).repeat_interleave(r, 0)
-    return reference.loss(*reference.decode(
-        decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4], alpha_c)
+    return reference.loss(
+        *reference.decode(decoder, encoded, captions.flatten(0, 1), lengths.flatten())[:4], alpha_c
+    )
 
 
 @pytest.fixture(params=[autograd.CPU_CHUNK, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
@@ -30,8 +31,9 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(autograd, "CPU_CHUNK", request.param)
 
 
-@pytest.mark.parametrize("n, r, cells", [(1, 1, 64), (4, 1, 64), (4, 5, 64), (3, 2, 196),
-                                         (2, 3, 1), (5, 5, 49)])
+@pytest.mark.parametrize(
+    "n, r, cells", [(1, 1, 64), (4, 1, 64), (4, 5, 64), (3, 2, 196), (2, 3, 1), (5, 5, 49)]
+)
 def test_loss_and_all_gradients_equal_the_textbook_version(n, r, cells, chunks):
     decoder, (captions, lengths) = make_decoder(seed=n), make_captions(n, r, seed=n)
     features = torch.randn(n, cells, 9, dtype=torch.float64, requires_grad=True)
@@ -55,13 +57,16 @@ def test_scores_and_alphas_of_every_word_equal_the_textbook_version():
     scores, targets, alphas = decoder(features, captions, lengths)
 
     predictions, _, decode_lengths, expected_alphas, order = reference.decode(
-        decoder, reference.encode(features).repeat_interleave(3, 0), captions.flatten(0, 1),
-        lengths.flatten())
+        decoder,
+        reference.encode(features).repeat_interleave(3, 0),
+        captions.flatten(0, 1),
+        lengths.flatten(),
+    )
     back = order.argsort()
-    expected = torch.cat([predictions[i, :decode_lengths[i]] for i in back])
+    expected = torch.cat([predictions[i, : decode_lengths[i]] for i in back])
     torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alphas.flatten(0, 1), expected_alphas[back], rtol=1e-10, atol=1e-10)
-    words = [captions[i, j, 1:lengths[i, j]] for i in range(4) for j in range(3)]
+    words = [captions[i, j, 1 : lengths[i, j]] for i in range(4) for j in range(3)]
     assert targets.tolist() == torch.cat(words).tolist()
 
 
@@ -78,8 +83,10 @@ def test_gradients_of_attention_energy_over_two_steps_equal_finite_differences()
         energy = AttentionEnergy(keys, weight)
         return energy(first), energy(second)
 
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-              for shape in ((3, 6, 4), (3, 2, 4), (2, 1, 4), (4,))]  # one image has ended
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 6, 4), (3, 2, 4), (2, 1, 4), (4,))
+    ]  # one image has ended
     assert torch.autograd.gradcheck(two_steps, inputs)
 
 
@@ -88,14 +95,17 @@ def test_gradients_of_deferred_linear_over_two_steps_equal_finite_differences():
         layer = DeferredLinear(weight, bias)
         return layer(second * layer(first))
 
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-              for shape in ((3, 3), (3,), (4, 3), (4, 3))]
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 3), (3,), (4, 3), (4, 3))
+    ]
     assert torch.autograd.gradcheck(two_steps, inputs)
 
 
 def test_gradients_of_deferred_linear_without_bias_equal_finite_differences():
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-              for shape in ((2, 3), (4, 3))]
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3), (4, 3))
+    ]
     assert torch.autograd.gradcheck(lambda weight, x: DeferredLinear(weight)(x), inputs)
 
 
@@ -135,10 +145,16 @@ def test_cross_entropy_and_its_gradient_equal_torchs(words, vocab_size):
     scores = torch.randn(words, vocab_size, dtype=torch.float64).mul_(30).requires_grad_()
     targets, weights = torch.randint(vocab_size, (words,)), torch.randn(words, dtype=torch.float64)
     each = nn.functional.cross_entropy(scores, targets, reduction="none")
-    for ours, expected in ((CrossEntropy.apply(scores, targets, None), each.sum()),
-                           (CrossEntropy.apply(scores, targets, weights), (weights * each).sum())):
-        torch.testing.assert_close(*([loss, *torch.autograd.grad(
-            0.3 * loss, scores, retain_graph=True)] for loss in (ours, expected)))
+    for ours, expected in (
+        (CrossEntropy.apply(scores, targets, None), each.sum()),
+        (CrossEntropy.apply(scores, targets, weights), (weights * each).sum()),
+    ):
+        torch.testing.assert_close(
+            *(
+                [loss, *torch.autograd.grad(0.3 * loss, scores, retain_graph=True)]
+                for loss in (ours, expected)
+            )
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,7 +166,8 @@ def test_cross_entropy_of_half_precision_scores_keeps_the_gradient_of_likely_wor
     exact = half.detach().double().requires_grad_()
     [ours] = torch.autograd.grad(CrossEntropy.apply(half, targets, None), half)
     [expected] = torch.autograd.grad(
-        nn.functional.cross_entropy(exact, targets, reduction="sum"), exact)
+        nn.functional.cross_entropy(exact, targets, reduction="sum"), exact
+    )
     ours, expected = (g[range(64), targets] for g in (ours.double(), expected))
     tiny = 6e-8 if dtype is torch.float16 else 0  # the smallest float16 number
     # In float32 a logarithm of about 25 is exact to 1e-6, and so is 1 - p.
@@ -159,11 +176,12 @@ def test_cross_entropy_of_half_precision_scores_keeps_the_gradient_of_likely_wor
 
 @pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
 def test_pooling_matrix_equals_adaptive_average_pooling(cells):
-    side = int(cells ** 0.5)
+    side = int(cells**0.5)
     grid = torch.randn(2, 3, side, side, dtype=torch.float64)
     pool = pooling_matrix(cells, 14, grid.device, grid.dtype)
-    torch.testing.assert_close(nn.AdaptiveAvgPool2d(14)(grid).flatten(2),
-                               grid.flatten(2) @ pool.t())
+    torch.testing.assert_close(
+        nn.AdaptiveAvgPool2d(14)(grid).flatten(2), grid.flatten(2) @ pool.t()
+    )
     torch.testing.assert_close(pool.sum(1), torch.ones(196, dtype=torch.float64))
 
 
@@ -171,8 +189,9 @@ def test_features_pooled_beforehand_give_the_same_captions_as_those_on_the_backb
     decoder, (captions, lengths) = make_decoder(), make_captions(3, 2)
     features = torch.randn(3, 64, 9, dtype=torch.float64)
     pooled = reference.encode(features).view(3, 14, 14, 9)  # the tutorial's shape
-    torch.testing.assert_close(decoder(features, captions, lengths),
-                               decoder(pooled, captions, lengths))
+    torch.testing.assert_close(
+        decoder(features, captions, lengths), decoder(pooled, captions, lengths)
+    )
 
 
 def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
@@ -180,25 +199,38 @@ def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
     features = torch.randn(6, 64, 9, dtype=torch.float64)
     whole = doubly_stochastic_loss(*decoder(features, captions, lengths))
     words = int((lengths - 1).sum())
-    shares = [doubly_stochastic_loss(*decoder(features[s], captions[s], lengths[s]),
-                                     num_tokens=words, num_captions=18)
-              for s in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    shares = [
+        doubly_stochastic_loss(
+            *decoder(features[s], captions[s], lengths[s]), num_tokens=words, num_captions=18
+        )
+        for s in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
     torch.testing.assert_close(sum(shares), whole)
 
 
 def test_parameter_names_and_sizes_are_those_of_the_tutorial():
     decoder = DecoderWithAttention(512, 512, 512, 9490)
     assert {name: tuple(p.shape) for name, p in decoder.state_dict().items()} == {
-        "attention.encoder_att.weight": (512, 2048), "attention.encoder_att.bias": (512,),
-        "attention.decoder_att.weight": (512, 512), "attention.decoder_att.bias": (512,),
-        "attention.full_att.weight": (1, 512), "attention.full_att.bias": (1,),
+        "attention.encoder_att.weight": (512, 2048),
+        "attention.encoder_att.bias": (512,),
+        "attention.decoder_att.weight": (512, 512),
+        "attention.decoder_att.bias": (512,),
+        "attention.full_att.weight": (1, 512),
+        "attention.full_att.bias": (1,),
         "embedding.weight": (9490, 512),
-        "decode_step.weight_ih": (2048, 2560), "decode_step.weight_hh": (2048, 512),
-        "decode_step.bias_ih": (2048,), "decode_step.bias_hh": (2048,),
-        "init_h.weight": (512, 2048), "init_h.bias": (512,),
-        "init_c.weight": (512, 2048), "init_c.bias": (512,),
-        "f_beta.weight": (2048, 512), "f_beta.bias": (2048,),
-        "fc.weight": (9490, 512), "fc.bias": (9490,)}
+        "decode_step.weight_ih": (2048, 2560),
+        "decode_step.weight_hh": (2048, 512),
+        "decode_step.bias_ih": (2048,),
+        "decode_step.bias_hh": (2048,),
+        "init_h.weight": (512, 2048),
+        "init_h.bias": (512,),
+        "init_c.weight": (512, 2048),
+        "init_c.bias": (512,),
+        "f_beta.weight": (2048, 512),
+        "f_beta.bias": (2048,),
+        "fc.weight": (9490, 512),
+        "fc.bias": (9490,),
+    }
 
 
 def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_2_to_4():
@@ -207,9 +239,13 @@ def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_
     encoder = Encoder(weights="none").double()
     model = resnet101().double()
     names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-    model.load_state_dict({  # the tutorial's key resnet.5.x is layer2.x, and so on
-        names[int(key.split(".")[1])] + "." + key.split(".", 2)[2]: value
-        for key, value in encoder.state_dict().items()}, strict=False)
+    model.load_state_dict(
+        {  # the tutorial's key resnet.5.x is layer2.x, and so on
+            names[int(key.split(".")[1])] + "." + key.split(".", 2)[2]: value
+            for key, value in encoder.state_dict().items()
+        },
+        strict=False,
+    )
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     x = images
     for name in names:
@@ -243,8 +279,9 @@ def test_bfloat16_gradients_have_the_direction_of_float32_gradients(chunks):
     for amp in (None, "bf16"):
         with autocast(torch.device("cpu"), amp):
             loss = doubly_stochastic_loss(*decoder(features, captions, lengths))
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(
-            loss, list(decoder.parameters()))]))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(decoder.parameters()))])
+        )
     assert not torch.equal(*gradients)
     assert torch.nn.functional.cosine_similarity(*gradients, 0) > 0.999
 
@@ -273,11 +310,12 @@ def test_pictures_of_any_shape_give_the_numbers_of_the_tutorials_pooling(height,
         encoded = pooled.permute(0, 2, 3, 1).flatten(1, 2)  # the tutorial's encoder
         ours, _, alphas = decoder(features, captions, lengths)
         theirs, _, decode_lengths, expected_alphas, order = reference.decode(
-            decoder, encoded.repeat_interleave(2, 0), captions.flatten(0, 1), lengths.flatten())
+            decoder, encoded.repeat_interleave(2, 0), captions.flatten(0, 1), lengths.flatten()
+        )
     back = order.argsort()
-    torch.testing.assert_close(ours, torch.cat([theirs[i, :decode_lengths[i]] for i in back]))
+    torch.testing.assert_close(ours, torch.cat([theirs[i, : decode_lengths[i]] for i in back]))
     torch.testing.assert_close(alphas.flatten(0, 1), expected_alphas[back])
     for found, image in zip(beam_search(decoder, features, WORD_MAP, 3), encoded.split(1)):
         words, _, score = reference.search(decoder, image, WORD_MAP, 3)[0]
-        assert found.tokens == words[1:len(words) - found.finished]
+        assert found.tokens == words[1 : len(words) - found.finished]
         assert found.score == pytest.approx(score)

@@ -22,16 +22,29 @@ from checkpoints import PRETRAINED, load_captioner
 from utils import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "docs/questions.md", "docs/results.md", "pretrained/README.md",
-             "benchmarks/README.md", "docs/scale.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/questions.md",
+    "docs/results.md",
+    "pretrained/README.md",
+    "benchmarks/README.md",
+    "docs/scale.md",
+]
 LESSON = json.loads((ROOT / "docs/lesson.ipynb").read_bytes())
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 TEXT["docs/lesson.ipynb"] = "\n".join(
-    "".join(cell["source"]) for cell in LESSON["cells"] if cell["cell_type"] == "markdown")
+    "".join(cell["source"]) for cell in LESSON["cells"] if cell["cell_type"] == "markdown"
+)
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text())
-OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",  # torchrun's
-                  "--logdir", "--samples_per_plugin"}  # TensorBoard's
+OTHER_PROGRAMS = {
+    "--nproc_per_node",
+    "--nnodes",
+    "--rdzv_backend",
+    "--rdzv_endpoint",  # torchrun's
+    "--logdir",
+    "--samples_per_plugin",
+}  # TensorBoard's
 SOURCES = {".py", ".html", ".css", ".js", ".sh"}
 
 
@@ -47,8 +60,12 @@ def here(tmp_path, monkeypatch):
 
 
 def test_shipped_model_gives_the_caption_in_the_readme(here):
-    done = subprocess.run([sys.executable, ROOT / "caption.py", "--img", "photo.jpg", "--device",
-                           "cpu"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "caption.py", "--img", "photo.jpg", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     block = re.search(r"```\nmodel: .*\n(.+)\nattention: photo_attention.png\n```", README)
     assert done.stdout == f"{block[1]}\n"
     assert str(PRETRAINED) in done.stderr  # it says which model that was
@@ -69,8 +86,7 @@ def test_shipped_file_is_small_in_float16_and_loads_with_weights_only():
     checkpoint = torch.load(PRETRAINED, weights_only=True)
     assert checkpoint["options"]["self_critical"]
     for weights in (checkpoint["encoder"], checkpoint["decoder"]):
-        assert all(weight.dtype == torch.float16 for weight in weights.values()
-                   if weight.dim() > 1)
+        assert all(weight.dtype == torch.float16 for weight in weights.values() if weight.dim() > 1)
     _, decoder, word_map, _ = load_captioner(PRETRAINED, "cpu")
     assert decoder.fc.out_features == len(word_map) == 3530
 
@@ -90,12 +106,13 @@ def find_commands(text):
             commands.append((words[2], words[3:]))
         script = next((i for i, word in enumerate(words[:6]) if word.endswith(".py")), None)
         if script is not None and words[script].removesuffix(".py") in SCRIPTS:
-            commands.append((words[script].removesuffix(".py"), words[script + 1:]))
+            commands.append((words[script].removesuffix(".py"), words[script + 1 :]))
     return commands
 
 
-COMMANDS = sorted({(script, *arguments) for text in TEXT.values()
-                   for script, arguments in find_commands(text)})
+COMMANDS = sorted(
+    {(script, *arguments) for text in TEXT.values() for script, arguments in find_commands(text)}
+)
 
 
 class Parsed(Exception):
@@ -158,8 +175,11 @@ def read_tree():
 def test_tree_has_one_line_for_each_source_file_and_folder():
     packages = [folder for folder in ROOT.iterdir() if (folder / "__init__.py").exists()]
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*"))]
-    there = [file.relative_to(ROOT).as_posix() for file in files
-             if file.suffix in SOURCES and file.name != "__init__.py"]
+    there = [
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if file.suffix in SOURCES and file.name != "__init__.py"
+    ]
     there += [f"{folder.name}/" for folder in packages]
     there += [f"{name}/" for name in ("tests", "pretrained", "docs")]
     listed, there = Counter(read_tree()), Counter(there)
@@ -179,12 +199,15 @@ def imported_names(path):
 
 def test_files_import_only_from_further_down_the_tree():
     paths = read_tree()
-    order = [path.strip("/").removesuffix(".py") for path in paths
-             if path.endswith("/") or "/" not in path]
+    order = [
+        path.strip("/").removesuffix(".py")
+        for path in paths
+        if path.endswith("/") or "/" not in path
+    ]
     upwards = []
-    for path in paths[:paths.index("benchmarks/")]:
+    for path in paths[: paths.index("benchmarks/")]:
         if path.endswith(".py") and (ROOT / path).exists():
-            above = order[:order.index(path.partition("/")[0].removesuffix(".py"))]
+            above = order[: order.index(path.partition("/")[0].removesuffix(".py"))]
             upwards += [(path, name) for name in imported_names(ROOT / path) if name in above]
     assert not upwards
 
@@ -198,9 +221,12 @@ def slug(heading):
 
 
 def test_links_in_all_documents_have_a_target():
-    anchors = {(ROOT / name).resolve(): {slug(heading) for heading in
-                                         re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
-               for name, text in TEXT.items()}
+    anchors = {
+        (ROOT / name).resolve(): {
+            slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for name, text in TEXT.items()
+    }
     missing, count = [], 0
     for name, text in TEXT.items():
         for link in re.findall(r"\]\(([^)]+)\)", text):

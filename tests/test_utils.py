@@ -68,7 +68,8 @@ def killed_while_writing(path):
 @pytest.mark.skipif(utils.fcntl is None, reason="a system without such locks")
 def test_what_a_killed_writer_left_is_used_again(tmp_path):
     process = multiprocessing.get_context("fork").Process(
-        target=killed_while_writing, args=[tmp_path / "x"])
+        target=killed_while_writing, args=[tmp_path / "x"]
+    )
     process.start()
     process.join()
     assert len(list(tmp_path.iterdir())) == 1 and not (tmp_path / "x").exists()
@@ -87,8 +88,9 @@ def test_files_are_written_where_there_are_no_locks(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"),
-                                   NotImplementedError("no flock")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")]
+)
 def test_a_disk_without_locks_is_named_as_that(tmp_path, monkeypatch, error):
     def acquire(*_, **__):
         raise error
@@ -127,28 +129,41 @@ def test_every_message_is_printable_on_its_lines():
 def test_integers_beyond_31_bits_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be at most 2147483647"):
         positive_int(text)
-    assert positive_int("2147483647") == 2 ** 31 - 1
+    assert positive_int("2147483647") == 2**31 - 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "cp1252", "utf-8"])
 def test_output_to_a_file_is_utf_8_whatever_the_console_is(tmp_path, encoding):
     code = "import utils; utils.run_script(lambda: print('– 猫 \\ud800'))"
     with open(tmp_path / "out", "wb") as out:
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=out, check=True,
-                       env={**os.environ, "PYTHONIOENCODING": encoding})
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=out,
+            check=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
     assert (tmp_path / "out").read_bytes().split() == ["–".encode(), "猫".encode(), b"\\ud800"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell")
 def test_closed_output_is_no_error(tmp_path):
     code = "import utils; utils.run_script(lambda: (print(1), open('done', 'w').close()))"
-    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0 and (tmp_path / "done").exists()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
 def test_full_memory_is_one_line_that_names_the_options(capsys, error):
     def fail():
         raise error
@@ -162,13 +177,19 @@ def test_full_memory_is_one_line_that_names_the_options(capsys, error):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-@pytest.mark.parametrize("script", ["train", "eval", "caption", "create_input_files", "checkpoints",
-                                    "visualize"])
+@pytest.mark.parametrize(
+    "script", ["train", "eval", "caption", "create_input_files", "checkpoints", "visualize"]
+)
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
     for name in ("torch", "numpy", "matplotlib"):  # whichever comes first
         (tmp_path / f"{name}.py").write_text(
-            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          preexec_fn=restore_interrupts)
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+        )
+    done = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=restore_interrupts,
+    )
     assert done.stderr == f"{script}.py: interrupted\n" and done.returncode == -signal.SIGINT

@@ -26,12 +26,16 @@ def load_splits(args, processes):
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0:
-        raise UserError(f"{name} has no validation images, which decide when to stop; give some "
-                        f"the split 'val', or pass create_input_files.py a larger --val_fraction")
+        raise UserError(
+            f"{name} has no validation images, which decide when to stop; give some "
+            f"the split 'val', or pass create_input_files.py a larger --val_fraction"
+        )
     val_data.entries  # noqa: B018  read now, so that a broken file is not found an epoch later
     if len(train_data) < processes.world_size:
-        raise UserError(f"{name} has {len(train_data)} training images; too few for "
-                        f"{processes.world_size} processes")
+        raise UserError(
+            f"{name} has {len(train_data)} training images; too few for "
+            f"{processes.world_size} processes"
+        )
     return train_data, val_data
 
 
@@ -64,34 +68,55 @@ def _new_model(args, word_map):
     if args.embeddings:
         embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
         if args.emb_dim not in (None, emb_dim):
-            raise UserError(f"{args.embeddings} has {emb_dim} numbers per word, --emb_dim "
-                            f"is {args.emb_dim}; leave --emb_dim out")
-    decoder = DecoderWithAttention(args.attention_dim, emb_dim, args.decoder_dim, len(word_map),
-                                   encoder.encoder_dim, args.dropout)
+            raise UserError(
+                f"{args.embeddings} has {emb_dim} numbers per word, --emb_dim "
+                f"is {args.emb_dim}; leave --emb_dim out"
+            )
+    decoder = DecoderWithAttention(
+        args.attention_dim,
+        emb_dim,
+        args.decoder_dim,
+        len(word_map),
+        encoder.encoder_dim,
+        args.dropout,
+    )
     if embeddings is not None:
         decoder.load_pretrained_embeddings(embeddings)
     return encoder, decoder
 
 
 def _pretrain_on_text(decoder, word_map, args, processes):
-    captions = [words for document in read_documents(args.pretrain_text) for words in document
-                if len(words) <= LONGEST]
+    captions = [
+        words
+        for document in read_documents(args.pretrain_text)
+        for words in document
+        if len(words) <= LONGEST
+    ]
     if not captions:
-        raise UserError(f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
-                        f"pass a file with a caption a line")
+        raise UserError(
+            f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
+            f"pass a file with a caption a line"
+        )
     loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
-    processes.print(f"{count(len(captions), 'caption')} of text, "
-                    f"{count(args.pretrain_epochs, 'epoch')}: loss "
-                    f"{loss:.3f}")
+    processes.print(
+        f"{count(len(captions), 'caption')} of text, "
+        f"{count(args.pretrain_epochs, 'epoch')}: loss "
+        f"{loss:.3f}"
+    )
 
 
 def model_options(checkpoint):
     """The options of train.py that describe the model in a checkpoint."""
     sizes = checkpoint["decoder_args"]
     encoder = checkpoint["encoder_args"]
-    return {"encoder": encoder["name"], "encoder_stride": encoder.get("stride", 32),
-            "attention_dim": sizes["attention_dim"], "emb_dim": sizes["embed_dim"],
-            "decoder_dim": sizes["decoder_dim"], "dropout": sizes.get("dropout", 0.5)}
+    return {
+        "encoder": encoder["name"],
+        "encoder_stride": encoder.get("stride", 32),
+        "attention_dim": sizes["attention_dim"],
+        "emb_dim": sizes["embed_dim"],
+        "decoder_dim": sizes["decoder_dim"],
+        "dropout": sizes.get("dropout", 0.5),
+    }
 
 
 def _model_of_checkpoint(checkpoint, args, word_map, processes):
@@ -102,24 +127,29 @@ def _model_of_checkpoint(checkpoint, args, word_map, processes):
     path, saved_word_map = args.resume or args.checkpoint, checkpoint.get("word_map")
     if saved_word_map is None:  # a checkpoint of the tutorial
         if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
-            raise UserError(f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
-                            f"words, the data have {len(word_map)}; give it its own words first, "
-                            f"python checkpoints.py {path} NEW.pth.tar --word_map WORDMAP.json, "
-                            f"and pass NEW.pth.tar")
+            raise UserError(
+                f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
+                f"words, the data have {len(word_map)}; give it its own words first, "
+                f"python checkpoints.py {path} NEW.pth.tar --word_map WORDMAP.json, "
+                f"and pass NEW.pth.tar"
+            )
     elif word_map.items() <= saved_word_map.items():
         word_map = saved_word_map
     elif args.resume:
         word = min(word for word in word_map if saved_word_map.get(word) != word_map[word])
-        raise UserError(f"{path} was trained with another word map ({len(saved_word_map)} words) "
-                        f"than that of the data ({len(word_map)} words): the id of {word!r} is "
-                        f"{saved_word_map.get(word)} there and {word_map[word]} here; pass the "
-                        f"--data_folder of the run, or --checkpoint {path} for a new phase")
+        raise UserError(
+            f"{path} was trained with another word map ({len(saved_word_map)} words) "
+            f"than that of the data ({len(word_map)} words): the id of {word!r} is "
+            f"{saved_word_map.get(word)} there and {word_map[word]} here; pass the "
+            f"--data_folder of the run, or --checkpoint {path} for a new phase"
+        )
     else:
         word_map = _grow_words(checkpoint, word_map, processes)
     for option, value in model_options(checkpoint).items():
         if option != "dropout" and getattr(args, option) not in (None, value):
-            raise UserError(f"{path} has {option} {value}, not {getattr(args, option)}; "
-                            f"leave --{option} out")
+            raise UserError(
+                f"{path} has {option} {value}, not {getattr(args, option)}; leave --{option} out"
+            )
     if args.embeddings and not args.resume:
         raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
     if args.pretrain_text and not args.resume:
@@ -146,8 +176,10 @@ def _grow_words(checkpoint, word_map, processes):
         decoder[name] = decoder[name][rows]
     decoder["fc.bias"][rows == unknown_before] -= math.log(1 + sum(new))
     checkpoint["word_map"], checkpoint["decoder_args"]["vocab_size"] = grown, len(grown)
-    processes.print(f"the model knows {len(known)} words and learns {sum(new)} more from the data, "
-                    f"which lack {len(others)} of its own")
+    processes.print(
+        f"the model knows {len(known)} words and learns {sum(new)} more from the data, "
+        f"which lack {len(others)} of its own"
+    )
     return grown
 
 
@@ -156,14 +188,17 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
     if args.fine_tune_encoder or not args.cache_features:
         return
     if args.augment:
-        raise UserError("--augment needs images, not cached features; pass --fine_tune_encoder or "
-                        "--no-cache_features")
+        raise UserError(
+            "--augment needs images, not cached features; pass --fine_tune_encoder or "
+            "--no-cache_features"
+        )
     for data in datasets:
         if not processes.is_main:
             processes.barrier()  # the main process writes the cache, the others read it
         with autocast(processes.device, args.amp):
-            path = cache_features(data, encoder, processes.device, args.amp,
-                                  folder=args.features_folder)
+            path = cache_features(
+                data, encoder, processes.device, args.amp, folder=args.features_folder
+            )
         if processes.is_main:
             processes.barrier()
         data.use_features(load_features(path, args.cache_in, processes.device))
@@ -171,35 +206,52 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
 
 def build_loaders(args, train_data, val_data, processes):
     """Training and validation DataLoaders, of this process's share of each batch."""
-    items = args.batch_size if args.single_captions else max(
-        1, args.batch_size // train_data.captions_per_image)
+    items = (
+        args.batch_size
+        if args.single_captions
+        else max(1, args.batch_size // train_data.captions_per_image)
+    )
     rank, world_size = processes.rank, processes.world_size
     train_sampler = ResumableBatchSampler(len(train_data), items, True, args.seed, rank, world_size)
     val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, rank, world_size)
     smallest = len(train_data) // train_sampler.num_batches // world_size
     if args.accumulate > smallest:
         unit = "captions" if args.single_captions else "images"
-        raise UserError(f"--accumulate {args.accumulate} is too large: some steps have only "
-                        f"{smallest} {unit} per process; lower it or raise --batch_size")
-    return (build_loader(train_data, train_sampler, args.workers, processes.device),
-            build_loader(val_data, val_sampler, args.workers, processes.device))
+        raise UserError(
+            f"--accumulate {args.accumulate} is too large: some steps have only "
+            f"{smallest} {unit} per process; lower it or raise --batch_size"
+        )
+    return (
+        build_loader(train_data, train_sampler, args.workers, processes.device),
+        build_loader(val_data, val_sampler, args.workers, processes.device),
+    )
 
 
 def build_loader(data, sampler, workers, device):
     workers = 0 if data.in_memory else workers  # data in memory needs no workers
-    return DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers,
-                      persistent_workers=workers > 0,
-                      pin_memory=device.type == "cuda" and not data.in_memory,
-                      worker_init_fn=leave_signals_to_parent,
-                      generator=torch.Generator())  # not the global one, which dropout uses
+    return DataLoader(
+        data,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda" and not data.in_memory,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),
+    )  # not the global one, which dropout uses
 
 
 def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
         documents = args.document_frequencies and read_documents(args.document_frequencies)
-        return SelfCritical(data, args.alpha_c, args.samples, documents=documents,
-                            cross_entropy_share=args.cross_entropy_share)
+        return SelfCritical(
+            data,
+            args.alpha_c,
+            args.samples,
+            documents=documents,
+            cross_entropy_share=args.cross_entropy_share,
+        )
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
     return TeacherForcing(args.alpha_c)

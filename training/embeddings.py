@@ -39,8 +39,10 @@ def load_embeddings(emb_file, word_map):
                 if not size or len(values) != size:
                     where = f"{emb_file}, line {line_number}"
                     expected = f", as many as line 1 has: {size}" if size else ""
-                    raise UserError(f"{where}: {len(values)} numbers; it should be a word and its "
-                                    f"numbers{expected}")
+                    raise UserError(
+                        f"{where}: {len(values)} numbers; it should be a word and its "
+                        f"numbers{expected}"
+                    )
                 if word in word_map:
                     vectors[word] = _to_floats(values)
                     if vectors[word] is None:

@@ -38,8 +38,14 @@ def train_one_epoch(state, loader, epoch, run):
     first_step, steps = progress.step, loader.sampler.num_batches
     totals = EpochTotals(progress.sums, processes)
     finite = FiniteCheck(epoch, steps, state)
-    bar = tqdm(load_batches(loader), desc=f"epoch {epoch}", unit="batch", initial=first_step,
-               total=steps, disable=None if processes.is_main else True)
+    bar = tqdm(
+        load_batches(loader),
+        desc=f"epoch {epoch}",
+        unit="batch",
+        initial=first_step,
+        total=steps,
+        disable=None if processes.is_main else True,
+    )
 
     def update_progress(step):
         finite.check_weights(step)
@@ -53,8 +59,11 @@ def train_one_epoch(state, loader, epoch, run):
             for (images, captions, lengths), rows in zip(bar, loader.sampler):
                 # The loss is a mean over the tokens of the joint batch of all processes.
                 num_tokens, num_captions, stop, save_due = processes.all_reduce(
-                    int((lengths - 1).sum()), state.criterion.count_captions(lengths),
-                    bool(run.interrupts.signum), processes.is_main and run.interrupts.save_due())
+                    int((lengths - 1).sum()),
+                    state.criterion.count_captions(lengths),
+                    bool(run.interrupts.signum),
+                    processes.is_main and run.interrupts.save_due(),
+                )
                 if stop:  # some process got a signal: all of them stop at this step
                     run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
                     break
@@ -65,8 +74,14 @@ def train_one_epoch(state, loader, epoch, run):
                 torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
                 if args.augment:
                     images = augment(images, captions, loader.dataset.word_map)
-                batch = Batch(images, captions, lengths, rows, num_tokens / processes.world_size,
-                              num_captions / processes.world_size)
+                batch = Batch(
+                    images,
+                    captions,
+                    lengths,
+                    rows,
+                    num_tokens / processes.world_size,
+                    num_captions / processes.world_size,
+                )
                 loss, total, correct = train_step(state, batch)
                 totals.add(total, correct, num_tokens, num_captions)
                 finite.add(loss, step)
@@ -80,8 +95,12 @@ def train_one_epoch(state, loader, epoch, run):
             raise
         update_progress(step)
     total, correct, tokens, captions, seconds = progress.sums
-    return {"lr": state.last_lr, **state.criterion.metrics(total, correct, tokens, captions),
-            "train_seconds": seconds, "captions_per_second": captions / seconds}
+    return {
+        "lr": state.last_lr,
+        **state.criterion.metrics(total, correct, tokens, captions),
+        "train_seconds": seconds,
+        "captions_per_second": captions / seconds,
+    }
 
 
 def train_step(state, batch):
@@ -122,14 +141,17 @@ def micro_batches(batch, count):
     """Yield the batch in `count` parts with about the same number of images."""
     for part in np.array_split(np.arange(len(batch.images)), count):
         part = slice(part[0], part[-1] + 1)
-        yield batch._replace(features=batch.features[part], captions=batch.captions[part],
-                             lengths=batch.lengths[part], images=batch.images[part])
+        yield batch._replace(
+            features=batch.features[part],
+            captions=batch.captions[part],
+            lengths=batch.lengths[part],
+            images=batch.images[part],
+        )
 
 
 def encode(encoder, batch, device, fine_tune=False):
     """The batch on the device, with images encoded into features; lengths stay on the CPU."""
-    features, captions = (x.to(device, non_blocking=True)
-                          for x in (batch.features, batch.captions))
+    features, captions = (x.to(device, non_blocking=True) for x in (batch.features, batch.captions))
     if features.dtype == torch.uint8:
         with nullcontext() if fine_tune else torch.no_grad():
             features = encoder(features)
@@ -152,8 +174,9 @@ def augment(images, captions, word_map):
     has_side = torch.isin(captions, sides).flatten(1).any(1)
     crop = v2.RandomCrop(images.shape[-1] * 7 // 8)
     crop_and_flip = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    return torch.stack([(crop if side else crop_and_flip)(image)
-                        for image, side in zip(images, has_side.tolist())])
+    return torch.stack(
+        [(crop if side else crop_and_flip)(image) for image, side in zip(images, has_side.tolist())]
+    )
 
 
 class EpochTotals:
@@ -176,8 +199,12 @@ class EpochTotals:
 
     def sums(self):
         seconds = self._seconds + time.perf_counter() - self._start
-        return [*self._processes.all_reduce(float(self.total), int(self.correct)), self.tokens,
-                self.captions, seconds]
+        return [
+            *self._processes.all_reduce(float(self.total), int(self.correct)),
+            self.tokens,
+            self.captions,
+            seconds,
+        ]
 
 
 class FiniteCheck:
@@ -191,8 +218,9 @@ class FiniteCheck:
         self.first_bad = torch.full((), steps, device=state.processes.device)
 
     def add(self, loss, step):
-        self.first_bad = torch.where(loss.isfinite(), self.first_bad,
-                                     self.first_bad.clamp(max=step))
+        self.first_bad = torch.where(
+            loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step)
+        )
 
     def check_losses(self, steps_done):
         if int(self.first_bad) < steps_done:
@@ -204,8 +232,10 @@ class FiniteCheck:
             self._fail("a weight", steps_done)
 
     def _fail(self, what, batch):
-        raise UserError(f"epoch {self.epoch}, batch {batch}: {what} is not finite; the checkpoints "
-                        f"were not changed; try a lower --decoder_lr")
+        raise UserError(
+            f"epoch {self.epoch}, batch {batch}: {what} is not finite; the checkpoints "
+            f"were not changed; try a lower --decoder_lr"
+        )
 
 
 @torch.inference_mode()
@@ -224,8 +254,13 @@ def validate(state, loader):
     word_of = {i: word for word, i in data.word_map.items()}
     generated, teacher_forced, loss, correct, tokens = [], [], 0.0, 0, 0
     num_tokens, num_captions = int((data.lengths - 1).sum()), int((data.lengths > 1).sum())
-    bar = tqdm(load_batches(loader), total=len(loader), desc="validation", unit="batch",
-               disable=None if processes.is_main else True)
+    bar = tqdm(
+        load_batches(loader),
+        total=len(loader),
+        desc="validation",
+        unit="batch",
+        disable=None if processes.is_main else True,
+    )
     for (images, captions, lengths), rows in zip(bar, loader.sampler):
         batch = Batch(images, captions, lengths, rows, num_tokens, num_captions)
         with autocast(processes.device, args.amp):
@@ -233,19 +268,24 @@ def validate(state, loader):
             logits, targets, alphas = decoder(*batch[:3])
             hypotheses = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
         # This batch's share of the mean over all validation captions.
-        loss += doubly_stochastic_loss(logits, targets, alphas, args.alpha_c, num_tokens,
-                                       num_captions)
+        loss += doubly_stochastic_loss(
+            logits, targets, alphas, args.alpha_c, num_tokens, num_captions
+        )
         correct += top_k_correct(logits, targets)
         tokens += len(targets)
         teacher_forced += _teacher_forced(logits.argmax(1), targets, lengths)
-        generated += [(int(i), [word_of[id] for id in caption.tokens])
-                      for i, caption in zip(rows, hypotheses)]
+        generated += [
+            (int(i), [word_of[id] for id in caption.tokens]) for i, caption in zip(rows, hypotheses)
+        ]
     loss, correct, tokens = processes.all_reduce(float(loss), int(correct), tokens)
     generated = processes.all_gather(generated)
     teacher_forced = processes.all_gather(teacher_forced)
-    return {"val_loss": loss, "val_top5": 100 * correct / tokens,
-            "teacher_forced_bleu4": bleu(*zip(*teacher_forced))[3],
-            **generated_metrics([(data.entry(i), words) for i, words in generated])}
+    return {
+        "val_loss": loss,
+        "val_top5": 100 * correct / tokens,
+        "teacher_forced_bleu4": bleu(*zip(*teacher_forced))[3],
+        **generated_metrics([(data.entry(i), words) for i, words in generated]),
+    }
 
 
 def generated_metrics(generated):
@@ -265,15 +305,19 @@ def generated_metrics(generated):
         references, captions = zip(*pairs)
         cider_d = CiderD(references).score(captions, references)
         scores = bleu(references, captions)
-        metrics[source] = {**{f"bleu{n}": score for n, score in enumerate(scores, 1)},
-                           "cider_d": 100 * float(cider_d.mean())}
+        metrics[source] = {
+            **{f"bleu{n}": score for n, score in enumerate(scores, 1)},
+            "cider_d": 100 * float(cider_d.mean()),
+        }
     if len(metrics) == 1:
         return metrics[source]
     names = metrics[source].keys()
-    return {**{name: sum(values[name] for values in metrics.values()) / len(metrics)
-               for name in names},
-            **{f"{name}_{source}": values[name] for source, values in metrics.items()
-               for name in names}}
+    return {
+        **{name: sum(values[name] for values in metrics.values()) / len(metrics) for name in names},
+        **{
+            f"{name}_{source}": values[name] for source, values in metrics.items() for name in names
+        },
+    }
 
 
 def _teacher_forced(predicted, targets, lengths):
@@ -283,8 +327,12 @@ def _teacher_forced(predicted, targets, lengths):
     predicted, targets: (W,) ids, caption by caption; lengths (N, R)
     """
     decode_lengths, r = (lengths - 1).flatten().tolist(), lengths.shape[1]
-    references, hypotheses = ([list(map(str, caption.tolist()))
-                               for caption in ids.split(decode_lengths)]
-                              for ids in (targets, predicted))
-    return [(references[i - i % r:i - i % r + r], hypothesis)
-            for i, hypothesis in enumerate(hypotheses) if hypothesis]
+    references, hypotheses = (
+        [list(map(str, caption.tolist())) for caption in ids.split(decode_lengths)]
+        for ids in (targets, predicted)
+    )
+    return [
+        (references[i - i % r : i - i % r + r], hypothesis)
+        for i, hypothesis in enumerate(hypotheses)
+        if hypothesis
+    ]

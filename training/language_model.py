@@ -30,27 +30,48 @@ def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
     Returns the mean loss of the last epoch, in nats per token.
     """
     device = decoder.fc.weight.device
-    ids = [[word_map["<start>"], *(word_map.get(word, word_map["<unk>"]) for word in words),
-            word_map["<end>"]] for words in captions]
+    ids = [
+        [
+            word_map["<start>"],
+            *(word_map.get(word, word_map["<unk>"]) for word in words),
+            word_map["<end>"],
+        ]
+        for words in captions
+    ]
     cell, size = decoder.decode_step, decoder.args["embed_dim"]
     lstm = nn.LSTM(size, decoder.args["decoder_dim"], batch_first=True, device=device)
-    pairs = ((lstm.weight_ih_l0, cell.weight_ih[:, :size]), (lstm.weight_hh_l0, cell.weight_hh),
-             (lstm.bias_ih_l0, cell.bias_ih), (lstm.bias_hh_l0, cell.bias_hh))
+    pairs = (
+        (lstm.weight_ih_l0, cell.weight_ih[:, :size]),
+        (lstm.weight_hh_l0, cell.weight_hh),
+        (lstm.bias_ih_l0, cell.bias_ih),
+        (lstm.bias_hh_l0, cell.bias_hh),
+    )
     with torch.no_grad():
         for ours, theirs in pairs:
             ours.copy_(theirs)
-    parameters = [*lstm.parameters(), *decoder.embedding.parameters(), *decoder.fc.parameters(),
-                  decoder.init_h.bias, decoder.init_c.bias]
+    parameters = [
+        *lstm.parameters(),
+        *decoder.embedding.parameters(),
+        *decoder.fc.parameters(),
+        decoder.init_h.bias,
+        decoder.init_c.bias,
+    ]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, LR, fused=True)
     batches = -(-len(ids) // BATCH)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: half_cosine(step, epochs * batches))
+        optimizer, lambda step: half_cosine(step, epochs * batches)
+    )
     decoder.train()
     for epoch in range(1, epochs + 1):
         total = tokens = 0
-        bar = tqdm(_batches(ids, batches), desc=f"text, epoch {epoch}", unit="batch", total=batches,
-                   disable=None if show_progress else True)
+        bar = tqdm(
+            _batches(ids, batches),
+            desc=f"text, epoch {epoch}",
+            unit="batch",
+            total=batches,
+            disable=None if show_progress else True,
+        )
         for batch in bar:
             with autocast(device, amp):
                 loss = language_model_loss(decoder, lstm, batch)
@@ -84,10 +105,14 @@ def language_model_loss(decoder, lstm, captions):
     device = decoder.fc.weight.device
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in captions], True)
     lengths = torch.tensor([len(ids) - 1 for ids in captions])
-    state = tuple(layer.bias.expand(1, len(captions), -1).contiguous()
-                  for layer in (decoder.init_h, decoder.init_c))
-    inputs, targets = (pack_padded_sequence(part.to(device), lengths, True, enforce_sorted=False)
-                       for part in (tokens[:, :-1], tokens[:, 1:]))
+    state = tuple(
+        layer.bias.expand(1, len(captions), -1).contiguous()
+        for layer in (decoder.init_h, decoder.init_c)
+    )
+    inputs, targets = (
+        pack_padded_sequence(part.to(device), lengths, True, enforce_sorted=False)
+        for part in (tokens[:, :-1], tokens[:, 1:])
+    )
     embedded = inputs._replace(data=decoder.embedding(inputs.data))
     hidden = lstm(embedded, state)[0].data
     return F.cross_entropy(decoder.logits(hidden), targets.data, reduction="sum")

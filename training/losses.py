@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     loss's sums: their totals over the whole step, in all parts and processes, divided by the number
     of processes, since processes average their gradients.
     """
+
     features: torch.Tensor  # (N, G, E)
     captions: torch.Tensor  # (N, R, L) token ids
     lengths: torch.Tensor  # (N, R) <start> and <end> counted, on the CPU
@@ -37,8 +38,9 @@ class Batch(NamedTuple):
     num_captions: float
 
 
-def doubly_stochastic_loss(logits, targets, alphas, alpha_c=1.0, num_tokens=None,
-                           num_captions=None):
+def doubly_stochastic_loss(
+    logits, targets, alphas, alpha_c=1.0, num_tokens=None, num_captions=None
+):
     """
     Cross-entropy plus the doubly stochastic attention term, equation 14: the attention to each
     location should sum to 1 over the tokens of a caption.
@@ -85,10 +87,12 @@ class TeacherForcing(Criterion):
         self.alpha_c = alpha_c
 
     def __call__(self, decoder, batch):
-        logits, targets, alphas = decoder(batch.features, batch.captions, batch.lengths,
-                                          self.sampling_prob)
-        loss = doubly_stochastic_loss(logits, targets, alphas, self.alpha_c, batch.num_tokens,
-                                      batch.num_captions)
+        logits, targets, alphas = decoder(
+            batch.features, batch.captions, batch.lengths, self.sampling_prob
+        )
+        loss = doubly_stochastic_loss(
+            logits, targets, alphas, self.alpha_c, batch.num_tokens, batch.num_captions
+        )
         return loss, loss.detach() * batch.num_tokens, top_k_correct(logits.detach(), targets)
 
     @staticmethod
@@ -112,23 +116,27 @@ class HardAttention(TeacherForcing):
         self._log_prob_sum, self._num_captions = 0.0, 0  # of this step so far
 
     def __call__(self, decoder, batch):
-        logits, targets, alphas, weights = decoder(batch.features, batch.captions, batch.lengths,
-                                                   self.sampling_prob, self.hard_fraction)
-        loss = doubly_stochastic_loss(logits, targets, alphas, self.alpha_c, batch.num_tokens,
-                                      batch.num_captions)
+        logits, targets, alphas, weights = decoder(
+            batch.features, batch.captions, batch.lengths, self.sampling_prob, self.hard_fraction
+        )
+        loss = doubly_stochastic_loss(
+            logits, targets, alphas, self.alpha_c, batch.num_tokens, batch.num_captions
+        )
         log_probs = caption_log_probs(logits.detach(), targets, batch.lengths)
         reward = self.lambda_r * (log_probs - self.baseline)
         objective = reinforce_attention(alphas, weights, reward, self.lambda_e)
         self._log_prob_sum = self._log_prob_sum + log_probs.sum()
         self._num_captions += self.count_captions(batch.lengths)
         # The logged loss leaves out this objective, so that it is comparable with soft attention.
-        return (loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens,
-                top_k_correct(logits.detach(), targets))
+        return (
+            loss - objective / batch.num_tokens,
+            loss.detach() * batch.num_tokens,
+            top_k_correct(logits.detach(), targets),
+        )
 
     def after_step(self, processes):
         log_prob, captions = processes.all_reduce(self._log_prob_sum, self._num_captions)
-        self.baseline = (BASELINE_DECAY * self.baseline
-                         + (1 - BASELINE_DECAY) * log_prob / captions)
+        self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * log_prob / captions
         self._log_prob_sum, self._num_captions = 0.0, 0
 
 
@@ -136,8 +144,11 @@ def caption_log_probs(logits, targets, lengths):
     """(N, R): the log-probability of each caption in nats; arguments as in the decoder's forward"""
     chosen, totals = log_softmax_parts(logits, targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
-    return chosen.new_zeros(lengths.numel()).index_add_(
-        0, caption.to(chosen.device, non_blocking=True), chosen - totals).view(lengths.shape)
+    return (
+        chosen.new_zeros(lengths.numel())
+        .index_add_(0, caption.to(chosen.device, non_blocking=True), chosen - totals)
+        .view(lengths.shape)
+    )
 
 
 def reinforce_attention(alphas, weights, reward, lambda_e):
@@ -170,28 +181,33 @@ class SelfCritical(Criterion):
 
     dropout = False
 
-    def __init__(self, data, alpha_c, samples=5, max_len=50, cross_entropy_share=0.0,
-                 documents=None):
+    def __init__(
+        self, data, alpha_c, samples=5, max_len=50, cross_entropy_share=0.0, documents=None
+    ):
         self.word_map, self.reward = data.word_map, Reward(data, documents)
         self.alpha_c, self.samples, self.max_len = alpha_c, samples, max_len
         self.cross_entropy_share = cross_entropy_share
 
     def __call__(self, decoder, batch):
-        captions, lengths = sample_captions(getattr(decoder, "module", decoder),
-                                            batch.features.detach(), self.word_map, self.samples,
-                                            self.max_len)
+        captions, lengths = sample_captions(
+            getattr(decoder, "module", decoder),
+            batch.features.detach(),
+            self.word_map,
+            self.samples,
+            self.max_len,
+        )
         on_cpu = captions.cpu()  # before the forward pass, which keeps a GPU busy ...
         logits, targets, alphas = decoder(batch.features, captions, lengths)
         rewards = self.reward(batch.images, on_cpu, lengths)  # ... while the CPU does this
-        loss = self_critical_loss(logits, targets, lengths, rewards.to(logits.device),
-                                  batch.num_captions)
+        loss = self_critical_loss(
+            logits, targets, lengths, rewards.to(logits.device), batch.num_captions
+        )
         penalty = doubly_stochastic_penalty(alphas).sum() / batch.num_captions
         if self.cross_entropy_share:
             logits, targets, _ = decoder(batch.features, batch.captions, batch.lengths)
             cross_entropy = CrossEntropy.apply(logits, targets, None) / batch.num_tokens
             loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
-        return (loss + self.alpha_c * penalty, rewards.sum(),
-                torch.zeros((), dtype=torch.long))
+        return (loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long))
 
     def count_captions(self, lengths):
         return len(lengths) * self.samples
@@ -229,8 +245,9 @@ class Reward:
 
     def __init__(self, data, documents=None):
         self.words = {i: word for word, i in data.word_map.items()}
-        self.references = [[[*words, self.END] for words in entry["references"]]
-                           for entry in data.entries]
+        self.references = [
+            [[*words, self.END] for words in entry["references"]] for entry in data.entries
+        ]
         if documents:
             documents = [[[*words, self.END] for words in captions] for captions in documents]
         self.cider = CiderD(documents or self.references)
@@ -241,9 +258,10 @@ class Reward:
 
         Returns the rewards, float32 (N, R).
         """
-        candidates = [[self.words[i] for i in caption[1:length]]
-                      for caption, length in zip(captions.flatten(0, 1).tolist(),
-                                                 lengths.flatten().tolist())]
+        candidates = [
+            [self.words[i] for i in caption[1:length]]
+            for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
+        ]
         references = [self.references[image] for image in images for _ in range(lengths.shape[1])]
         scores = self.cider.score(candidates, references)
         return torch.from_numpy(scores).float().view(lengths.shape)

@@ -26,8 +26,10 @@ class ValidationPictures:
         indices = np.unique(np.linspace(0, len(data) - 1, COUNT).round().astype(int))
         self.images, *_ = data[indices]  # uint8 (n, 3, S, S), n at most COUNT
         entries = [data.entry(i) for i in indices]
-        self.names = ["/".join(filter(None, (entry.get("source"), entry["filename"])))
-                      or f"image {i}" for i, entry in zip(indices, entries)]
+        self.names = [
+            "/".join(filter(None, (entry.get("source"), entry["filename"]))) or f"image {i}"
+            for i, entry in zip(indices, entries)
+        ]
         self.references = [" ".join(entry["references"][0]) for entry in entries]
         self.word_map = word_map
 
@@ -41,12 +43,17 @@ class ValidationPictures:
         rows = ["| photograph | caption | one of its references |", "|---|---|---|"]
         drawing = Drawing(offset=find_offset(state.averaged_encoder))
         for name, image, reference, (words, alphas) in zip(
-                self.names, self.images, self.references, self._caption(state)):
+            self.names, self.images, self.references, self._caption(state)
+        ):
             rows.append(f"| {' | '.join(map(_escape, (name, ' '.join(words), reference)))} |")
             figure = attention_grid(image.permute(1, 2, 0).numpy(), words, alphas, drawing, DPI)
             figure.canvas.draw()
-            writer.add_image(f"attention/{name}", np.asarray(figure.canvas.buffer_rgba()), epoch,
-                             dataformats="HWC")
+            writer.add_image(
+                f"attention/{name}",
+                np.asarray(figure.canvas.buffer_rgba()),
+                epoch,
+                dataformats="HWC",
+            )
         writer.add_text("captions", "\n".join(rows), epoch)
 
     @torch.inference_mode()
@@ -55,8 +62,9 @@ class ValidationPictures:
         args, device = state.args, state.processes.device
         with autocast(device, args.amp):
             features = state.averaged_encoder(self.images.to(device))
-            captions = beam_search(state.averaged_decoder.eval(), features, self.word_map,
-                                   args.val_beam_size)
+            captions = beam_search(
+                state.averaged_decoder.eval(), features, self.word_map, args.val_beam_size
+            )
         words = {i: word for word, i in self.word_map.items()}
         return [([words[i] for i in caption.tokens], caption.alphas) for caption in captions]
 

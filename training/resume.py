@@ -22,8 +22,17 @@ TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
 # Options that must not change when a run is resumed: always, since optimizer and model depend on
 # them; within an epoch, since the order of its batches does; and with --cosine, since the learning
 # rate does.
-FIXED = ("decoder_lr", "encoder_lr", "fine_tune_encoder", "fine_tune_embeddings", "self_critical",
-         "ema", "augment", "embeddings", "cosine")
+FIXED = (
+    "decoder_lr",
+    "encoder_lr",
+    "fine_tune_encoder",
+    "fine_tune_embeddings",
+    "self_critical",
+    "ema",
+    "augment",
+    "embeddings",
+    "cosine",
+)
 FIXED_WITHIN_EPOCH = ("batch_size", "single_captions", "seed", "attention", "accumulate")
 FIXED_WITH_COSINE = ("batch_size", "single_captions", "epochs")
 
@@ -33,8 +42,9 @@ def load_run(path):
     checkpoint = checkpoints.load(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    if not isinstance(checkpoint.get("options"), dict) \
-            or not isinstance(checkpoint.get("progress"), dict):
+    if not isinstance(checkpoint.get("options"), dict) or not isinstance(
+        checkpoint.get("progress"), dict
+    ):
         raise UserError(f"{path} is damaged: the run's options or progress are missing")
     if not isinstance(checkpoint.get("data"), dict | None):  # None in older runs
         raise UserError(f"{path} is damaged: it does not say what data it was trained on")
@@ -43,23 +53,33 @@ def load_run(path):
 
 def check_unchanged(args, options, progress):
     """UserError if args differ from the run's saved options in one that must not change."""
-    fixed = [*FIXED, *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
-             *FIXED_WITH_COSINE * options["cosine"]]
+    fixed = [
+        *FIXED,
+        *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
+        *FIXED_WITH_COSINE * options["cosine"],
+    ]
     for option in fixed:
         if getattr(args, option) != options[option]:
-            raise UserError(f"{args.resume} was run with {option} {options[option]}, which "
-                            f"--resume cannot change; for a new phase pass --checkpoint "
-                            f"{args.resume}")
+            raise UserError(
+                f"{args.resume} was run with {option} {options[option]}, which "
+                f"--resume cannot change; for a new phase pass --checkpoint "
+                f"{args.resume}"
+            )
 
 
 def check_same_data(args, checkpoint, train_data):
     """UserError unless the checkpoint's run was trained on this data."""
     data, saved_data = describe_data(args, train_data), checkpoint.get("data")
     if saved_data not in (None, data):
-        changes = ", ".join(f"{key} {saved_data.get(key)}, now {data[key]}" for key in data
-                            if saved_data.get(key) != data[key])
-        raise UserError(f"{args.resume} was trained on other data: {changes}; pass their "
-                        f"--data_folder, or --checkpoint {args.resume} for a new phase")
+        changes = ", ".join(
+            f"{key} {saved_data.get(key)}, now {data[key]}"
+            for key in data
+            if saved_data.get(key) != data[key]
+        )
+        raise UserError(
+            f"{args.resume} was trained on other data: {changes}; pass their "
+            f"--data_folder, or --checkpoint {args.resume} for a new phase"
+        )
 
 
 def restore_state(state, checkpoint):
@@ -71,18 +91,24 @@ def restore_state(state, checkpoint):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{args.resume} does not fit this run: {reason}") from None
     progress = state.progress
-    state.processes.print(f"resuming {args.resume}: {count(progress.epoch, 'epoch')} and "
-                          f"{count(progress.step, 'batch', 'batches')} are done")
+    state.processes.print(
+        f"resuming {args.resume}: {count(progress.epoch, 'epoch')} and "
+        f"{count(progress.step, 'batch', 'batches')} are done"
+    )
     if progress.epoch >= args.epochs:
-        state.processes.print(f"nothing is left to do: --epochs is {args.epochs}; pass more to go "
-                              f"on")
+        state.processes.print(
+            f"nothing is left to do: --epochs is {args.epochs}; pass more to go on"
+        )
 
 
 def describe_data(args, data):
     """A summary of the data, which must be the same when a run is resumed."""
-    return {"name": args.data_name, "images": data.num_images,
-            "captions_per_image": data.captions_per_image,
-            "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}"}
+    return {
+        "name": args.data_name,
+        "images": data.num_images,
+        "captions_per_image": data.captions_per_image,
+        "captions": f"{zlib.crc32(data.captions.numpy().tobytes()):08x}",
+    }
 
 
 def resume_command(args, processes):
@@ -91,8 +117,10 @@ def resume_command(args, processes):
     if world_size > 1:
         program = f"torchrun --nproc_per_node={local_world_size}"
     if world_size > local_world_size:  # to be run on each machine
-        program += (f" --nnodes={world_size // local_world_size} --rdzv_backend=c10d "
-                    f"--rdzv_endpoint=HOST:PORT")
+        program += (
+            f" --nnodes={world_size // local_world_size} --rdzv_backend=c10d "
+            f"--rdzv_endpoint=HOST:PORT"
+        )
     return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"
 
 

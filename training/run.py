@@ -47,8 +47,10 @@ class Run:
                 self._stop(error)
             elif isinstance(error, WorkerDied):
                 self.save()
-                raise UserError(f"{error}; all steps are saved, continue with: "
-                                f"{resume_command(self.args, self.processes)}") from None
+                raise UserError(
+                    f"{error}; all steps are saved, continue with: "
+                    f"{resume_command(self.args, self.processes)}"
+                ) from None
         finally:
             self.interrupts.__exit__()
 
@@ -59,9 +61,11 @@ class Run:
             raise SystemExit(interrupted.code) from None
         progress = self.state.progress
         raise Interrupted(
-            interrupted.signum, f"stopped in epoch {progress.epoch + 1} after {progress.step} of "
+            interrupted.signum,
+            f"stopped in epoch {progress.epoch + 1} after {progress.step} of "
             f"{self.state.steps_per_epoch} batches, all saved; continue with: "
-            f"{resume_command(self.args, self.processes)}") from None
+            f"{resume_command(self.args, self.processes)}",
+        ) from None
 
     def start_phase(self, stats):
         """stats: the validation metrics of the checkpoint's model, the score to improve on"""
@@ -75,8 +79,10 @@ class Run:
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
         progress = self.state.progress
-        while progress.epoch < self.args.epochs \
-                and progress.epochs_since_improvement < self.args.stop_after:
+        while (
+            progress.epoch < self.args.epochs
+            and progress.epochs_since_improvement < self.args.stop_after
+        ):
             yield progress.epoch + 1
             progress = self.state.progress
 
@@ -87,16 +93,27 @@ class Run:
             state = self.state
             if self.args.fine_tune_encoder:  # an average of weights, whose cells move as theirs do
                 state.averaged_encoder.offset = None
-            checkpoints.save(path or last_path(self.args), state.averaged_encoder,
-                             state.averaged_decoder, self.word_map, options=options,
-                             data=self.data, **state.state_dict())
+            checkpoints.save(
+                path or last_path(self.args),
+                state.averaged_encoder,
+                state.averaged_decoder,
+                self.word_map,
+                options=options,
+                data=self.data,
+                **state.state_dict(),
+            )
 
     def end_epoch(self, stats):
         """Print, count, log and save an epoch; stats: its training and validation metrics"""
-        training = (f"reward {stats['train_reward']:.3f}" if self.args.self_critical else
-                    f"loss {stats['train_loss']:.3f}")
-        self.processes.print(f"epoch {stats['epoch']:3d}   {training} in "
-                             f"{stats['train_seconds']:.0f} s   {_format_scores(stats)}")
+        training = (
+            f"reward {stats['train_reward']:.3f}"
+            if self.args.self_critical
+            else f"loss {stats['train_loss']:.3f}"
+        )
+        self.processes.print(
+            f"epoch {stats['epoch']:3d}   {training} in "
+            f"{stats['train_seconds']:.0f} s   {_format_scores(stats)}"
+        )
         with self.interrupts.deferred():
             if self.state.after_epoch(stats):
                 self.save(best_path(self.args))
@@ -113,16 +130,23 @@ class Run:
         source = f"epoch {best}" if best else "the model that the phase started from"
         self.processes.print(
             f"done after epoch {progress.epoch}: best validation {metric} "
-            f"{progress.best:.2f}, from {source}, in {best_path(self.args)}")
+            f"{progress.best:.2f}, from {source}, in {best_path(self.args)}"
+        )
 
 
 def _format_scores(stats):
     sources = [key.removeprefix("bleu4_") for key in stats if key.startswith("bleu4_")]
-    scores = [f"{name}BLEU-4 {stats['bleu4' + key]:.2f}, CIDEr-D {stats['cider_d' + key]:.2f}"
-              for name, key in [("mean " * bool(sources), ""),
-                                *((f"{source} ", f"_{source}") for source in sources)]]
-    return (f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
-            f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: {'; '.join(scores)}")
+    scores = [
+        f"{name}BLEU-4 {stats['bleu4' + key]:.2f}, CIDEr-D {stats['cider_d' + key]:.2f}"
+        for name, key in [
+            ("mean " * bool(sources), ""),
+            *((f"{source} ", f"_{source}") for source in sources),
+        ]
+    ]
+    return (
+        f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
+        f"BLEU-4 {stats['teacher_forced_bleu4']:.2f}   free-running: {'; '.join(scores)}"
+    )
 
 
 class Log:
@@ -139,8 +163,9 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--tensorboard needs the package tensorboard; run pip install "
-                                "tensorboard") from None
+                raise UserError(
+                    "--tensorboard needs the package tensorboard; run pip install tensorboard"
+                ) from None
             from training.pictures import ValidationPictures  # only here: matplotlib is slow
 
             val_data = CaptionDataset(args.data_folder, args.data_name, "VAL")
@@ -162,8 +187,10 @@ class Log:
                 path.unlink(missing_ok=True)
         self._previous_rows = progress.previous_rows
         if args.tensorboard:
-            self._writer = SummaryWriter(folder / f"tensorboard_{args.data_name}",
-                                         purge_step=self._previous_rows + progress.epoch + 1)
+            self._writer = SummaryWriter(
+                folder / f"tensorboard_{args.data_name}",
+                purge_step=self._previous_rows + progress.epoch + 1,
+            )
 
     def write(self, row):
         """row: an epoch's metrics"""
@@ -200,12 +227,17 @@ def lock_run(args, processes):
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         # Worker processes of a killed run may hold the lock for some seconds.
-        lock = exclusive_lock(str(folder / f".train_{args.data_name}.lock"),
-                              f"another run of {args.data_name} is training in {folder}; wait for "
-                              f"it or pass another --checkpoint_folder", timeout=15)
+        lock = exclusive_lock(
+            str(folder / f".train_{args.data_name}.lock"),
+            f"another run of {args.data_name} is training in {folder}; wait for "
+            f"it or pass another --checkpoint_folder",
+            timeout=15,
+        )
     with lock:
         for path in (last_path(args), best_path(args)):  # in all processes: each stops with a line
             if path.exists() and not args.overwrite and not continues(args):
-                raise UserError(f"{path} is of an earlier run; pass --resume to continue it, "
-                                f"--overwrite to replace it, or another --checkpoint_folder")
+                raise UserError(
+                    f"{path} is of an earlier run; pass --resume to continue it, "
+                    f"--overwrite to replace it, or another --checkpoint_folder"
+                )
         yield

@@ -18,6 +18,7 @@ CHECKPOINT_KEYS = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
 @dataclass
 class Progress:
     """How far a run has come."""
+
     epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
     best: float | None = None  # the best score so far, of the `monitored_metric`
@@ -40,14 +41,25 @@ class Progress:
             content["best"] = content.pop("best_bleu4")
         names = {CHECKPOINT_KEYS.get(name, name): name for name in cls.__dataclass_fields__}
         progress = cls(**{names[key]: value for key, value in content.items() if key in names})
-        counts = (progress.epoch, progress.epochs_since_improvement, progress.previous_rows,
-                  progress.step)
+        counts = (
+            progress.epoch,
+            progress.epochs_since_improvement,
+            progress.previous_rows,
+            progress.step,
+        )
         numbers = (*progress.sums, progress.baseline)
-        scores = [score for score in (progress.bleu4, progress.best, progress.best_loss)
-                  if score is not None]
-        if not all(type(n) is int and n >= 0 for n in counts) or len(progress.sums) != 5 \
-                or not all(type(n) in (int, float) for n in (*numbers, *scores)) \
-                or progress.epoch and progress.best is None:
+        scores = [
+            score
+            for score in (progress.bleu4, progress.best, progress.best_loss)
+            if score is not None
+        ]
+        if (
+            not all(type(n) is int and n >= 0 for n in counts)
+            or len(progress.sums) != 5
+            or not all(type(n) in (int, float) for n in (*numbers, *scores))
+            or progress.epoch
+            and progress.best is None
+        ):
             raise ValueError("its progress is not valid")
         return progress
 
@@ -78,16 +90,22 @@ class TrainingState:
         trained = [decoder, encoder] if args.fine_tune_encoder else [decoder]
         # Wrapped for gradients only: validation and checkpoints use the modules themselves.
         self.parallel_decoder = _parallel(decoder, processes)
-        self.parallel_encoder = (_parallel(encoder, processes) if args.fine_tune_encoder
-                                 else encoder)
+        self.parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
         self._averages = [(_average(model, args.ema), model) for model in trained if args.ema]
         averaged = {model: average.module for average, model in self._averages}
         self.averaged_encoder = averaged.get(encoder, encoder)
         self.averaged_decoder = averaged.get(decoder, decoder)
         self.optimizer = torch.optim.Adam(
-            [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr,
-              "initial_lr": lr}
-             for model, lr in zip(trained, (args.decoder_lr, args.encoder_lr))], fused=True)
+            [
+                {
+                    "params": [p for p in model.parameters() if p.requires_grad],
+                    "lr": lr,
+                    "initial_lr": lr,
+                }
+                for model, lr in zip(trained, (args.decoder_lr, args.encoder_lr))
+            ],
+            fused=True,
+        )
         self.scheduler = _build_scheduler(args, self.optimizer, steps_per_epoch)
         # float16 has no numbers below 6e-8: losses are scaled up so that no gradient underflows.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
@@ -120,14 +138,24 @@ class TrainingState:
         Returns whether it is the best so far.
         """
         progress, (score, loss) = self.progress, self._score(stats)
-        improved = progress.best is None or score > progress.best or (
-            score == progress.best and progress.best_loss is not None
-            and loss < progress.best_loss)
+        improved = (
+            progress.best is None
+            or score > progress.best
+            or (
+                score == progress.best
+                and progress.best_loss is not None
+                and loss < progress.best_loss
+            )
+        )
         best = (score, loss) if improved else (progress.best, progress.best_loss)
         self.progress = Progress(
-            stats["epoch"], stats["bleu4"], *best,
-            0 if improved else progress.epochs_since_improvement + 1, progress.previous_rows,
-            progress.baseline)
+            stats["epoch"],
+            stats["bleu4"],
+            *best,
+            0 if improved else progress.epochs_since_improvement + 1,
+            progress.previous_rows,
+            progress.baseline,
+        )
         if not self.args.cosine:
             lr = self.last_lr
             self.scheduler.step(self.scheduler.best + improved)  # it only compares
@@ -155,9 +183,13 @@ class TrainingState:
         averaged, None without --ema.
         """
         trained = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
-        return {"trained": trained if self.args.ema else None,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "progress": self.progress.to_dict(), "bleu4": self.progress.bleu4}
+        return {
+            "trained": trained if self.args.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": self.progress.to_dict(),
+            "bleu4": self.progress.bleu4,
+        }
 
     def load_state_dict(self, state):
         """
@@ -191,12 +223,17 @@ class TrainingState:
     def _restore_scheduler(self):
         """Compute the scheduler's state from `progress`, so that checkpoints need not hold it."""
         if not self.args.cosine:
-            self.scheduler.num_bad_epochs = (self.progress.epochs_since_improvement
-                                             % self.args.decay_after)
+            self.scheduler.num_bad_epochs = (
+                self.progress.epochs_since_improvement % self.args.decay_after
+            )
         elif self._steps_done:
-            self.scheduler.load_state_dict({**self.scheduler.state_dict(),
-                                            "last_epoch": self._steps_done - 1,
-                                            "_step_count": self._steps_done + 1})
+            self.scheduler.load_state_dict(
+                {
+                    **self.scheduler.state_dict(),
+                    "last_epoch": self._steps_done - 1,
+                    "_step_count": self._steps_done + 1,
+                }
+            )
             self.scheduler.step()
 
 
@@ -209,6 +246,7 @@ def _average(model, decay):
     The exponential moving average of a model's weights. Its decay at step n is n / (n + 9), at most
     `decay`: with a constant decay the initial random weights would dominate it for a long time.
     """
+
     @torch.no_grad()
     def update(averages, weights, _):
         n = int(average.n_averaged)  # on the CPU
@@ -233,8 +271,13 @@ def _build_scheduler(args, optimizer, steps_per_epoch):
         return LambdaLR(optimizer, lambda step: half_cosine(step, steps))
     constant = args.lr_decay == 1  # ReduceLROnPlateau does not accept 1 as a factor
     scheduler = ReduceLROnPlateau(
-        optimizer, mode="max", factor=0.0 if constant else args.lr_decay,
-        patience=math.inf if constant else args.decay_after - 1, threshold=0, eps=0)
+        optimizer,
+        mode="max",
+        factor=0.0 if constant else args.lr_decay,
+        patience=math.inf if constant else args.decay_after - 1,
+        threshold=0,
+        eps=0,
+    )
     scheduler.best = 0  # it counts improvements, which `after_epoch` decides on
     return scheduler
 
@@ -246,14 +289,22 @@ def _load_optimizer(optimizer, state, trained):
     Raises ValueError or other errors unless the settings, apart from the learning rate, are equal
     and the averages of gradients have the sizes of the weights.
     """
+
     def settings():
-        return [{key: value for key, value in group.items()
-                 if key not in ("params", "lr", "initial_lr")} for group in optimizer.param_groups]
+        return [
+            {
+                key: value
+                for key, value in group.items()
+                if key not in ("params", "lr", "initial_lr")
+            }
+            for group in optimizer.param_groups
+        ]
 
     expected, initial_lrs = settings(), [group["initial_lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    if settings() != expected or not all(type(group["lr"]) is float and 0 <= group["lr"] < 1e9
-                                     for group in optimizer.param_groups):
+    if settings() != expected or not all(
+        type(group["lr"]) is float and 0 <= group["lr"] < 1e9 for group in optimizer.param_groups
+    ):
         raise ValueError("its optimizer has other settings")
     for group, initial_lr in zip(optimizer.param_groups, initial_lrs):
         group["initial_lr"] = initial_lr
@@ -261,6 +312,9 @@ def _load_optimizer(optimizer, state, trained):
             averages = optimizer.state.get(parameter)
             if averages is None and not trained:
                 continue
-            if averages is None or averages["step"].numel() != 1 or {
-                    averages[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+            if (
+                averages is None
+                or averages["step"].numel() != 1
+                or {averages[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}
+            ):
                 raise ValueError("its averages of gradients have other sizes than the weights")

@@ -68,8 +68,9 @@ def make_frames(image, words, alphas, drawing=DEFAULT):
             share = step / FADE
             share = np.float32(share * share * (3 - 2 * share))  # slow at both ends
             blend = 255 * ((1 - share) * previous + share * current)
-            yield Frame(sentence.draw_below(blend.round().astype(np.uint8), t),
-                        1 + hold * (step == FADE))
+            yield Frame(
+                sentence.draw_below(blend.round().astype(np.uint8), t), 1 + hold * (step == FADE)
+            )
 
 
 class Sentence:
@@ -82,8 +83,9 @@ class Sentence:
         for word in words:
             font = _load_font(font_for(word, fonts))
             width = font.getlength(word)
-            word_font = (font if width <= available else
-                         font.font_variant(size=FONT * available / width))
+            word_font = (
+                font if width <= available else font.font_variant(size=FONT * available / width)
+            )
             width = min(width, available)
             if x + width > available:
                 x, y = 0, y + LINE
@@ -121,9 +123,17 @@ def _write_gif(path, frames):
     frames = list(frames)
     indices, palette = _to_palette(frames)
     # Encoded in memory first: on a full disk imageio would try to write a second time.
-    content = imageio.imwrite("<bytes>", indices, plugin="pillow", extension=".gif", is_batch=True,
-                              duration=[round(1000 * TICK) * frame.ticks for frame in frames],
-                              loop=0, palette=palette.astype(np.uint8).tobytes(), optimize=True)
+    content = imageio.imwrite(
+        "<bytes>",
+        indices,
+        plugin="pillow",
+        extension=".gif",
+        is_batch=True,
+        duration=[round(1000 * TICK) * frame.ticks for frame in frames],
+        loop=0,
+        palette=palette.astype(np.uint8).tobytes(),
+        optimize=True,
+    )
     Path(path).write_bytes(content)
 
 
@@ -132,7 +142,7 @@ def _to_palette(frames):
     Frames in GIF's colours: indices, uint8 (N, H, SIZE), into a palette, int16 (255, 3) at most.
     """
     held = [frame.pixels for frame in frames if frame.ticks > 1]
-    sample = np.concatenate([held[-1], *held[:-1:max(1, len(held) // 4)]])[::2, ::2]
+    sample = np.concatenate([held[-1], *held[: -1 : max(1, len(held) // 4)]])[::2, ::2]
     # The last of the 256 colours stands for a pixel that does not change.
     palette_image = Image.fromarray(sample).quantize(255, kmeans=1)
     palette = np.array(palette_image.getpalette(), dtype=np.int16).reshape(-1, 3)
@@ -141,8 +151,9 @@ def _to_palette(frames):
     indices = []
     for pixels, ticks in frames:
         dithered = (pixels + dither).clip(0, 255).astype(np.uint8)
-        nearest = np.asarray(Image.fromarray(dithered).quantize(
-            palette=palette_image, dither=Image.Dither.NONE))
+        nearest = np.asarray(
+            Image.fromarray(dithered).quantize(palette=palette_image, dither=Image.Dither.NONE)
+        )
         if indices:
             error = np.abs(palette[indices[-1]] - dithered).max(2)
             tolerance = HOLD_TOLERANCE if ticks > 1 else FADE_TOLERANCE
@@ -154,6 +165,7 @@ def _to_palette(frames):
 def _write_mp4(path, frames):
     try:
         import imageio_ffmpeg
+
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):  # no package, or it contains no ffmpeg
         raise UserError("MP4 needs ffmpeg; run pip install imageio-ffmpeg") from None
@@ -161,9 +173,16 @@ def _write_mp4(path, frames):
     # With "file:" a path is never mistaken for a URL. Every browser plays libx264 in yuv420p.
     file, ticks = f"file:{path}", 0
     writer = imageio_ffmpeg.write_frames(
-        file, (SIZE, len(first.pixels)), fps=1 / TICK, codec="libx264", pix_fmt_out="yuv420p",
-        macro_block_size=2, quality=None, ffmpeg_log_level="quiet",
-        output_params=["-crf", "18", "-movflags", "+faststart", "-f", "mp4"])
+        file,
+        (SIZE, len(first.pixels)),
+        fps=1 / TICK,
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        macro_block_size=2,
+        quality=None,
+        ffmpeg_log_level="quiet",
+        output_params=["-crf", "18", "-movflags", "+faststart", "-f", "mp4"],
+    )
     try:
         with closing(writer):
             writer.send(None)  # starts ffmpeg

@@ -51,8 +51,10 @@ def _panel_size(image):
 
 def _num_columns(count, ratio):
     """The number of columns with which `count` panels of this ratio come closest to ASPECT."""
+
     def distance(columns):
         return abs(math.log(columns * ratio / math.ceil(count / columns) / ASPECT))
+
     return min(range(1, count + 1), key=distance)
 
 

@@ -61,21 +61,32 @@ def build_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
     steps, beams = [], [None] * beam_size  # beams: the last Node of each slot
 
     def record_step(totals, tokens, *kept):
-        slot_of = {(parent, token): slot for slot, (score, token, parent)
-                   in enumerate(zip(*(x[0].tolist() for x in kept))) if score > -math.inf}
+        slot_of = {
+            (parent, token): slot
+            for slot, (score, token, parent) in enumerate(zip(*(x[0].tolist() for x in kept)))
+            if score > -math.inf
+        }
         parents, nodes = beams.copy(), []
         for parent, row in enumerate(zip(totals[0].tolist(), tokens[0].tolist())):
             for total, token in zip(*row):
                 if total > -math.inf:
                     slot = slot_of.get((parent, token))
-                    nodes.append(Node(words[token], total, parents[parent], slot is not None,
-                                      slot is not None and token == word_map["<end>"]))
+                    nodes.append(
+                        Node(
+                            words[token],
+                            total,
+                            parents[parent],
+                            slot is not None,
+                            slot is not None and token == word_map["<end>"],
+                        )
+                    )
                     if slot is not None:
                         beams[slot] = nodes[-1]
         steps.append(sorted(nodes, key=lambda node: (-node.total, not node.kept)))
 
-    [best] = beam_search(decoder, features, word_map, beam_size, max_len, callback=record_step,
-                         **options)
+    [best] = beam_search(
+        decoder, features, word_map, beam_size, max_len, callback=record_step, **options
+    )
     tree = Tree(beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
     best_words = tree.words + ["<end>"] * best.finished
     for node in steps[len(best_words) - 1]:
@@ -94,22 +105,31 @@ def draw_tree(tree, path):
     """
     shown = [_nodes_to_draw(nodes, tree.beam_size) for nodes in tree.steps]
     x = MARGIN + _width("<start>", SIZE) + 16
-    columns = [f'{_box(MARGIN, HEADER, x - MARGIN, BEST)}{_text(MARGIN + 8, HEADER, "<start>")}']
+    columns = [f"{_box(MARGIN, HEADER, x - MARGIN, BEST)}{_text(MARGIN + 8, HEADER, '<start>')}"]
     # For each node the middle of its left edge, and the x of its right edge; None is <start>.
     positions, right, links = {None: (MARGIN, HEADER)}, {None: x}, []
     for number, (nodes, all_nodes) in enumerate(zip(shown, tree.steps), 1):
         left = x + GAP
         x = left + 24 + max(_width(n.word, SIZE) + _width(_score(n), SMALL) for n in nodes)
         kept = sum(node.kept for node in all_nodes)
-        columns.append(_text(left, 64, f"step {number}", weight="bold") + _text(
-            left, 80, f"{kept} of {len(all_nodes)} kept", SMALL, FAINT_TEXT))
+        columns.append(
+            _text(left, 64, f"step {number}", weight="bold")
+            + _text(left, 80, f"{kept} of {len(all_nodes)} kept", SMALL, FAINT_TEXT)
+        )
         for row, node in enumerate(nodes):
             positions[node], right[node] = (left, HEADER + row * ROW), x
             links.append(_link(node, positions, right))
             columns.append(_node(node, *positions[node], x - left))
         if len(all_nodes) > len(nodes):
-            columns.append(_text(left + 8, HEADER + len(nodes) * ROW,
-                                 f"and {len(all_nodes) - len(nodes)} more", SMALL, FAINT_TEXT))
+            columns.append(
+                _text(
+                    left + 8,
+                    HEADER + len(nodes) * ROW,
+                    f"and {len(all_nodes) - len(nodes)} more",
+                    SMALL,
+                    FAINT_TEXT,
+                )
+            )
     header, header_width = _header(tree)
     width = max(x, header_width) + MARGIN
     height = HEADER + ROW * max(len(nodes) for nodes in shown) + MARGIN
@@ -130,7 +150,7 @@ style="color-scheme: light">
 
 def _nodes_to_draw(nodes, beam_size):
     """The kept nodes and the best of the dropped ones"""
-    dropped = [node for node in nodes if not node.kept][:2 * beam_size]
+    dropped = [node for node in nodes if not node.kept][: 2 * beam_size]
     return [node for node in nodes if node.kept or node in dropped]
 
 
@@ -139,9 +159,12 @@ def _header(tree):
     caption = f"{' '.join(tree.words) or '(no words)'} ({tree.score:.2f})"
     parts, x = [_text(MARGIN, 18, caption, SIZE + 2, weight="bold")], MARGIN
     width = x + _width(caption, (SIZE + 2) * 1.15)  # bold letters are wider
-    for name, colours in [("kept", KEPT), ("finished, set aside", FINISHED),
-                          ("the best finished" if tree.finished else "the best, unfinished", BEST),
-                          ("dropped", None)]:
+    for name, colours in [
+        ("kept", KEPT),
+        ("finished, set aside", FINISHED),
+        ("the best finished" if tree.finished else "the best, unfinished", BEST),
+        ("dropped", None),
+    ]:
         if colours:
             parts.append(_box(x, 40, 16, colours, 12, colours is FINISHED))
             x += 22
@@ -160,8 +183,10 @@ def _node(node, x, y, width):
     if node.kept:
         outline = BEST if node.is_best else FINISHED if node.finished else KEPT
         colour, box = TEXT, _box(x, y, width, outline, BOX, node.finished)
-    return (f"<g><title>{_escape(tooltip)}</title>{box}{_text(x + 8, y, node.word, SIZE, colour)}"
-            f"{_text(x + width - 8, y, _score(node), SMALL, colour, anchor='end')}</g>")
+    return (
+        f"<g><title>{_escape(tooltip)}</title>{box}{_text(x + 8, y, node.word, SIZE, colour)}"
+        f"{_text(x + width - 8, y, _score(node), SMALL, colour, anchor='end')}</g>"
+    )
 
 
 def _link(node, positions, right):
@@ -171,22 +196,28 @@ def _link(node, positions, right):
     (x1, y1), (x2, y2) = (right[node.parent], positions[node.parent][1]), positions[node]
     middle, order = (x1 + x2) / 2, node.kept + node.is_best
     colour, line_width = [(DROPPED_LINK, 1), (LINK, 1.5), (BEST[1], 3)][order]
-    return order, (f'<path d="M{x1:.1f},{y1} C{middle:.1f},{y1} {middle:.1f},{y2} {x2:.1f},{y2}" '
-                   f'fill="none" stroke="{colour}" stroke-width="{line_width}"/>')
+    return order, (
+        f'<path d="M{x1:.1f},{y1} C{middle:.1f},{y1} {middle:.1f},{y2} {x2:.1f},{y2}" '
+        f'fill="none" stroke="{colour}" stroke-width="{line_width}"/>'
+    )
 
 
 def _box(x, y, width, colours, height=BOX, rounded=False):
     """A box that is vertically centred at y"""
     fill, stroke = colours
-    return (f'<rect x="{x:.1f}" y="{y - height / 2}" width="{width:.1f}" height="{height}" '
-            f'rx="{height / 2 if rounded else 3}" fill="{fill}" stroke="{stroke}" '
-            f'stroke-width="1.3"/>')
+    return (
+        f'<rect x="{x:.1f}" y="{y - height / 2}" width="{width:.1f}" height="{height}" '
+        f'rx="{height / 2 if rounded else 3}" fill="{fill}" stroke="{stroke}" '
+        f'stroke-width="1.3"/>'
+    )
 
 
 def _text(x, y, text, size=SIZE, colour=TEXT, weight="normal", anchor="start"):
     """A line of text that is vertically centred at y"""
-    return (f'<text x="{x:.1f}" y="{y + 0.35 * size:.1f}" font-size="{size}" fill="{colour}" '
-            f'font-weight="{weight}" text-anchor="{anchor}">{_escape(text)}</text>')
+    return (
+        f'<text x="{x:.1f}" y="{y + 0.35 * size:.1f}" font-size="{size}" fill="{colour}" '
+        f'font-weight="{weight}" text-anchor="{anchor}">{_escape(text)}</text>'
+    )
 
 
 def _score(node):

@@ -17,8 +17,10 @@ from utils import UserError, read_text
 PANELS = [
     ("Loss, nats per word", {"train_loss": ("training", "--"), "val_loss": ("validation", "-")}),
     ("Reward: CIDEr-D / 100 of drawn captions", {"train_reward": ("", "-")}),
-    ("BLEU-4 of validation", {"bleu4": ("free-running", "-"),
-                              "teacher_forced_bleu4": ("teacher-forced", "--")}),
+    (
+        "BLEU-4 of validation",
+        {"bleu4": ("free-running", "-"), "teacher_forced_bleu4": ("teacher-forced", "--")},
+    ),
     ("CIDEr-D of validation", {"cider_d": ("", "-")}),
     ("Learning rate", {"lr": ("", "-")}),
     ("Captions per second of training", {"captions_per_second": ("", "-")}),
@@ -69,8 +71,11 @@ def _parse_row(line):
         return None
     if not isinstance(row, dict) or type(row.get("epoch")) is not int or not 0 < row["epoch"] < 1e9:
         return None
-    row = {key: value for key, value in row.items()
-           if type(value) in (int, float) and abs(value) < 1e12}  # false for NaN too
+    row = {
+        key: value
+        for key, value in row.items()
+        if type(value) in (int, float) and abs(value) < 1e12
+    }  # false for NaN too
     return row if any(key in row for _, keys in PANELS for key in keys) else None
 
 
@@ -88,26 +93,39 @@ def draw_curves(runs):
     A matplotlib Figure with a panel for each quantity that some Run has logged. Each run has a
     line, with a gap where a new phase begins; a thin vertical line marks it.
     """
-    panels = [(title, keys) for title, keys in PANELS
-              if any(key in row for run in runs for row in run.rows for key in keys)]
+    panels = [
+        (title, keys)
+        for title, keys in PANELS
+        if any(key in row for run in runs for row in run.rows for key in keys)
+    ]
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure((columns * WIDTH, rows * HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for i, (title, keys) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, i)
-        keys = {key: style for key, style in keys.items()
-                if any(key in row for run in runs for row in run.rows)}
+        keys = {
+            key: style
+            for key, style in keys.items()
+            if any(key in row for run in runs for row in run.rows)
+        }
         _draw_panel(axes, title, keys, runs)
         if i > len(panels) - columns:
             axes.set_xlabel("epoch", fontsize=9)
     if len(runs) > 1:
-        names = [run.name if len(run.name) <= MAX_NAME else "…" + run.name[1 - MAX_NAME:]
-                 for run in runs]
+        names = [
+            run.name if len(run.name) <= MAX_NAME else "…" + run.name[1 - MAX_NAME :]
+            for run in runs
+        ]
         legend_columns = max(1, int(columns * WIDTH / (0.7 + 0.085 * max(map(len, names)))))
         figure.set_figheight(rows * HEIGHT + 0.25 * math.ceil(len(runs) / legend_columns))
-        _legend(figure, [Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(runs))],
-                names, loc="outside upper left", ncols=legend_columns)
+        _legend(
+            figure,
+            [Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(runs))],
+            names,
+            loc="outside upper left",
+            ncols=legend_columns,
+        )
     return figure
 
 
@@ -116,15 +134,28 @@ def _draw_panel(axes, title, keys, runs):
         colour = COLOURS[i % len(COLOURS)]
         for start, end in zip(run.starts, [*run.starts[1:], len(run.rows)]):
             if start:
-                axes.axvline((run.epochs[start - 1] + run.epochs[start]) / 2, color=colour,
-                             alpha=0.6, linewidth=0.7)
+                axes.axvline(
+                    (run.epochs[start - 1] + run.epochs[start]) / 2,
+                    color=colour,
+                    alpha=0.6,
+                    linewidth=0.7,
+                )
             for key, (_, style) in keys.items():
                 values = [row.get(key, math.nan) for row in run.rows[start:end]]
-                axes.plot(run.epochs[start:end], values, style, color=colour, linewidth=1.4,
-                          markersize=3 if len(run.rows) <= 40 else 0, **_points(style))
+                axes.plot(
+                    run.epochs[start:end],
+                    values,
+                    style,
+                    color=colour,
+                    linewidth=1.4,
+                    markersize=3 if len(run.rows) <= 40 else 0,
+                    **_points(style),
+                )
     if len(keys) > 1:
-        lines = [Line2D([], [], color="0.3", linestyle=style, markersize=3, **_points(style))
-                 for _, style in keys.values()]
+        lines = [
+            Line2D([], [], color="0.3", linestyle=style, markersize=3, **_points(style))
+            for _, style in keys.values()
+        ]
         _legend(axes, lines, [name for name, _ in keys.values()])
     numbers = [row[key] for run in runs for row in run.rows for key in keys if key in row]
     if min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
@@ -145,8 +176,9 @@ def _points(style):
 
 
 def _legend(parent, lines, names, **options):
-    legend = parent.legend(lines, ["-"] * len(lines), fontsize=9, framealpha=1,
-                           edgecolor="none", **options)
+    legend = parent.legend(
+        lines, ["-"] * len(lines), fontsize=9, framealpha=1, edgecolor="none", **options
+    )
     for text, name in zip(legend.get_texts(), names):
         text.set_parse_math(False)  # a dollar sign in a name is not a formula
         text.set_text(name)

@@ -58,8 +58,11 @@ def _other_fonts():
 
 @functools.cache
 def _say_missing(letters):
-    print(f"no font on this machine has {letters}: drawn as boxes; install one, such as Debian's "
-          f"fonts-noto-cjk, and remove {matplotlib.get_cachedir()}", file=sys.stderr)
+    print(
+        f"no font on this machine has {letters}: drawn as boxes; install one, such as Debian's "
+        f"fonts-noto-cjk, and remove {matplotlib.get_cachedir()}",
+        file=sys.stderr,
+    )
 
 
 def family_names(fonts):
@@ -80,8 +83,9 @@ def find_format(path):
     """
     suffix = Path(path).suffix[1:].lower() or "png"
     if suffix not in FigureCanvasAgg.get_supported_filetypes():
-        raise ValueError(f"Format {suffix!r} is not supported, but png, jpg, pdf, svg and others "
-                         f"are")
+        raise ValueError(
+            f"Format {suffix!r} is not supported, but png, jpg, pdf, svg and others are"
+        )
     return suffix
 
 

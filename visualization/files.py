@@ -33,14 +33,22 @@ def find_images(patterns):
         is_glob = glob.has_magic(pattern) and not os.path.exists(pattern) and not is_url(pattern)
         if folder or is_glob:
             wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
-            found = [path for path in sorted(glob.glob(wildcard, recursive=True))
-                     if not path.endswith(OVERLAY) and os.path.isfile(path)]
+            found = [
+                path
+                for path in sorted(glob.glob(wildcard, recursive=True))
+                if not path.endswith(OVERLAY) and os.path.isfile(path)
+            ]
             images = [path for path in found if path.lower().endswith(suffixes)]
-            passed_over.update(os.path.splitext(path)[1].lower() or os.path.basename(path)
-                               for path in found if not path.lower().endswith(suffixes))
+            passed_over.update(
+                os.path.splitext(path)[1].lower() or os.path.basename(path)
+                for path in found
+                if not path.lower().endswith(suffixes)
+            )
             if not images:
-                raise UserError(f"no images {'in' if folder else 'match'} {pattern}" + (
-                    f", only {_count(passed_over)}" if passed_over else ""))
+                raise UserError(
+                    f"no images {'in' if folder else 'match'} {pattern}"
+                    + (f", only {_count(passed_over)}" if passed_over else "")
+                )
             paths += images
         else:
             paths.append(pattern)
@@ -76,8 +84,9 @@ def overlay_paths(paths, out, single):
     if out and os.path.isfile(out):
         raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
     if out and out.lower().endswith(ONE_FILE):
-        raise UserError(f"--out {out} is one file, but there are {len(paths)} images; pass a "
-                        f"folder or an .html")
+        raise UserError(
+            f"--out {out} is one file, but there are {len(paths)} images; pass a folder or an .html"
+        )
     taken, overlays = set(paths), []
     for path in paths:
         if is_url(path):  # goes to the current folder
@@ -111,8 +120,13 @@ def save_attention(captioned, path, smooth=True, overlay=OVERLAYS[0]):
         from visualization.animation import write_animation
         from visualization.overlay import Drawing
 
-        write_animation(path, captioned.image, captioned.words, captioned.attention,
-                        Drawing(smooth, overlay, captioned.offset))
+        write_animation(
+            path,
+            captioned.image,
+            captioned.words,
+            captioned.attention,
+            Drawing(smooth, overlay, captioned.offset),
+        )
     else:
         from visualization import figures
 

@@ -39,6 +39,7 @@ def check_overlay(overlay):
 
 class Drawing(NamedTuple):
     """How attention is drawn."""
+
     smooth: bool = True  # blend neighbouring locations; otherwise each is shown as a block
     overlay: str = OVERLAYS[0]
     offset: tuple = (0.0, 0.0)  # `modeling.field_of_view.measure_offset` of the encoder
@@ -78,12 +79,18 @@ class Canvas:
         height, width = rgb.shape[:2]
         (x, y), smooth = drawing.offset, drawing.smooth
         self.side, self.heat = side, drawing.overlay == "heat"
-        self.rows, self.columns = (spread_weights(side, height, y, smooth),
-                                   spread_weights(side, width, x, smooth))
-        self.row_means, self.column_means = (location_means(side, height, y),
-                                             location_means(side, width, x))
-        self.flat_rows, self.flat_columns = (spread_weights(side, height, y, smooth, trapezoid),
-                                             spread_weights(side, width, x, smooth, trapezoid))
+        self.rows, self.columns = (
+            spread_weights(side, height, y, smooth),
+            spread_weights(side, width, x, smooth),
+        )
+        self.row_means, self.column_means = (
+            location_means(side, height, y),
+            location_means(side, width, x),
+        )
+        self.flat_rows, self.flat_columns = (
+            spread_weights(side, height, y, smooth, trapezoid),
+            spread_weights(side, width, x, smooth, trapezoid),
+        )
         self.luma = rgb @ LUMA
         self.chroma = rgb - self.luma[..., None]
         around = self._spread(self._means(self.luma))
@@ -91,11 +98,16 @@ class Canvas:
         limit = np.where(detail > 0, np.float32(HIGHEST), np.float32(DEEPEST))
         self.detail = np.exp(limit * np.tanh(detail / limit))
         # (P, P): the mean brightness that light of 1 at a location gives to each location
-        by_row, by_column = ((means[:, None] * weights.T).reshape(side * side, -1) for
-                             means, weights in ((self.row_means, self.rows),
-                                                (self.column_means, self.columns)))
-        self.effect = (by_row @ self.detail @ by_column.T).reshape((side,) * 4).swapaxes(
-            1, 2).reshape(side * side, side * side)
+        by_row, by_column = (
+            (means[:, None] * weights.T).reshape(side * side, -1)
+            for means, weights in ((self.row_means, self.rows), (self.column_means, self.columns))
+        )
+        self.effect = (
+            (by_row @ self.detail @ by_column.T)
+            .reshape((side,) * 4)
+            .swapaxes(1, 2)
+            .reshape(side * side, side * side)
+        )
 
     def _spread(self, values):
         """Values of the locations (side, side) -> (H, W)"""
@@ -121,7 +133,8 @@ class Canvas:
             colours = heat_colours()[np.rint(255 * share).astype(int)]
             brightness = colours @ LUMA
             chroma = (colours - brightness[..., None]) * (
-                np.minimum(1, 2 * share) * luma / brightness)[..., None]
+                np.minimum(1, 2 * share) * luma / brightness
+            )[..., None]
         else:
             gain = np.minimum(luma / (self.luma + BLACK / 2), LARGEST_GAIN)
             chroma = self.chroma * (gain * (LEAST + (1 - LEAST) * share))[..., None]
@@ -133,7 +146,7 @@ def brightness_of(weight):
     The mean brightness of a location, from its weight 0..1: steep at both ends, where differences
     matter. The least attended places are still told apart, and the most attended stands out.
     """
-    return DARK + (BRIGHT - DARK) * (weight ** 0.6 + weight ** 2) / 2
+    return DARK + (BRIGHT - DARK) * (weight**0.6 + weight**2) / 2
 
 
 @cache
@@ -144,8 +157,9 @@ def heat_colours():
     inferno = matplotlib.colormaps["inferno"](np.arange(256))[:, :3]
     brightness = brightness_of(np.linspace(0, 1, 256))
     at = np.interp(brightness, inferno @ LUMA, np.arange(256))
-    return np.stack([np.interp(at, np.arange(256), channel) for channel in inferno.T],
-                    axis=1).astype(np.float32)
+    return np.stack(
+        [np.interp(at, np.arange(256), channel) for channel in inferno.T], axis=1
+    ).astype(np.float32)
 
 
 def _to_rgb(luma, chroma):
@@ -165,7 +179,7 @@ def location_means(side, size, offset=0.0):
 
 def b_spline(t):
     """Cubic: close to the linear interpolation and blur of the tutorial's `pyramid_expand`"""
-    return np.where(t < 1, 2 / 3 - t * t + t ** 3 / 2, (2 - t).clip(0) ** 3 / 6)
+    return np.where(t < 1, 2 / 3 - t * t + t**3 / 2, (2 - t).clip(0) ** 3 / 6)
 
 
 def trapezoid(t):

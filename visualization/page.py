@@ -22,11 +22,21 @@ LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
 # A ninth of the photograph with less of the attention than this is not named; 0.11 is average.
 SPREAD = 0.17
-POSITIONS = ("at the upper left", "at the top", "at the upper right",
-          "on the left", "in the centre", "on the right",
-          "at the lower left", "at the bottom", "at the lower right")
-HINT = ("Point at a word, tap it or use the arrow keys to see where the model looked; "
-        "Escape shows the photograph.")
+POSITIONS = (
+    "at the upper left",
+    "at the top",
+    "at the upper right",
+    "on the left",
+    "in the centre",
+    "on the right",
+    "at the lower left",
+    "at the bottom",
+    "at the lower right",
+)
+HINT = (
+    "Point at a word, tap it or use the arrow keys to see where the model looked; "
+    "Escape shows the photograph."
+)
 
 FOLDER = Path(__file__).parent
 STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -53,12 +63,20 @@ def _nats(score):
 
 # Other packages use ENVIRONMENT.overlay(loader=...) for their own templates.
 ENVIRONMENT = Environment(
-    loader=FileSystemLoader(FOLDER), autoescape=True, finalize=escape, undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True)
+    loader=FileSystemLoader(FOLDER),
+    autoescape=True,
+    finalize=escape,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 ENVIRONMENT.filters.update(basename=_basename, nats=_nats)
 ENVIRONMENT.globals.update(
-    zip=zip, style=Markup(STYLE), script=Markup(SCRIPT),
-    script_sha256=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
+    zip=zip,
+    style=Markup(STYLE),
+    script=Markup(SCRIPT),
+    script_sha256=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+)
 
 
 def attention_page(captioned, title, overlay=OVERLAYS[0]):
@@ -124,10 +142,16 @@ def view(captioned, heading, hint="", overlay=OVERLAYS[0]):
     return _macros().view(
         captioned,
         {"uri": _jpeg(image), "ratio": image.shape[1] / image.shape[0]},
-        {"side": side, "base64": _to_base64(attention), "colours": _colours(overlay),
-         "offset": "{:.4f} {:.4f}".format(*getattr(captioned, "offset", (0, 0))),
-         "descriptions": [_describe(alpha) for alpha in attention.reshape(-1, side, side)]},
-        heading, hint)
+        {
+            "side": side,
+            "base64": _to_base64(attention),
+            "colours": _colours(overlay),
+            "offset": "{:.4f} {:.4f}".format(*getattr(captioned, "offset", (0, 0))),
+            "descriptions": [_describe(alpha) for alpha in attention.reshape(-1, side, side)],
+        },
+        heading,
+        hint,
+    )
 
 
 def _macros():

@@ -21,18 +21,38 @@ def data(tmp_path_factory):
 @pytest.fixture
 def stub_captions():
     """The stand-in's captions of the test scenes, at every beam size"""
-    return [ImageCaption(WORDS[:i + 2], score=-1.0, object_words=3, hits=1, near_hits=2,
-                         attention=np.eye(196)[:i + 2]) for i in range(8)]
+    return [
+        ImageCaption(
+            WORDS[: i + 2],
+            score=-1.0,
+            object_words=3,
+            hits=1,
+            near_hits=2,
+            attention=np.eye(196)[: i + 2],
+        )
+        for i in range(8)
+    ]
 
 
 @pytest.fixture
 def stub_options(data, stub_captions, monkeypatch):
     """Options for eval.py, whose model is a stand-in"""
-    monkeypatch.setattr(eval_script, "caption_split", lambda model, data, args, processes:
-                        [stub_captions for _ in args.beam_sizes])
+    monkeypatch.setattr(
+        eval_script,
+        "caption_split",
+        lambda model, data, args, processes: [stub_captions for _ in args.beam_sizes],
+    )
     monkeypatch.setattr(eval_script, "load_captioner", lambda *_: None)
-    return ["--data_folder", str(data), "--model", "m.pth.tar", "--device", "cpu",
-            "--beam_sizes", "1"]
+    return [
+        "--data_folder",
+        str(data),
+        "--model",
+        "m.pth.tar",
+        "--device",
+        "cpu",
+        "--beam_sizes",
+        "1",
+    ]
 
 
 @pytest.fixture

@@ -42,22 +42,33 @@ def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report, c
     encoder, offset = torch.nn.Identity(), (0.2, -0.1)
     encoder.args = {"image_size": 256 if report else 320}
     encoder.offset = offset  # where its cells look, which is measured of encoders that see images
-    args = SimpleNamespace(batch_size=batch_size, workers=0, split="test", amp=None, report=report,
-                           beam_sizes=[1, 3], search={"max_len": 9})
-    found = caption_split((encoder, decoder, WORDS, None), Split(features), args,
-                          Distributed(torch.device("cpu")))
+    args = SimpleNamespace(
+        batch_size=batch_size,
+        workers=0,
+        split="test",
+        amp=None,
+        report=report,
+        beam_sizes=[1, 3],
+        search={"max_len": 9},
+    )
+    found = caption_split(
+        (encoder, decoder, WORDS, None), Split(features), args, Distributed(torch.device("cpu"))
+    )
     assert [len(captions) for captions in found] == [8, 8]
     assert ("images of 256 pixels, these are of 320" in capsys.readouterr().out) is bool(report)
     for beam_size, captions in zip(args.beam_sizes, found):
         for i, caption in enumerate(captions):
-            [alone] = beam_search(decoder, features[i:i + 1], WORDS, beam_size, max_len=9)
+            [alone] = beam_search(decoder, features[i : i + 1], WORDS, beam_size, max_len=9)
             assert caption.words == [WORDS_OF[token] for token in alone.tokens]
             assert caption.score == pytest.approx(alone.score)
             objects = Split(features).entry(i)["objects"]
             assert (caption.hits, caption.object_words) == attention_hits(
-                caption.words, alone.alphas, objects, NOUNS, 0, offset)
-            assert caption.near_hits == attention_hits(
-                caption.words, alone.alphas, objects, NOUNS, MARGIN, offset)[0]
+                caption.words, alone.alphas, objects, NOUNS, 0, offset
+            )
+            assert (
+                caption.near_hits
+                == attention_hits(caption.words, alone.alphas, objects, NOUNS, MARGIN, offset)[0]
+            )
             if report and beam_size == 3:
                 np.testing.assert_allclose(caption.attention, alone.alphas, atol=1e-3)
             else:

@@ -11,8 +11,9 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from evaluation import coco_caption
 from evaluation.scores import measure, scores_by_image
 
-pytestmark = pytest.mark.skipif(bool(coco_caption.java_missing()),
-                                reason=coco_caption.java_missing() or "-")
+pytestmark = pytest.mark.skipif(
+    bool(coco_caption.java_missing()), reason=coco_caption.java_missing() or "-"
+)
 
 
 def test_meteor_of_500_caption_sets_equals_pycocoevalcap():
@@ -27,7 +28,7 @@ def test_meteor_of_500_caption_sets_equals_pycocoevalcap():
     assert scores_by_image({"METEOR": same["METEOR"]}, n) == [{"METEOR": 100}] * n
     sums, start = measured["METEOR"].sums, 0
     for texts, found in sets:
-        part = sums[start:start + len(found)]
+        part = sums[start : start + len(found)]
         start += len(found)
         total, each = meteor.compute_score(*as_coco(texts, found))
         assert coco_caption.meteor_from_sums(part.sum(0)) == pytest.approx(total, abs=1e-9)
@@ -64,8 +65,9 @@ def test_meteor_runs_under_any_path_and_takes_any_token(tmp_path, monkeypatch):
     monkeypatch.setattr(coco_caption, "_folder", lambda _: odd)
     np.testing.assert_array_equal(coco_caption.meteor_sums(references, hypotheses), expected)
     monkeypatch.undo()
-    with_breaks = coco_caption.meteor_sums([[["a", "dog\r\n", "\x85runs"]]],
-                                           [["a\n", "dog", "ran"]])
+    with_breaks = coco_caption.meteor_sums(
+        [[["a", "dog\r\n", "\x85runs"]]], [["a\n", "dog", "ran"]]
+    )
     np.testing.assert_array_equal(with_breaks, expected)
 
 

@@ -16,8 +16,13 @@ def write(path, rows):
 
 
 def result(image, caption="a red dog runs fast", references=("a red dog runs", "the dog sits")):
-    return {"image_id": image, "filename": None, "caption": caption, "score": -1.0,
-            "references": list(references)}
+    return {
+        "image_id": image,
+        "filename": None,
+        "caption": caption,
+        "score": -1.0,
+        "references": list(references),
+    }
 
 
 def test_comparison_of_a_file_with_itself_is_a_tie(tmp_path, capsys, no_java):
@@ -27,7 +32,12 @@ def test_comparison_of_a_file_with_itself_is_a_tie(tmp_path, capsys, no_java):
     table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     for name in ("BLEU-1", "ROUGE-L", "CIDEr", "CIDEr-D", "length"):
         assert table[name][0] == table[name][1] and table[name][2:] == [
-            "0.00", "0.00", "0.00", "50.0", "%"]
+            "0.00",
+            "0.00",
+            "0.00",
+            "50.0",
+            "%",
+        ]
     assert table["vocabulary"] == ["7", "7", "0", "–", "–", "–"]
 
 
@@ -51,20 +61,23 @@ def test_with_java_tokens_are_from_the_ptb_tokenizer_and_the_table_says_so(tmp_p
     assert "tokens: PTB's, by pycocoevalcap's tokenizer" in lines
 
 
-@pytest.mark.parametrize("rows, message", [
-    ("[{", "broken JSON"),
-    ([], "is not a list of captions"),
-    ({"a": 1}, "is not a list of captions"),
-    ([1], "entry 0: it is not an object"),
-    ([{"caption": "a", "references": []}], "image_id is not"),
-    ([{"image_id": [1], "caption": "a", "references": []}], "image_id is not"),
-    ([{"image_id": 1, "references": []}], "caption is not"),
-    ([{"image_id": 1, "caption": "a"}], "references are not"),
-    ([{"image_id": 1, "caption": "a", "references": [["a"]]}], "references are not"),
-    ([result(1), result(1)], "has image 1 twice"),
-    ([result(2)], "different images: 1 is only in"),
-    ([result(1, references=["a dog"])], "image 1 has other references"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("[{", "broken JSON"),
+        ([], "is not a list of captions"),
+        ({"a": 1}, "is not a list of captions"),
+        ([1], "entry 0: it is not an object"),
+        ([{"caption": "a", "references": []}], "image_id is not"),
+        ([{"image_id": [1], "caption": "a", "references": []}], "image_id is not"),
+        ([{"image_id": 1, "references": []}], "caption is not"),
+        ([{"image_id": 1, "caption": "a"}], "references are not"),
+        ([{"image_id": 1, "caption": "a", "references": [["a"]]}], "references are not"),
+        ([result(1), result(1)], "has image 1 twice"),
+        ([result(2)], "different images: 1 is only in"),
+        ([result(1, references=["a dog"])], "image 1 has other references"),
+    ],
+)
 def test_files_that_cannot_be_compared_say_why(tmp_path, rows, message):
     good, bad = write(tmp_path / "good.json", [result(1)]), tmp_path / "bad.json"
     bad.write_text(rows if isinstance(rows, str) else json.dumps(rows))
@@ -77,8 +90,11 @@ def test_comparison_is_written_as_a_table_too(tmp_path, capsys, no_java):
     b = write(tmp_path / "b.json", [result(i, "a big dog") for i in range(3)])
     eval_script.main(["--compare", a, b, "--metrics", "bleu", "--table", str(tmp_path / "t.md")])
     printed = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    rows = [line.strip("| ").split(" | ") for line in
-            (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (tmp_path / "t.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
     assert rows[0] == ["metric", "A", "B", "A - B", "low", "high", "A higher"] and len(rows) == 5
     for name, *cells in rows[1:]:
         assert " ".join(cells).split() == printed[name][1:]

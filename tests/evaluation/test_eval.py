@@ -14,14 +14,15 @@ from evaluation.table import attention_accuracy
 from utils import UserError
 
 
-def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(
-        stub_options, tmp_path, capsys):
+def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(stub_options, tmp_path, capsys):
     eval_script.main([*stub_options, "--results", str(tmp_path / "r.json")])
     _, heading, row, *_ = capsys.readouterr().out.splitlines()
     assert heading == "beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4          attention"
     rows = json.loads((tmp_path / "r.json").read_text())
-    expected = bleu([[text.split() for text in row["references"]] for row in rows],
-                    [row["caption"].split() for row in rows])
+    expected = bleu(
+        [[text.split() for text in row["references"]] for row in rows],
+        [row["caption"].split() for row in rows],
+    )
     assert row == "   1" + "".join(f"{value:8.2f}" for value in expected) + "   33.33 %  66.67 %"
     assert rows[0].keys() == {"image_id", "filename", "caption", "score", "references"}
 
@@ -33,8 +34,9 @@ def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
     assert attention_accuracy([none]) == ("–", "–")
 
 
-def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(stub_options, no_java,
-                                                                      tmp_path, capsys):
+def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
+    stub_options, no_java, tmp_path, capsys
+):
     eval_script.main([*stub_options, "--metrics", "all", "--results", str(tmp_path / "r.json")])
     _, heading, row, *notes = capsys.readouterr().out.splitlines()
     assert heading.split()[1:-1] == list(NAMES)
@@ -45,18 +47,21 @@ def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(stub_optio
     assert "tokens: the data set's, not PTB's: java is not in the PATH" in notes
     scores = [row["scores"] for row in json.loads((tmp_path / "r.json").read_text())]
     assert scores[0].keys() == set(NAMES) - {"METEOR", "vocabulary"}
-    assert np.mean([s["CIDEr-D"] for s in scores]) == pytest.approx(float(cells["CIDEr-D"]),
-                                                                    abs=0.01)
+    assert np.mean([s["CIDEr-D"] for s in scores]) == pytest.approx(
+        float(cells["CIDEr-D"]), abs=0.01
+    )
 
 
-def test_unseen_counts_captions_that_no_training_image_has(stub_options, data, capsys, no_java,
-                                                           stub_captions):
+def test_unseen_counts_captions_that_no_training_image_has(
+    stub_options, data, capsys, no_java, stub_captions
+):
     training = json.loads((data / f"TRAIN_REFERENCES_{NAME}.json").read_text())
     known = {tuple(words) for entry in training for words in entry["references"]}
     eval_script.main([*stub_options, "--metrics", "unseen"])
     row = capsys.readouterr().out.splitlines()[2].split()
-    assert float(row[1]) == 100 * np.mean([tuple(caption.words) not in known
-                                           for caption in stub_captions])
+    assert float(row[1]) == 100 * np.mean(
+        [tuple(caption.words) not in known for caption in stub_captions]
+    )
 
 
 def test_unseen_is_a_dash_without_the_training_captions(stub_options, data, capsys, no_java):
@@ -71,19 +76,25 @@ def test_unseen_is_a_dash_without_the_training_captions(stub_options, data, caps
     assert f"unseen: –, {data} has no TRAIN_REFERENCES file" in rows
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--metrics", "WER"], "unknown metric WER; valid ones: all, BLEU, BLEU-1, BLEU-2"),
-    (["--bootstrap", "0"], "--bootstrap is 0"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--workers", "-1"], "--workers is -1"),
-    (["--beam_sizes", "3", "0"], "--beam_sizes is 0"),
-    (["--batch_size", "0"], "--batch_size is 0"),
-    (["--results", "nowhere/r.json"], "folder of --results nowhere/r.json does not exist"),
-    (["--compare", "none.json", "none.json"], "none.json not found; write it with eval.py"),
-    (["--compare", "none.json"], "expected 2 arguments"),
-    (["--compare", "a.json", "b.json", "--report", "r.html"], "leave --report and --results out"),
-    (["--image_folder", "photos"], "--image_folder is for --report"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--metrics", "WER"], "unknown metric WER; valid ones: all, BLEU, BLEU-1, BLEU-2"),
+        (["--bootstrap", "0"], "--bootstrap is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--workers", "-1"], "--workers is -1"),
+        (["--beam_sizes", "3", "0"], "--beam_sizes is 0"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--results", "nowhere/r.json"], "folder of --results nowhere/r.json does not exist"),
+        (["--compare", "none.json", "none.json"], "none.json not found; write it with eval.py"),
+        (["--compare", "none.json"], "expected 2 arguments"),
+        (
+            ["--compare", "a.json", "b.json", "--report", "r.html"],
+            "leave --report and --results out",
+        ),
+        (["--image_folder", "photos"], "--image_folder is for --report"),
+    ],
+)
 def test_contradicting_options_are_user_errors(args, message):
     with pytest.raises(UserError, match=message):
         eval_script.main(args)
@@ -106,22 +117,39 @@ def test_ptb_tokens_without_java_are_refused(stub_options, no_java):
 def test_table_for_a_paper_holds_what_is_printed(stub_options, tmp_path, capsys, no_java):
     names = ["bleu", "length"]
     for suffix in ("md", "tex"):
-        eval_script.main([*stub_options, "--metrics", *names, "--bootstrap", "50", "--table",
-                          str(tmp_path / f"t.{suffix}")])
+        eval_script.main(
+            [
+                *stub_options,
+                "--metrics",
+                *names,
+                "--bootstrap",
+                "50",
+                "--table",
+                str(tmp_path / f"t.{suffix}"),
+            ]
+        )
     _, heading, row, low, high, *_ = capsys.readouterr().out.splitlines()
     values, lows, highs = row.split()[1:6], low.split()[1:6], high.split()[1:6]
     heading, rule, cells, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
-    assert heading == ("| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention "
-                       "| attention near |")
+    assert heading == (
+        "| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention | attention near |"
+    )
     assert rule == "|" + "---|" * 8 and empty == ""
-    assert cells == "| 1 | " + " | ".join(
-        f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs)) + " | 33.33 % | 66.67 % |"
+    assert (
+        cells
+        == "| 1 | "
+        + " | ".join(f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs))
+        + " | 33.33 % | 66.67 % |"
+    )
     assert any("50 resamples" in note for note in notes)
     tex = (tmp_path / "t.tex").read_text().splitlines()
     assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrrr}" in tex
     [line] = [line for line in tex if line.startswith("1 & ")]
-    assert line == "1 & " + " & ".join(
-        f"{v} {{\\scriptsize ({a}--{b})}}" for v, a, b in zip(values, lows, highs)
-    ) + " & 33.33 \\% & 66.67 \\% \\\\"
+    assert (
+        line
+        == "1 & "
+        + " & ".join(f"{v} {{\\scriptsize ({a}--{b})}}" for v, a, b in zip(values, lows, highs))
+        + " & 33.33 \\% & 66.67 \\% \\\\"
+    )
     with pytest.raises(UserError, match="must end in .tex or .md"):
         eval_script.main([*stub_options, "--table", "t.csv"])

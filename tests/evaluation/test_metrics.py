@@ -24,7 +24,7 @@ from evaluation.metrics import (
 
 
 def count_ngrams(words, n):
-    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def naive_bleu(references, hypotheses, order):
@@ -48,12 +48,15 @@ def naive_bleu(references, hypotheses, order):
 
 def random_corpus(rng):
     """Hypotheses of 4 words and more: NLTK counts a missed n-gram in each that is shorter."""
+
     def caption(low):
         return [rng.choice("abcd") for _ in range(rng.randint(low, 12))]
 
     images = range(rng.randint(1, 6))
-    return ([[caption(1) for _ in range(rng.randint(1, 5))] for _ in images],
-            [caption(4) for _ in images])
+    return (
+        [[caption(1) for _ in range(rng.randint(1, 5))] for _ in images],
+        [caption(4) for _ in images],
+    )
 
 
 def test_bleu_of_an_example_by_hand():
@@ -70,7 +73,8 @@ def test_bleu_of_an_example_by_hand():
 def test_bleu_equals_nltk_with_its_default_weights():
     references, hypothesis = [list("abcdef"), list("abdefg")], list("abcdefg")
     assert bleu([references], [hypothesis])[3] == pytest.approx(
-        100 * sentence_bleu(references, hypothesis))
+        100 * sentence_bleu(references, hypothesis)
+    )
     corpus = [references, [list("gfedcba")]], [hypothesis, list("gfedc")]
     assert bleu(*corpus)[3] == pytest.approx(100 * corpus_bleu(*corpus))
 
@@ -87,7 +91,8 @@ def test_hypothesis_shorter_than_n_counts_as_one_missed_n_gram():
     """As in NLTK: 2 words have no quadruple, but one is added to the denominator."""
     references, hypotheses = [[list("abcde")], [list("xy")]], [list("abcde"), list("xy")]
     assert bleu(references, hypotheses) == pytest.approx(
-        [100, 100, 100 * (3 / 4) ** (1 / 3), 100 * (3 / 4 * 2 / 3) ** (1 / 4)])
+        [100, 100, 100 * (3 / 4) ** (1 / 3), 100 * (3 / 4 * 2 / 3) ** (1 / 4)]
+    )
 
 
 def test_perfect_captions_score_100():
@@ -109,13 +114,19 @@ def test_bleu_equals_nltk_for_captions_of_any_length():
     weights = [(1 / n,) * n for n in (1, 2, 3, 4)]
     for _ in range(300):
         images = range(rng.randint(1, 6))
-        references = [[[rng.choice("abc") for _ in range(rng.randint(0, 9))]
-                       for _ in range(rng.randint(0, 4))] for _ in images]
+        references = [
+            [
+                [rng.choice("abc") for _ in range(rng.randint(0, 9))]
+                for _ in range(rng.randint(0, 4))
+            ]
+            for _ in images
+        ]
         hypotheses = [[rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in images]
         given = [[words for words in texts if words] or [[]] for texts in references]
         expected = corpus_bleu(given, hypotheses, weights) if any(hypotheses) else np.zeros(4)
         assert bleu(references, hypotheses) == pytest.approx(
-            100 * np.array(expected), rel=1e-9, abs=0)  # 1e-75 differs from 0 and from 2e-75
+            100 * np.array(expected), rel=1e-9, abs=0
+        )  # 1e-75 differs from 0 and from 2e-75
 
 
 def test_bleu_ranks_captions_without_a_4_gram_in_common_by_their_shorter_ones():
@@ -152,10 +163,18 @@ def naive_cider(references, captions, sigma=None):
     for own, caption in zip(references, captions):
         total = 0.0
         for n in (1, 2, 3, 4):
-            everywhere = sorted({gram for texts in (*references, [caption]) for words in texts
-                                 for gram in count_ngrams(words, n)})
-            found = [sum(any(gram in count_ngrams(words, n) for words in texts)
-                         for texts in references) for gram in everywhere]
+            everywhere = sorted(
+                {
+                    gram
+                    for texts in (*references, [caption])
+                    for words in texts
+                    for gram in count_ngrams(words, n)
+                }
+            )
+            found = [
+                sum(any(gram in count_ngrams(words, n) for words in texts) for texts in references)
+                for gram in everywhere
+            ]
             idf = np.log(len(references) / np.maximum(found, 1))
 
             def vector(words, everywhere=everywhere, n=n, idf=idf):
@@ -168,7 +187,7 @@ def naive_cider(references, captions, sigma=None):
                 length = np.linalg.norm(g) * np.linalg.norm(r)
                 cosine = (g if sigma is None else np.minimum(g, r)) @ r / length if length else 0
                 apart = len(caption) - len(words)
-                total += cosine * (math.exp(-apart ** 2 / (2 * sigma ** 2)) if sigma else 1)
+                total += cosine * (math.exp(-(apart**2) / (2 * sigma**2)) if sigma else 1)
         scores.append(10 * total / 4 / len(own))
     return np.array(scores)
 
@@ -176,9 +195,14 @@ def naive_cider(references, captions, sigma=None):
 def scores_of(function, captions, references, documents=None):
     """What `cider` or `cider_d` gives each caption, float64 (N,)"""
     tf_idf = TfIdf(documents or references)
-    return np.array([function(tf_idf.vector(ngrams(caption)),
-                              [tf_idf.vector(ngrams(words)) for words in texts])
-                     for caption, texts in zip(captions, references)])
+    return np.array(
+        [
+            function(
+                tf_idf.vector(ngrams(caption)), [tf_idf.vector(ngrams(words)) for words in texts]
+            )
+            for caption, texts in zip(captions, references)
+        ]
+    )
 
 
 def test_cider_and_cider_d_equal_the_definition_in_the_paper():
@@ -200,10 +224,11 @@ def test_cider_by_hand():
 
 def test_cider_d_does_not_reward_a_repeated_word():
     documents = [[["a", "c"]], [["x", "y"]]]
-    [plain], [clipped] = (scores_of(function, [["a"] * 8], documents[:1], documents)
-                          for function in (cider, cider_d))
-    assert plain == pytest.approx(10 / 4 / 2 ** 0.5)  # 8 / (8 * sqrt 2)
-    assert clipped == pytest.approx(plain / 8 * math.exp(-(6 / 6) ** 2 / 2))
+    [plain], [clipped] = (
+        scores_of(function, [["a"] * 8], documents[:1], documents) for function in (cider, cider_d)
+    )
+    assert plain == pytest.approx(10 / 4 / 2**0.5)  # 8 / (8 * sqrt 2)
+    assert clipped == pytest.approx(plain / 8 * math.exp(-((6 / 6) ** 2) / 2))
 
 
 def test_document_frequencies_stay_those_of_the_training_captions():
@@ -214,7 +239,7 @@ def test_document_frequencies_stay_those_of_the_training_captions():
     counted = CiderD(together)
     filler = [texts[0] for texts in training]
     _, expected = PycocoCider().compute_score(*as_coco(together, filler + captions))
-    assert counted.score(captions, references) == pytest.approx(expected[len(training):])
+    assert counted.score(captions, references) == pytest.approx(expected[len(training) :])
 
 
 def test_cider_d_of_word_ids_equals_that_of_words():
@@ -247,9 +272,7 @@ def test_empty_captions_and_references_have_cider_0():
 
 
 def test_top_k_correct_by_hand():
-    logits = torch.tensor([[0.1, 0.9, 0.5, 0.3],
-                           [0.8, 0.1, 0.2, 0.3],
-                           [0.4, 0.3, 0.2, 0.1]])
+    logits = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.8, 0.1, 0.2, 0.3], [0.4, 0.3, 0.2, 0.1]])
     targets = torch.tensor([1, 3, 3])  # of rank 1, 2 and 4
     assert [int(top_k_correct(logits, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
 
@@ -290,8 +313,9 @@ def test_centre_of_the_location_decides_at_the_edge_of_a_box():
 def test_a_location_within_the_margin_of_the_box_is_a_hit(box):
     # The location's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
     for margin, hit in {0: 0, 0.07: 0, 0.08: 1}.items():
-        assert attention_hits(["cat"], one_hot(1, 1)[None], [{"box": box, "words": ["cat"]}],
-                              {"cat"}, margin) == (hit, 1)
+        assert attention_hits(
+            ["cat"], one_hot(1, 1)[None], [{"box": box, "words": ["cat"]}], {"cat"}, margin
+        ) == (hit, 1)
 
 
 def test_a_location_counts_where_the_encoder_looks():
@@ -301,14 +325,17 @@ def test_a_location_counts_where_the_encoder_looks():
         assert attention_hits(["cat"], one_hot(1, 1)[None], [box], {"cat"}, 0, offset) == (hit, 1)
     # One that would look beyond the image's edge, 0.875 + 0.2, is at the edge.
     for margin, hit in {0.04: 0, 0.06: 1}.items():
-        assert attention_hits(["cat"], one_hot(1, 3)[None], [box], {"cat"}, margin,
-                              (0.2, 0.0)) == (hit, 1)
+        assert attention_hits(["cat"], one_hot(1, 3)[None], [box], {"cat"}, margin, (0.2, 0.0)) == (
+            hit,
+            1,
+        )
 
 
 def test_word_that_names_no_object_of_the_image_is_a_miss():
     alphas = np.stack([one_hot(0, 0)] * 3)
-    assert attention_hits(["dog", "kitten", "the"], alphas, [LEFT_HALF],
-                          {"cat", "kitten", "dog"}) == (1, 2)
+    assert attention_hits(
+        ["dog", "kitten", "the"], alphas, [LEFT_HALF], {"cat", "kitten", "dog"}
+    ) == (1, 2)
 
 
 def test_any_object_with_that_name_is_a_hit():

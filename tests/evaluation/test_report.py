@@ -15,11 +15,13 @@ from visualization import page
 
 
 def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_images(
-        stub_options, tmp_path, capsys, data, no_java, monkeypatch):
+    stub_options, tmp_path, capsys, data, no_java, monkeypatch
+):
     monkeypatch.setattr(report, "IMAGES_PER_SECTION", 3)
     options = [*stub_options, "--beam_sizes", "1", "2", "--bootstrap", "50"]
-    eval_script.main([*options, "--report", str(tmp_path / "r.html"),
-                     "--results", str(tmp_path / "r.json")])
+    eval_script.main(
+        [*options, "--report", str(tmp_path / "r.html"), "--results", str(tmp_path / "r.json")]
+    )
     printed = capsys.readouterr().out
     html = (tmp_path / "r.html").read_text()
     _, heading, one, low, high, *_ = printed.splitlines()
@@ -33,30 +35,49 @@ def test_the_report_shows_metrics_with_intervals_and_the_best_worst_and_random_i
     assert [cell.split() for cell in shown] == accuracies
     assert len(accuracies) == 2 and 'scope="col">attention<' in html
     assert page.escape(table.ATTENTION) in html
-    scores = {row["filename"]: row["scores"]["CIDEr-D"]
-              for row in json.loads((tmp_path / "r.json").read_text())}
+    scores = {
+        row["filename"]: row["scores"]["CIDEr-D"]
+        for row in json.loads((tmp_path / "r.json").read_text())
+    }
     shown = re.findall(r'<article[^>]* aria-label="(.*?) · CIDEr-D (.*?)"', html)
-    assert len(shown) == 9 and all(float(x) == pytest.approx(scores[name], abs=0.0501)
-                                   for name, x in shown)
+    assert len(shown) == 9 and all(
+        float(x) == pytest.approx(scores[name], abs=0.0501) for name, x in shown
+    )
     ranked = sorted(scores.values(), reverse=True)
     assert [scores[name] for name, _ in shown[:6]] == ranked[:3] + ranked[:-4:-1]
     assert len({name for name, _ in shown[6:]}) == 3
     assert html.count("5 references") == 9 and "captions, 5.5 on average" in html  # 2 to 9 words
-    assert html.count("<title>") == 1 + 2 * max(10, 1 + max(
-        len(words) for i in range(8) for words in CaptionDataset(
-            data, NAME, "TEST").entry(i)["references"]))
+    assert html.count("<title>") == 1 + 2 * max(
+        10,
+        1
+        + max(
+            len(words)
+            for i in range(8)
+            for words in CaptionDataset(data, NAME, "TEST").entry(i)["references"]
+        ),
+    )
 
 
 def test_the_report_shows_the_photographs_themselves_with_image_folder(
-        stub_options, tmp_path, data, no_java, monkeypatch):
+    stub_options, tmp_path, data, no_java, monkeypatch
+):
     path = str(tmp_path / "r.html")
     eval_script.main([*stub_options, "--report", path, "--bootstrap", "5"])
     assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"1.00000"}
     (tmp_path / "wide").mkdir()
     for picture in (data / "demo").glob("*.png"):
         Image.open(picture).resize((60, 30)).save(tmp_path / "wide" / picture.name)
-    eval_script.main([*stub_options, "--report", path, "--bootstrap", "5", "--image_folder",
-                     str(tmp_path / "wide")])
+    eval_script.main(
+        [
+            *stub_options,
+            "--report",
+            path,
+            "--bootstrap",
+            "5",
+            "--image_folder",
+            str(tmp_path / "wide"),
+        ]
+    )
     assert set(re.findall("--ratio:([0-9.]+)", (tmp_path / "r.html").read_text())) == {"2.00000"}
     monkeypatch.setattr(eval_script, "caption_split", None)  # the error comes before any work
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder of create_inpu"):

@@ -46,7 +46,8 @@ def test_several_systems_are_measured_as_each_alone():
     for metrics, system in zip(together, systems):
         [alone], _ = measure([system], references, names)
         assert {name: metric.total for name, metric in metrics.items()} == {
-            name: metric.total for name, metric in alone.items()}
+            name: metric.total for name, metric in alone.items()
+        }
 
 
 def rouge_l(references, caption):
@@ -105,7 +106,7 @@ def test_interval_of_a_mean_is_the_normal_one():
     captions = [["a"]] * 2000
     [metrics], _ = measure([captions], [[["a"]]] * 2000, ["unseen"], [novel])
     low, high = interval(resample(metrics, 4000)["unseen"])
-    error = 1.96 * novel.std() / 2000 ** 0.5
+    error = 1.96 * novel.std() / 2000**0.5
     assert [low, high] == pytest.approx(100 * (novel.mean() + np.array([-error, error])), abs=0.15)
 
 

@@ -49,21 +49,29 @@ def before_pooling(model, image):
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
-@pytest.mark.parametrize("name, features", [
-    ("resnet18", before_pooling),
-    ("squeezenet1_1", lambda model, image: model.features(image)),
-    ("mobilenet_v2", lambda model, image: model.features(image)),
-    ("mobilenet_v3_small", before_pooling),
-    ("densenet121", lambda model, image: model.features(image)),
-    ("shufflenet_v2_x0_5", lambda model, image: model.conv5(model.stage4(model.stage3(
-        model.stage2(model.maxpool(model.conv1(image))))))),
-    ("regnet_x_400mf", before_pooling),
-    ("googlenet", before_pooling),  # its auxiliary classifiers stand between the blocks
-    ("vgg19", lambda model, image: model.features[:-1](image)),
-])
+@pytest.mark.parametrize(
+    "name, features",
+    [
+        ("resnet18", before_pooling),
+        ("squeezenet1_1", lambda model, image: model.features(image)),
+        ("mobilenet_v2", lambda model, image: model.features(image)),
+        ("mobilenet_v3_small", before_pooling),
+        ("densenet121", lambda model, image: model.features(image)),
+        (
+            "shufflenet_v2_x0_5",
+            lambda model, image: model.conv5(
+                model.stage4(model.stage3(model.stage2(model.maxpool(model.conv1(image)))))
+            ),
+        ),
+        ("regnet_x_400mf", before_pooling),
+        ("googlenet", before_pooling),  # its auxiliary classifiers stand between the blocks
+        ("vgg19", lambda model, image: model.features[:-1](image)),
+    ],
+)
 def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
     expected, got, backbone = features_of(
-        monkeypatch, torchvision.models, "get_model", name, features)
+        monkeypatch, torchvision.models, "get_model", name, features
+    )
     torch.testing.assert_close(got, expected)
     assert got.shape[1] == backbone.channels
     if name == "googlenet":  # its weights want -1..1
@@ -72,21 +80,38 @@ def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
         assert backbone.mean == IMAGENET_MEAN and backbone.std == IMAGENET_STD
 
 
-@pytest.mark.parametrize("name", [
-    "resnet18d", "tf_efficientnet_b0", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto",
-    "repvgg_a0", "dla34", "efficientvit_b0"])  # dla34 is not a sequence of its children
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18d",
+        "tf_efficientnet_b0",
+        "mobilenetv3_small_050",
+        "ghostnet_050",
+        "convnext_atto",
+        "repvgg_a0",
+        "dla34",
+        "efficientvit_b0",
+    ],
+)  # dla34 is not a sequence of its children
 def test_body_gives_timms_own_features(monkeypatch, name):
     expected, got, backbone = features_of(
-        monkeypatch, timm, "create_model", name, lambda model, image: model.forward_features(image))
+        monkeypatch, timm, "create_model", name, lambda model, image: model.forward_features(image)
+    )
     torch.testing.assert_close(got, expected)
     config = timm.get_pretrained_cfg(name)
     assert got.shape[1] == backbone.channels
     assert (backbone.mean, backbone.std) == (config.mean, config.std)
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("resnet18", (64, 512)), ("mobilenet_v2", (64, 1280)), ("tf_efficientnet_lite0", (64, 1280)),
-    ("squeezenet1_1", (196, 512))])  # 15 x 15 of its own, pooled to 14 x 14
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("resnet18", (64, 512)),
+        ("mobilenet_v2", (64, 1280)),
+        ("tf_efficientnet_lite0", (64, 1280)),
+        ("squeezenet1_1", (196, 512)),
+    ],
+)  # 15 x 15 of its own, pooled to 14 x 14
 def test_annotation_vectors_of_a_256_pixel_image(name, shape):
     with torch.no_grad():
         got = Encoder(name=name, weights="none")(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
@@ -108,9 +133,14 @@ def test_classifier_without_a_map_or_a_grid_of_tokens_is_a_user_error(name):
         load_backbone(name, "none")
 
 
-@pytest.mark.parametrize("name, cells, width", [
-    ("vit_tiny_patch16_224", 196, 192), ("swin_tiny_patch4_window7_224", 64, 768),
-    ("vit_small_patch14_dinov2", 196, 384)])
+@pytest.mark.parametrize(
+    "name, cells, width",
+    [
+        ("vit_tiny_patch16_224", 196, 192),
+        ("swin_tiny_patch4_window7_224", 64, 768),
+        ("vit_small_patch14_dinov2", 196, 384),
+    ],
+)
 def test_tokens_of_a_transformer_form_the_grid_of_the_image(name, cells, width):
     encoder = Encoder(name=name, weights="none")
     images = torch.randn(1, 3, 256, 256)
@@ -130,21 +160,30 @@ def test_tokens_of_a_vit_are_in_the_order_of_its_patches():
         expected = model.forward_features(images)[:, 1:]  # without the class token
         torch.testing.assert_close(encoder(images), expected)
         patches = model.patch_embed(images)
-        torch.testing.assert_close(patches[:, 3, 5], model.patch_embed.proj(
-            images[:, :, 48:64, 80:96]).flatten(1))
+        torch.testing.assert_close(
+            patches[:, 3, 5], model.patch_embed.proj(images[:, :, 48:64, 80:96]).flatten(1)
+        )
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state, model: {"state_dict": state, "epoch": 3},
-    lambda state, model: {"model": state},
-    lambda state, model: {f"module.{name}": tensor for name, tensor in state.items()},
-    lambda state, model: {"state_dict": {f"module._orig_mod.{name}": tensor
-                                         for name, tensor in state.items()}},
-    lambda state, model: {**state, "classifier.1.weight": torch.zeros(7, 512, 1, 1),
-                          "classifier.1.bias": torch.zeros(7)},
-    lambda state, model: model,
-    lambda state, model: nn.DataParallel(model),
-], ids=["state_dict", "model", "module", "compiled", "classes", "whole", "parallel"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, model: {"state_dict": state, "epoch": 3},
+        lambda state, model: {"model": state},
+        lambda state, model: {f"module.{name}": tensor for name, tensor in state.items()},
+        lambda state, model: {
+            "state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+        },
+        lambda state, model: {
+            **state,
+            "classifier.1.weight": torch.zeros(7, 512, 1, 1),
+            "classifier.1.bias": torch.zeros(7),
+        },
+        lambda state, model: model,
+        lambda state, model: nn.DataParallel(model),
+    ],
+    ids=["state_dict", "model", "module", "compiled", "classes", "whole", "parallel"],
+)
 def test_weights_are_found_in_whatever_programs_save_them_in(tmp_path, wrap):
     torch.manual_seed(1)
     model = torchvision.models.squeezenet1_1(weights=None)
@@ -178,8 +217,15 @@ def test_captioner_with_a_transformer_is_loaded_from_its_checkpoint(tmp_path, na
         torch.testing.assert_close(loaded.eval()(images), encoder(images))
 
 
-@pytest.mark.parametrize("content", [{"encoder_args": 3, "encoder": 4}, {"encoder_args": {}}, 5,
-                                     {"encoder_args": {"name": "squeezenet1_1"}, "encoder": {}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"encoder_args": 3, "encoder": 4},
+        {"encoder_args": {}},
+        5,
+        {"encoder_args": {"name": "squeezenet1_1"}, "encoder": {}},
+    ],
+)
 def test_file_that_is_almost_a_checkpoint_is_one_line(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth") as error:
@@ -191,8 +237,13 @@ def test_encoder_of_a_tutorial_checkpoint_is_taken_as_weights(tmp_path):
     torch.manual_seed(0)
     trained = Encoder(name="resnet18", weights="none")
     decoder = DecoderWithAttention(5, 4, 6, 9, 512)
-    torch.save({"encoder": {f"module.{n}": t for n, t in trained.state_dict().items()},
-                "decoder": decoder.state_dict()}, tmp_path / "OLD.pth.tar")
+    torch.save(
+        {
+            "encoder": {f"module.{n}": t for n, t in trained.state_dict().items()},
+            "decoder": decoder.state_dict(),
+        },
+        tmp_path / "OLD.pth.tar",
+    )
     loaded = Encoder(name="resnet18", weights=str(tmp_path / "OLD.pth.tar"))
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(loaded(images), trained(images))
@@ -219,8 +270,11 @@ def classifier():
 
 
 def body_of(classifier):
-    return {key: value for key, value in classifier.state_dict().items()
-            if not key.startswith("classifier")}
+    return {
+        key: value
+        for key, value in classifier.state_dict().items()
+        if not key.startswith("classifier")
+    }
 
 
 @pytest.mark.parametrize("content", ["whole", "without head", "half", "safetensors"])
@@ -231,6 +285,7 @@ def test_weights_file_gives_the_classifiers_features(tmp_path, classifier, conte
         state = {k: v.half() if v.dim() == 4 else v for k, v in state.items()}
     if content == "safetensors":
         from safetensors.torch import save_file
+
         save_file(state, path)
     else:
         torch.save(state, path)
@@ -247,11 +302,14 @@ def test_weights_file_gives_the_classifiers_features(tmp_path, classifier, conte
 KEY = "features.3.conv.0.0.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop(KEY), f"lacks {KEY}"),
-    (lambda state: state.update({"decoder.fc": torch.zeros(1)}), "also has decoder.fc"),
-    (lambda state: state.update({KEY: torch.zeros(3)}), f"does not hold weights of .*{KEY}"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop(KEY), f"lacks {KEY}"),
+        (lambda state: state.update({"decoder.fc": torch.zeros(1)}), "also has decoder.fc"),
+        (lambda state: state.update({KEY: torch.zeros(3)}), f"does not hold weights of .*{KEY}"),
+    ],
+)
 def test_weights_that_do_not_fit_name_file_and_key(tmp_path, classifier, change, message):
     state = body_of(classifier)
     change(state)
@@ -278,15 +336,27 @@ def test_missing_weights_file_is_named(tmp_path):
 
 # Downloads
 
-PROBLEMS = [URLError("no network"), TimeoutError("timed out"),
-            RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")]
+PROBLEMS = [
+    URLError("no network"),
+    TimeoutError("timed out"),
+    RuntimeError("invalid hash value"),
+    http.client.IncompleteRead(b"half"),
+]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
-@pytest.mark.parametrize("module, maker, name, url", [
-    (torchvision.models, "get_model", "resnet18",
-     "https://download.pytorch.org/models/resnet18-f37072fd.pth"),
-    (timm, "create_model", "resnet18d", r"https://\S*resnet18d\S*")])
+@pytest.mark.parametrize(
+    "module, maker, name, url",
+    [
+        (
+            torchvision.models,
+            "get_model",
+            "resnet18",
+            "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+        ),
+        (timm, "create_model", "resnet18d", r"https://\S*resnet18d\S*"),
+    ],
+)
 def test_failed_download_names_url_and_option(monkeypatch, problem, module, maker, name, url):
     def fail(*args, **kwargs):
         raise problem
@@ -299,8 +369,10 @@ def test_failed_download_names_url_and_option(monkeypatch, problem, module, make
     assert "--encoder_weights FILE" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("module, maker, name", [(torchvision.models, "get_model", "resnet18"),
-                                                 (timm, "create_model", "resnet18d")])
+@pytest.mark.parametrize(
+    "module, maker, name",
+    [(torchvision.models, "get_model", "resnet18"), (timm, "create_model", "resnet18d")],
+)
 def test_other_errors_are_not_reported_as_failed_downloads(monkeypatch, module, maker, name):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -358,16 +430,27 @@ def test_stride_16_keeps_the_weights_and_sees_the_same_at_every_second_cell(name
     coarse one, where no stage after the first dilated one pads the border.
     """
     torch.manual_seed(0)
-    coarse, fine = (Encoder(name=name, weights="none", encoded_image_size=64, stride=stride).eval()
-                    for stride in (32, 16))
+    coarse, fine = (
+        Encoder(name=name, weights="none", encoded_image_size=64, stride=stride).eval()
+        for stride in (32, 16)
+    )
     fine.load_state_dict(coarse.state_dict())
     images = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
     with torch.no_grad():
-        coarse, fine = (encoder(images)[0].unflatten(0, (side, side))
-                        for encoder, side in ((coarse, 16), (fine, 32)))
-    starts = [start for start in ((0, 0), (1, 1))
-              if torch.allclose(fine[start[0]::2, start[1]::2][5:11, 5:11], coarse[5:11, 5:11],
-                                rtol=1e-3, atol=1e-3 * coarse.abs().max())]
+        coarse, fine = (
+            encoder(images)[0].unflatten(0, (side, side))
+            for encoder, side in ((coarse, 16), (fine, 32))
+        )
+    starts = [
+        start
+        for start in ((0, 0), (1, 1))
+        if torch.allclose(
+            fine[start[0] :: 2, start[1] :: 2][5:11, 5:11],
+            coarse[5:11, 5:11],
+            rtol=1e-3,
+            atol=1e-3 * coarse.abs().max(),
+        )
+    ]
     assert len(starts) == 1
 
 

@@ -14,10 +14,10 @@ from utils import UserError
 def expect_equal(ours, textbook):
     words, alphas, score = textbook
     finished = words[-1] == WORD_MAP["<end>"]
-    assert ours.tokens == words[1:len(words) - finished]
+    assert ours.tokens == words[1 : len(words) - finished]
     assert ours.finished == finished
     assert ours.score == pytest.approx(score, abs=1e-9)
-    expected = torch.stack(alphas)[:len(ours.tokens)]
+    expected = torch.stack(alphas)[: len(ours.tokens)]
     assert ours.alphas.shape == expected.shape
     np.testing.assert_allclose(ours.alphas, expected, atol=1e-6)
 
@@ -55,8 +55,9 @@ def test_length_penalty_ranks_the_finished_beams(length_penalty):
     for seed in range(8):
         decoder, features = make_case(seed, end_bias=(-4, -1)[seed % 2])
         plain = beam_search(decoder, features, WORD_MAP, 4, 12)
-        captions = beam_search(decoder, features, WORD_MAP, 4, 12, n_best=3,
-                               length_penalty=length_penalty)
+        captions = beam_search(
+            decoder, features, WORD_MAP, 4, 12, n_best=3, length_penalty=length_penalty
+        )
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expected = reference.search(decoder, image, WORD_MAP, 4, 12, length_penalty)
             found = [caption, *caption.alternatives]
@@ -74,13 +75,16 @@ def test_no_unk_never_chooses_it(beam_size):
         decoder, features = make_case(seed, end_bias=-3)
         with torch.no_grad():
             decoder.fc.bias[WORD_MAP["<unk>"]] += 4
-        unks += sum(WORD_MAP["<unk>"] in caption.tokens
-                    for caption in beam_search(decoder, features, WORD_MAP, beam_size, 12))
+        unks += sum(
+            WORD_MAP["<unk>"] in caption.tokens
+            for caption in beam_search(decoder, features, WORD_MAP, beam_size, 12)
+        )
         captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_unk=True)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             assert WORD_MAP["<unk>"] not in caption.tokens
-            expect_equal(caption, reference.search(
-                decoder, image, WORD_MAP, beam_size, 12, no_unk=True)[0])
+            expect_equal(
+                caption, reference.search(decoder, image, WORD_MAP, beam_size, 12, no_unk=True)[0]
+            )
     assert unks > 10
 
 
@@ -121,7 +125,7 @@ def test_end_may_follow_the_last_of_max_len_words_as_in_the_tutorial():
     exact = []
     for i, (length, expected) in enumerate(zip(lengths, free)):
         if length:
-            [found] = beam_search(decoder, features[i:i + 1], WORD_MAP, 3, max_len=length)
+            [found] = beam_search(decoder, features[i : i + 1], WORD_MAP, 3, max_len=length)
             exact.append(found.finished and found.tokens == expected.tokens)
     assert sum(exact) >= len(exact) - 1  # a narrower search may set another beam aside
     for caption in beam_search(decoder, features, WORD_MAP, 3, max_len=1):
@@ -169,8 +173,10 @@ def test_no_ngram_is_said_twice_when_that_is_asked_for(beam_size, n):
         plain = beam_search(decoder, features, WORD_MAP, beam_size, 12)
         captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_repeat_ngram=n)
         for before, caption, image in zip(plain, captions, reference.encode(features).split(1)):
-            expect_equal(caption, reference.search(decoder, image, WORD_MAP, beam_size, 12,
-                                                   no_repeat_ngram=n)[0])
+            expect_equal(
+                caption,
+                reference.search(decoder, image, WORD_MAP, beam_size, 12, no_repeat_ngram=n)[0],
+            )
             repeated += before.tokens != caption.tokens
             ngrams = list(zip(*(caption.tokens[i:] for i in range(n))))
             assert len(ngrams) == len(set(ngrams))
@@ -191,12 +197,16 @@ def test_drawn_captions_have_the_models_own_scores_and_attention():
                 assert len(drawn.tokens) == 12
                 continue
             predictions, *_, alphas, _ = reference.decode(
-                decoder, image, torch.tensor([[WORD_MAP["<start>"], *words]]),
-                torch.tensor([len(words) + 1]))
+                decoder,
+                image,
+                torch.tensor([[WORD_MAP["<start>"], *words]]),
+                torch.tensor([len(words) + 1]),
+            )
             log_probs = predictions[0].log_softmax(1)[range(len(words)), words]
             assert drawn.score == pytest.approx(log_probs.sum().item())
-            np.testing.assert_allclose(drawn.alphas, alphas[0][:len(drawn.tokens)].detach(),
-                                       atol=1e-6)
+            np.testing.assert_allclose(
+                drawn.alphas, alphas[0][: len(drawn.tokens)].detach(), atol=1e-6
+            )
             lengths.add(len(words))
     assert len(lengths) > 3
 
@@ -204,8 +214,10 @@ def test_drawn_captions_have_the_models_own_scores_and_attention():
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1e-4), Sampling(top_p=1e-9)])
 def test_drawing_only_from_the_likeliest_word_is_greedy_search(sampling):
     decoder, features = make_case(1, end_bias=-1)
-    for drawn, greedy in zip(draw_captions(decoder, features, WORD_MAP, sampling, 12),
-                             beam_search(decoder, features, WORD_MAP, 1, 12)):
+    for drawn, greedy in zip(
+        draw_captions(decoder, features, WORD_MAP, sampling, 12),
+        beam_search(decoder, features, WORD_MAP, 1, 12),
+    ):
         assert drawn.tokens == greedy.tokens and drawn.finished == greedy.finished
         if drawn.finished:
             assert drawn.score == pytest.approx(greedy.score)
@@ -218,8 +230,9 @@ def test_the_same_seed_draws_the_same_captions_and_options_hold():
 
     def draw(seed, **options):
         torch.manual_seed(seed)
-        return [c.tokens for c in draw_captions(decoder, features, WORD_MAP, Sampling(), 12,
-                                                **options)]
+        return [
+            c.tokens for c in draw_captions(decoder, features, WORD_MAP, Sampling(), 12, **options)
+        ]
 
     assert draw(3) == draw(3) != draw(4)
     assert any(WORD_MAP["<unk>"] in tokens for tokens in draw(3))

@@ -47,5 +47,6 @@ def test_the_same_weights_are_fine_tuned_as_with_timm():
     model = timm.create_model("tf_efficientnet_lite2")
     body = nn.Sequential(model.conv_stem, model.bn1, model.blocks, model.conv_head, model.bn2)
     _, theirs, _ = _probe(body)
-    assert [[p.shape for p in module.parameters()] for module in ours.fine_tuned] == \
-        [[p.shape for p in module.parameters()] for module in theirs]
+    assert [[p.shape for p in module.parameters()] for module in ours.fine_tuned] == [
+        [p.shape for p in module.parameters()] for module in theirs
+    ]

@@ -11,9 +11,22 @@ from models import Encoder
 
 # Norms with ReLU and ReLU6, with their own activation and without, beside branches and additions;
 # convolutions with biases, groups and TensorFlow's padding.
-NETWORKS = ["resnet18", "resnext50_32x4d", "mobilenet_v2", "googlenet", "vgg11_bn", "densenet121",
-            "shufflenet_v2_x0_5", "regnet_x_400mf", "tf_efficientnet_lite0", "resnet18d",
-            "mobilenetv3_small_050", "tf_efficientnet_b0", "hrnet_w18_small", "repvgg_a0"]
+NETWORKS = [
+    "resnet18",
+    "resnext50_32x4d",
+    "mobilenet_v2",
+    "googlenet",
+    "vgg11_bn",
+    "densenet121",
+    "shufflenet_v2_x0_5",
+    "regnet_x_400mf",
+    "tf_efficientnet_lite0",
+    "resnet18d",
+    "mobilenetv3_small_050",
+    "tf_efficientnet_b0",
+    "hrnet_w18_small",
+    "repvgg_a0",
+]
 
 
 def random_encoder(name, **options):
@@ -58,13 +71,18 @@ def test_fused_kernel_is_as_precise_as_the_plain_network():
         assert (fused - exact).norm() < 2 * (plain - exact).norm() < 1e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("name, layers", [
-    ("resnet18", 20), ("resnet101", 104), ("mobilenet_v2", 52), ("tf_efficientnet_lite2", 64)])
+@pytest.mark.parametrize(
+    "name, layers",
+    [("resnet18", 20), ("resnet101", 104), ("mobilenet_v2", 52), ("tf_efficientnet_lite2", 64)],
+)
 def test_every_norm_of_usual_encoders_is_fused(name, layers):
     fused = fuse(random_encoder(name).resnet)
     assert len(fused.layers) == layers
-    left = [fused.graph_module.get_submodule(node.target) for node in fused.graph_module.graph.nodes
-            if node.op == "call_module"]
+    left = [
+        fused.graph_module.get_submodule(node.target)
+        for node in fused.graph_module.graph.nodes
+        if node.op == "call_module"
+    ]
     assert not [module for module in left if isinstance(module, nn.BatchNorm2d)]
     if name != "resnet18":
         return
@@ -117,9 +135,11 @@ def test_weights_changed_between_two_calls_are_used_at_once():
     encoder = random_encoder("resnet18").double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     before = encoder(images)
-    for change in (lambda: encoder.resnet[0].weight.data.mul_(2),
-                   lambda: encoder.resnet[4][0].bn1.running_mean.add_(1),
-                   lambda: encoder.load_state_dict(random_encoder("resnet18").state_dict())):
+    for change in (
+        lambda: encoder.resnet[0].weight.data.mul_(2),
+        lambda: encoder.resnet[4][0].bn1.running_mean.add_(1),
+        lambda: encoder.load_state_dict(random_encoder("resnet18").state_dict()),
+    ):
         change()
         after = encoder(images)
         assert not torch.equal(before, after)

@@ -23,11 +23,14 @@ from utils import UserError
 FORMS = ("zip", "old")
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Couldn't retrieve source"),
-              pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Couldn't retrieve source"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 
 # The tutorial's classes, as far as their tensors go.
+
 
 class Encoder(nn.Module):
     def __init__(self, children):
@@ -86,8 +89,15 @@ def tutorial(encoder, encoder_dim):
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     sum(p.sum() for p in decoder.parameters()).backward()
     optimizer.step()
-    return {"epoch": 3, "epochs_since_improvement": 0, "bleu-4": 0.215, "encoder": encoder,
-            "decoder": decoder, "encoder_optimizer": None, "decoder_optimizer": optimizer}
+    return {
+        "epoch": 3,
+        "epochs_since_improvement": 0,
+        "bleu-4": 0.215,
+        "encoder": encoder,
+        "decoder": decoder,
+        "encoder_optimizer": None,
+        "decoder_optimizer": optimizer,
+    }
 
 
 def layers(n):
@@ -130,6 +140,7 @@ def assert_same(tensors, module):
 
 # What loads
 
+
 def test_tensors_equal_the_modules_bit_for_bit(path, state):
     checkpoint = load(path)
     for name in ("encoder", "decoder"):
@@ -140,8 +151,14 @@ def test_arguments_come_from_the_tensors(path):
     checkpoint = load(path)
     assert checkpoint["encoder_args"] == {"name": "resnet50", "encoded_image_size": 7}
     assert checkpoint["decoder_args"] == {
-        "attention_dim": 5, "embed_dim": 4, "decoder_dim": 6, "vocab_size": 6, "encoder_dim": 3,
-        "dropout": 0.3, "encoded_image_size": 7}
+        "attention_dim": 5,
+        "embed_dim": 4,
+        "decoder_dim": 6,
+        "vocab_size": 6,
+        "encoder_dim": 3,
+        "dropout": 0.3,
+        "encoded_image_size": 7,
+    }
     assert (checkpoint["format"], checkpoint["word_map"]) == (checkpoints.FORMAT, None)
     assert (checkpoint["epoch"], checkpoint["bleu4"]) == (3, 0.215)
 
@@ -201,6 +218,7 @@ def test_old_file_captions_after_conversion(whole, tmp_path, monkeypatch, capsys
 
 # The format of torch 0.4, by hand: Parameter called, no counts in BatchNorm, source code saved.
 
+
 class OldPickler(pickle.Pickler):
     def __init__(self, file):
         super().__init__(file, protocol=2)
@@ -222,15 +240,27 @@ class OldPickler(pickle.Pickler):
             return nn.Parameter, (value.detach(), value.requires_grad)
         if isinstance(value, torch.Tensor):
             return torch._utils._rebuild_tensor_v2, (
-                value.storage(), value.storage_offset(), tuple(value.shape), value.stride(),
-                value.requires_grad, OrderedDict())
+                value.storage(),
+                value.storage_offset(),
+                tuple(value.shape),
+                value.stride(),
+                value.requires_grad,
+                OrderedDict(),
+            )
         return NotImplemented
 
 
 def write_torch04(path, state):
     with open(path, "wb") as file:
-        for value in (MAGIC, PROTOCOL, {"protocol_version": 1001, "little_endian": True,
-                                        "type_sizes": {"short": 2, "int": 4, "long": 4}}):
+        for value in (
+            MAGIC,
+            PROTOCOL,
+            {
+                "protocol_version": 1001,
+                "little_endian": True,
+                "type_sizes": {"short": 2, "int": 4, "long": 4},
+            },
+        ):
             pickle.dump(value, file, 2)
         pickler = OldPickler(file)
         pickler.dump(state)
@@ -249,8 +279,11 @@ def _get_thnn_function_backend():
 
 
 def test_file_of_torch_04_loads(tmp_path, state, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.nn.backends.thnn", types.SimpleNamespace(
-        _get_thnn_function_backend=_get_thnn_function_backend))
+    monkeypatch.setitem(
+        sys.modules,
+        "torch.nn.backends.thnn",
+        types.SimpleNamespace(_get_thnn_function_backend=_get_thnn_function_backend),
+    )
     monkeypatch.setattr(_get_thnn_function_backend, "__module__", "torch.nn.backends.thnn")
     expected = small()
     for module in (*state["encoder"].modules(), *state["decoder"].modules()):
@@ -267,6 +300,7 @@ def test_file_of_torch_04_loads(tmp_path, state, monkeypatch):
 
 # What does not load
 
+
 @pytest.mark.parametrize("name", ["encoder", "decoder"])
 def test_missing_module_is_named(path, state, form, name):
     state[name] = {"fc.bias": 1}
@@ -282,8 +316,10 @@ def test_missing_matrix_is_named(path, state, form, name):
 
 
 def test_missing_or_misshapen_tensor_is_named(path, state, form):
-    for bias, message in ((None, "the decoder lacks fc.bias"),
-                          (nn.Parameter(torch.ones(7)), "fc.bias has size (7,), not (6,)")):
+    for bias, message in (
+        (None, "the decoder lacks fc.bias"),
+        (nn.Parameter(torch.ones(7)), "fc.bias has size (7,), not (6,)"),
+    ):
         state["decoder"].fc.bias = bias
         refused(write(path, state, form), "does not hold a complete model", message)
 
@@ -316,21 +352,34 @@ def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, stat
 
 
 def test_file_of_format_1_with_a_module_is_refused_by_name(path, form):
-    refused(write(path, {"format": 1, "encoder": nn.Linear(2, 3)}, form),
-            "torch.nn.modules.linear.Linear", "nothing in the file was run")
+    refused(
+        write(path, {"format": 1, "encoder": nn.Linear(2, 3)}, form),
+        "torch.nn.modules.linear.Linear",
+        "nothing in the file was run",
+    )
 
 
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n)R"
 TREES = {  # pickles that put a module into place 255 of the memo
     "in itself": LINEAR + b"r\xff\0\0\0}U\x08_modules}U\1aj\xff\0\0\0ssb",
-    "deep": LINEAR + b"r\xff\0\0\0" + b"}U\x08_modules}U\1a" + (
-        LINEAR + b"}U\x08_modules}U\1a") * 5000 + LINEAR + b"ssb" * 5001,
-    "twice in each": b"(" + LINEAR + b"q\0" + b"".join(
-        LINEAR + b"}U\x08_modules}(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1)
-        for i in range(60)) + b"r\xff\0\0\0t",
-    "one large dictionary in each": b"(}(" + b"".join(b"U\5%05dN" % i for i in range(60_000))
-        + b"uq\0" + LINEAR + b"r\xff\0\0\0}U\x08_modules}(" + b"".join(
-            b"U\5%05d" % i + LINEAR + b"}U\x0b_parametersh\0sb" for i in range(20_000)) + b"usbt",
+    "deep": LINEAR
+    + b"r\xff\0\0\0"
+    + b"}U\x08_modules}U\1a"
+    + (LINEAR + b"}U\x08_modules}U\1a") * 5000
+    + LINEAR
+    + b"ssb" * 5001,
+    "twice in each": b"("
+    + LINEAR
+    + b"q\0"
+    + b"".join(LINEAR + b"}U\x08_modules}(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1) for i in range(60))
+    + b"r\xff\0\0\0t",
+    "one large dictionary in each": b"(}("
+    + b"".join(b"U\5%05dN" % i for i in range(60_000))
+    + b"uq\0"
+    + LINEAR
+    + b"r\xff\0\0\0}U\x08_modules}("
+    + b"".join(b"U\5%05d" % i + LINEAR + b"}U\x0b_parametersh\0sb" for i in range(20_000))
+    + b"usbt",
 }
 
 
@@ -351,8 +400,13 @@ def test_arguments_larger_than_the_tensors_are_refused(tmp_path):
         with pytest.raises(UserError, match="x does not hold a complete model"):
             checkpoints.check_model(checkpoint, "x")
     with pytest.raises(UserError, match="encoded_image_size is not from 1 to 256"):
-        checkpoints.check_model({"decoder_args": {**args, "encoded_image_size": 1 << 20},
-                                 "decoder": decoder.state_dict()}, "x")
+        checkpoints.check_model(
+            {
+                "decoder_args": {**args, "encoded_image_size": 1 << 20},
+                "decoder": decoder.state_dict(),
+            },
+            "x",
+        )
 
 
 def test_truncated_old_file_is_damaged(path):

@@ -43,8 +43,12 @@ def write_pickle(path, data, form, storages=(), **options):
                 file.writestr(f"x/data/{key}", content)
     else:
         head = b"".join(pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": True}))
-        path.write_bytes(head + data + pickle.dumps([key for key, _ in storages], 2) + b"".join(
-            struct.pack("<q", len(content) // 4) + content for _, content in storages))
+        path.write_bytes(
+            head
+            + data
+            + pickle.dumps([key for key, _ in storages], 2)
+            + b"".join(struct.pack("<q", len(content) // 4) + content for _, content in storages)
+        )
     return path
 
 
@@ -102,8 +106,10 @@ def test_name_of_anything_but_tensors_and_modules_is_refused(tmp_path, form, nam
     command = f"touch {proof}".encode()
     call = b"c%s\n%s\nU%c%s\x85R" % (module.encode(), function.encode(), len(command), command)
     before, after = {
-        "root": (b"", b""), "format 1": (b"}(U\6formatK\1U\7encoder", b"u"),
-        "module": (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs")}[place]
+        "root": (b"", b""),
+        "format 1": (b"}(U\6formatK\1U\7encoder", b"u"),
+        "module": (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs"),
+    }[place]
     write_pickle(tmp_path / "x", b"\x80\2" + before + call + after + b".", form)
     refused(tmp_path / "x", f" {name}, which", "nothing in the file was run")
     assert not proof.exists()
@@ -125,6 +131,7 @@ def test_name_of_many_lines_is_shown_on_one_line(tmp_path, form):
 
 
 # Ways to make a call
+
 
 @pytest.fixture
 def canary(monkeypatch):
@@ -159,8 +166,10 @@ ATTACKS = {  # pickles, and what the message names
     "STACK_GLOBAL of memo": (b"\x8c\6canary\x940\x8c\4fireh\0\x93.", "POP"),
     "STACK_GLOBAL of numbers": (b"K\1K\1\x93.", "damaged"),
     "dotted name": (b"ctorch.nn.modules\nlinear.os.system\n)R.", "torch.nn.modules.linear.os.s"),
-    "dotted name on the stack": (b"\x8c\5torch\x8c\x14nn.modules.os.system\x93.",
-                                 "torch.nn.modules.os.system"),
+    "dotted name on the stack": (
+        b"\x8c\5torch\x8c\x14nn.modules.os.system\x93.",
+        "torch.nn.modules.os.system",
+    ),
     "known name cut elsewhere": (b"\x8c\5torch\x8c\7nn.Size\x93.", "torch.nn.Size"),
     "key": (b"}" + FIRE + b")RK\1s.", "canary.fire"),
     "element": (b"](" + FIRE + b")Re.", "canary.fire"),
@@ -176,7 +185,8 @@ ATTACKS = {  # pickles, and what the message names
     "attributes of a list": (b"]}b.", "attributes set on a list"),
     "attributes of a tensor": (
         TENSOR + b"((U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4tQK\0))tR}b.",
-        "attributes set on a Tensor"),
+        "attributes set on a Tensor",
+    ),
     "call of an object": (LINEAR + b")R)R.", "damaged"),
     "call of a string": (b"U\1x)R.", "damaged"),
     "item of a module": (LINEAR + b")RU\1aK\1s.", "damaged"),
@@ -190,8 +200,10 @@ ATTACKS = {  # pickles, and what the message names
     "persistent id": (b"U\4evil\x85Q.", "the persistent id evil"),
     "empty persistent id": (b")Q.", "the persistent id of type tuple"),
     "module that is none": (b"(U\6moduleK\1NNtQ.", "the persistent id module"),
-    "view of a storage": (b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4(U\1yK\0K\2ttQ.",
-                          "the persistent id storage"),
+    "view of a storage": (
+        b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4(U\1yK\0K\2ttQ.",
+        "the persistent id storage",
+    ),
 }
 
 
@@ -240,6 +252,7 @@ def test_tar_file_is_refused(tmp_path):
 
 # What may be in a file
 
+
 def test_stubs_keep_attributes_and_nothing_of_their_classes(tmp_path, form):
     layer = torch.nn.Linear(2, 3)
     layer.number, layer.texts = 7, {"a": ["b"]}
@@ -263,11 +276,22 @@ def test_tensors_of_every_type_and_stride_are_read(tmp_path, form, dtype):
 
 
 def test_values_of_newer_pickle_protocols_and_of_numpy_are_accepted(tmp_path, form):
-    state = {"score": np.float64(0.2), "set": {1, (2, 3)}, "plain": 5, "list": [1.5, None, True],
-             "size": torch.Size([2]), "dtype": torch.float32, "ordered": OrderedDict(a=1)}
+    state = {
+        "score": np.float64(0.2),
+        "set": {1, (2, 3)},
+        "plain": 5,
+        "list": [1.5, None, True],
+        "size": torch.Size([2]),
+        "dtype": torch.float32,
+        "ordered": OrderedDict(a=1),
+    }
     for protocol in (2, 4):
-        torch.save(state, tmp_path / "x", pickle_protocol=protocol,
-                   _use_new_zipfile_serialization=form == "zip")
+        torch.save(
+            state,
+            tmp_path / "x",
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=form == "zip",
+        )
         root, _ = read(tmp_path / "x")
         assert (root["plain"], root["list"], root["ordered"]) == (5, [1.5, None, True], {"a": 1})
         assert isinstance(root["score"], Stub)
@@ -285,8 +309,9 @@ def test_file_of_python_2_is_read(tmp_path, form):
 FLOATS = (("0", struct.pack("<4f", 1, 2, 3, 4)),)
 
 
-def tensor(numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0",
-           view=()):
+def tensor(
+    numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0", view=()
+):
     saved = Saved("storage", kind, key, "cpu", numel, *view)
     return Call(torch._utils._rebuild_tensor_v2, saved, offset, size, stride, False, OrderedDict())
 
@@ -298,13 +323,33 @@ def test_tensor_within_its_storage_is_read(tmp_path, form):
     refused(path, "does not hold a complete model")  # but is not refused
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(size=(2, 3)), dict(size=(1 << 40,), stride=(0,)), dict(size=(5,), stride=(0,)),
-    dict(size=(3, 3), stride=(0, 1)), dict(size=[2, 2]), dict(size=(2.0, 2)),
-    dict(size=(1 << 200, 2)), dict(size=([1], 1 << 40)), dict(size=("x", 1 << 40)),
-    dict(size=(1,) * 9, stride=(1,) * 9), dict(numel=5), dict(numel=3), dict(numel=-4),
-    dict(numel=1 << 40), dict(numel=1 << 200), dict(numel=4.0), dict(kind=torch.DoubleStorage),
-    dict(kind=torch.nn.Linear), dict(key="1"), dict(key=0), dict(key=("0",))], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(size=(2, 3)),
+        dict(size=(1 << 40,), stride=(0,)),
+        dict(size=(5,), stride=(0,)),
+        dict(size=(3, 3), stride=(0, 1)),
+        dict(size=[2, 2]),
+        dict(size=(2.0, 2)),
+        dict(size=(1 << 200, 2)),
+        dict(size=([1], 1 << 40)),
+        dict(size=("x", 1 << 40)),
+        dict(size=(1,) * 9, stride=(1,) * 9),
+        dict(numel=5),
+        dict(numel=3),
+        dict(numel=-4),
+        dict(numel=1 << 40),
+        dict(numel=1 << 200),
+        dict(numel=4.0),
+        dict(kind=torch.DoubleStorage),
+        dict(kind=torch.nn.Linear),
+        dict(key="1"),
+        dict(key=0),
+        dict(key=("0",)),
+    ],
+    ids=str,
+)
 def test_tensor_larger_than_its_storage_is_refused(tmp_path, form, wrong):
     """Before any memory is allocated."""
     for root in ({"format": 1, "encoder": tensor(**wrong)}, [tensor(**wrong)]):
@@ -314,10 +359,22 @@ def test_tensor_larger_than_its_storage_is_refused(tmp_path, form, wrong):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(size=(-1, 2)), dict(size=(-2, -2)), dict(stride=(-2, 1)), dict(offset=-1), dict(offset=1),
-    dict(size=(2,)), dict(stride=(1 << 62, 1)), dict(stride=None), dict(stride=(2, "x")),
-    dict(offset=1 << 200)], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(size=(-1, 2)),
+        dict(size=(-2, -2)),
+        dict(stride=(-2, 1)),
+        dict(offset=-1),
+        dict(offset=1),
+        dict(size=(2,)),
+        dict(stride=(1 << 62, 1)),
+        dict(stride=None),
+        dict(stride=(2, "x")),
+        dict(offset=1 << 200),
+    ],
+    ids=str,
+)
 def test_tensor_beyond_its_storage_is_rejected_by_torch(tmp_path, form, wrong):
     path = write_pickle(tmp_path / "x", pickled([tensor(**wrong)]), form, FLOATS)
     [found], _ = read(path)
@@ -338,8 +395,9 @@ def test_storages_of_an_old_file_are_those_that_follow(tmp_path):
 
 
 def test_list_of_storages_that_are_not_strings_is_refused(tmp_path):
-    pickles = [pickle.dumps(x, 2) for x in (
-        MAGIC, PROTOCOL, {"little_endian": True}, {"format": 1})]
+    pickles = [
+        pickle.dumps(x, 2) for x in (MAGIC, PROTOCOL, {"little_endian": True}, {"format": 1})
+    ]
     for keys in (b"])" + b"\x85" * 100_000 + b"a.", b"](K\1K\2e.", b"}."):  # a deep tuple's hash
         (tmp_path / "x").write_bytes(b"".join(pickles) + b"\x80\2" + keys)
         refused(tmp_path / "x", "lacks the list of its storages")
@@ -357,18 +415,22 @@ def test_storage_of_another_size_than_its_entry_is_refused(tmp_path, size):
     data = path.read_bytes()
     entry = data.rindex(b"PK\1\2")
     for sizes in (size, size), (16, size):
-        path.write_bytes(data[:entry + 20] + struct.pack("<2I", *sizes) + data[entry + 28:])
+        path.write_bytes(data[: entry + 20] + struct.pack("<2I", *sizes) + data[entry + 28 :])
         refused(path)
 
 
 def test_entries_that_overlap_are_refused(tmp_path):
-    path = write_pickle(tmp_path / "x", pickled([1]), "zip",
-                        [(str(i), b"x" * (5000 if i == 0 else 1)) for i in range(9)])
+    path = write_pickle(
+        tmp_path / "x",
+        pickled([1]),
+        "zip",
+        [(str(i), b"x" * (5000 if i == 0 else 1)) for i in range(9)],
+    )
     data = bytearray(path.read_bytes())
     first = data.index(b"x/data/0", data.index(b"PK\1\2")) - 46  # the large one's, of 46 bytes
     for entry in range(first, first + 9 * (46 + len("x/data/0")), 46 + len("x/data/0")):
-        data[entry + 20:entry + 28] = struct.pack("<2I", 5000, 5000)
-        data[entry + 42:entry + 46] = data[first + 42:first + 46]
+        data[entry + 20 : entry + 28] = struct.pack("<2I", 5000, 5000)
+        data[entry + 42 : entry + 46] = data[first + 42 : first + 46]
     path.write_bytes(data)
     refused(path, "entries that overlap")
 
@@ -413,20 +475,32 @@ BOMBS = {
     "lists in lists": FORMAT_1 + b"]" * 100_000 + b"a" * 99_999 + b"u.",
     "tuples in tuples": FORMAT_1 + b")" + b"\x85" * 100_000 + b"u.",
     "tuples in tuples as a key": FORMAT_1 + b"})" + b"\x85" * 100_000 + b"K\1su.",
-    "tuples twice in tuples as a key":
-        FORMAT_1 + b"})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200)) + b"K\1su.",
-    "tuples twice in tuples in a set": FORMAT_1 + b"c__builtin__\nset\n])" + b"".join(
-        b"q%ch%c\x86" % (i, i) for i in range(200)) + b"a\x85Ru.",
-    "a billion laughs": b"]q\0" + b"".join(
-        b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30)) + b".",
+    "tuples twice in tuples as a key": FORMAT_1
+    + b"})"
+    + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
+    + b"K\1su.",
+    "tuples twice in tuples in a set": FORMAT_1
+    + b"c__builtin__\nset\n])"
+    + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
+    + b"a\x85Ru.",
+    "a billion laughs": b"]q\0"
+    + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30))
+    + b".",
     "list in itself": b"]q\0h\0a.",
     "dictionary in itself": FORMAT_1 + b"}q\0U\1xh\0su.",
-    "numbers with one hash": FORMAT_1 + b"}(" + b"".join(
-        b"\x8a\x0c" + (k * ((1 << 61) - 1)).to_bytes(12, "little") + b"N"
-        for k in range(100_000)) + b"uu.",
+    "numbers with one hash": FORMAT_1
+    + b"}("
+    + b"".join(
+        b"\x8a\x0c" + (k * ((1 << 61) - 1)).to_bytes(12, "little") + b"N" for k in range(100_000)
+    )
+    + b"uu.",
     "marks without end": b"(" * 300_000 + b".",
-    "the same pairs again and again": FORMAT_1 + b"(]q\0(" + b"U\0)\x86" * 50_000 + b"e"
-        + b"ccollections\nOrderedDict\nh\0\x85R" * 9_000 + b"tu.",
+    "the same pairs again and again": FORMAT_1
+    + b"(]q\0("
+    + b"U\0)\x86" * 50_000
+    + b"e"
+    + b"ccollections\nOrderedDict\nh\0\x85R" * 9_000
+    + b"tu.",
     "steps without end": b"N" * MAX_PICKLE + b".",
 }
 MEASURE = """
@@ -452,10 +526,17 @@ for path in sys.argv[1:]:
 def bombs(tmp_path_factory):
     """Seconds and message per name and form: all read by one process that has 2 GB for it."""
     folder = tmp_path_factory.mktemp("bombs")
-    paths = {(name, form): write_pickle(folder / f"{i}_{form}", b"\x80\2" + data, form)
-             for i, (name, data) in enumerate(BOMBS.items()) for form in FORMS}
-    done = subprocess.run([sys.executable, "-c", MEASURE, *paths.values()], text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    paths = {
+        (name, form): write_pickle(folder / f"{i}_{form}", b"\x80\2" + data, form)
+        for i, (name, data) in enumerate(BOMBS.items())
+        for form in FORMS
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *paths.values()],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(paths, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -466,12 +547,17 @@ def test_bomb_ends_in_one_line_within_10_seconds_and_2_gb(bombs, form, name):
     seconds, message = bombs[name, form]
     assert seconds < 10
     assert "\n" not in message and len(message) < 600
-    assert " is refused: " in message or " damaged " in message or " complete model: " in message \
-        or " is not a checkpoint of " in message, message
+    assert (
+        " is refused: " in message
+        or " damaged " in message
+        or " complete model: " in message
+        or " is not a checkpoint of " in message
+    ), message
 
 
-@pytest.mark.parametrize("name", ["memo of 2^32 places", "text of 4 GB", "bytes of 4 GB",
-                                  "frame of 2^60 bytes"])
+@pytest.mark.parametrize(
+    "name", ["memo of 2^32 places", "text of 4 GB", "bytes of 4 GB", "frame of 2^60 bytes"]
+)
 def test_size_that_a_pickle_claims_is_not_allocated(tmp_path, form, name):
     write_pickle(tmp_path / "x", b"\x80\2" + BOMBS[name], form)
     tracemalloc.start()
@@ -488,10 +574,14 @@ def test_pickle_beyond_the_limit_is_refused(tmp_path):
 
 # Damage
 
+
 def test_flipped_bytes_give_one_line_or_the_content(tmp_path, form):
     path = tmp_path / "x"
-    torch.save({"layer": torch.nn.Linear(20, 30), "list": [1, 2.5, "x"]}, path,
-               _use_new_zipfile_serialization=form == "zip")
+    torch.save(
+        {"layer": torch.nn.Linear(20, 30), "list": [1, 2.5, "x"]},
+        path,
+        _use_new_zipfile_serialization=form == "zip",
+    )
     data, generator, loaded = path.read_bytes(), random.Random(0), 0
     for _ in range(300):
         changed = bytearray(data)

@@ -130,7 +130,9 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
 
 def test_positions_and_sizes_in_captions_are_true_of_the_boxes(images):
     """Read the captions, not the scene: each way to say it has its own test on the boxes."""
-    above = lambda a, b: a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])  # noqa: E501,E731
+    above = lambda a, b: (
+        a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])
+    )  # noqa: E501,E731
     turned = lambda box: [box[1], box[0], box[3], box[2]]  # noqa: E731
     relations = {
         "above": above,
@@ -171,9 +173,13 @@ def test_every_colour_is_drawn_as_its_name():
 
 @needs_signals
 def test_interrupt_while_the_demo_is_drawn_ends_it_before_the_rest_and_keeps_the_pictures(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "create_input_files.py", "--output_folder",
-                                tmp_path], stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, preexec_fn=restore_interrupts)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "create_input_files.py", "--output_folder", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=restore_interrupts,
+    )
     while len(list(tmp_path.glob("demo/*.png"))) < 20 and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
@@ -191,8 +197,10 @@ def test_existing_demo_is_not_drawn_again(tmp_path):
     (tmp_path / "demo_00003.png").write_bytes(b"half")
     demo.make_demo(tmp_path, 5, 1, 1)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
-    assert [path.stem[-1] for path in before if before[path] != after[path]] in (["2", "3"],
-                                                                                 ["3", "2"])
+    assert [path.stem[-1] for path in before if before[path] != after[path]] in (
+        ["2", "3"],
+        ["3", "2"],
+    )
     assert contents(tmp_path) == drawn
 
 

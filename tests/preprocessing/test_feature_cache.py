@@ -84,8 +84,9 @@ def test_other_weights_and_other_images_have_their_own_file(small, encoder):
     assert len(paths) == 3 and all(path.exists() for path in paths)
 
 
-def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(small, encoder,
-                                                                       monkeypatch):
+def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(
+    small, encoder, monkeypatch
+):
     dataset, calls, forward = small[0], [], encoder.forward
     whole = cache_features(dataset, encoder, "cpu", batch_size=2)
     expected = whole.read_bytes()
@@ -131,9 +132,17 @@ def unfinished(path):
     return path.parent / f".unfinished_{path.stem}"
 
 
-@pytest.mark.parametrize("file, damage", [("hdf5", b""), ("hdf5", b"no HDF5"), ("hdf5", "half"),
-                                          ("hdf5", "missing"), ("json", "half"),
-                                          ("json", "missing")])
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("hdf5", b""),
+        ("hdf5", b"no HDF5"),
+        ("hdf5", "half"),
+        ("hdf5", "missing"),
+        ("json", "half"),
+        ("json", "missing"),
+    ],
+)
 def test_an_unfinished_file_that_is_damaged_is_started_again(small, encoder, file, damage):
     path = cache_features(small[0], encoder, "cpu")
     expected = path.read_bytes()
@@ -144,7 +153,7 @@ def test_an_unfinished_file_that_is_damaged_is_started_again(small, encoder, fil
     if damage == "missing":
         damaged.unlink()
     else:
-        damaged.write_bytes(whole[:len(whole) // 2] if damage == "half" else damage)
+        damaged.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
     assert cache_features(small[0], encoder, "cpu").read_bytes() == expected
 
 
@@ -199,8 +208,9 @@ with exclusive_lock({str(unfinished(path)) + ".lock"!r}, ""):
     print(flush=True)
     input()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, cwd=ROOT) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as writer:
         writer.stdout.readline()
         with pytest.raises(UserError, match="being written by another process"):
             cache_features(small[0], encoder, "cpu")
@@ -220,8 +230,7 @@ def test_features_are_the_same_in_every_storage(small, encoder, where):
     assert torch.equal(small[0][2][0], expected[2])
 
 
-def test_features_go_to_ram_if_it_has_space_and_stay_on_disk_otherwise(small, encoder,
-                                                                         monkeypatch):
+def test_features_go_to_ram_if_it_has_space_and_stay_on_disk_otherwise(small, encoder, monkeypatch):
     path, cpu = cache_features(small[0], encoder, "cpu"), torch.device("cpu")
     for free, kept in ((1 << 40, True), (0, False)):
         monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
@@ -230,7 +239,8 @@ def test_features_go_to_ram_if_it_has_space_and_stay_on_disk_otherwise(small, en
 
 def test_amp_has_a_cache_of_its_own(small, encoder):
     assert cache_features(*small[:1], encoder, "cpu") != cache_features(
-        *small[:1], encoder, "cpu", "bf16")
+        *small[:1], encoder, "cpu", "bf16"
+    )
 
 
 def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch):
@@ -263,7 +273,8 @@ def test_copies_of_data_and_cache_are_used_again_whatever_their_times(small, enc
 
 
 def test_fingerprint_sees_every_block_of_a_small_file_and_the_ends_of_a_large_one(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(feature_cache, "SAMPLES", 16)
     monkeypatch.setattr(feature_cache, "SAMPLE_BYTES", 64)
     for size, positions in ((1000, range(0, 1000, 7)), (5000, (0, 63, 4936, 4999))):
@@ -284,8 +295,7 @@ def test_cache_can_be_kept_in_another_folder(small, encoder, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_read_only_folder_is_named_with_the_option_for_another(
-        small, encoder, monkeypatch, number):
+def test_read_only_folder_is_named_with_the_option_for_another(small, encoder, monkeypatch, number):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -295,7 +305,8 @@ def test_read_only_folder_is_named_with_the_option_for_another(
 
 
 def test_features_are_read_from_disk_where_the_system_does_not_say_its_memory(
-        small, encoder, monkeypatch):
+    small, encoder, monkeypatch
+):
     path = cache_features(small[0], encoder, "cpu")
     monkeypatch.delattr(os, "sysconf")  # as on Windows
     assert load_features(path, None, torch.device("cpu")) == path

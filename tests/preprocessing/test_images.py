@@ -38,8 +38,9 @@ def test_one_bit_is_black_and_white(tmp_path):
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     values = np.array([[0, 257, 1000], [32768, 65000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"),
-                                  grey([[0, 1, 4], [128, 253, 255]]))  # / 257, rounded
+    np.testing.assert_array_equal(
+        read_rgb(tmp_path / "a.png"), grey([[0, 1, 4], [128, 253, 255]])
+    )  # / 257, rounded
 
 
 def palette_picture():
@@ -76,26 +77,35 @@ def test_every_colour_with_every_transparency_is_rounded_to_the_nearest(tmp_path
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("suffix, dtype", [("png", np.uint16), ("tif", np.uint16),
-                                           ("tif", np.int32)])
+@pytest.mark.parametrize(
+    "suffix, dtype", [("png", np.uint16), ("tif", np.uint16), ("tif", np.int32)]
+)
 def test_few_bits_in_many_are_neither_black_nor_clipped(tmp_path, suffix, dtype, bits):
-    white = 2 ** bits - 1
+    white = 2**bits - 1
     values = np.array([[0, white // 5, white // 2, white]])
     Image.fromarray(values.astype(dtype)).save(tmp_path / f"a.{suffix}")
     got = read_rgb(tmp_path / f"a.{suffix}").astype(int)
     assert np.abs(got - grey([[0, 51, 127, 255]])).max() <= 1
 
 
-@pytest.mark.parametrize("values, expected", [
-    ([0, 0.5, 1], [0, 128, 255]), ([0, 0.25, 0.5], [0, 64, 128]), ([0, 100.2, 200], [0, 100, 200]),
-    ([0, 32768, 60000], [0, 128, 233])])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0, 0.5, 1], [0, 128, 255]),
+        ([0, 0.25, 0.5], [0, 64, 128]),
+        ([0, 100.2, 200], [0, 100, 200]),
+        ([0, 32768, 60000], [0, 128, 233]),
+    ],
+)
 def test_floats_are_scaled_by_what_white_is_not_by_their_maximum(tmp_path, values, expected):
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), grey([expected]))
 
 
-@pytest.mark.parametrize("values, dtype", [([-1, 4], np.float32), ([0, 1e6], np.float32),
-                                           ([-5, 9], np.int32), ([0, 70000], np.int32)])
+@pytest.mark.parametrize(
+    "values, dtype",
+    [([-1, 4], np.float32), ([0, 1e6], np.float32), ([-5, 9], np.int32), ([0, 70000], np.int32)],
+)
 def test_values_that_do_not_say_what_is_white_are_refused(tmp_path, values, dtype):
     Image.fromarray(np.array([values], dtype)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="do not say what is white"):
@@ -135,8 +145,16 @@ def quadrants():
 
 # How a picture must be turned before it is stored, to be upright again by its EXIF tag.
 T = Image.Transpose
-STORED = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
-          6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
+STORED = {
+    1: None,
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_90,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_270,
+}
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -213,8 +231,20 @@ def test_postscript_is_refused_without_starting_ghostscript(tmp_path, monkeypatc
 
 def test_every_format_of_photographs_is_read_and_its_suffix_known(tmp_path):
     suffixes = find_suffixes()
-    assert {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".tif", ".bmp", ".gif",
-            ".mpo", ".ppm"} <= suffixes and not {".eps", ".pdf", ".mpg", ".h5"} & suffixes
+    assert {
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".avif",
+        ".jp2",
+        ".tif",
+        ".bmp",
+        ".gif",
+        ".mpo",
+        ".ppm",
+    } <= suffixes and not {".eps", ".pdf", ".mpg", ".h5"} & suffixes
     for suffix in (".jfif", ".avif", ".jp2", ".tif", ".bmp", ".webp", ".ppm", ".tga", ".pcx"):
         quadrants().save(tmp_path / f"a{suffix}")
         got = read_rgb(tmp_path / f"a{suffix}").astype(int)
@@ -287,8 +317,9 @@ def noise_file(path, **options):
     return path
 
 
-@pytest.mark.parametrize("broken", ["missing", "folder", "empty", "text", "png", "jpg", "gif",
-                                    "webp", "tif", "avif"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "folder", "empty", "text", "png", "jpg", "gif", "webp", "tif", "avif"]
+)
 def test_unreadable_picture_is_one_line_with_its_path(tmp_path, broken):
     path = tmp_path / f"x.{broken}"
     if broken == "folder":
@@ -299,7 +330,7 @@ def test_unreadable_picture_is_one_line_with_its_path(tmp_path, broken):
         path.write_text("a cat\nsits\n" * 50)
     elif broken != "missing":
         data = noise_file(path).read_bytes()
-        path.write_bytes(data[:len(data) // 2])
+        path.write_bytes(data[: len(data) // 2])
     for read in (read_rgb, read_image):
         with pytest.raises(UserError) as error:
             read(path)
@@ -330,34 +361,50 @@ def test_image_is_resized_to_a_square_not_cropped(tmp_path):
     quadrants().save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", 64)
     assert image.shape == (3, 64, 64) and image.dtype == np.uint8
-    for (y, x), colour in {(0, 0): (255, 0, 0), (0, 63): (0, 255, 0), (63, 0): (0, 0, 255),
-                           (63, 63): (255, 255, 255), (28, 28): (255, 0, 0)}.items():
+    for (y, x), colour in {
+        (0, 0): (255, 0, 0),
+        (0, 63): (0, 255, 0),
+        (63, 0): (0, 0, 255),
+        (63, 63): (255, 255, 255),
+        (28, 28): (255, 0, 0),
+    }.items():
         assert tuple(image[:, y, x]) == colour
 
 
 @pytest.mark.parametrize("side", [16_000, 30_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     """A PNG of a few hundred bytes that says it has 256 or 900 million pixels."""
+
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(
-            ">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     (tmp_path / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(99_999))) + chunk(b"IEND", b""))
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(99_999)))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(UserError, match="bomb.png is not a readable image: .*decompression bomb"):
         read_rgb(tmp_path / "bomb.png")
 
 
 def test_one_pixel_fills_the_square(tmp_path):
     Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "1.png")
-    assert np.array_equal(read_image(tmp_path / "1.png").reshape(3, -1),
-                          np.repeat([[9], [8], [7]], 256 * 256, 1))
+    assert np.array_equal(
+        read_image(tmp_path / "1.png").reshape(3, -1), np.repeat([[9], [8], [7]], 256 * 256, 1)
+    )
 
 
 @pytest.mark.parametrize("large", [True, False])
 def test_of_large_pictures_one_at_a_time_is_decoded_to_bound_the_memory(
-        tmp_path, monkeypatch, large):
+    tmp_path, monkeypatch, large
+):
     quadrants().save(tmp_path / "a.png")
     inside, most, together = [], [], threading.Barrier(1 if large else 4)
     original = images._upright_rgb

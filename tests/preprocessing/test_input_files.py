@@ -179,13 +179,21 @@ def test_missing_image_is_named_before_any_is_read(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("captions, min_word_freq, message", [
-    (["a dog runs", "a dog sits"], 5, "of 6 words in 2 captions, 6 become <unk>, since only 0 "
-     "different ones occur more than 5 times; pass a lower --min_word_freq, 0 to keep every word"),
-    (["一只狗在草地上奔跑", "一只猫"], 5, ": if the language is written without spaces, as"),
-])
+@pytest.mark.parametrize(
+    "captions, min_word_freq, message",
+    [
+        (
+            ["a dog runs", "a dog sits"],
+            5,
+            "of 6 words in 2 captions, 6 become <unk>, since only 0 "
+            "different ones occur more than 5 times; pass a lower --min_word_freq, 0 to keep every word",
+        ),
+        (["一只狗在草地上奔跑", "一只猫"], 5, ": if the language is written without spaces, as"),
+    ],
+)
 def test_a_vocabulary_without_words_is_an_error_that_says_what_to_pass(
-        tmp_path, captions, min_word_freq, message):
+    tmp_path, captions, min_word_freq, message
+):
     with pytest.raises(UserError, match=re.escape(message)):
         create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=min_word_freq)
     assert not (tmp_path / "out").exists()
@@ -194,8 +202,10 @@ def test_a_vocabulary_without_words_is_an_error_that_says_what_to_pass(
 def test_it_is_said_when_most_tokens_become_unknown(tmp_path, capsys):
     captions = ["a dog runs fast", "a cat sits still"]
     create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=1)
-    assert ("warning: of 8 words in 2 captions, 6 become <unk>, since only 1 different ones occur "
-            "more than 1 times; pass a lower --min_word_freq") in capsys.readouterr().err
+    assert (
+        "warning: of 8 words in 2 captions, 6 become <unk>, since only 1 different ones occur "
+        "more than 1 times; pass a lower --min_word_freq"
+    ) in capsys.readouterr().err
     create(tmp_path, [entry("a.png", captions=captions)], min_word_freq=0, overwrite=True)
     assert "<unk>" not in capsys.readouterr().err
     create(tmp_path, [entry("a.png", captions=["一只狗", "一只猫"])], overwrite=True)
@@ -203,8 +213,11 @@ def test_it_is_said_when_most_tokens_become_unknown(tmp_path, capsys):
 
 
 def test_repeated_captions_are_said_to_fill_up(tmp_path, capsys):
-    create(tmp_path, [entry("a.png", captions=["a b", "c d"]), entry("b.png", captions=["e f"])],
-           captions_per_image=3)
+    create(
+        tmp_path,
+        [entry("a.png", captions=["a b", "c d"]), entry("b.png", captions=["e f"])],
+        captions_per_image=3,
+    )
     assert "TRAIN: 2 images, 3 captions, filled up to 6\n" in capsys.readouterr().out
 
 
@@ -212,8 +225,9 @@ def test_names_match_whether_composed_or_decomposed(tmp_path):
     composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
     path = prepare(tmp_path, [entry(composed)])
     (tmp_path / "images" / composed).rename(tmp_path / "images" / decomposed)
-    create_input_files("x", path, tmp_path / "images", output_folder=tmp_path / "out",
-                       min_word_freq=0, workers=0)
+    create_input_files(
+        "x", path, tmp_path / "images", output_folder=tmp_path / "out", min_word_freq=0, workers=0
+    )
 
 
 def without_key(files):

@@ -75,8 +75,11 @@ def test_folder_in_place_of_a_json_file_is_refused(tmp_path):
 
 
 def test_karpathys_zip_is_read_as_it_is_downloaded(tmp_path):
-    content = {"images": [{"filename": "a.png", "split": "train", "sentences": [
-        {"tokens": ["a", "dog"]}] * 5}]}
+    content = {
+        "images": [
+            {"filename": "a.png", "split": "train", "sentences": [{"tokens": ["a", "dog"]}] * 5}
+        ]
+    }
     with zipfile.ZipFile(tmp_path / "caption_datasets.zip", "w") as archive:
         for name in ("coco", "flickr8k"):
             archive.writestr(f"dataset_{name}.json", json.dumps({**content, "dataset": name}))

@@ -103,8 +103,10 @@ def test_images_not_captions_are_drawn_into_splits_whatever_their_order(tmp_path
         ('{"images": [{"id": 3}], "annotations": [{"image_id": 3}]}', "COCO's format"),
         ('{"images": [{"filename": "a.jpg"}]}', "--karpathy_json"),
         ("a.jpg#0\tx\nb.jpg\ty\n", "line 2 is not name.jpg#0"),
-        ('[{"image_id": 1, "filename": "a.jpg", "caption": "x", "score": -1, "references": []}]',
-         "eval.py --results; training needs captions written by"),
+        (
+            '[{"image_id": 1, "filename": "a.jpg", "caption": "x", "score": -1, "references": []}]',
+            "eval.py --results; training needs captions written by",
+        ),
         ("[" * 100_000, "nested too deeply"),
         ('[{"image": ' + "7" * 5000 + "}]", "broken JSON"),
     ],
@@ -125,9 +127,22 @@ def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*options):
-        monkeypatch.setattr(sys, "argv", ["create_input_files.py", "--image_folder", "images",
-                                          "--min_word_freq", "0", "--workers", "1", *options])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "create_input_files.py",
+                "--image_folder",
+                "images",
+                "--min_word_freq",
+                "0",
+                "--workers",
+                "1",
+                *options,
+            ],
+        )
         main()
+
     return call
 
 
@@ -158,16 +173,26 @@ def test_documents_are_the_captions_of_an_image_in_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("1\tA dog.\n2\tTwo cats\n1\tthe Dog\n\na line\twith a tab\n")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"1\tein Hund\nA line, alone\n"))
     assert read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")]) == [
-        [["a", "dog"], ["the", "dog"]], [["two", "cats"]], [["with", "a", "tab"]],
-        [["ein", "hund"]], [["a", "line", "alone"]]]
+        [["a", "dog"], ["the", "dog"]],
+        [["two", "cats"]],
+        [["with", "a", "tab"]],
+        [["ein", "hund"]],
+        [["a", "line", "alone"]],
+    ]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.txt", None, "not found"), ("x.txt.gz", None, "not found"),
-    ("x.txt", b"\n \n", "no captions"), ("x.txt", b"a \xff", "is not UTF-8 text"),
-    ("x.txt.gz", gzip.compress(b"a \xff", mtime=0), "is not UTF-8 text"),
-    ("x.txt.gz", b"not gzip", "cannot be read"),
-    ("x.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "cannot be read")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.txt", None, "not found"),
+        ("x.txt.gz", None, "not found"),
+        ("x.txt", b"\n \n", "no captions"),
+        ("x.txt", b"a \xff", "is not UTF-8 text"),
+        ("x.txt.gz", gzip.compress(b"a \xff", mtime=0), "is not UTF-8 text"),
+        ("x.txt.gz", b"not gzip", "cannot be read"),
+        ("x.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "cannot be read"),
+    ],
+)
 def test_text_that_cannot_be_read_is_a_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
@@ -184,20 +209,25 @@ def test_ascii_is_split_as_unicode_is(text):
 
 def read_file(tmp_path, name, text, **options):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    return {image["filename"]: [" ".join(s["tokens"]) for s in image["sentences"]]
-            for image in read_captions(tmp_path / name, **options)["images"]}
+    return {
+        image["filename"]: [" ".join(s["tokens"]) for s in image["sentences"]]
+        for image in read_captions(tmp_path / name, **options)["images"]
+    }
 
 
-@pytest.mark.parametrize("cell", ["['A dog runs.', \"A dog's ball\"]",
-                                  '["A dog runs.", "A dog\'s ball"]'])
+@pytest.mark.parametrize(
+    "cell", ["['A dog runs.', \"A dog's ball\"]", '["A dog runs.", "A dog\'s ball"]']
+)
 def test_a_cell_with_a_list_holds_several_captions(tmp_path, cell):
     quoted = '"' + cell.replace('"', '""') + '"'
     found = read_file(tmp_path, "x.csv", f"image,caption\na.jpg,{quoted}\nb.jpg,[red] dog\n")
     assert found == {"a.jpg": ["a dog runs", "a dog s ball"], "b.jpg": ["red dog"]}
 
 
-@pytest.mark.parametrize("header", ["image_path,caption", "filepath,text", "name,description",
-                                    "img,raw", "path,captions"])
+@pytest.mark.parametrize(
+    "header",
+    ["image_path,caption", "filepath,text", "name,description", "img,raw", "path,captions"],
+)
 def test_columns_are_known_by_the_names_that_people_give_them(tmp_path, header):
     found = read_file(tmp_path, "x.csv", f"{header}\na.jpg,a dog\n")
     assert found == {"a.jpg": ["a dog"]}
@@ -213,8 +243,9 @@ def test_a_text_file_beside_each_picture_is_read(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "a.PNG").touch()
     (tmp_path / "b.webp").touch()
-    found = {image["filename"]: len(image["sentences"])
-             for image in read_captions(tmp_path)["images"]}
+    found = {
+        image["filename"]: len(image["sentences"]) for image in read_captions(tmp_path)["images"]
+    }
     assert found == {"a.PNG": 2, "b.webp": 1, "c.jpg": 1}  # the last one will be reported missing
 
 
@@ -229,13 +260,19 @@ def test_a_header_without_captions_is_an_error(tmp_path):
 
 def test_cocos_two_files_keep_their_splits_when_given_together(tmp_path):
     for split in ("train", "val"):
-        write_json(tmp_path / f"captions_{split}2017.json", {
-            "images": [{"id": i, "file_name": f"{split}{i}.jpg"} for i in range(3)],
-            "annotations": [{"image_id": i, "caption": "a dog"} for i in range(3)]})
+        write_json(
+            tmp_path / f"captions_{split}2017.json",
+            {
+                "images": [{"id": i, "file_name": f"{split}{i}.jpg"} for i in range(3)],
+                "annotations": [{"image_id": i, "caption": "a dog"} for i in range(3)],
+            },
+        )
     files = [str(tmp_path / f"captions_{split}2017.json") for split in ("train", "val")]
     options = ["--image_folder", "x", "--dataset", "x", "--captions"]
     both, _ = find_captions(get_args([*options, *files]))
     assert [{image["split"] for image in source["images"]} for source in both] == [
-        {"train"}, {"val"}]
+        {"train"},
+        {"val"},
+    ]
     [alone], _ = find_captions(get_args([*options, files[1], "--val_fraction", "0.34"]))
     assert {image["split"] for image in alone["images"]} == {"train", "val"}

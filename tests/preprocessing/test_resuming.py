@@ -238,8 +238,13 @@ def start_slow_run(tmp_path, n=40):
     command = [sys.executable, ROOT / "create_input_files.py", "--karpathy_json", path,
                "--image_folder", tmp_path / "images", "--output_folder", tmp_path / "out",
                "--workers", "2"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=restore_interrupts)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=restore_interrupts,
+    )
     while not list(tmp_path.glob("out/.unfinished_*/progress.json")) and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.3)

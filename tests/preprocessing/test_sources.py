@@ -18,11 +18,16 @@ from preprocessing.input_files import create_input_files
 from utils import UserError
 
 NAME = "both_2_cap_per_img_1_min_word_freq"
-DOGS = [karpathy_entry("0.png", captions=["a dog", "the dog"]),
-        karpathy_entry("1.png", "val", ["a dog runs"])]
-CATS = [karpathy_entry("0.png", captions=["a cat", "a cat sits"]),
-        karpathy_entry("1.png", captions=["one cat"]), karpathy_entry("2.png", "val", ["a cat"]),
-        karpathy_entry("3.png", "test", ["no cat"])]
+DOGS = [
+    karpathy_entry("0.png", captions=["a dog", "the dog"]),
+    karpathy_entry("1.png", "val", ["a dog runs"]),
+]
+CATS = [
+    karpathy_entry("0.png", captions=["a cat", "a cat sits"]),
+    karpathy_entry("1.png", captions=["one cat"]),
+    karpathy_entry("2.png", "val", ["a cat"]),
+    karpathy_entry("3.png", "test", ["no cat"]),
+]
 
 
 def write_sources(folder, names=("dogs", "cats")):
@@ -50,9 +55,15 @@ def test_joined_files_are_those_of_the_parts_one_after_the_other(tmp_path):
     assert list(read("WORDMAP")) == ["<pad>", "a", "dog", "cat", "<unk>", "<start>", "<end>"]
     references = read("TRAIN_REFERENCES")
     assert [(entry["source"], entry["filename"]) for entry in references] == [
-        ("dogs", "0.png"), ("cats", "0.png"), ("cats", "1.png")]
+        ("dogs", "0.png"),
+        ("cats", "0.png"),
+        ("cats", "1.png"),
+    ]
     assert [entry["references"][0] for entry in references] == [
-        ["a", "dog"], ["a", "cat"], ["one", "cat"]]
+        ["a", "dog"],
+        ["a", "cat"],
+        ["one", "cat"],
+    ]
     assert [entry["source"] for entry in read("VAL_REFERENCES")] == ["dogs", "cats"]
     assert [entry["source"] for entry in read("TEST_REFERENCES")] == ["cats"]
     data = CaptionDataset(tmp_path / "out", NAME, "TRAIN")
@@ -63,11 +74,21 @@ def test_joined_files_are_those_of_the_parts_one_after_the_other(tmp_path):
 def test_a_single_source_in_a_list_gives_the_same_bytes(tmp_path):
     write_input_files(tmp_path, CATS)
     path, folder = str(tmp_path / "dataset.json"), str(tmp_path / "images")
-    create_input_files("x", [path], [folder], output_folder=str(tmp_path / "list"),
-                       min_word_freq=0, captions_per_image=2, max_len=4, workers=0)
+    create_input_files(
+        "x",
+        [path],
+        [folder],
+        output_folder=str(tmp_path / "list"),
+        min_word_freq=0,
+        captions_per_image=2,
+        max_len=4,
+        workers=0,
+    )
     assert contents(tmp_path / "list") == contents(tmp_path / "out")
-    assert all("source" not in entry for entry in json.loads(
-        next((tmp_path / "out").glob("TRAIN_REFERENCES*")).read_text()))
+    assert all(
+        "source" not in entry
+        for entry in json.loads(next((tmp_path / "out").glob("TRAIN_REFERENCES*")).read_text())
+    )
 
 
 def test_one_folder_can_hold_the_images_of_all(tmp_path):
@@ -77,7 +98,11 @@ def test_one_folder_can_hold_the_images_of_all(tmp_path):
         path.write_text(json.dumps({"images": [entry | {"split": "train"} for entry in entries]}))
     read = join(tmp_path, list(map(str, paths)), str(tmp_path / "images"))
     assert [entry["source"] for entry in read("TRAIN_REFERENCES")] == [
-        "first", "first", "second", "second"]  # named after the files
+        "first",
+        "first",
+        "second",
+        "second",
+    ]  # named after the files
 
 
 def test_sources_of_one_name_are_numbered(tmp_path):
@@ -95,23 +120,59 @@ def test_an_image_of_two_sources_and_a_wrong_number_of_folders_are_refused(tmp_p
 
 def test_the_script_joins_too(tmp_path, monkeypatch, capsys):
     paths, folders = write_sources(tmp_path)
-    monkeypatch.setattr("sys.argv", [
-        "x", "--dataset", "both", "--karpathy_json", *paths, "--image_folder", *folders,
-        "--captions_per_image", "2", "--min_word_freq", "1", "--output_folder",
-        str(tmp_path / "out"), "--workers", "0"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "x",
+            "--dataset",
+            "both",
+            "--karpathy_json",
+            *paths,
+            "--image_folder",
+            *folders,
+            "--captions_per_image",
+            "2",
+            "--min_word_freq",
+            "1",
+            "--output_folder",
+            str(tmp_path / "out"),
+            "--workers",
+            "0",
+        ],
+    )
     script.main()
     assert "TRAIN: 3 images" in capsys.readouterr().out
     for name, animal in (("a", "dog"), ("b", "cat")):
         (tmp_path / f"{name}.csv").write_text(
-            "image,caption,split\n" + "".join(f"{name}{i}.png,a {animal},{split}\n" for i, split in
-                                             enumerate(("train", "val", "test"))))
+            "image,caption,split\n"
+            + "".join(
+                f"{name}{i}.png,a {animal},{split}\n"
+                for i, split in enumerate(("train", "val", "test"))
+            )
+        )
         for i in range(3):
             (tmp_path / f"one/images/{name}{i}.png").write_bytes(
-                (tmp_path / "one/images/0.png").read_bytes())
-    monkeypatch.setattr("sys.argv", [
-        "x", "--dataset", "own", "--captions", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"),
-        "--image_folder", folders[0], "--output_folder", str(tmp_path / "own"), "--workers", "0",
-        "--min_word_freq", "0"])
+                (tmp_path / "one/images/0.png").read_bytes()
+            )
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "x",
+            "--dataset",
+            "own",
+            "--captions",
+            str(tmp_path / "a.csv"),
+            str(tmp_path / "b.csv"),
+            "--image_folder",
+            folders[0],
+            "--output_folder",
+            str(tmp_path / "own"),
+            "--workers",
+            "0",
+            "--min_word_freq",
+            "0",
+        ],
+    )
     script.main()
     assert "TRAIN: 2 images" in capsys.readouterr().out
 

@@ -32,16 +32,27 @@ def test_each_option_reaches_its_criterion(data):
     soft = criterion()
     assert type(soft) is TeacherForcing and soft.alpha_c == 0.5
     hard = criterion("--attention", "hard", "--lambda_r", "0.2", "--lambda_e", "0.3")
-    assert {"alpha_c": 0.5, "lambda_r": 0.2, "lambda_e": 0.3,
-            "hard_fraction": 0.5}.items() <= vars(hard).items()
+    assert {"alpha_c": 0.5, "lambda_r": 0.2, "lambda_e": 0.3, "hard_fraction": 0.5}.items() <= vars(
+        hard
+    ).items()
     critical = criterion("--self_critical", "--checkpoint", "x", "--samples", "3")
     assert {"alpha_c": 0.5, "samples": 3, "max_len": 50}.items() <= vars(critical).items()
 
 
 def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):
     for workers in "02":
-        train.main(train_args(data, tmp_path / workers, "--epochs", "1", "--workers", workers,
-                              "--cache_in", "disk"))
+        train.main(
+            train_args(
+                data,
+                tmp_path / workers,
+                "--epochs",
+                "1",
+                "--workers",
+                workers,
+                "--cache_in",
+                "disk",
+            )
+        )
     assert same(*(load_checkpoint(tmp_path / workers)["decoder"] for workers in "02"))
 
 
@@ -51,13 +62,16 @@ def test_cached_features_train_like_fresh_ones_up_to_float16(data, tmp_path):
     a, b = (log_rows(tmp_path / name)[0] for name in ("--cache_features", "--no-cache_features"))
     for key in ("train_loss", "val_loss"):
         assert a[key] == pytest.approx(b[key], rel=1e-3)
-    assert not same(load_checkpoint(tmp_path / "--cache_features")["decoder"],
-                    load_checkpoint(tmp_path / "--no-cache_features")["decoder"])
+    assert not same(
+        load_checkpoint(tmp_path / "--cache_features")["decoder"],
+        load_checkpoint(tmp_path / "--no-cache_features")["decoder"],
+    )
 
 
 def test_single_captions_train_too(data, tmp_path):
-    train.main(train_args(data, tmp_path, "--epochs", "1", "--single_captions",
-                          "--batch_size", "16"))
+    train.main(
+        train_args(data, tmp_path, "--epochs", "1", "--single_captions", "--batch_size", "16")
+    )
     train.main(train_args(data, tmp_path / "by_image", "--epochs", "1", "--batch_size", "16"))
     one, other = log_rows(tmp_path)[0], log_rows(tmp_path / "by_image")[0]
     assert one["train_loss"] != other["train_loss"]
@@ -85,8 +99,14 @@ def test_pretrained_embeddings_are_used_and_can_stay_fixed(data, tmp_path):
 def few_words(tmp_path_factory):
     """The pictures of `data`, of whose words only the frequent ones are kept."""
     folder = tmp_path_factory.mktemp("few_words")
-    create_input_files("few", make_demo(folder / "demo", 22, 6, 6), folder / "demo",
-                       min_word_freq=40, output_folder=folder, workers=1)
+    create_input_files(
+        "few",
+        make_demo(folder / "demo", 22, 6, 6),
+        folder / "demo",
+        min_word_freq=40,
+        output_folder=folder,
+        workers=1,
+    )
     return folder
 
 
@@ -98,10 +118,25 @@ def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_pa
     first, second = tmp_path / "first", tmp_path / "second"
     train.main(train_args(few_words, first, "--epochs", "3"))
     [before] = first.glob("BEST_*")
-    train.main(["--data_folder", str(data), "--checkpoint_folder", str(second), "--checkpoint",
-                str(before), "--epochs", "1", "--decoder_lr", "0", "--workers", "0"])
+    train.main(
+        [
+            "--data_folder",
+            str(data),
+            "--checkpoint_folder",
+            str(second),
+            "--checkpoint",
+            str(before),
+            "--epochs",
+            "1",
+            "--decoder_lr",
+            "0",
+            "--workers",
+            "0",
+        ]
+    )
     (_, old, old_map, _), (_, new, new_map, _) = (
-        checkpoints.load_captioner(path, "cpu") for path in (before, *second.glob("BEST_*")))
+        checkpoints.load_captioner(path, "cpu") for path in (before, *second.glob("BEST_*"))
+    )
     assert new_map == json.loads((data / f"WORDMAP_{NAME}.json").read_text())
     added = new_map.keys() - old_map.keys()
     assert len(added) > 5 and not old_map.keys() - new_map.keys()
@@ -113,15 +148,28 @@ def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_pa
         if word in added or word == "<unk>":
             expected = expected / (len(added) + 1)
         torch.testing.assert_close(new_p[:, i], expected)
-        assert torch.equal(new.embedding.weight[i],
-                           old.embedding.weight[old_map.get(word, old_map["<unk>"])])
+        assert torch.equal(
+            new.embedding.weight[i], old.embedding.weight[old_map.get(word, old_map["<unk>"])]
+        )
 
 
 def test_a_model_of_more_words_keeps_them_and_its_run_can_be_resumed(data, few_words, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     train.main(train_args(data, first, "--epochs", "1"))
-    train.main(["--data_folder", str(few_words), "--checkpoint_folder", str(second), "--checkpoint",
-                str(first / f"BEST_checkpoint_{NAME}.pth.tar"), "--epochs", "1", "--workers", "0"])
+    train.main(
+        [
+            "--data_folder",
+            str(few_words),
+            "--checkpoint_folder",
+            str(second),
+            "--checkpoint",
+            str(first / f"BEST_checkpoint_{NAME}.pth.tar"),
+            "--epochs",
+            "1",
+            "--workers",
+            "0",
+        ]
+    )
     [last] = second.glob("checkpoint_*")
     few = json.loads(next(few_words.glob("WORDMAP_*")).read_text())
     every = json.loads((data / f"WORDMAP_{NAME}.json").read_text())
@@ -130,14 +178,32 @@ def test_a_model_of_more_words_keeps_them_and_its_run_can_be_resumed(data, few_w
     train.main(["--checkpoint_folder", str(second), "--resume", "--epochs", "2"])
     assert checkpoints.load(last)["word_map"] == word_map
     with pytest.raises(UserError, match="was trained on other data: .* pass their --data_folder"):
-        train.main(["--checkpoint_folder", str(second), "--resume", "--epochs", "3",
-                    "--data_folder", str(data), "--data_name", NAME])
+        train.main(
+            [
+                "--checkpoint_folder",
+                str(second),
+                "--resume",
+                "--epochs",
+                "3",
+                "--data_folder",
+                str(data),
+                "--data_name",
+                NAME,
+            ]
+        )
 
 
 def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
     folder = tmp_path / "small"
-    create_input_files("small", make_demo(folder / "demo", 8, 4, 4), folder / "demo",
-                       min_word_freq=0, output_folder=folder, workers=1, image_size=96)
+    create_input_files(
+        "small",
+        make_demo(folder / "demo", 8, 4, 4),
+        folder / "demo",
+        min_word_freq=0,
+        output_folder=folder,
+        workers=1,
+        image_size=96,
+    )
     picture = folder / "demo/demo_00000.png"
     with h5py.File(next(folder.glob("TRAIN_IMAGES_*"))) as file:
         assert file["images"].shape == (8, 3, 96, 96)
@@ -147,30 +213,74 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
     captioner = Captioner(best)
     assert captioner.encoder.args["image_size"] == 96 and captioner.encoder.args["stride"] == 16
     seen = []
-    captioner.encoder.register_forward_hook(lambda _, images, out: seen.append(
-        (images[0].shape, out.shape)))
+    captioner.encoder.register_forward_hook(
+        lambda _, images, out: seen.append((images[0].shape, out.shape))
+    )
     captioned = captioner(picture)
     assert seen == [((1, 3, 96, 96), (1, 36, 1280))]  # 6 x 6 cells of 16 pixels
     assert captioned.words == captioner(Image.open(picture)).words
-    eval.main(["--data_folder", str(folder), "--model", str(best), "--beam_sizes", "1",
-               "--workers", "0"])
+    eval.main(
+        ["--data_folder", str(folder), "--model", str(best), "--beam_sizes", "1", "--workers", "0"]
+    )
     assert "4 test images" in capsys.readouterr().out
     other = tmp_path / "other_size"
-    create_input_files("other", make_demo(other / "demo", 8, 4, 4), other / "demo",
-                       min_word_freq=0, output_folder=other, workers=1, image_size=128)
-    train.main(["--data_folder", str(other), "--checkpoint", str(best), "--epochs", "1",
-                "--workers", "0", "--device", "cpu", "--checkpoint_folder", str(other)])
+    create_input_files(
+        "other",
+        make_demo(other / "demo", 8, 4, 4),
+        other / "demo",
+        min_word_freq=0,
+        output_folder=other,
+        workers=1,
+        image_size=128,
+    )
+    train.main(
+        [
+            "--data_folder",
+            str(other),
+            "--checkpoint",
+            str(best),
+            "--epochs",
+            "1",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--checkpoint_folder",
+            str(other),
+        ]
+    )
     encoder = checkpoints.load_captioner(next(other.glob("BEST_*")), "cpu")[0]
     assert encoder.args["image_size"] == 128 and encoder.offset == measure_offset(encoder, 128)
     assert encoder.offset != captioner.encoder.offset
     with pytest.raises(UserError, match="has encoder_stride 16, not 32; leave --encoder_stride"):
-        train.main(["--data_folder", str(folder), "--checkpoint", str(best), "--encoder_stride",
-                    "32", "--checkpoint_folder", str(tmp_path / "other")])
+        train.main(
+            [
+                "--data_folder",
+                str(folder),
+                "--checkpoint",
+                str(best),
+                "--encoder_stride",
+                "32",
+                "--checkpoint_folder",
+                str(tmp_path / "other"),
+            ]
+        )
 
 
 def test_the_offset_in_a_checkpoint_is_that_of_its_averaged_encoder(data, tmp_path):
     """Also after the first save, when the average has moved on."""
-    train.main(train_args(data, tmp_path, "--fine_tune_encoder", "--encoder_lr", "1e-2", "--ema",
-                          "0.5", "--epochs", "2"))
+    train.main(
+        train_args(
+            data,
+            tmp_path,
+            "--fine_tune_encoder",
+            "--encoder_lr",
+            "1e-2",
+            "--ema",
+            "0.5",
+            "--epochs",
+            "2",
+        )
+    )
     encoder = checkpoints.load_captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", "cpu")[0]
     assert encoder.offset == pytest.approx(measure_offset(encoder, 256), abs=1e-6)

@@ -22,9 +22,15 @@ import train
 from models import Encoder
 
 
-@pytest.mark.parametrize("options", [
-    ["--batch_size", "110"], ["--batch_size", "55", "--accumulate", "3"],
-    ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--batch_size", "110"],
+        ["--batch_size", "55", "--accumulate", "3"],
+        ["--batch_size", "55", "--fine_tune_encoder", "--encoder_lr", "1e-2"],
+    ],
+    ids=" ".join,
+)
 def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_path, options):
     """
     Plain gradient steps, so that the weights show the gradients. 110 captions are 22 images, 11
@@ -36,10 +42,12 @@ def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train\n"
         "torch.optim.Adam = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)\n"
-        "train.main()\n")
+        "train.main()\n"
+    )
     for processes in (1, 2):
-        result = run_script(script, *train_args(data, tmp_path / str(processes), *options),
-                            processes=processes)
+        result = run_script(
+            script, *train_args(data, tmp_path / str(processes), *options), processes=processes
+        )
         assert result.returncode == 0, result.stderr
     one, two = (load_checkpoint(tmp_path / n) for n in "12")
     for part in ("encoder", "decoder"):
@@ -56,15 +64,34 @@ def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_
 def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(data, tmp_path):
     """Without reward and sampled locations, so that only the log-probability remains."""
     script = tmp_path / "none_drawn.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                      "import train\nfrom training import losses\n"
-                      "losses.HardAttention.__init__.__defaults__ = (1e-12,)\ntrain.main()\n")
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\nfrom training import losses\n"
+        "losses.HardAttention.__init__.__defaults__ = (1e-12,)\ntrain.main()\n"
+    )
     baselines = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        result = run_script(script, *train_args(
-            data, folder, "--epochs", "1", "--attention", "hard", "--dropout", "0", "--lambda_r",
-            "0", "--batch_size", "40", "--decoder_lr", "1e-6"), processes=processes)
+        result = run_script(
+            script,
+            *train_args(
+                data,
+                folder,
+                "--epochs",
+                "1",
+                "--attention",
+                "hard",
+                "--dropout",
+                "0",
+                "--lambda_r",
+                "0",
+                "--batch_size",
+                "40",
+                "--decoder_lr",
+                "1e-6",
+            ),
+            processes=processes,
+        )
         assert result.returncode == 0, result.stderr
         baselines.append(load_checkpoint(folder)["progress"]["baseline"])
     assert baselines[0] == pytest.approx(baselines[1], rel=1e-4)
@@ -72,19 +99,25 @@ def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(da
     assert -20 < baselines[0] < -6
 
 
-@pytest.mark.parametrize("options", [
-    ["--attention", "hard", "--sampling_max", "0.2", "--sampling_every", "1", "--ema", "0.9"],
-    ["--self_critical", "--amp", "bf16", "--samples", "3", "--cross_entropy_share", "0.2"],
-    ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"]],
-    ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--attention", "hard", "--sampling_max", "0.2", "--sampling_every", "1", "--ema", "0.9"],
+        ["--self_critical", "--amp", "bf16", "--samples", "3", "--cross_entropy_share", "0.2"],
+        ["--self_critical", "--fine_tune_encoder", "--accumulate", "2"],
+    ],
+    ids=" ".join,
+)
 def test_every_criterion_trains_in_two_processes(data, tmp_path, options):
     args = train_args(data, tmp_path / "1", *SMALL_ENCODER, "--epochs", "1")
     train.main(args)
     if "--self_critical" in options:
         options = [*options, "--checkpoint", tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"]
-    result = run_script("train.py", *train_args(data, tmp_path / "2", *SMALL_ENCODER, "--epochs",
-                                                "2", *options),
-                        processes=2)
+    result = run_script(
+        "train.py",
+        *train_args(data, tmp_path / "2", *SMALL_ENCODER, "--epochs", "2", *options),
+        processes=2,
+    )
     assert result.returncode == 0, result.stderr
     figures = log_rows(tmp_path / "2")
     assert len(figures) == 2 and all(math.isfinite(x) for row in figures for x in row.values())
@@ -95,12 +128,26 @@ def test_every_criterion_trains_in_two_processes(data, tmp_path, options):
 
 def test_two_processes_evaluate_like_one(data, tmp_path, capsys):
     train.main(train_args(data, tmp_path, "--epochs", "6"))
-    common = ["--checkpoint_folder", tmp_path, "--data_folder", data, "--device", "cpu",
-              "--batch_size", "4", "--workers", "0", "--beam_sizes", "1", "3"]
+    common = [
+        "--checkpoint_folder",
+        tmp_path,
+        "--data_folder",
+        data,
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+        "--workers",
+        "0",
+        "--beam_sizes",
+        "1",
+        "3",
+    ]
     tables = []
     for processes in (1, 2):
-        result = run_script("eval.py", *common, "--results", tmp_path / f"{processes}.json",
-                            processes=processes)
+        result = run_script(
+            "eval.py", *common, "--results", tmp_path / f"{processes}.json", processes=processes
+        )
         assert result.returncode == 0, result.stderr
         tables.append(result.stdout.replace(f"{processes}.json", ""))
     assert tables[0] == tables[1]

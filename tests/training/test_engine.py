@@ -36,14 +36,31 @@ def test_training_overfits_eight_images_to_bleu_100(tmp_path):
     for image in karpathy["images"][:8]:  # the same eight to validate on
         copy = {**image, "split": "val", "filepath": "again"}
         (tmp_path / "demo/again" / image["filename"]).write_bytes(
-            (tmp_path / "demo" / image["filename"]).read_bytes())
+            (tmp_path / "demo" / image["filename"]).read_bytes()
+        )
         karpathy["images"].append(copy)
     Path(path).write_text(json.dumps(karpathy))
-    create_input_files("demo", path, tmp_path / "demo", min_word_freq=0, output_folder=tmp_path,
-                       workers=1)
-    train.main(train_args(tmp_path, tmp_path, "--epochs", "120", "--stop_after", "120",
-                          "--batch_size", "20", "--decoder_dim", "96", "--val_beam_size", "3",
-                          "--dropout", "0.1"))
+    create_input_files(
+        "demo", path, tmp_path / "demo", min_word_freq=0, output_folder=tmp_path, workers=1
+    )
+    train.main(
+        train_args(
+            tmp_path,
+            tmp_path,
+            "--epochs",
+            "120",
+            "--stop_after",
+            "120",
+            "--batch_size",
+            "20",
+            "--decoder_dim",
+            "96",
+            "--val_beam_size",
+            "3",
+            "--dropout",
+            "0.1",
+        )
+    )
     best = load_checkpoint(tmp_path, "BEST_")
     assert best["bleu4"] == pytest.approx(100)
     assert best["bleu4"] == max(row["bleu4"] for row in log_rows(tmp_path))
@@ -51,9 +68,21 @@ def test_training_overfits_eight_images_to_bleu_100(tmp_path):
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_step(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, **_: torch.optim.SGD(groups, lr=1.0))
-    whole, *parts = (train_args(data, tmp_path / n, "--epochs", "1", "--dropout", "0",
-                                "--batch_size", "55", "--accumulate", n)
-                     for n in ("1", "2", "11"))  # a batch has 11 images
+    whole, *parts = (
+        train_args(
+            data,
+            tmp_path / n,
+            "--epochs",
+            "1",
+            "--dropout",
+            "0",
+            "--batch_size",
+            "55",
+            "--accumulate",
+            n,
+        )
+        for n in ("1", "2", "11")
+    )  # a batch has 11 images
     train.main(whole)
     for options in parts:
         train.main(options)
@@ -105,11 +134,26 @@ def test_half_precision_trains_like_float32_and_resumes_exactly(data, tmp_path, 
 
 def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
     train.main(train_args(data, tmp_path, *SMALL_ENCODER, "--epochs", "8", "--no-cache_features"))
-    [best] = [row for row in log_rows(tmp_path)
-              if row["epoch"] == load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"]]
+    [best] = [
+        row
+        for row in log_rows(tmp_path)
+        if row["epoch"] == load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"]
+    ]
     capsys.readouterr()
-    eval_script.main(["--checkpoint_folder", str(tmp_path), "--data_folder", str(data), "--split",
-                      "val", "--workers", "0", "--device", "cpu"])
+    eval_script.main(
+        [
+            "--checkpoint_folder",
+            str(tmp_path),
+            "--data_folder",
+            str(data),
+            "--split",
+            "val",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
     greedy = capsys.readouterr().out.splitlines()[2].split()
     expected = [best[f"bleu{n}"] for n in (1, 2, 3, 4)]
     assert greedy[0] == "1" and expected[0] > 0  # BLEU-4 may be 0 after so few epochs
@@ -118,7 +162,8 @@ def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("broken", ["loss", "weight"])
 def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
-        data, tmp_path, monkeypatch, broken):
+    data, tmp_path, monkeypatch, broken
+):
     train.main(train_args(data, tmp_path, "--epochs", "1", "--batch_size", "30"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     calls, clip, loss = itertools.count(1), engine.clip_grad_value_, doubly_stochastic_loss
@@ -128,13 +173,26 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
             clip(parameters, *args)
             if next(calls) == 2:
                 parameters[0].grad.fill_(math.nan)
+
         monkeypatch.setattr(engine, "clip_grad_value_", clip_grad_value)
     else:
-        monkeypatch.setattr(losses, "doubly_stochastic_loss", lambda *args: loss(*args) * (
-            math.inf if next(calls) == 2 else 1))
+        monkeypatch.setattr(
+            losses,
+            "doubly_stochastic_loss",
+            lambda *args: loss(*args) * (math.inf if next(calls) == 2 else 1),
+        )
     with pytest.raises(UserError, match=f"epoch 2, batch 2: (the|a) {broken} is not finite"):
-        train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
-                    "--save_minutes", "0" if broken == "weight" else "10"])
+        train.main(
+            [
+                "--checkpoint_folder",
+                str(tmp_path),
+                "--resume",
+                "--epochs",
+                "2",
+                "--save_minutes",
+                "0" if broken == "weight" else "10",
+            ]
+        )
     after = {path: path.read_bytes() for path in tmp_path.iterdir()}
     last = tmp_path / f"checkpoint_{NAME}.pth.tar"
     if broken == "weight":  # the first batch was saved, the second was not
@@ -143,11 +201,18 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
     assert before == after
 
 
-@pytest.mark.parametrize("options", [
-    ["--attention", "hard"], ["--sampling_max", "0.5", "--sampling_every", "1"],
-    ["--self_critical"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--attention", "hard"],
+        ["--sampling_max", "0.5", "--sampling_every", "1"],
+        ["--self_critical"],
+    ],
+    ids=" ".join,
+)
 def test_weights_that_are_not_finite_end_every_criterion_in_one_line(
-        data, tmp_path, monkeypatch, options):
+    data, tmp_path, monkeypatch, options
+):
     train.main(train_args(data, tmp_path / "1", "--epochs", "2"))
     if "--self_critical" in options:
         options = [*options, "--checkpoint", str(tmp_path / "1" / f"checkpoint_{NAME}.pth.tar")]
@@ -160,17 +225,37 @@ def test_weights_that_are_not_finite_end_every_criterion_in_one_line(
 
     monkeypatch.setattr(engine, "clip_grad_value_", lose)
     with pytest.raises(UserError, match="epoch 2, batch .: .* is not finite"):
-        train.main(train_args(data, tmp_path / "2", "--epochs", "3", "--batch_size", "40",
-                              *options))
+        train.main(
+            train_args(data, tmp_path / "2", "--epochs", "3", "--batch_size", "40", *options)
+        )
 
 
 def test_self_critical_training_saves_the_best_cider_d_which_eval_confirms(data, tmp_path, capsys):
     train.main(train_args(data, tmp_path / "1", "--epochs", "8"))
     capsys.readouterr()
-    train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"), "--device",
-                "cpu", "--checkpoint", str(tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"),
-                "--self_critical", "--epochs", "4", "--workers", "0", "--decoder_lr", "2e-3",
-                "--samples", "3", "--batch_size", "30"])
+    train.main(
+        [
+            "--data_folder",
+            str(data),
+            "--checkpoint_folder",
+            str(tmp_path / "2"),
+            "--device",
+            "cpu",
+            "--checkpoint",
+            str(tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"),
+            "--self_critical",
+            "--epochs",
+            "4",
+            "--workers",
+            "0",
+            "--decoder_lr",
+            "2e-3",
+            "--samples",
+            "3",
+            "--batch_size",
+            "30",
+        ]
+    )
     printed, stats = capsys.readouterr().out, log_rows(tmp_path / "2")
     start = float(re.search(r"^start .*CIDEr-D (\S+)$", printed, re.M)[1])
     for row in stats:
@@ -180,9 +265,26 @@ def test_self_critical_training_saves_the_best_cider_d_which_eval_confirms(data,
     best = max([start, *(round(row["cider_d"], 2) for row in stats)])
     assert f"done after epoch 4: best validation CIDEr-D {best:.2f}, from " in printed
     assert load_checkpoint(tmp_path / "2")["progress"]["best"] == pytest.approx(best, abs=0.006)
-    eval_script.main(["--checkpoint_folder", str(tmp_path / "2"), "--data_folder", str(data),
-                      "--split", "val", "--workers", "0", "--device", "cpu", "--beam_sizes", "1",
-                      "--metrics", "CIDEr-D", "--tokens", "data"])
+    eval_script.main(
+        [
+            "--checkpoint_folder",
+            str(tmp_path / "2"),
+            "--data_folder",
+            str(data),
+            "--split",
+            "val",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--beam_sizes",
+            "1",
+            "--metrics",
+            "CIDEr-D",
+            "--tokens",
+            "data",
+        ]
+    )
     assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["1", f"{best:.2f}"]
 
 
@@ -190,7 +292,8 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
     options = ["--sampling_max", "0.25", "--sampling_step", "0.1", "--sampling_every", "2"]
     args = train.get_args(options)
     assert [engine.scheduled_sampling_prob(args, epoch) for epoch in range(1, 10)] == pytest.approx(
-        [0, 0, 0.1, 0.1, 0.2, 0.2, 0.25, 0.25, 0.25])
+        [0, 0, 0.1, 0.1, 0.2, 0.2, 0.25, 0.25, 0.25]
+    )
     forward, used = DecoderWithAttention.forward, []
 
     def record(decoder, features, captions, lengths, sampling_prob=None):
@@ -204,28 +307,36 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
 
 def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
     """So a gain in the small source outweighs a smaller loss in the large one."""
+
     def entry(source, caption):
         return {"source": source, "references": [caption.split(), (caption + " now").split()]}
 
-    large = [entry("large", f"a {colour} {animal} runs in the {place}")
-             for colour in ("red", "blue") for animal in ("dog", "cat", "horse")
-             for place in ("park", "street")]
+    large = [
+        entry("large", f"a {colour} {animal} runs in the {place}")
+        for colour in ("red", "blue")
+        for animal in ("dog", "cat", "horse")
+        for place in ("park", "street")
+    ]
     small = [entry("small", "two men sit at a table"), entry("small", "a bowl of red apples")]
 
     def metrics(wrong_large, wrong_small):
-        pairs = [(found, found["references"][0] if i >= wrong else ["a", "dog", "runs", "there"])
-                 for part, wrong in ((large, wrong_large), (small, wrong_small))
-                 for i, found in enumerate(part)]
+        pairs = [
+            (found, found["references"][0] if i >= wrong else ["a", "dog", "runs", "there"])
+            for part, wrong in ((large, wrong_large), (small, wrong_small))
+            for i, found in enumerate(part)
+        ]
         return engine.generated_metrics(pairs), pairs
 
     found, pairs = metrics(2, 1)
     for source, part in (("large", pairs[:12]), ("small", pairs[12:])):
-        alone = engine.generated_metrics([({**entry, "source": None}, words)
-                                          for entry, words in part])
+        alone = engine.generated_metrics(
+            [({**entry, "source": None}, words) for entry, words in part]
+        )
         references, captions = zip(*((entry["references"], words) for entry, words in part))
-        assert alone == {**{f"bleu{n}": score for n, score in
-                            enumerate(bleu(references, captions), 1)},
-                         "cider_d": 100 * CiderD(references).score(captions, references).mean()}
+        assert alone == {
+            **{f"bleu{n}": score for n, score in enumerate(bleu(references, captions), 1)},
+            "cider_d": 100 * CiderD(references).score(captions, references).mean(),
+        }
         assert all(found[f"{name}_{source}"] == value for name, value in alone.items())
     for name in ("bleu1", "bleu4", "cider_d"):
         assert found[name] == (found[f"{name}_large"] + found[f"{name}_small"]) / 2
@@ -235,4 +346,9 @@ def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
     text = _format_scores(found | {"val_loss": 1, "val_top5": 2, "teacher_forced_bleu4": 3})
     assert "free-running: mean BLEU-4 " in text and "; small BLEU-4 " in text
     assert engine.generated_metrics(pairs[:12]).keys() == {
-        "bleu1", "bleu2", "bleu3", "bleu4", "cider_d"}
+        "bleu1",
+        "bleu2",
+        "bleu3",
+        "bleu4",
+        "cider_d",
+    }

@@ -29,25 +29,54 @@ from training.resume import resume_command
 from utils import UserError
 
 
-@pytest.mark.parametrize("call, signum, function, options", [
-    (1, "SIGTERM", "training.engine.derive_seed", []),
-    (2, "SIGINT", "training.engine.doubly_stochastic_loss", []),  # in a validation
-    (6, "SIGINT", "training.engine.derive_seed", ["--workers", "2", "--cache_in", "disk"]),
-    (2, "SIGTERM", "train.validate", ["--save_minutes", "0"]),  # which checks, then begins
-    (5, "SIGTERM", "training.engine.clip_grad_value_",
-     [*SMALL_ENCODER, "--single_captions", "--no-cache_features"]),
-    (3, "SIGINT", "training.engine.clip_grad_value_",
-     [*SMALL_ENCODER, "--amp", "fp16", "--decay_after", "1"]),
-    (3, "SIGINT", "training.engine.clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
-    (2, "SIGINT", "training.state.TrainingState.after_epoch", []),
-    (6, "SIGINT", "training.engine.clip_grad_value_",
-     ["--ema", "0.9", "--cosine", "--accumulate", "2"]),
-    (7, "SIGTERM", "training.engine.clip_grad_value_",
-     ["--attention", "hard", "--sampling_max", "0.5", "--sampling_step", "0.3",
-      "--sampling_every", "1"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "call, signum, function, options",
+    [
+        (1, "SIGTERM", "training.engine.derive_seed", []),
+        (2, "SIGINT", "training.engine.doubly_stochastic_loss", []),  # in a validation
+        (6, "SIGINT", "training.engine.derive_seed", ["--workers", "2", "--cache_in", "disk"]),
+        (2, "SIGTERM", "train.validate", ["--save_minutes", "0"]),  # which checks, then begins
+        (
+            5,
+            "SIGTERM",
+            "training.engine.clip_grad_value_",
+            [*SMALL_ENCODER, "--single_captions", "--no-cache_features"],
+        ),
+        (
+            3,
+            "SIGINT",
+            "training.engine.clip_grad_value_",
+            [*SMALL_ENCODER, "--amp", "fp16", "--decay_after", "1"],
+        ),
+        (3, "SIGINT", "training.engine.clip_grad_value_", ["--fine_tune_encoder", "--ema", "0.9"]),
+        (2, "SIGINT", "training.state.TrainingState.after_epoch", []),
+        (
+            6,
+            "SIGINT",
+            "training.engine.clip_grad_value_",
+            ["--ema", "0.9", "--cosine", "--accumulate", "2"],
+        ),
+        (
+            7,
+            "SIGTERM",
+            "training.engine.clip_grad_value_",
+            [
+                "--attention",
+                "hard",
+                "--sampling_max",
+                "0.5",
+                "--sampling_step",
+                "0.3",
+                "--sampling_every",
+                "1",
+            ],
+        ),
+    ],
+    ids=str,
+)
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
-        data, tmp_path, monkeypatch, call, signum, function, options):
+    data, tmp_path, monkeypatch, call, signum, function, options
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--epochs", "3", "--batch_size", "30", *options]
     train.main(train_args(data, whole, *options))
@@ -73,10 +102,21 @@ def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, mo
     text = tmp_path / "text.txt.gz"
     text.write_bytes(gzip.compress(b"1\ta red circle\n1\ta circle\n2\ta blue square\n"))
     more = ["--cross_entropy_share", "0.2", "--document_frequencies", str(text)] * mixed
-    options = [*more, "--data_folder", str(data), "--device", "cpu", "--self_critical",
-               "--epochs", "2", "--checkpoint",
-               str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
-               "--batch_size", "30", "--checkpoint_folder"]
+    options = [
+        *more,
+        "--data_folder",
+        str(data),
+        "--device",
+        "cpu",
+        "--self_critical",
+        "--epochs",
+        "2",
+        "--checkpoint",
+        str(tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"),
+        "--batch_size",
+        "30",
+        "--checkpoint_folder",
+    ]
     train.main([*options, str(tmp_path / "whole")])
     with monkeypatch.context() as patched:
         raise_signal_at(patched, 6, signal.SIGINT)
@@ -88,11 +128,13 @@ def test_stopped_self_critical_training_continues_bit_for_bit(data, tmp_path, mo
     a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
     assert same(a["decoder"], b["decoder"]) and same(a["optimizer"], b["optimizer"])
     assert [row["train_reward"] for row in log_rows(tmp_path / "whole")] == [
-        row["train_reward"] for row in log_rows(tmp_path / "parts")]
+        row["train_reward"] for row in log_rows(tmp_path / "parts")
+    ]
 
 
 def test_augmented_fine_tuning_continues_bit_for_bit_and_cached_features_are_refused(
-        data, tmp_path, monkeypatch):
+    data, tmp_path, monkeypatch
+):
     with pytest.raises(UserError, match="--augment needs images, not cached features"):
         train.main(train_args(data, tmp_path, "--augment"))
     options = ["--fine_tune_encoder", "--augment", "--epochs", "1", "--batch_size", "30"]
@@ -149,24 +191,36 @@ def test_workers_ignore_signals_except_from_their_parent():
 def test_a_signal_ends_the_script_with_the_command_that_continues(data, tmp_path, signum):
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *train_args(data, tmp_path, "--epochs", "1000")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline().startswith("epoch   1")
     process.send_signal(getattr(signal, signum))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, signum)
     [line] = errors.splitlines()
     assert line.startswith("train.py: stopped in epoch ") and line.endswith(
-        f"all saved; continue with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar")
+        f"all saved; continue with: python train.py --resume {tmp_path}/checkpoint_{NAME}.pth.tar"
+    )
 
 
-@pytest.mark.parametrize("world_size, local, command", [
-    (1, None, "python train.py"),
-    (4, "4", "torchrun --nproc_per_node=4 train.py"),
-    (8, "4", "torchrun --nproc_per_node=4 --nnodes=2 --rdzv_backend=c10d "
-             "--rdzv_endpoint=HOST:PORT train.py"),
-])
-def test_the_command_that_continues_starts_as_many_processes(monkeypatch, world_size, local,
-                                                             command):
+@pytest.mark.parametrize(
+    "world_size, local, command",
+    [
+        (1, None, "python train.py"),
+        (4, "4", "torchrun --nproc_per_node=4 train.py"),
+        (
+            8,
+            "4",
+            "torchrun --nproc_per_node=4 --nnodes=2 --rdzv_backend=c10d "
+            "--rdzv_endpoint=HOST:PORT train.py",
+        ),
+    ],
+)
+def test_the_command_that_continues_starts_as_many_processes(
+    monkeypatch, world_size, local, command
+):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local:  # what torchrun tells each of its processes
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)

@@ -15,14 +15,21 @@ from models import DecoderWithAttention
 from training.language_model import language_model_loss, pretrain
 from utils import UserError
 
-WORD_MAP = {word: i for i, word in enumerate(
-    ["<pad>", *"abcdefghijklmnopqrs", "<unk>", "<start>", "<end>"])}
+WORD_MAP = {
+    word: i for i, word in enumerate(["<pad>", *"abcdefghijklmnopqrs", "<unk>", "<start>", "<end>"])
+}
 CAPTIONS = [list(words) for words in itertools.product("abc", "de", "fghi", "jk")]
 
 
 def as_ids(captions):
-    return [[WORD_MAP["<start>"], *(WORD_MAP.get(word, WORD_MAP["<unk>"]) for word in words),
-             WORD_MAP["<end>"]] for words in captions]
+    return [
+        [
+            WORD_MAP["<start>"],
+            *(WORD_MAP.get(word, WORD_MAP["<unk>"]) for word in words),
+            WORD_MAP["<end>"],
+        ]
+        for words in captions
+    ]
 
 
 def teacher_forced_loss(decoder, ids):
@@ -42,8 +49,9 @@ def test_loss_is_that_of_teacher_forcing_without_an_image():
             getattr(lstm, f"{name}_l0").copy_(getattr(cell, name))
         lstm.weight_ih_l0.copy_(cell.weight_ih[:, :5])
     ids = as_ids([["a"], ["b", "a", "x"], ["a", "b", "c", "d", "e"], ["c"]])
-    torch.testing.assert_close(language_model_loss(decoder, lstm, ids),
-                               teacher_forced_loss(decoder, ids))
+    torch.testing.assert_close(
+        language_model_loss(decoder, lstm, ids), teacher_forced_loss(decoder, ids)
+    )
 
 
 def test_pretrained_decoder_knows_the_text_and_keeps_its_attention():
@@ -56,8 +64,13 @@ def test_pretrained_decoder_knows_the_text_and_keeps_its_attention():
     assert teacher_forced_loss(decoder.eval(), ids).item() == pytest.approx(expected, rel=0.1)
     after = decoder.state_dict()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    assert unchanged == {"init_h.weight", "init_c.weight", "f_beta.weight", "f_beta.bias",
-                         *(name for name in before if name.startswith("attention."))}
+    assert unchanged == {
+        "init_h.weight",
+        "init_c.weight",
+        "f_beta.weight",
+        "f_beta.bias",
+        *(name for name in before if name.startswith("attention.")),
+    }
     of_context = [state["decode_step.weight_ih"][:, 16:] for state in (before, after)]
     assert torch.equal(*of_context)
 
@@ -75,9 +88,17 @@ def test_a_run_begins_with_the_text(data, tmp_path, capsys):
     train.main(train_args(data, tmp_path / "b", *common[:2], "--epochs", "2"))
     assert same(*(load_checkpoint(tmp_path / name)["decoder"] for name in "ab"))
     with pytest.raises(UserError, match="has a decoder of its own; leave --pretrain_text out"):
-        train.main(["--data_folder", str(data), "--checkpoint", str(
-            tmp_path / f"a/BEST_checkpoint_{NAME}.pth.tar"), *common, "--checkpoint_folder",
-            str(tmp_path / "c")])
+        train.main(
+            [
+                "--data_folder",
+                str(data),
+                "--checkpoint",
+                str(tmp_path / f"a/BEST_checkpoint_{NAME}.pth.tar"),
+                *common,
+                "--checkpoint_folder",
+                str(tmp_path / "c"),
+            ]
+        )
 
 
 def test_fixed_embeddings_stay_fixed():

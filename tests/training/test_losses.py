@@ -34,8 +34,9 @@ START, END = 2, 3
 
 def tiny_decoder(side=2, dropout=0.0):
     torch.manual_seed(1)
-    decoder = DecoderWithAttention(3, 3, 4, 4, encoder_dim=3, dropout=dropout,
-                                   encoded_image_size=side).double()
+    decoder = DecoderWithAttention(
+        3, 3, 4, 4, encoder_dim=3, dropout=dropout, encoded_image_size=side
+    ).double()
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(2)
@@ -53,8 +54,9 @@ def every_caption(tokens):
 def log_prob(decoder, features, words):
     """The log-probability of a caption by the textbook version; features (1, G, E)"""
     captions = torch.tensor([[START, *words]])
-    predictions, *_ = reference.decode(decoder, reference.encode(features, 2), captions,
-                                       torch.tensor([len(words) + 1]))
+    predictions, *_ = reference.decode(
+        decoder, reference.encode(features, 2), captions, torch.tensor([len(words) + 1])
+    )
     return predictions[0].log_softmax(1)[range(len(words)), words].sum()
 
 
@@ -71,17 +73,27 @@ def expect_mean(draw, exact, draws):
 
 
 def flat_gradient(loss, decoder):
-    return torch.cat([(g if g is not None else torch.zeros_like(p)).flatten() for g, p in zip(
-        torch.autograd.grad(loss, decoder.parameters(), allow_unused=True), decoder.parameters())])
+    return torch.cat(
+        [
+            (g if g is not None else torch.zeros_like(p)).flatten()
+            for g, p in zip(
+                torch.autograd.grad(loss, decoder.parameters(), allow_unused=True),
+                decoder.parameters(),
+            )
+        ]
+    )
 
 
 def test_captions_are_sampled_with_their_probabilities():
     decoder, features = tiny_decoder().eval(), torch.randn(1, 4, 3, dtype=torch.float64)
     torch.manual_seed(0)
-    captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, 400,
-                                        max_len=2)  # words; <end> may follow
-    found = [tuple(caption[1:length]) for caption, length in
-             zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())]
+    captions, lengths = sample_captions(
+        decoder, features.expand(50, -1, -1), WORD_MAP, 400, max_len=2
+    )  # words; <end> may follow
+    found = [
+        tuple(caption[1:length])
+        for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
+    ]
     assert (captions[:, :, 0] == START).all() and len(found) == 20000
     assert all((c[n:] == 0).all() for c, n in zip(captions.flatten(0, 1), lengths.flatten()))
     total, possible = 0.0, list(every_caption(3))
@@ -99,24 +111,30 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expected, penalty = 0.0, 0.0
     for words, reward in rewards.items():
         p = log_prob(decoder, features, words).exp()
-        *_, alphas = decoder(features, torch.tensor([[[START, *words]]]),
-                             torch.tensor([[len(words) + 1]]))
+        *_, alphas = decoder(
+            features, torch.tensor([[[START, *words]]]), torch.tensor([[len(words) + 1]])
+        )
         expected = expected + p * reward
         # The attention penalty has a gradient of its own, in the sampled captions.
         penalty = penalty + p.detach() * ((1 - alphas.sum(2)) ** 2).mean()
     exact = flat_gradient(0.5 * penalty - expected, decoder)
 
-    criterion = SelfCritical(Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5,
-                             samples=3, max_len=1)
+    criterion = SelfCritical(
+        Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5, samples=3, max_len=1
+    )
     assert criterion.count_captions(torch.zeros(400, 1)) == 1200
     assert not criterion.dropout
     criterion.reward = lambda images, captions, lengths: torch.tensor(
-        [[rewards[tuple(c[1:n])] for c, n in zip(*rows)]
-         for rows in zip(captions.tolist(), lengths.tolist())])
+        [
+            [rewards[tuple(c[1:n])] for c, n in zip(*rows)]
+            for rows in zip(captions.tolist(), lengths.tolist())
+        ]
+    )
 
     def draw():
-        loss, total, _ = criterion(decoder, Batch(features.expand(400, -1, -1), None, None, None,
-                                                  None, 1200))
+        loss, total, _ = criterion(
+            decoder, Batch(features.expand(400, -1, -1), None, None, None, None, 1200)
+        )
         assert abs(total / 1200 - expected) < 0.5
         return flat_gradient(loss, decoder)
 
@@ -127,8 +145,9 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
     decoder, features = tiny_decoder(), torch.randn(6, 4, 3, dtype=torch.float64)
-    data = Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"] * (i + 1)]}
-                                                 for i in range(6)])
+    data = Namespace(
+        word_map=WORD_MAP, entries=[{"references": [["dog"] * (i + 1)]} for i in range(6)]
+    )
     captions = torch.tensor([[[START, 1, END, 0], [START, 1, 1, END]]]).expand(6, -1, -1)
     lengths = torch.tensor([[3, 4]]).expand(6, -1)
     batch = Batch(features, captions, lengths, list(range(6)), 30.0, 24)
@@ -170,7 +189,8 @@ def enumerate_locations(decoder, features, caption):
             entropy = entropy - (alpha[0] * log_alpha).sum()
             context = torch.sigmoid(decoder.f_beta(h)) * encoded[:, location]
             h, c = decoder.decode_step(
-                torch.cat([decoder.embedding(caption[t:t + 1]), context], 1), (h, c))
+                torch.cat([decoder.embedding(caption[t : t + 1]), context], 1), (h, c)
+            )
             log_p_words = log_p_words + decoder.fc(h).log_softmax(1)[0, caption[t + 1]]
         yield log_p_locations, log_p_words, entropy
 
@@ -190,14 +210,21 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
     captions, lengths = caption.view(1, 1, 3), torch.tensor([[3]])
     scores, targets, alphas = decoder(features, captions, lengths)
     entropy = -(alphas * alphas.log()).sum()
-    soft = flat_gradient(doubly_stochastic_loss(scores, targets, alphas, 0.0)
-                         - lambda_e * entropy / 2, decoder)
+    soft = flat_gradient(
+        doubly_stochastic_loss(scores, targets, alphas, 0.0) - lambda_e * entropy / 2, decoder
+    )
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
     criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, hard_fraction=hard_fraction)
     criterion.baseline = torch.tensor(-2.0)  # the mean does not depend on it
-    batch = Batch(features.expand(600, -1, -1), captions.expand(600, -1, -1),
-                  lengths.expand(600, -1), None, 2 * 600, 600)
+    batch = Batch(
+        features.expand(600, -1, -1),
+        captions.expand(600, -1, -1),
+        lengths.expand(600, -1),
+        None,
+        2 * 600,
+        600,
+    )
 
     def draw():
         loss, *_ = criterion(decoder, batch)
@@ -229,11 +256,15 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
             torch.manual_seed(step)
             scores, targets, *_ = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
             per_word = torch.log_softmax(scores, 1)[range(len(targets)), targets]
-            log_p += [x.sum().item() for x in
-                      per_word.split((lengths[part] - 1).flatten().tolist())]
+            log_p += [
+                x.sum().item() for x in per_word.split((lengths[part] - 1).flatten().tolist())
+            ]
             torch.testing.assert_close(
                 caption_log_probs(scores, targets, lengths[part]).flatten().tolist(),
-                log_p[-lengths[part].numel():], rtol=1e-5, atol=1e-5)
+                log_p[-lengths[part].numel() :],
+                rtol=1e-5,
+                atol=1e-5,
+            )
             torch.manual_seed(step)
             criterion(decoder, Batch(features[part], captions[part], lengths[part], None, 1, 1))
         criterion.after_step(Distributed(torch.device("cpu")))
@@ -244,11 +275,17 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
 def test_scheduled_sampling_at_0_is_teacher_forcing_and_at_1_feeds_back():
     decoder, (captions, lengths) = make_decoder(), make_captions(5, 3)
     features = torch.randn(5, 64, 9, dtype=torch.float64)
-    loss, *_ = TeacherForcing(1.0)(decoder, Batch(features, captions, lengths, None,
-                                                  int((lengths - 1).sum()), 15))
-    textbook = reference.loss(*reference.decode(
-        decoder, reference.encode(features).repeat_interleave(3, 0), captions.flatten(0, 1),
-        lengths.flatten())[:4])
+    loss, *_ = TeacherForcing(1.0)(
+        decoder, Batch(features, captions, lengths, None, int((lengths - 1).sum()), 15)
+    )
+    textbook = reference.loss(
+        *reference.decode(
+            decoder,
+            reference.encode(features).repeat_interleave(3, 0),
+            captions.flatten(0, 1),
+            lengths.flatten(),
+        )[:4]
+    )
     torch.testing.assert_close(loss, textbook)
 
     with torch.no_grad():
@@ -289,8 +326,7 @@ def test_scheduled_sampling_feeds_back_with_the_asked_probability(monkeypatch):
 
 def test_reward_is_cider_d_on_words_end_included():
     words = "a brown dog cat runs sits on the green grass sofa".split()
-    word_map = {word: i for i, word in enumerate(
-        ["<pad>", *words, "<unk>", "<start>", "<end>"])}
+    word_map = {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     rng = np.random.default_rng(0)
 
     def some_words(least):
@@ -299,20 +335,25 @@ def test_reward_is_cider_d_on_words_end_included():
     entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
     data = Namespace(word_map=word_map, entries=entries)
     # Half of the samples are close to a reference; some have no end.
-    drawn = [[(entries[i]["references"][0][:7] if k else some_words(0)) + ["<end>"] * (i % 7 > 0)
-              for k in range(2)] for i in range(60)]
+    drawn = [
+        [
+            (entries[i]["references"][0][:7] if k else some_words(0)) + ["<end>"] * (i % 7 > 0)
+            for k in range(2)
+        ]
+        for i in range(60)
+    ]
     captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
     for i, k in itertools.product(range(60), range(2)):
         ids = [word_map[word] for word in ["<start>", *drawn[i][k]]]
-        captions[i, k, :len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
+        captions[i, k, : len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
     shuffled = rng.permutation(60)
     ours = torch.empty(60, 2)
     ours[shuffled] = Reward(data)(shuffled, captions[shuffled], lengths[shuffled])
-    truth = {i: [" ".join([*words, "<end>"]) for words in e["references"]]
-             for i, e in enumerate(entries)}
+    truth = {
+        i: [" ".join([*words, "<end>"]) for words in e["references"]] for i, e in enumerate(entries)
+    }
     for k in range(2):
-        _, expected = Cider().compute_score(
-            truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
+        _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
     assert ours[:, 1].mean() > ours[:, 0].mean() + 1
 
@@ -328,4 +369,5 @@ def test_document_frequencies_can_be_those_of_another_text():
     unigrams = dog * dog / (dog * math.hypot(dog, cat))  # <end> is in all, so it weighs nothing
     # Bigrams "dog <end>" (in 2 documents) against "dog cat", "cat <end>": nothing in common.
     assert pair > 0 and reward.item() == pytest.approx(
-        10 / 4 * unigrams * math.exp(-1 / (2 * 36)), rel=1e-5)
+        10 / 4 * unigrams * math.exp(-1 / (2 * 36)), rel=1e-5
+    )

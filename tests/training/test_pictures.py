@@ -62,7 +62,8 @@ def test_the_same_photographs_spread_over_the_split_are_shown_after_each_epoch(r
     for event in events.Tensors("captions/text_summary"):
         assert [row[0] for row in table(event)] == names
         assert [row[2] for row in table(event)] == [
-            " ".join(entries[i]["references"][0]) for i in (0, 2, 3, 5)]
+            " ".join(entries[i]["references"][0]) for i in (0, 2, 3, 5)
+        ]
 
 
 def test_their_captions_are_those_of_the_model_after_the_epoch(run, data):
@@ -79,8 +80,13 @@ def test_the_pictures_have_the_photograph_and_a_panel_for_each_word(run, data):
     captioner = Captioner(folder / f"checkpoint_{NAME}.pth.tar", device="cpu")
     images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0])]
     captioned = captioner(images[0].permute(1, 2, 0).numpy(), beam_size=1, no_unk=False)
-    figure = attention_grid(captioned.image, captioned.words, captioned.attention,
-                            Drawing(offset=captioned.offset), pictures.DPI)
+    figure = attention_grid(
+        captioned.image,
+        captioned.words,
+        captioned.attention,
+        Drawing(offset=captioned.offset),
+        pictures.DPI,
+    )
     figure.canvas.draw()
     expected = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
     tag = min(events.Tags()["images"])
@@ -104,8 +110,12 @@ def test_an_empty_caption_of_a_file_without_name_is_shown_too(data, tmp_path):
     decoder = DecoderWithAttention(8, 8, 8, len(val_data.word_map), encoder.encoder_dim)
     with torch.no_grad():
         decoder.fc.bias[val_data.word_map["<end>"]] = 100
-    state = SimpleNamespace(args=train.get_args([]), averaged_encoder=encoder,
-                            averaged_decoder=decoder, processes=Distributed(torch.device("cpu")))
+    state = SimpleNamespace(
+        args=train.get_args([]),
+        averaged_encoder=encoder,
+        averaged_decoder=decoder,
+        processes=Distributed(torch.device("cpu")),
+    )
     with writer_module.SummaryWriter(tmp_path / "log") as writer:
         pictures.ValidationPictures(val_data, val_data.word_map).write(writer, state, 1)
     events = read_events(tmp_path / "log")
@@ -117,8 +127,19 @@ def test_an_empty_caption_of_a_file_without_name_is_shown_too(data, tmp_path):
 
 def test_a_fine_tuned_average_of_the_model_is_shown(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "COUNT", 1)
-    train.main(train_args(data, tmp_path, *SMALL_ENCODER, "--fine_tune_encoder", "--ema", "0.9",
-                          "--epochs", "1", "--tensorboard"))
+    train.main(
+        train_args(
+            data,
+            tmp_path,
+            *SMALL_ENCODER,
+            "--fine_tune_encoder",
+            "--ema",
+            "0.9",
+            "--epochs",
+            "1",
+            "--tensorboard",
+        )
+    )
     captioner = Captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", device="cpu")
     images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0])]
     expected = captioner(images[0].permute(1, 2, 0).numpy(), beam_size=1, no_unk=False)
@@ -128,7 +149,9 @@ def test_a_fine_tuned_average_of_the_model_is_shown(data, tmp_path, monkeypatch)
 
 def test_training_is_the_same_with_and_without_pictures(run, data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "2"))
-    with_pictures, without = (torch.load(folder / f"checkpoint_{NAME}.pth.tar", weights_only=True)
-                              for folder in (run[0], tmp_path))
+    with_pictures, without = (
+        torch.load(folder / f"checkpoint_{NAME}.pth.tar", weights_only=True)
+        for folder in (run[0], tmp_path)
+    )
     for key, weight in without["decoder"].items():
         assert torch.equal(with_pictures["decoder"][key], weight)

@@ -31,13 +31,20 @@ def test_loss_and_gradients_are_those_of_the_distinct_captions_alone():
     decoder, features = make_decoder(), torch.randn(3, 16, 9, dtype=torch.float64)
     captions, lengths = repeated_batch()
     distinct = lengths > 1
-    batch = Batch(features, captions, lengths, [0, 1, 2], float((lengths - 1).sum()),
-                  TeacherForcing().count_captions(lengths))
+    batch = Batch(
+        features,
+        captions,
+        lengths,
+        [0, 1, 2],
+        float((lengths - 1).sum()),
+        TeacherForcing().count_captions(lengths),
+    )
     loss, _, correct = TeacherForcing(0.7)(decoder, batch)
     ours = torch.autograd.grad(loss, list(decoder.parameters()))
     encoded = reference.encode(features).repeat_interleave(4, 0)[distinct.flatten()]
-    textbook = reference.loss(*reference.decode(decoder, encoded, captions[distinct],
-                                                lengths[distinct])[:4], 0.7)
+    textbook = reference.loss(
+        *reference.decode(decoder, encoded, captions[distinct], lengths[distinct])[:4], 0.7
+    )
     torch.testing.assert_close(loss, textbook)
     for a, b in zip(ours, torch.autograd.grad(textbook, list(decoder.parameters()))):
         torch.testing.assert_close(a, b)
@@ -48,16 +55,26 @@ def test_baseline_of_hard_attention_is_a_mean_over_the_distinct_captions():
     captions, lengths = repeated_batch()
     criterion = HardAttention(1.0, 0.1, 0.1)
     assert criterion.count_captions(lengths) == 7
-    criterion(make_decoder(), Batch(torch.randn(3, 16, 9, dtype=torch.float64), captions, lengths,
-                                    [0, 1, 2], 1.0, 7))
+    criterion(
+        make_decoder(),
+        Batch(torch.randn(3, 16, 9, dtype=torch.float64), captions, lengths, [0, 1, 2], 1.0, 7),
+    )
     assert criterion._num_captions == 7
 
 
 def test_a_caption_equal_to_an_earlier_one_of_its_image_has_nothing_to_predict(tmp_path):
-    captions = [[5, 1, 2, 6, 0], [5, 1, 2, 6, 0],  # image 0: repeated
-                [5, 1, 2, 6, 0], [5, 3, 6, 0, 0],  # image 1: the first equals one of image 0
-                [5, 3, 6, 0, 0], [5, 3, 1, 6, 0], [5, 2, 6, 0, 0], [5, 2, 6, 0, 0],
-                [5, 1, 6, 0, 0], [5, 2, 6, 0, 0]]
+    captions = [
+        [5, 1, 2, 6, 0],
+        [5, 1, 2, 6, 0],  # image 0: repeated
+        [5, 1, 2, 6, 0],
+        [5, 3, 6, 0, 0],  # image 1: the first equals one of image 0
+        [5, 3, 6, 0, 0],
+        [5, 3, 1, 6, 0],
+        [5, 2, 6, 0, 0],
+        [5, 2, 6, 0, 0],
+        [5, 1, 6, 0, 0],
+        [5, 2, 6, 0, 0],
+    ]
     lengths = [sum(word != 0 for word in caption) for caption in captions]
     write_tutorial_files(tmp_path, captions, lengths)
     expected = [4, 1, 4, 3, 3, 4, 3, 1, 3, 3]
@@ -76,8 +93,10 @@ def test_a_caption_equal_to_an_earlier_one_of_its_image_has_nothing_to_predict(t
 
 def test_images_with_one_to_five_captions_count_one_to_five(tmp_path):
     words = ["a", "b", "c", "d", "e"]
-    entries = [karpathy_entry(f"{i}.png", captions=[f"{word} {i}" for word in words[:i + 1]])
-               for i in range(5)]
+    entries = [
+        karpathy_entry(f"{i}.png", captions=[f"{word} {i}" for word in words[: i + 1]])
+        for i in range(5)
+    ]
     write_input_files(tmp_path, [*entries, karpathy_entry("v.png", "val")], captions_per_image=5)
     name = "x_5_cap_per_img_0_min_word_freq"
     data = CaptionDataset(tmp_path / "out", name, "TRAIN")
@@ -92,4 +111,5 @@ def test_teacher_forced_bleu_leaves_repetitions_out():
     assert _teacher_forced(targets + 1, targets, lengths) == [
         ([["1", "2", "3"], []], ["2", "3", "4"]),
         ([["4", "5"], ["6", "7", "8"]], ["5", "6"]),
-        ([["4", "5"], ["6", "7", "8"]], ["7", "8", "9"])]
+        ([["4", "5"], ["6", "7", "8"]], ["7", "8", "9"]),
+    ]

@@ -49,8 +49,9 @@ def test_a_run_saved_within_an_epoch_continues_bit_for_bit(data, tmp_path, monke
     checkpoints_save = checkpoints.save
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "save", keep)
-        train.main(train_args(data, whole, "--epochs", "1", "--batch_size", "30",
-                              "--save_minutes", "0"))
+        train.main(
+            train_args(data, whole, "--epochs", "1", "--batch_size", "30", "--save_minutes", "0")
+        )
     # Four batches, the last before validation; then the best and the last checkpoint.
     assert [step for _, step in saved] == [1, 2, 3, 4, 0, 0]
     parts.mkdir()
@@ -72,8 +73,24 @@ def test_a_failed_validation_leaves_the_epoch_saved(data, tmp_path, monkeypatch)
 
 
 def test_options_of_every_type_are_resumed(data, tmp_path):
-    train.main(train_args(data, tmp_path, "--epochs", "1", "--save_minutes", "0.5", "--dropout",
-                          "0", "--alpha_c", "1", "--grad_clip", "2", "--cache_in", "ram"))
+    train.main(
+        train_args(
+            data,
+            tmp_path,
+            "--epochs",
+            "1",
+            "--save_minutes",
+            "0.5",
+            "--dropout",
+            "0",
+            "--alpha_c",
+            "1",
+            "--grad_clip",
+            "2",
+            "--cache_in",
+            "ram",
+        )
+    )
     train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
     assert load_checkpoint(tmp_path)["options"]["save_minutes"] == 0.5
 
@@ -126,14 +143,26 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
         train.main(resume)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"self_critical": True, "single_captions": True}, "--single_captions is for training on true"),
-    ({"attention": "purple"}, "is damaged: its option attention is 'purple'"),
-    ({"ema": 0.5}, "it lacks the weights that were being averaged"),
-    ({"cosine": True, "batch_size": 40}, "run with batch_size 40, which --resume cannot change"),
-    ({"cosine": True}, "was run with epochs 1, which --resume cannot change"),
-    ({"embeddings": "glove.txt"}, "run with embeddings glove.txt, which --resume cannot change"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"self_critical": True, "single_captions": True},
+            "--single_captions is for training on true",
+        ),
+        ({"attention": "purple"}, "is damaged: its option attention is 'purple'"),
+        ({"ema": 0.5}, "it lacks the weights that were being averaged"),
+        (
+            {"cosine": True, "batch_size": 40},
+            "run with batch_size 40, which --resume cannot change",
+        ),
+        ({"cosine": True}, "was run with epochs 1, which --resume cannot change"),
+        (
+            {"embeddings": "glove.txt"},
+            "run with embeddings glove.txt, which --resume cannot change",
+        ),
+    ],
+)
 def test_contradicting_options_of_a_run_are_one_line_errors(data, tmp_path, options, message):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     path = tmp_path / f"checkpoint_{NAME}.pth.tar"
@@ -141,34 +170,57 @@ def test_contradicting_options_of_a_run_are_one_line_errors(data, tmp_path, opti
     checkpoint["options"] |= options
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=message) as error:
-        train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2",
-                    *["--batch_size", "80"] * ("batch_size" in options),
-                    *["--embeddings", "other.txt"] * ("embeddings" in options)])
+        train.main(
+            [
+                "--checkpoint_folder",
+                str(tmp_path),
+                "--resume",
+                "--epochs",
+                "2",
+                *["--batch_size", "80"] * ("batch_size" in options),
+                *["--embeddings", "other.txt"] * ("embeddings" in options),
+            ]
+        )
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("part, change, message", [
-    ("options", {"epochs": "many"}, "its option epochs is 'many'"),
-    ("options", {"batch_size": [80]}, "its option batch_size is"),
-    ("options", {"data_folder": None}, "its option data_folder is"),
-    ("progress", {"epoch": -1}, "its progress is not valid"),
-    ("progress", {"sums": [1, 2]}, "its progress is not valid"),
-    ("progress", {"step": 999}, "999 of 2 batches are done"),
-    ("optimizer", {"param_groups": []}, "does not fit this run"),
-    ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
-    ("optimizer", {"state": {}}, "have other sizes"),
-    ("lr", "x", "has other settings"),
-    ("betas", None, "has other settings"),
-    ("options", {"dropout": math.nan}, "its option dropout is nan"),
-    ("progress", {"best": None}, "its progress is not valid"),
-    ("data", 5, "does not say what data"),
-    ("decoder_args", {"decoder_dim": 33}, "does not hold a complete model"),
-    ("decoder_args", 5, "does not hold a complete model"),
-    ("word_map", [], "is not a word map"),
-    ("word_map", {5: 5}, "is not a word map"),
-    ("optimizer", {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2),
-                                 "exp_avg_sq": torch.zeros(2)}}}, "have other sizes"),
-], ids=str)
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("options", {"epochs": "many"}, "its option epochs is 'many'"),
+        ("options", {"batch_size": [80]}, "its option batch_size is"),
+        ("options", {"data_folder": None}, "its option data_folder is"),
+        ("progress", {"epoch": -1}, "its progress is not valid"),
+        ("progress", {"sums": [1, 2]}, "its progress is not valid"),
+        ("progress", {"step": 999}, "999 of 2 batches are done"),
+        ("optimizer", {"param_groups": []}, "does not fit this run"),
+        ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
+        ("optimizer", {"state": {}}, "have other sizes"),
+        ("lr", "x", "has other settings"),
+        ("betas", None, "has other settings"),
+        ("options", {"dropout": math.nan}, "its option dropout is nan"),
+        ("progress", {"best": None}, "its progress is not valid"),
+        ("data", 5, "does not say what data"),
+        ("decoder_args", {"decoder_dim": 33}, "does not hold a complete model"),
+        ("decoder_args", 5, "does not hold a complete model"),
+        ("word_map", [], "is not a word map"),
+        ("word_map", {5: 5}, "is not a word map"),
+        (
+            "optimizer",
+            {
+                "state": {
+                    0: {
+                        "step": torch.tensor(1.0),
+                        "exp_avg": torch.zeros(2),
+                        "exp_avg_sq": torch.zeros(2),
+                    }
+                }
+            },
+            "have other sizes",
+        ),
+    ],
+    ids=str,
+)
 def test_a_damaged_or_hostile_run_is_a_one_line_error(data, tmp_path, part, change, message):
     if not (data / "run").exists():
         train.main(train_args(data, data / "run", "--epochs", "1"))
@@ -187,7 +239,8 @@ def test_a_damaged_or_hostile_run_is_a_one_line_error(data, tmp_path, part, chan
 def test_a_resumed_run_parses_its_options_twice(data, tmp_path, monkeypatch):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     parsed, parse_args = [], train.Parser.parse_args
-    monkeypatch.setattr(train.Parser, "parse_args",
-                        lambda *args: parsed.append(1) or parse_args(*args))
+    monkeypatch.setattr(
+        train.Parser, "parse_args", lambda *args: parsed.append(1) or parse_args(*args)
+    )
     train.main(["--checkpoint_folder", str(tmp_path), "--resume"])
     assert len(parsed) == 2  # which run it is, then with that run's options

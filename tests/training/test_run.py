@@ -42,8 +42,10 @@ def test_every_process_stops_with_the_line_that_a_run_is_there(tmp_path):
     (tmp_path / f"checkpoint_{NAME}.pth.tar").touch()
     args = train.get_args(["--checkpoint_folder", str(tmp_path), "--data_name", NAME])
     for rank in (0, 1):
-        with (pytest.raises(UserError, match="is of an earlier run; pass --resume"),
-              lock_run(args, Distributed(torch.device("cpu"), rank, 2))):
+        with (
+            pytest.raises(UserError, match="is of an earlier run; pass --resume"),
+            lock_run(args, Distributed(torch.device("cpu"), rank, 2)),
+        ):
             pass
 
 
@@ -71,8 +73,13 @@ def test_two_runs_do_not_train_in_one_folder(data, tmp_path, monkeypatch):
         except run.UserError as error: print(error)
     """
     errors = []
-    monkeypatch.setattr(train, "train", lambda *args: errors.append(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
+    monkeypatch.setattr(
+        train,
+        "train",
+        lambda *args: errors.append(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        ),
+    )
     train.main(train_args(data, tmp_path))
     assert f"another run of {NAME} is training in" in errors[0]
     assert not list(tmp_path.glob(".train*"))
@@ -96,17 +103,36 @@ def test_the_log_holds_the_metrics_that_are_printed(data, tmp_path, capsys):
     for row in log_rows(tmp_path):
         assert f"free-running: BLEU-4 {row['bleu4']:.2f}" in printed
         assert all(math.isfinite(value) for value in row.values())
-        assert {"train_loss", "val_loss", "val_top5", "teacher_forced_bleu4", "bleu1",
-                "captions_per_second", "lr"} <= row.keys()
+        assert {
+            "train_loss",
+            "val_loss",
+            "val_top5",
+            "teacher_forced_bleu4",
+            "bleu1",
+            "captions_per_second",
+            "lr",
+        } <= row.keys()
 
 
 def test_resume_continues_a_second_phase_from_its_start(data, tmp_path, monkeypatch):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
-                    "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
-                    "--fine_tune_encoder", "--device", "cpu", "--workers", "0"])
+        train.main(
+            [
+                "--data_folder",
+                str(data),
+                "--checkpoint_folder",
+                str(tmp_path),
+                "--checkpoint",
+                str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
+                "--fine_tune_encoder",
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+            ]
+        )
     assert load_checkpoint(tmp_path)["options"]["fine_tune_encoder"]
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1]
     monkeypatch.undo()
@@ -115,7 +141,8 @@ def test_resume_continues_a_second_phase_from_its_start(data, tmp_path, monkeypa
 
 
 def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(
-        data, tmp_path, monkeypatch):
+    data, tmp_path, monkeypatch
+):
     """Saved without the score to beat, it would be resumed and replace a better best model."""
     train.main(train_args(data, tmp_path, "--epochs", "2"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -123,9 +150,20 @@ def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(
     # A test run in the background may have been started with SIGINT ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as interrupted:
-        train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path),
-                    "--checkpoint", str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
-                    "--device", "cpu", "--workers", "0"])
+        train.main(
+            [
+                "--data_folder",
+                str(data),
+                "--checkpoint_folder",
+                str(tmp_path),
+                "--checkpoint",
+                str(tmp_path / f"BEST_checkpoint_{NAME}.pth.tar"),
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+            ]
+        )
     signal.signal(signal.SIGINT, handler)
     assert "resume" not in str(interrupted.value)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -135,8 +173,14 @@ def test_a_phase_from_another_folder_replaces_a_run_only_with_overwrite(data, tm
     for folder in ("one", "two"):
         train.main(train_args(data, tmp_path / folder, "--epochs", "1"))
     before = {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
-    phase = train_args(data, tmp_path / "two", "--epochs", "1", "--checkpoint",
-                       str(tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"))
+    phase = train_args(
+        data,
+        tmp_path / "two",
+        "--epochs",
+        "1",
+        "--checkpoint",
+        str(tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"),
+    )
     with pytest.raises(UserError, match="two.*is of an earlier run; pass"):
         train.main(phase)
     assert before == {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
@@ -149,28 +193,59 @@ def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(data, tm
     train.main(train_args(data, tmp_path / "one", "--epochs", "3"))
     best = tmp_path / "one" / f"BEST_checkpoint_{NAME}.pth.tar"
     # So small a rate that no epoch is better.
-    train.main(train_args(data, tmp_path / "two", "--epochs", "1", "--checkpoint", str(best),
-                          "--decoder_lr", "1e-12"))
-    assert same(*(load_checkpoint(tmp_path / folder, "BEST_")["decoder"]
-                  for folder in ("one", "two")))
+    train.main(
+        train_args(
+            data,
+            tmp_path / "two",
+            "--epochs",
+            "1",
+            "--checkpoint",
+            str(best),
+            "--decoder_lr",
+            "1e-12",
+        )
+    )
+    assert same(
+        *(load_checkpoint(tmp_path / folder, "BEST_")["decoder"] for folder in ("one", "two"))
+    )
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith("done after epoch 1: best validation BLEU-4 ") and printed.endswith(
-        f"from the model that the phase started from, in {tmp_path / 'two' / best.name}")
+        f"from the model that the phase started from, in {tmp_path / 'two' / best.name}"
+    )
 
 
 def test_fine_tuning_starts_from_the_checkpoint_and_trains_blocks_2_to_4_only(
-        data, tmp_path, capsys):
+    data, tmp_path, capsys
+):
     train.main(train_args(data, tmp_path / "1", "--epochs", "2"))
     checkpoint = tmp_path / "1" / f"BEST_checkpoint_{NAME}.pth.tar"
-    train.main(["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / "2"),
-                "--checkpoint", str(checkpoint), "--fine_tune_encoder", "--epochs", "1",
-                "--workers", "0", "--device", "cpu", "--batch_size", "55"])
+    train.main(
+        [
+            "--data_folder",
+            str(data),
+            "--checkpoint_folder",
+            str(tmp_path / "2"),
+            "--checkpoint",
+            str(checkpoint),
+            "--fine_tune_encoder",
+            "--epochs",
+            "1",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--batch_size",
+            "55",
+        ]
+    )
     assert "start " in capsys.readouterr().out
     before, after = torch.load(checkpoint, weights_only=True), load_checkpoint(tmp_path / "2")
     assert before["encoder_args"] == after["encoder_args"]
-    changed = {key.split(".")[1] + "." + key.split(".")[2]
-               for key in before["encoder"]
-               if not torch.equal(before["encoder"][key], after["encoder"][key])}
+    changed = {
+        key.split(".")[1] + "." + key.split(".")[2]
+        for key in before["encoder"]
+        if not torch.equal(before["encoder"][key], after["encoder"][key])
+    }
     assert "0.weight" not in changed  # conv_stem
     assert not any(key.startswith(("1.", "2.0", "2.1")) for key in changed)  # stride 2 and 4
     assert {"2.2", "2.3", "2.4", "2.5", "2.6", "3.weight"} <= changed
@@ -192,7 +267,8 @@ def test_a_checkpoint_that_differs_from_the_options_names_the_option(data, tmp_p
 
 @needs_fork
 def test_a_killed_loading_process_ends_the_run_in_one_line_with_all_steps_saved(
-        data, tmp_path, monkeypatch):
+    data, tmp_path, monkeypatch
+):
     get, limit = CaptionDataset.__getitem__, 4
 
     def killed_at_the_fifth_batch(self, index):

@@ -42,8 +42,12 @@ def read(path):
         assert meta["fps"] == pytest.approx(1 / TICK)
         return pictures, len(pictures) / meta["fps"]
     pictures = imageio.imread(path, plugin="pillow")
-    seconds = np.array([imageio.immeta(path, index=i, plugin="pillow")["duration"] / 1000
-                        for i in range(len(pictures))])
+    seconds = np.array(
+        [
+            imageio.immeta(path, index=i, plugin="pillow")["duration"] / 1000
+            for i in range(len(pictures))
+        ]
+    )
     return pictures.repeat((seconds / TICK).round().astype(int), 0), seconds.sum()
 
 
@@ -51,7 +55,7 @@ def photograph(picture, image):
     """The part of a frame where the photograph is"""
     height, width = (round(animation.SIZE * n / max(image.shape)) for n in image.shape[:2])
     left = (animation.SIZE - width) // 2
-    return picture[:height, left:left + width].astype(float)
+    return picture[:height, left : left + width].astype(float)
 
 
 def cells(picture, image):
@@ -71,7 +75,7 @@ def test_a_word_is_shown_while_its_location_is_the_brightest(tmp_path, small, ki
     assert len(pictures) == word * len(WORDS) + end
     assert seconds == pytest.approx(len(pictures) * TICK) and 0.5 < word * TICK < 0.7
     for t, place in enumerate(LOCATIONS):
-        for picture in pictures[t * word + FADE:(t + 1) * word]:
+        for picture in pictures[t * word + FADE : (t + 1) * word]:
             light = cells(picture, image)
             assert light.argmax() == place and light[place] > 2 * np.median(light)
 
@@ -82,7 +86,7 @@ def test_attention_fades_to_the_next_word_step_by_step(tmp_path, small, kind):
     write_animation(path, image, WORDS, one_hot())
     pictures, _ = read(path)
     word = FADE + HOLD
-    light = [cells(picture, image) for picture in pictures[word - 1:word + FADE]]
+    light = [cells(picture, image) for picture in pictures[word - 1 : word + FADE]]
     steps = np.diff([(new[LOCATIONS[1]], -new[LOCATIONS[0]]) for new in light], axis=0)
     assert (steps > 1).all()
 
@@ -146,7 +150,7 @@ def test_the_sentence_grows_and_its_last_word_is_highlighted():
     for count in range(1, len(words) + 1):
         frame = sentence.draw_below(grey(100, 480), count)
         for i, (_, _, x, y, wide) in enumerate(sentence.words, 1):
-            place = np.s_[100 + y:100 + y + animation.LINE, int(x):int(x + wide)]
+            place = np.s_[100 + y : 100 + y + animation.LINE, int(x) : int(x + wide)]
             emphasised = (frame[place] == yellow).all(2).mean() > 0.3
             assert emphasised == (i == count)
             if i < count:
@@ -161,7 +165,7 @@ def test_a_gif_of_twelve_words_stays_below_three_megabytes(tmp_path):
         part = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
         image += share * np.asarray(part.resize((480, 480)), dtype=float)
     places = rng.uniform(0, 14, (12, 2, 1))
-    near = np.exp(-((np.arange(14) + 0.5 - places)**2) / 8)  # (12, 2, 14)
+    near = np.exp(-((np.arange(14) + 0.5 - places) ** 2) / 8)  # (12, 2, 14)
     alphas = (near[:, 0, :, None] * near[:, 1, None]).reshape(12, 196)
     write_animation(tmp_path / "x.gif", image.astype(np.uint8), ["word"] * 12, alphas)
     assert 1e6 < (tmp_path / "x.gif").stat().st_size < 3e6
@@ -176,14 +180,17 @@ def test_other_formats_are_refused(tmp_path):
 def failing_ffmpeg(tmp_path, monkeypatch):
     """A program in ffmpeg's place that writes half a file and fails."""
     program = tmp_path / "ffmpeg"
-    program.write_text("#!/bin/sh\nfor file; do :; done\n"
-                       "case $file in file:*) echo half > ${file#file:};; esac\nexit 1\n")
+    program.write_text(
+        "#!/bin/sh\nfor file; do :; done\n"
+        "case $file in file:*) echo half > ${file#file:};; esac\nexit 1\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
 
 
 def test_a_failing_ffmpeg_is_an_error_of_one_line_and_leaves_the_old_file(
-        tmp_path, small, failing_ffmpeg):
+    tmp_path, small, failing_ffmpeg
+):
     path = tmp_path / "-x:y.mp4"
     path.write_text("old")
     with pytest.raises(OSError, match=r"^ffmpeg failed \(\d+\.\d\d GB of the disk are free\)$"):
@@ -211,7 +218,8 @@ def test_a_truncated_mp4_is_an_error(tmp_path, small, monkeypatch):
 @BOTH
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_file(
-        tmp_path, small, kind, capfd, monkeypatch):
+    tmp_path, small, kind, capfd, monkeypatch
+):
     path = tmp_path / f"x.{kind}"
     path.write_text("old")
     temporary_file = utils._temporary_file
@@ -245,5 +253,6 @@ def test_animations_are_valid_files_of_their_format(tmp_path, small, monkeypatch
         write_animation(path, grey(60, 60), WORDS, one_hot())
         assert path.read_bytes()[found:].startswith(start)
     from imageio_ffmpeg import get_ffmpeg_exe
+
     info = subprocess.run([get_ffmpeg_exe(), "-i", f"file:{path}"], capture_output=True, text=True)
     assert "h264" in info.stderr and "yuv420p" in info.stderr  # what every browser plays

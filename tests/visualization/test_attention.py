@@ -15,9 +15,13 @@ def brightness(axes, rows, columns):
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
     box = axes.get_window_extent()
     top, bottom = round(pixels.shape[0] - box.y1) + 1, round(pixels.shape[0] - box.y0) - 1
-    panel = pixels[top:bottom, round(box.x0) + 1:round(box.x1) - 1]
-    return np.array([[part.mean() for part in np.array_split(row, columns, axis=1)]
-                     for row in np.array_split(panel, rows)])
+    panel = pixels[top:bottom, round(box.x0) + 1 : round(box.x1) - 1]
+    return np.array(
+        [
+            [part.mean() for part in np.array_split(row, columns, axis=1)]
+            for row in np.array_split(panel, rows)
+        ]
+    )
 
 
 @pytest.mark.parametrize("smooth", [True, False])
@@ -44,6 +48,7 @@ def test_even_attention_leaves_the_whole_photograph_bright(overlay, least):
 
 # The panels
 
+
 def test_overlay_has_a_panel_per_word():
     image = np.zeros((30, 40, 3), dtype=np.uint8)
     for count in (0, 1, 4, 5, 50):
@@ -66,7 +71,7 @@ def test_words_do_not_overlap():
         for i, box in enumerate(boxes):
             assert inside.x0 <= box.x0 and box.x1 <= inside.x1
             assert inside.y0 <= box.y0 and box.y1 <= inside.y1
-            assert not any(box.overlaps(other) for other in boxes[i + 1:])
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
 def test_photographs_keep_their_shape():
@@ -80,16 +85,16 @@ def test_photographs_keep_their_shape():
 @pytest.mark.parametrize("words", [12, 50])
 @pytest.mark.parametrize("shape", [(60, 60, 3), (90, 30, 3), (30, 90, 3), (2, 30, 3)])
 def test_figures_have_the_aspect_ratio_of_a_page_for_any_caption(words, shape):
-    figure = attention_grid(np.zeros(shape, np.uint8), ["dog"] * words,
-                                      np.ones((words, 4)))
+    figure = attention_grid(np.zeros(shape, np.uint8), ["dog"] * words, np.ones((words, 4)))
     width, height = figure.get_size_inches()
     assert 0.9 < width / height < 2.2
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 12, 50])
 def test_words_follow_each_other_row_by_row_without_gaps(words):
-    figure = attention_grid(np.zeros((60, 60, 3), np.uint8),
-                                      [f"word{i}" for i in range(words)], np.ones((words, 4)))
+    figure = attention_grid(
+        np.zeros((60, 60, 3), np.uint8), [f"word{i}" for i in range(words)], np.ones((words, 4))
+    )
     boxes = [axes.get_position() for axes in figure.axes]
     order = sorted(range(words + 1), key=lambda i: (round(-boxes[i].y0, 3), boxes[i].x0))
     assert order == list(range(words + 1))
@@ -106,14 +111,22 @@ def test_photographs_are_not_stretched_among_fifty_words():
 
 
 def test_long_words_over_slim_photographs_are_no_smaller_than_nine_points():
-    figure = attention_grid(np.zeros((90, 30, 3), np.uint8),
-                                      ["counterintuitively", "a"], np.ones((2, 4)))
+    figure = attention_grid(
+        np.zeros((90, 30, 3), np.uint8), ["counterintuitively", "a"], np.ones((2, 4))
+    )
     assert min(axes.title.get_fontsize() for axes in figure.axes) > 8.99
 
 
-@pytest.mark.parametrize("words, alphas", [
-    (["a"], np.ones((2, 4))), (["a"], np.ones((1, 5))), (["a"], np.ones((1, 2, 2))), ([], []),
-    (["a"], np.ones(4))])
+@pytest.mark.parametrize(
+    "words, alphas",
+    [
+        (["a"], np.ones((2, 4))),
+        (["a"], np.ones((1, 5))),
+        (["a"], np.ones((1, 2, 2))),
+        ([], []),
+        (["a"], np.ones(4)),
+    ],
+)
 def test_attention_must_be_square_with_one_row_per_word(words, alphas, tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="attention of shape"):

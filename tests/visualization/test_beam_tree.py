@@ -21,7 +21,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def make_tree(seed, beam_size, **options):
     """A tree of 12 steps at most, with its decoder and image"""
     decoder, features = make_case(seed, end_bias=(-9, -4, -1, 1)[seed % 4])
-    image = features[seed:seed + 1]
+    image = features[seed : seed + 1]
     return build_tree(decoder, image, WORD_MAP, beam_size, 12, **options), decoder, image
 
 
@@ -31,7 +31,8 @@ def textbook(decoder, image, path):
     h, c = reference.init_hidden_state(decoder, encoded)
     for word in ["<start>", *(node.word for node in path)]:
         scores, h, c, _ = reference.decode_step(
-            decoder, encoded, torch.tensor([WORD_MAP[word]]), h, c)
+            decoder, encoded, torch.tensor([WORD_MAP[word]]), h, c
+        )
     return scores.log_softmax(1)[0]
 
 
@@ -45,7 +46,7 @@ def test_the_winning_path_is_the_caption_of_the_search(options):
         path = [node for nodes in on_path for node in nodes]
         best_words = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
         assert [node.word for node in path] == best_words and path[-1].path() == path
-        assert [len(nodes) for nodes in on_path[:len(best_words)]] == [1] * len(best_words)
+        assert [len(nodes) for nodes in on_path[: len(best_words)]] == [1] * len(best_words)
         assert all(node.kept for node in path)
         assert path[-1].total == tree.score == best.score
         assert path[-1].finished == tree.finished == best.finished
@@ -113,8 +114,10 @@ def draw(tree, folder):
 
 def nodes_of(root):
     """(word, score, its box or None) of each node drawn"""
-    return [(*(text.text for text in group.iter(f"{SVG}text")), group.find(f"{SVG}rect"))
-            for group in root.iter(f"{SVG}g")]
+    return [
+        (*(text.text for text in group.iter(f"{SVG}text")), group.find(f"{SVG}rect"))
+        for group in root.iter(f"{SVG}g")
+    ]
 
 
 @pytest.mark.parametrize("seed, beam_size", [(0, 3), (1, 1), (3, 3), (2, 5), (6, 9)])
@@ -125,13 +128,16 @@ def test_the_drawing_boxes_every_kept_word_and_greys_the_dropped(tmp_path, seed,
     kept = [(node.word, f"{node.total:.2f}") for nodes in tree.steps for node in nodes if node.kept]
     assert boxes == kept
     plain = [(word, score) for word, score, box in nodes_of(root) if box is None]
-    dropped = [[(node.word, f"{node.total:.2f}") for node in nodes if not node.kept]
-               for nodes in tree.steps]
-    assert plain == [node for nodes in dropped for node in nodes[:2 * beam_size]]
+    dropped = [
+        [(node.word, f"{node.total:.2f}") for node in nodes if not node.kept]
+        for nodes in tree.steps
+    ]
+    assert plain == [node for nodes in dropped for node in nodes[: 2 * beam_size]]
     for group in root.iter(f"{SVG}g"):
         grey = group.find(f"{SVG}rect") is None
         assert {text.get("fill") for text in group.iter(f"{SVG}text")} == {
-            beam_tree.FAINT_TEXT if grey else beam_tree.TEXT}
+            beam_tree.FAINT_TEXT if grey else beam_tree.TEXT
+        }
     caption = " ".join(tree.words)
     assert any(text.text.startswith(caption) for text in root.iter(f"{SVG}text"))
 
@@ -154,8 +160,14 @@ def test_kept_words_are_linked_to_their_parents_and_the_best_path_is_highlighted
         numbers = path.get("d").replace("M", "").replace("C", "").replace(",", " ").split()
         if path.get("stroke") != beam_tree.DROPPED_LINK:
             drawn.append((path.get("stroke"), *map(float, numbers[:2] + numbers[-2:])))
-    expected = [(beam_tree.BEST[1] if node.is_best else beam_tree.LINK,
-                 *edge(box_of[node.parent], True), *edge(box_of[node], False)) for node in kept]
+    expected = [
+        (
+            beam_tree.BEST[1] if node.is_best else beam_tree.LINK,
+            *edge(box_of[node.parent], True),
+            *edge(box_of[node], False),
+        )
+        for node in kept
+    ]
     assert len(drawn) == len(expected)
     for ours, wanted in zip(sorted(drawn), sorted(expected)):
         assert ours[0] == wanted[0] and ours[1:] == pytest.approx(wanted[1:], abs=0.11)
@@ -185,8 +197,9 @@ def test_nothing_is_clipped_or_overlaps(tmp_path, seed, beam_size):
     assert len(boxes) >= 4 and len(words) >= 7
     for group in (boxes + headings, words + headings):
         for i, (x, y, right, bottom) in enumerate(group):
-            assert not any(x < b and a < right and y < d and c < bottom
-                           for a, c, b, d in group[i + 1:])
+            assert not any(
+                x < b and a < right and y < d and c < bottom for a, c, b, d in group[i + 1 :]
+            )
 
 
 def rectangle(rect):
@@ -196,8 +209,19 @@ def rectangle(rect):
 
 
 def test_words_with_xml_characters_are_escaped(tmp_path):
-    strange = ["<pad>", "a&b", '"<i>"', "]]>", "\x00\x1b", "\ud800", "𝛼 é 犬", "'", "<unk>",
-               "<start>", "<end>"]
+    strange = [
+        "<pad>",
+        "a&b",
+        '"<i>"',
+        "]]>",
+        "\x00\x1b",
+        "\ud800",
+        "𝛼 é 犬",
+        "'",
+        "<unk>",
+        "<start>",
+        "<end>",
+    ]
     decoder, features = make_case(0, end_bias=-9)
     tree = build_tree(decoder, features[:1], {word: i for i, word in enumerate(strange)}, 11, 6)
     root = draw(tree, tmp_path)

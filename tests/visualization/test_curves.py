@@ -13,14 +13,33 @@ from visualization import curves
 
 
 def row(epoch, **figures):
-    return {"epoch": epoch, "lr": 4e-4, "train_loss": 5 / epoch, "train_top5": 50.0,
-            "captions_per_second": 200.0, "val_loss": 6 / epoch, "teacher_forced_bleu4": 9.0,
-            "bleu1": 50.0, "bleu4": 10.0 + epoch, **figures}
+    return {
+        "epoch": epoch,
+        "lr": 4e-4,
+        "train_loss": 5 / epoch,
+        "train_top5": 50.0,
+        "captions_per_second": 200.0,
+        "val_loss": 6 / epoch,
+        "teacher_forced_bleu4": 9.0,
+        "bleu1": 50.0,
+        "bleu4": 10.0 + epoch,
+        **figures,
+    }
 
 
 FIRST = [row(epoch) for epoch in (1, 2, 3)]
-SECOND = [{"epoch": epoch, "lr": 1e-4, "train_reward": 0.4 + epoch, "captions_per_second": 90.0,
-           "val_loss": 4.0, "bleu4": 20.0, "cider_d": 40.0 + epoch} for epoch in (1, 2)]
+SECOND = [
+    {
+        "epoch": epoch,
+        "lr": 1e-4,
+        "train_reward": 0.4 + epoch,
+        "captions_per_second": 90.0,
+        "val_loss": 4.0,
+        "bleu4": 20.0,
+        "cider_d": 40.0 + epoch,
+    }
+    for epoch in (1, 2)
+]
 
 
 def write_log(path, rows, end=""):
@@ -45,11 +64,13 @@ def panels(figure):
 def test_only_logged_quantities_have_a_panel(tmp_path):
     titles = [title for title, _ in curves.PANELS]
     assert list(panels(curves.draw_curves([read_log(tmp_path, FIRST)]))) == [
-        titles[i] for i in (0, 2, 4, 5)]
+        titles[i] for i in (0, 2, 4, 5)
+    ]
     assert list(panels(curves.draw_curves([read_log(tmp_path, FIRST + SECOND)]))) == titles
     assert list(panels(curves.draw_curves([read_log(tmp_path, SECOND)]))) == titles
     assert list(panels(curves.draw_curves([read_log(tmp_path, [{"epoch": 1, "lr": 1}])]))) == [
-        titles[4]]
+        titles[4]
+    ]
 
 
 def test_lines_show_the_values_of_the_log(tmp_path):
@@ -127,6 +148,7 @@ def draw(monkeypatch, capsys, tmp_path):
         except SystemExit as end:
             code = end.code
         return code, capsys.readouterr().err
+
     return call
 
 
@@ -146,15 +168,23 @@ def test_a_truncated_line_is_skipped_and_reported(draw, tmp_path):
 
 
 def test_values_that_are_not_numbers_leave_a_gap(tmp_path):
-    rows = [row(1), row(2, bleu4=float("nan")), row(3, bleu4="much"), row(4, bleu4=True),
-            row(5, bleu4=10**400), row(6, bleu4=None), row(7)]
+    rows = [
+        row(1),
+        row(2, bleu4=float("nan")),
+        row(3, bleu4="much"),
+        row(4, bleu4=True),
+        row(5, bleu4=10**400),
+        row(6, bleu4=None),
+        row(7),
+    ]
     axes = panels(curves.draw_curves([read_log(tmp_path, rows)]))["BLEU-4 of validation"]
     axes.figure.canvas.draw()
     assert np.isnan(lines(axes)[0][1]).tolist() == [False] + [True] * 5 + [False]
 
 
 def test_watching_draws_again_when_a_log_has_grown_and_waits_for_its_first_row(
-        tmp_path, monkeypatch, capsys):
+    tmp_path, monkeypatch, capsys
+):
     log, drawn, looks = tmp_path / "log_x.jsonl", [], []
     contents = [None, [], FIRST[:1], FIRST[:1], FIRST]  # at first there is no log
 

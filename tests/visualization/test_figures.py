@@ -21,8 +21,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name, start", [("x.PNG", b"\x89PNG"), ("x.pdf", b"%PDF"),
-                                         ("x.svg", b"<?xml"), ("x", b"\x89PNG")])
+@pytest.mark.parametrize(
+    "name, start",
+    [("x.PNG", b"\x89PNG"), ("x.pdf", b"%PDF"), ("x.svg", b"<?xml"), ("x", b"\x89PNG")],
+)
 def test_the_suffix_says_the_format(tmp_path, name, start):
     figures.save(Figure(), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(start)

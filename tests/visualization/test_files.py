@@ -10,9 +10,15 @@ from visualization.files import find_images, overlay_paths
 def test_no_two_overlays_share_a_file_and_none_is_an_image():
     paths = ["a/x.jpg", "b/x.jpg", "b/x.png"]
     assert overlay_paths(paths, None, False) == [
-        "a/x_attention.png", "b/x_attention.png", "b/x_2_attention.png"]
+        "a/x_attention.png",
+        "b/x_attention.png",
+        "b/x_2_attention.png",
+    ]
     assert overlay_paths(paths, "out", False) == [
-        "out/x_attention.png", "out/x_2_attention.png", "out/x_3_attention.png"]
+        "out/x_attention.png",
+        "out/x_2_attention.png",
+        "out/x_3_attention.png",
+    ]
     both = ["x.jpg", "x_attention.png"]
     assert not set(both) & set(overlay_paths(both, None, False))
 
@@ -25,7 +31,10 @@ def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path):
     assert find_images([str(tmp_path)]) == images
     assert find_images([str(tmp_path / "*.png")]) == images[1:2]
     assert find_images([images[2], str(tmp_path), "missing.jpg"]) == [
-        images[2], *images[:2], "missing.jpg"]
+        images[2],
+        *images[:2],
+        "missing.jpg",
+    ]
     overlay = str(tmp_path / "a_attention.png")
     assert find_images([images[0], overlay]) == images[:1]
     assert find_images([overlay]) == [overlay]  # asked for by name, and nothing else

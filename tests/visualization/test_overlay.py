@@ -18,9 +18,14 @@ def photographs():
     sky = np.where((y < HEIGHT // 2)[..., None], (190, 220, 255), (60, 90, 40)).astype(np.uint8)
     sky[80:150, 60:140] = rng.integers(0, 45, (70, 80, 3))
     checkers = 255 * ((y // 17 + x // 17) % 2)[..., None].repeat(3, 2)
-    noise = (rng.random((HEIGHT, WIDTH, 3)) * 255 * x[..., None] / WIDTH)
-    return {"sky": sky, "checkerboard": checkers.astype(np.uint8), "noise": noise.astype(np.uint8),
-            "black": np.zeros_like(sky), "white": np.full_like(sky, 255)}
+    noise = rng.random((HEIGHT, WIDTH, 3)) * 255 * x[..., None] / WIDTH
+    return {
+        "sky": sky,
+        "checkerboard": checkers.astype(np.uint8),
+        "noise": noise.astype(np.uint8),
+        "black": np.zeros_like(sky),
+        "white": np.full_like(sky, 255),
+    }
 
 
 PHOTOGRAPHS = photographs()

@@ -15,8 +15,18 @@ from visualization.overlay import Drawing
 
 SIDE = 14  # locations of the attention grid along an edge
 SENTENCE = "a brown dog runs over the snow with a red ball &"
-NASTY = ["<unk>", "\"&'", "</script>", "<img src=x onerror='window.hacked=1'>",
-         "</style><script>window.hacked=1</script>", "&lt;", "naïve", "雪", "-->", "{{x}}"]
+NASTY = [
+    "<unk>",
+    "\"&'",
+    "</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "</style><script>window.hacked=1</script>",
+    "&lt;",
+    "naïve",
+    "雪",
+    "-->",
+    "{{x}}",
+]
 
 
 def one_hot(*cells):
@@ -33,14 +43,20 @@ def captioned(words=None, attention=None, shape=(240, 320), **fields):
     if attention is None:
         attention = np.random.default_rng(0).dirichlet(np.full(SIDE * SIDE, 0.3), len(words))
     text = " ".join(words)
-    usual = {"name": "photos/dog.jpg", "image": np.full((*shape, 3), 128, dtype=np.uint8),
-             "words": words, "attention": attention, "score": -12.3456,
-             "n_best": [(text, -12.3456)]}
+    usual = {
+        "name": "photos/dog.jpg",
+        "image": np.full((*shape, 3), 128, dtype=np.uint8),
+        "words": words,
+        "attention": attention,
+        "score": -12.3456,
+        "n_best": [(text, -12.3456)],
+    }
     return SimpleNamespace(**usual | fields)
 
 
 class Elements(HTMLParser):
     """The elements of a page in order, as (tag, attributes, text within); every tag is closed."""
+
     VOID = ("meta", "link", "img")
 
     def __init__(self, source):
@@ -65,8 +81,11 @@ class Elements(HTMLParser):
 
     def of(self, name):
         """(attributes, text) of those with this tag or class."""
-        return [(attributes, text) for tag, attributes, text in self.all
-                if name == tag or name in attributes.get("class", "").split()]
+        return [
+            (attributes, text)
+            for tag, attributes, text in self.all
+            if name == tag or name in attributes.get("class", "").split()
+        ]
 
 
 def photograph_in(source):
@@ -99,14 +118,18 @@ def test_attention_is_kept_to_one_255th_of_each_words_maximum():
 
 def test_words_names_and_references_are_shown_as_they_are():
     text = " ".join(NASTY)
-    one = captioned(NASTY, name=f"a/{NASTY[3]}", references=NASTY,
-                    n_best=[(text, -1.0), (NASTY[4], -2.0)])
+    one = captioned(
+        NASTY, name=f"a/{NASTY[3]}", references=NASTY, n_best=[(text, -1.0), (NASTY[4], -2.0)]
+    )
     for source in (page.attention_page([one], NASTY[4]), page.fragment(one)):
         elements = Elements(source)
         assert [text for _, text in elements.of("sat-word")] == NASTY
         assert elements.of("sat-name")[0][1] == NASTY[3]
-        assert [text for _, text in elements.of("li")] == [f"{text} −1.000", f"{NASTY[4]} −2.000",
-                                                           *NASTY]
+        assert [text for _, text in elements.of("li")] == [
+            f"{text} −1.000",
+            f"{NASTY[4]} −2.000",
+            *NASTY,
+        ]
         assert elements.of("img")[0][0]["alt"] == text
         assert len(elements.of("img")) == len(elements.of("script")) == 1
     assert Elements(page.attention_page([one], NASTY[4])).of("h1")[0][1] == NASTY[4]
@@ -115,13 +138,19 @@ def test_words_names_and_references_are_shown_as_they_are():
 def test_page_has_no_external_references():
     source = page.attention_page([captioned()], "dog")
     assert not re.search(r"https?:|@import|url\(|//\w+\.\w", re.sub(r"base64,[^\"]*", "", source))
-    links = [attributes[key] for _, attributes, _ in Elements(source).all
-             for key in ("src", "href") if key in attributes]
+    links = [
+        attributes[key]
+        for _, attributes, _ in Elements(source).all
+        for key in ("src", "href")
+        if key in attributes
+    ]
     assert len(links) == 2 and all(link.startswith("data:") for link in links)
 
 
-@pytest.mark.parametrize("shape, size", [((240, 320), (320, 240)), ((900, 1600), (640, 360)),
-                                         ((3000, 1), (1, 640)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    "shape, size",
+    [((240, 320), (320, 240)), ((900, 1600), (640, 360)), ((3000, 1), (1, 640)), ((1, 1), (1, 1))],
+)
 def test_large_photographs_are_scaled_down_to_640_pixels(shape, size):
     photograph = photograph_in(page.attention_page([captioned(shape=shape)], "dog"))
     assert photograph.size == size
@@ -146,9 +175,14 @@ def test_page_of_a_folder_has_a_view_per_image_and_one_script():
     assert len(elements.of("script")) == len(elements.of("style")) == 1
 
 
-@pytest.mark.parametrize("cell, place", [((0, 0), "at the upper left, 100 %"),
-                                         ((13, 7), "at the bottom, 100 %"),
-                                         ((6, 6), "in the centre, 100 %")])
+@pytest.mark.parametrize(
+    "cell, place",
+    [
+        ((0, 0), "at the upper left, 100 %"),
+        ((13, 7), "at the bottom, 100 %"),
+        ((6, 6), "in the centre, 100 %"),
+    ],
+)
 def test_position_of_the_attention_is_described(cell, place):
     [(attributes, _)] = Elements(page.fragment(captioned(["dog"], one_hot(cell)))).of("sat-word")
     assert attributes["data-where"] == f"most attention {place}"
@@ -200,8 +234,12 @@ def test_fragment_styles_nothing_but_itself():
     assert not {tag for tag, _, _ in elements.all} & {"html", "head", "body", "meta", "h1", "h2"}
     assert not any("id" in attributes for _, attributes, _ in elements.all)
     rules = re.sub(r"/\*.*?\*/", "", elements.of("style")[0][1], flags=re.DOTALL)
-    selectors = [part for found in re.findall(r"([^{};]+)\{", rules) for part in found.split(",")
-                 if not found.strip().startswith("@")]
+    selectors = [
+        part
+        for found in re.findall(r"([^{};]+)\{", rules)
+        for part in found.split(",")
+        if not found.strip().startswith("@")
+    ]
     assert len(selectors) > 20 and all(".sat" in selector for selector in selectors)
 
 
@@ -226,12 +264,21 @@ class Browser:
         if not isinstance(source, str):
             source = page.attention_page(source if isinstance(source, list) else [source], "dogs")
         self.path.write_text(source, encoding="utf-8")
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                 deviceScaleFactor=1, mobile=touch)
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=touch,
+        )
         self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
-        self.cdp("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-            {"name": "prefers-reduced-motion", "value": "reduce" if calm else "no-preference"}])
+        self.cdp(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+                {"name": "prefers-reduced-motion", "value": "reduce" if calm else "no-preference"},
+            ],
+        )
         self.driver.get("about:blank")
         self.actions().move_by_offset(0, 0).perform()
         self.driver.get(self.path.as_uri())
@@ -281,8 +328,11 @@ class Browser:
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 lines.append(message["params"]["request"]["url"])
-        return [line for line in lines
-                if line != self.path.as_uri() and not line.startswith(("data:", "about:"))]
+        return [
+            line
+            for line in lines
+            if line != self.path.as_uri() and not line.startswith(("data:", "about:"))
+        ]
 
 
 @pytest.fixture
@@ -347,8 +397,9 @@ def test_the_overlay_of_the_page_equals_that_of_the_figure(browser, overlay, off
     browser.hover(browser.all(".sat-word")[0])
     png = browser.run("return document.querySelector('canvas').toDataURL()").split(",")[1]
     ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) / 255
-    figure = attention.attention_grid(image, one.words, one.attention,
-                                      Drawing(True, overlay, offset))
+    figure = attention.attention_grid(
+        image, one.words, one.attention, Drawing(True, overlay, offset)
+    )
     theirs = np.asarray(figure.axes[1].images[0].get_array())
     assert ours.shape == theirs.shape
     assert abs(ours - theirs).mean() < 0.01 and abs(ours - theirs).max() < 0.06
@@ -441,14 +492,20 @@ def test_a_clicked_word_stays_selected_when_the_mouse_leaves(browser):
 
 def test_nothing_overflows_sideways_on_a_phone(browser):
     long = ["w" * 90, *"a sentence that goes on and on for many more words than one line".split()]
-    one = captioned(long, name="n" * 200 + ".jpg", references=["r" * 200],
-                    n_best=[("c" * 200, -1234567.0), ("b", -2.0)])
+    one = captioned(
+        long,
+        name="n" * 200 + ".jpg",
+        references=["r" * 200],
+        n_best=[("c" * 200, -1234567.0), ("b", -2.0)],
+    )
     shapes = [captioned(shape=shape) for shape in ((60, 900), (900, 60))]
     browser.open([one, *shapes], width=360, height=740, touch=True)
     browser.run("document.querySelector('details').open = true")
     assert browser.run("return document.documentElement.scrollWidth") == 360
-    edges = browser.run("return [...document.body.querySelectorAll('*')].map("
-                        "(e) => [e.getBoundingClientRect().left, e.getBoundingClientRect().right])")
+    edges = browser.run(
+        "return [...document.body.querySelectorAll('*')].map("
+        "(e) => [e.getBoundingClientRect().left, e.getBoundingClientRect().right])"
+    )
     assert np.min(edges) >= 0 and np.max(edges) <= 360
 
 
@@ -480,8 +537,18 @@ def test_text_is_readable_in_light_and_dark(browser):
         one = captioned(references=["A dog."], n_best=[("a dog", -1.0), ("dogs", -2.0)])
         browser.open(one, dark=dark)
         browser.all(".sat-word")[2].click()
-        for selector in ("h1", "header p", "h2", ".sat-word", ".sat-shown", ".sat-where", "summary",
-                         ".sat-label", ".sat-row span", ".sat-nats"):
+        for selector in (
+            "h1",
+            "header p",
+            "h2",
+            ".sat-word",
+            ".sat-shown",
+            ".sat-where",
+            "summary",
+            ".sat-label",
+            ".sat-row span",
+            ".sat-nats",
+        ):
             behind, text = map(luminance, browser.run(COLOURS, browser.all(selector)[0]))
             low, high = sorted((behind, text))
             assert (high + 0.05) / (low + 0.05) >= 4.5, selector
@@ -494,26 +561,34 @@ def test_the_picture_fades_unless_reduced_motion_is_preferred(browser):
     for calm, seconds in ((False, "0.15s"), (True, "0s")):
         browser.open(captioned(), calm=calm)
         assert seconds == browser.run(
-            "return getComputedStyle(document.querySelector('canvas')).transitionDuration")
+            "return getComputedStyle(document.querySelector('canvas')).transitionDuration"
+        )
 
 
 def test_a_screen_reader_finds_the_photograph_and_the_words(browser):
     browser.open(captioned())
     browser.press("tab", "arrow_right")
     nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
-    found = [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes
-             if not node["ignored"]]
+    found = [
+        (node["role"]["value"], node.get("name", {}).get("value"))
+        for node in nodes
+        if not node["ignored"]
+    ]
     assert ("image", SENTENCE) in found and ("article", "dog.jpg") in found
     assert ("listbox", "Words of the caption") in found
     assert [name for role, name in found if role == "option"] == SENTENCE.split()
-    assert [node["name"]["value"] for node in nodes if any(
-        p["name"] == "focused" and p["value"]["value"] for p in node.get("properties", ()))
-        and node["role"]["value"] == "option"] == ["brown"]
+    assert [
+        node["name"]["value"]
+        for node in nodes
+        if any(p["name"] == "focused" and p["value"]["value"] for p in node.get("properties", ()))
+        and node["role"]["value"] == "option"
+    ] == ["brown"]
 
 
 def test_words_and_names_are_never_run_as_script(browser):
-    one = captioned(NASTY, name=NASTY[3], references=NASTY,
-                    n_best=[(" ".join(NASTY), -1.0), (NASTY[4], -2.0)])
+    one = captioned(
+        NASTY, name=NASTY[3], references=NASTY, n_best=[(" ".join(NASTY), -1.0), (NASTY[4], -2.0)]
+    )
     for source in ([one], page.fragment(one)):
         browser.open(source)
         assert [word.text for word in browser.all(".sat-word")] == NASTY
@@ -525,9 +600,11 @@ def test_words_and_names_are_never_run_as_script(browser):
 
 def test_only_the_script_of_the_page_may_run(browser):
     browser.open(captioned())
-    browser.run("const script = document.createElement('script');"
-                "script.textContent = 'window.hacked = 1'; document.body.append(script);"
-                "fetch('https://example.invalid/').catch(() => {})")
+    browser.run(
+        "const script = document.createElement('script');"
+        "script.textContent = 'window.hacked = 1'; document.body.append(script);"
+        "fetch('https://example.invalid/').catch(() => {})"
+    )
     assert browser.run("return window.hacked === undefined")
     complaints = browser.complaints()
     assert len(complaints) >= 2 and all("Content Security Policy" in line for line in complaints)
@@ -540,10 +617,13 @@ def test_a_caption_without_words_is_shown_with_its_photograph(browser):
 
 def test_a_word_selected_before_the_photograph_has_loaded_is_shown_later(browser):
     source = page.fragment(captioned(["dog"], one_hot((2, 11))))
-    browser.open(source.replace('src="data:', 'data-later="data:')
-                 + "<script>document.querySelector('.sat-word').click()</script>")
-    browser.run("const img = document.querySelector('img'); img.src = img.dataset.later;"
-                "return img.decode()")
+    browser.open(
+        source.replace('src="data:', 'data-later="data:')
+        + "<script>document.querySelector('.sat-word').click()</script>"
+    )
+    browser.run(
+        "const img = document.querySelector('img'); img.src = img.dataset.later;return img.decode()"
+    )
     assert browser.shown() == ["dog"]
     assert np.allclose(brightest(browser.picture()), (2.5 / SIDE, 11.5 / SIDE), atol=0.04)
 
@@ -552,7 +632,8 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
     """Inserted as in JupyterLab: by innerHTML, then with each script created again."""
     one = captioned(["one", "two"], one_hot((2, 2), (11, 11)))
     cells = json.dumps([page.fragment(one)] * 3).replace("</", "<\\/")
-    browser.open(f"""<!DOCTYPE html><p>A notebook</p><script>
+    browser.open(
+        f"""<!DOCTYPE html><p>A notebook</p><script>
         window.listeners = 0;
         const listen = EventTarget.prototype.addEventListener;
         EventTarget.prototype.addEventListener = function (kind, ...rest) {{
@@ -568,7 +649,9 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
             old.replaceWith(script);
           }}
           document.body.append(output);
-        }}</script>""", height=1400)
+        }}</script>""",
+        height=1400,
+    )
     assert browser.run("return listeners") == 3  # each script has set up only its own view
     plain = browser.picture()
     browser.hover(browser.all(".sat-word")[3])  # the second word of the second cell
