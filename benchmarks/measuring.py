@@ -98,7 +98,8 @@ def measure_process(code):
         [
             "import json, resource, sys, time",
             *imports,
-            "peak = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
+            "status = lambda: open('/proc/self/status').read()",
+            "peak = lambda: 1024 * int(status().split('VmHWM:')[1].split()[0])",
             "result, before = {}, peak()",
             "start = time.perf_counter()",
             *code,

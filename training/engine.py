@@ -139,13 +139,13 @@ def derive_seed(*numbers):
 
 def micro_batches(batch, count):
     """Yield the batch in `count` parts with about the same number of images."""
-    for part in np.array_split(np.arange(len(batch.images)), count):
+    for part in np.array_split(np.arange(len(batch.indices)), count):
         part = slice(part[0], part[-1] + 1)
         yield batch._replace(
             features=batch.features[part],
             captions=batch.captions[part],
             lengths=batch.lengths[part],
-            images=batch.images[part],
+            indices=batch.indices[part],
         )
 
 

@@ -12,6 +12,7 @@ summed over an epoch, from which `metrics` computes the values for the log.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from evaluation.metrics import CiderD, top_k_correct
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     features: torch.Tensor  # (N, G, E)
     captions: torch.Tensor  # (N, R, L) token ids
     lengths: torch.Tensor  # (N, R) <start> and <end> counted, on the CPU
-    images: list  # N indices into the data set
+    indices: np.ndarray  # (N,) of the images or captions in the data set
     num_tokens: float
     num_captions: float
 
@@ -198,7 +199,7 @@ class SelfCritical(Criterion):
         )
         on_cpu = captions.cpu()  # before the forward pass, which keeps a GPU busy ...
         logits, targets, alphas = decoder(batch.features, captions, lengths)
-        rewards = self.reward(batch.images, on_cpu, lengths)  # ... while the CPU does this
+        rewards = self.reward(batch.indices, on_cpu, lengths)  # ... while the CPU does this
         loss = self_critical_loss(
             logits, targets, lengths, rewards.to(logits.device), batch.num_captions
         )

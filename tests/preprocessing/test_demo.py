@@ -130,9 +130,10 @@ def test_boxes_in_the_file_fit_the_dark_pixels_of_the_picture(folder, images):
 
 def test_positions_and_sizes_in_captions_are_true_of_the_boxes(images):
     """Read the captions, not the scene: each way to say it has its own test on the boxes."""
-    above = lambda a, b: (
-        a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])
-    )  # noqa: E501,E731
+
+    def above(a, b):
+        return a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])
+
     turned = lambda box: [box[1], box[0], box[3], box[2]]  # noqa: E731
     relations = {
         "above": above,

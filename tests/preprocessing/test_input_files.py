@@ -186,7 +186,8 @@ def test_missing_image_is_named_before_any_is_read(tmp_path):
             ["a dog runs", "a dog sits"],
             5,
             "of 6 words in 2 captions, 6 become <unk>, since only 0 "
-            "different ones occur more than 5 times; pass a lower --min_word_freq, 0 to keep every word",
+            "different ones occur more than 5 times; pass a lower --min_word_freq, 0 to keep every "
+            "word",
         ),
         (["一只狗在草地上奔跑", "一只猫"], 5, ": if the language is written without spaces, as"),
     ],
