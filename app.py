@@ -20,7 +20,6 @@ from pathlib import Path
 
 from caption import Captioner
 from checkpoints import add_model_options, find_model
-from modeling.sampling import Sampling, most_likely_location
 from utils import Number, Parser, UserError, add_device_options, run_script
 from visualization import page
 from visualization.overlay import OVERLAYS
@@ -38,7 +37,11 @@ for (const view of element.querySelectorAll(".sat")) view.replaceWith(view.clone
 LARGEST_MEGABYTES = 32
 LARGEST_BEAM = 10
 CHECK_SECONDS, KEEP_SECONDS = 60, 3600  # how often old photographs are looked for, and their age
-SEARCH, HARD, SAMPLE = WORDS = ("most probable", "most probable, with hard attention", "at random")
+SEARCH, HARD, SAMPLE = SEARCHES = (
+    "most probable",
+    "most probable, with hard attention",
+    "at random",
+)
 
 
 def get_args(argv=None):
@@ -60,17 +63,14 @@ def caption(captioner, path, words, beam_size, n_best, temperature, overlay):
     The caption of a photograph, and the HTML of the view in which each word shows where the model
     looked; two empty strings if there is no photograph. UserError if it is not readable.
 
-    words: one of WORDS; n_best: captions, at most beam_size where they are searched for
+    words: one of SEARCHES; n_best: captions, at most beam_size where they are searched for
     """
     if path is None:
         return "", ""
     if words == SAMPLE:
-        options = {"n_best": n_best, "sampling": Sampling(temperature)}
+        options = {"n_best": n_best, "sample": True, "temperature": temperature}
     else:
-        options = {
-            "n_best": min(n_best, beam_size),
-            "hard_attention": most_likely_location if words == HARD else None,
-        }
+        options = {"n_best": min(n_best, beam_size), "hard_attention": words == HARD}
     captioned = captioner(path, beam_size=beam_size, **options)
     view = page.view(captioned, "h3", page.HINT, overlay)
     return captioned.text, f"<style>{page.STYLE}</style>{view}"
@@ -107,7 +107,7 @@ def build_page(captioner, gr):
                 photograph.preprocess = lambda upload: upload and upload.path
                 gr.Examples([[str(path)] for path in EXAMPLES], photograph, label="Examples")
                 with gr.Accordion("Options", open=False):
-                    words = gr.Radio(WORDS, value=SEARCH, label="Words")
+                    words = gr.Radio(SEARCHES, value=SEARCH, label="Words")
                     beam_size = gr.Slider(1, LARGEST_BEAM, value=5, step=1, label="Beam size")
                     n_best = gr.Slider(
                         1,
@@ -187,7 +187,7 @@ def main():
         except ImportError:
             raise UserError("app.py needs Gradio: pip install -r requirements-app.txt") from None
         model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
-        blocks = build_page(Captioner(model, args.word_map, args.device, args.amp), gr)
+        blocks = build_page(Captioner(model, args.word_map, args.device, args.amp, args.plain), gr)
         fonts = ["system-ui", "sans-serif"]  # Gradio's own come from another server
         host = f"[{args.host}]" if ":" in args.host else args.host
         _, address, _ = blocks.launch(

@@ -27,11 +27,11 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import add_search_options, find_captions, search_options
+from modeling.beam_search import Search, find_captions
 from modeling.devices import autocast, find_device, set_seed
 from modeling.field_of_view import find_offset
 from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
@@ -47,14 +47,19 @@ from utils import (
     Parser,
     UserError,
     add_device_options,
+    add_search_options,
     non_negative_int,
     positive_int,
     printable,
     run_script,
+    search_options,
 )
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
 from visualization.overlay import OVERLAYS
+
+if TYPE_CHECKING:
+    from visualization.beam_tree import Tree
 
 # The library
 
@@ -124,19 +129,27 @@ class Captioner:
 
     model: a checkpoint; if not given, the one that comes with the program
     word_map: a WORDMAP file, for checkpoints without word map
-    device, amp: as the options of caption.py
+    device, amp, plain: as the options of caption.py
     Raises UserError if the checkpoint is missing or not valid.
     """
 
-    def __init__(self, model=PRETRAINED, word_map=None, device=None, amp=None):
+    def __init__(
+        self,
+        model: str | os.PathLike = PRETRAINED,
+        word_map: str | os.PathLike | None = None,
+        device: str | None = None,
+        amp: str | None = None,
+        plain: bool = False,
+    ):
         self.device, self.amp = find_device(device), amp
         self.encoder, self.decoder, self.word_map, _ = load_captioner(
             os.fspath(model), self.device, word_map
         )
+        self.decoder.plain = plain
         self.image_size = self.encoder.args["image_size"]
         self.words = {i: word for word, i in self.word_map.items()}
 
-    def __call__(self, images, **options):
+    def __call__(self, images: Any, **options: Any) -> "Captioned | list[Captioned]":
         """
         images: a path, a web address, bytes, an open binary file, a PIL image, an array uint8
         (H, W), (H, W, 3) or (H, W, 4); or several of these, a list, an array (N, H, W, 3) or
@@ -157,17 +170,19 @@ class Captioner:
                 raise result
         return results if several else results[0]
 
-    def each(self, images, beam_size=5, n_best=1, batch_size=32, no_unk=True, **search):
+    def each(
+        self, images: Sequence[Any], *, batch_size: int = 32, no_unk: bool = True, **options: Any
+    ) -> Iterator["Captioned | UserError"]:
         """
         Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
         readable. While the model captions one batch, threads read the next.
 
-        batch_size: images at a time; n_best, no_unk, search: options of beam_search, or
-        sampling=Sampling(temperature, top_p) and those of draw_captions
+        batch_size: images at a time; no_unk, options: fields of a `modeling.beam_search.Search`,
+        such as beam_size=5, n_best=1, or sample=True, temperature=0.7
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
-        search = search | {"n_best": n_best, "no_unk": no_unk}
+        search = Search(no_unk=no_unk, **options)
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         read = partial(_try_read, size=self.image_size)
         with ThreadPoolExecutor() as pool:
@@ -178,12 +193,9 @@ class Captioner:
                 captions = iter(())
                 if readable:
                     with torch.inference_mode(), autocast(self.device, self.amp):
-                        features = self.encoder(torch.stack(readable).to(self.device))
-                        captions = iter(
-                            find_captions(
-                                self.decoder, features, self.word_map, beam_size, **search
-                            )
-                        )
+                        features = self.encoder.cells(torch.stack(readable).to(self.device))
+                        found = find_captions(self.decoder, features, self.word_map, search)
+                        captions = iter(found)
                 for source, image in zip(sources, pixels):
                     yield (
                         image
@@ -191,19 +203,19 @@ class Captioner:
                         else self._to_words(source, next(captions))
                     )
 
-    def grow_tree(self, image, beam_size=5, no_unk=True, **search):
+    def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
         """
         What the search for an image's caption kept and dropped, as a `beam_tree.Tree`, which
-        `beam_tree.draw_tree` draws. Raises UserError if the image is not readable.
+        `beam_tree.draw_tree` draws; options: as of `each`. Raises UserError if the image is not
+        readable.
         """
         from visualization import beam_tree
 
+        search = Search(no_unk=no_unk, **options)
         with torch.inference_mode(), autocast(self.device, self.amp):
             pixels = torch.from_numpy(resize_square(load_pixels(image), self.image_size))
-            features = self.encoder(pixels[None].to(self.device))
-            return beam_tree.build_tree(
-                self.decoder, features, self.word_map, beam_size, no_unk=no_unk, **search
-            )
+            features = self.encoder.cells(pixels[None].to(self.device))
+            return beam_tree.build_tree(self.decoder, features, self.word_map, search)
 
     def _to_words(self, source, caption):
         """The Captioned of a beam_search.Caption"""
@@ -350,10 +362,11 @@ def main():
     if single and not is_url(paths[0]) and not os.path.exists(paths[0]):
         raise UserError(f"{paths[0]} not found")  # before the model is loaded
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
-    captioner = Captioner(model, args.word_map, args.device, args.amp)
+    captioner = Captioner(model, args.word_map, args.device, args.amp, args.plain)
     set_seed(args.seed)
-    search, failed, for_page, read_only = search_options(args), 0, [], False
-    results = captioner.each(paths, args.beam_size, args.n_best, args.batch_size, **search)
+    failed, for_page, read_only = 0, [], False
+    search = {"beam_size": args.beam_size, "n_best": args.n_best, **search_options(args)}
+    results = captioner.each(paths, batch_size=args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
         if isinstance(result, UserError):
@@ -387,7 +400,7 @@ def main():
         if args.show:
             show(result, overlay, args)
     if args.beam_tree:
-        draw_beam_tree(captioner, paths[0], args)
+        draw_beam_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
     if for_page:
         with writing(args.out, make_folder=True):
             page.write_page(args.out, for_page, f"{len(for_page)} captions", args.overlay)
@@ -433,15 +446,12 @@ def show(captioned, overlay, args):
         raise UserError(f"--show: {error}; open {overlay} instead") from None
 
 
-def draw_beam_tree(captioner, path, args):
+def draw_beam_tree(tree, path):
     from visualization.beam_tree import draw_tree
 
-    with writing(args.beam_tree, make_folder=True):
-        draw_tree(
-            captioner.grow_tree(path, args.beam_size, n_best=args.n_best, **search_options(args)),
-            args.beam_tree,
-        )
-    print(f"beam tree: {args.beam_tree}", file=sys.stderr)
+    with writing(path, make_folder=True):
+        draw_tree(tree, path)
+    print(f"beam tree: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from datasets import (
 )
 from modeling import legacy_checkpoints, stub_unpickler
 from modeling.field_of_view import find_offset
-from models import ENCODED_IMAGE_SIZE, DecoderWithAttention, Encoder
+from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
@@ -249,7 +249,7 @@ def check_model(checkpoint, path):
     """
     with _one_line_errors(path):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
-            decoder = DecoderWithAttention(**checkpoint["decoder_args"])
+            decoder = build_decoder(checkpoint["decoder_args"])
         encoder_args = checkpoint.get("encoder_args", {})
         for size in (
             decoder.args["encoded_image_size"],
@@ -293,6 +293,11 @@ def _check_vocab_size(word_map, checkpoint, path):
         )
 
 
+def build_decoder(arguments):
+    """The decoder with a checkpoint's decoder_args; those of old files say no kind of attention."""
+    return DECODERS[arguments.get("attention", "soft")](**arguments)
+
+
 def build(checkpoint, path):
     """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
     with _one_line_errors(path), _NoInitialWeights():
@@ -300,7 +305,7 @@ def build(checkpoint, path):
             encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         _check_encoder(encoder.state_dict(), checkpoint["encoder"])
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
-        decoder = DecoderWithAttention(**checkpoint["decoder_args"])
+        decoder = build_decoder(checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
             raise ValueError(
                 f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "

@@ -19,9 +19,17 @@ from evaluation.compare import compare
 from evaluation.results import write_results
 from evaluation.scores import NAMES, parse_names, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
-from modeling.beam_search import add_search_options, search_options
 from modeling.devices import distributed, set_seed
-from utils import Parser, UserError, add_device_options, non_negative_int, positive_int, run_script
+from utils import (
+    Parser,
+    UserError,
+    add_device_options,
+    add_search_options,
+    non_negative_int,
+    positive_int,
+    run_script,
+    search_options,
+)
 
 
 def get_args(argv=None):
@@ -104,7 +112,7 @@ def get_args(argv=None):
         args.bootstrap = args.bootstrap or 1000
     args.search = search_options(args)
     if args.sample:
-        args.beam_sizes = [1]  # a row: draws know no beams
+        args.beam_sizes = [1]  # a row: sampling knows no beams
     args.names = parse_names(args.metrics or ["all" if args.compare else "bleu"])
     # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
     args.tokens = args.tokens or (None if args.metrics or args.compare else "data")

@@ -14,6 +14,7 @@ from pathlib import Path
 import checkpoints
 from datasets import add_data_options, find_data_name
 from modeling.devices import distributed, set_seed
+from models import DECODERS
 from training.build import (
     build_criterion,
     build_loaders,
@@ -157,6 +158,12 @@ def make_parser():
         help="size of the word embeddings; if not given, that of --embeddings, else 512",
     )
     add(
+        "--attention",
+        choices=DECODERS,
+        default="soft",
+        help="hard: train with one sampled location at a time; section 4.1 of the paper",
+    )
+    add(
         "--attention_dim",
         type=positive_int,
         default=512,
@@ -249,12 +256,6 @@ def make_parser():
         type=non_negative_float,
         default=1.0,
         help="weight of the doubly stochastic attention term",
-    )
-    add(
-        "--attention",
-        choices=("soft", "hard"),
-        default="soft",
-        help="hard: attend to one sampled location; section 4.1 of the paper",
     )
     add(
         "--lambda_r",

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 MAX_INT = 2**31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
 
 
@@ -201,7 +202,9 @@ def _check_option(action, value):
 
 
 def add_device_options(parser):
-    """--device and --amp, which `find_device` and `autocast` of modeling/devices.py take"""
+    """
+    --device and --amp, which `find_device` and `autocast` of modeling/devices.py take, and --plain
+    """
     parser.add_argument(
         "--device",
         help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU where there is one, else the CPU",
@@ -209,6 +212,83 @@ def add_device_options(parser):
     parser.add_argument(
         "--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="run the decoder's equations as models.py states them, which is slower",
+    )
+
+
+def add_search_options(parser, no_unk=False):
+    """
+    The options of the search for captions, see `search_options`; no_unk: the default of --no_unk
+    """
+    add = parser.add_argument_group("search").add_argument
+    add("--max_len", type=positive_int, default=50, help="longest caption, in words")
+    add(
+        "--length_penalty",
+        type=Number(float, least=0, most=MAX_LENGTH_PENALTY),
+        default=0.0,
+        help="rank captions by their score over length to this power; 1: mean per word",
+    )
+    add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
+    add(
+        "--no_repeat_ngram",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="say no N words twice in the same order; 0: allowed",
+    )
+    add(
+        "--sample",
+        action="store_true",
+        help="sample captions at random, the same ones with the same --seed, instead of searching "
+        "for the most probable one",
+    )
+    add(
+        "--temperature",
+        type=Number(float, above=0, most=100),
+        default=1.0,
+        help="--sample: above 1 more varied, below 1 safer",
+    )
+    add(
+        "--top_p",
+        type=Number(float, above=0, most=1),
+        default=1.0,
+        help="--sample: only from the likeliest words that together have this probability",
+    )
+    add(
+        "--unk",
+        dest="no_unk",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="say <unk> where no known word is as likely, as in the tutorial",
+    )
+    add(
+        "--attention",
+        choices=("soft", "hard"),
+        default="soft",
+        help="hard: look at the most attended location alone; for models that were trained with "
+        "--attention hard",
+    )
+
+
+def search_options(args):
+    """
+    The fields of a `modeling.beam_search.Search` that the options of `add_search_options` set;
+    UserError if they contradict each other.
+    """
+    hard = args.attention == "hard"
+    if args.sample and (args.length_penalty or hard):
+        raise UserError(
+            "--length_penalty and --attention hard are for the search, not for --sample; leave one "
+            "out"
+        )
+    if not args.sample and (args.temperature, args.top_p) != (1, 1):
+        raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
+    names = ("max_len", "length_penalty", "no_unk", "no_repeat_ngram")
+    names += ("sample", "temperature", "top_p")
+    return {"hard_attention": hard} | {name: getattr(args, name) for name in names}
 
 
 # Files

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from datasets import ResumableBatchSampler, load_batches
 from evaluation.metrics import attention_hits
-from modeling.beam_search import find_captions
+from modeling.beam_search import Search, find_captions
 from modeling.devices import autocast
 from modeling.field_of_view import find_offset
 from utils import UserError, read_json
@@ -46,6 +46,7 @@ def caption_split(model, data, args, processes):
     Returns for each beam size the ImageCaptions of all images, in every process.
     """
     encoder, decoder, word_map, *_ = model
+    decoder.plain = args.plain
     if (size := encoder.args["image_size"]) != data.image_size:
         processes.print(
             f"the model was trained on images of {size} pixels, these are of {data.image_size}"
@@ -73,9 +74,9 @@ def caption_split(model, data, args, processes):
     )
     for indices, (images, _, _) in zip(batches, bar):
         with autocast(processes.device, args.amp):
-            features = encoder(images.to(processes.device, non_blocking=True))
+            features = encoder.cells(images.to(processes.device, non_blocking=True))
             searches = [
-                find_captions(decoder, features, word_map, beam_size, **args.search)
+                find_captions(decoder, features, word_map, Search(beam_size, **args.search))
                 for beam_size in args.beam_sizes
             ]
         for i, captions in zip(indices.tolist(), zip(*searches)):

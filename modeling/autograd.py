@@ -1,13 +1,13 @@
 """
-Autograd functions for the decoder's loop and its cross-entropy: the same numbers as the plain
-expressions, faster and in less memory. `models.py` can be understood without reading them.
+Autograd functions for `modeling.decoding.FastSteps`: the same numbers as the plain expressions,
+faster and in less memory.
 
 A layer that runs once per time step has one weight gradient per step, and autograd adds them up
 one by one. Here each step only stores the factors of its gradient; after the last step's backward
 pass, one large matrix product computes the sum (`DeferredGradients`).
 """
 
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,31 @@ from torch.autograd.function import once_differentiable
 CPU_CHUNK, GPU_CHUNK = 4 << 20, 1 << 30
 
 
+@lru_cache
+def find_onednn():
+    """
+    oneDNN's operators for inference, `linear` and `pack`, or None. They are private to PyTorch, so
+    they are tried: another version may lack them or call them differently.
+    """
+    x = torch.eye(2)
+    try:
+        pack, pointwise = (
+            torch.ops.mkldnn._reorder_linear_weight,
+            torch.ops.mkldnn._linear_pointwise,
+        )
+
+        def linear(x, weight, bias):
+            return pointwise(x, weight, bias, "none", [], "")
+
+        return (linear, pack) if torch.equal(linear(x, pack(x), None), x) else None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
 def uses_onednn(*tensors):
     """Whether oneDNN's operators for inference take these: on a CPU, float32, without gradients"""
     return (
-        torch.backends.mkldnn.is_available()
+        find_onednn() is not None
         and not torch.is_autocast_enabled("cpu")
         and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
@@ -51,9 +72,7 @@ def linear(x, weight, bias=None):
     as fast as the library that PyTorch prefers. It needs rows that lie one after the other.
     """
     if uses_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), weight.contiguous(), bias, "none", [], ""
-        )
+        return find_onednn()[0](x.contiguous(), weight.contiguous(), bias)
     return F.linear(x, weight, bias)
 
 
@@ -71,22 +90,29 @@ class DeferredLinear:
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.packed = self._pack(self.weight)
-        self.packed_transpose = None  # made by the first backward pass
         self.inputs, self.grads = [], []  # one entry per step
+        # The weight and its transpose as `linear` reads them fastest, from the first use on, until
+        # the gradient is made: not attributes, which would make a cycle with the anchor.
+        self.packed = {}
         self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.inputs, self.grads, bias is not None), weight, bias
+            partial(self._make_gradients, self.inputs, self.grads, self.packed, bias is not None),
+            weight,
+            bias,
         )
 
-    @staticmethod
-    def _pack(weight):
-        """The weight as `linear` reads it fastest"""
-        if uses_onednn(weight):
-            return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return weight
+    def pack(self, transposed):
+        """The weight, or its transpose, for `linear`"""
+        if transposed not in self.packed:
+            self.packed.clear()  # the backward pass does not need the forward's
+            weight = self.weight.t() if transposed else self.weight
+            if uses_onednn(weight):
+                weight = find_onednn()[1](weight.contiguous())
+            self.packed[transposed] = weight
+        return self.packed[transposed]
 
     @staticmethod
-    def _make_gradients(inputs, grads, has_bias):
+    def _make_gradients(inputs, grads, packed, has_bias):
+        packed.clear()
         x, grad = (torch.cat(y) if len(y) > 1 else y[0] for y in (inputs, grads))
         inputs.clear()
         grads.clear()
@@ -103,27 +129,61 @@ class DeferredLinear:
     def __call__(self, x):
         return _Linear.apply(x.to(self.weight.dtype), self.anchor, self)
 
-    def backward(self, grad):
-        """The gradient of x"""
-        if self.packed_transpose is None:
-            self.packed_transpose = self._pack(self.weight.t())
-        return linear(grad, self.packed_transpose)
-
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, layer):
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return linear(x, layer.packed, layer.bias)
+        return linear(x, layer.pack(transposed=False), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        [x] = ctx.saved_tensors
-        ctx.layer.inputs.append(x)
-        ctx.layer.grads.append(grad)
-        return ctx.layer.backward(grad) if ctx.needs_input_grad[0] else None, None, None
+        [x], layer = ctx.saved_tensors, ctx.layer
+        layer.inputs.append(x)
+        layer.grads.append(grad)
+        d_x = linear(grad, layer.pack(transposed=True)) if ctx.needs_input_grad[0] else None
+        return d_x, None, None
+
+
+class DeferredEmbedding:
+    """
+    `embedding = DeferredEmbedding(weight)` for one batch, then `embedding(tokens)` once per time
+    step: F.embedding, whose gradient, of the size of the vocabulary, is made once. weight (V, D)
+    """
+
+    def __init__(self, weight):
+        self.weight, self.tokens, self.grads = weight.detach(), [], []
+        self.anchor = DeferredGradients.apply(
+            partial(self._make_gradient, self.weight, self.tokens, self.grads), weight
+        )
+
+    @staticmethod
+    def _make_gradient(weight, tokens, grads):
+        tokens, grad = torch.cat(tokens), torch.cat(grads)
+        with torch.enable_grad():
+            weight = weight.detach().requires_grad_()
+            return torch.autograd.grad(F.embedding(tokens, weight), weight, grad)
+
+    def __call__(self, tokens):
+        return _Embedding.apply(tokens, self.anchor, self)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, anchor, layer):
+        ctx.save_for_backward(tokens)
+        ctx.layer = layer
+        return F.embedding(tokens, layer.weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        [tokens] = ctx.saved_tensors
+        ctx.layer.tokens.append(tokens)
+        ctx.layer.grads.append(grad.contiguous())  # not a view that keeps more
+        return None, None, None
 
 
 class AttentionEnergy:
@@ -217,46 +277,3 @@ class _Energy(torch.autograd.Function):
                     n, p, a
                 )
         return d_query * weight, (d_query * query).sum((0, 1)), None, None, None
-
-
-def log_softmax_parts(logits, targets):
-    """
-    The two parts of a log-probability, the target's logit and the logsumexp, each (W,) in at least
-    float32, without a second tensor of the logits' size. logits (W, V), targets (W,)
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = _chunk_size(logits, logits.shape[1])
-    totals = torch.cat([part.to(dtype).logsumexp(1) for part in logits.split(rows)])
-    return logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype), totals
-
-
-class CrossEntropy(torch.autograd.Function):
-    """
-    `CrossEntropy.apply(logits, targets, weights)`: F.cross_entropy with reduction="sum", in at
-    least float32. The gradient is the only further tensor of the logits' size; PyTorch's version
-    needs two more.
-
-    logits (W, V), targets (W,); weights (W,) of the tokens, or None
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, weights):
-        chosen, totals = log_softmax_parts(logits, targets)
-        ctx.save_for_backward(logits, targets, totals, weights)
-        losses = totals - chosen
-        return losses.sum() if weights is None else (losses * weights).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logits, targets, totals, weights = ctx.saved_tensors
-        d_logits, rows = torch.empty_like(logits), _chunk_size(logits, logits.shape[1])
-        grads = grad.expand_as(totals) if weights is None else grad * weights.to(totals.dtype)
-        for part, target, total, out, d_loss in zip(
-            *(x.split(rows) for x in (logits, targets, totals, d_logits, grads))
-        ):
-            # Rounded to the logits' precision only at the end, since p - 1 may be small.
-            d_part = (part - total.unsqueeze(1)).exp_()
-            d_part.scatter_add_(1, target.unsqueeze(1), torch.full_like(total, -1).unsqueeze(1))
-            out.copy_(d_part.mul_(d_loss.unsqueeze(1)))
-        return d_logits, None, None

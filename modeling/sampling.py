@@ -3,8 +3,6 @@ Random choices: tokens sampled from the decoder's distribution, and the location
 hard attention (paper section 4.1).
 """
 
-from typing import NamedTuple
-
 import torch
 
 
@@ -29,33 +27,39 @@ def most_likely_location(alpha):
     return one_hot_locations(alpha, alpha.argmax(-1))
 
 
-def sample_location(alpha, hard):
+def sample_location(alpha, is_hard):
     """
-    Hard attention in training: weights (n, R, P) that are 1 at a location sampled from alpha
-    (n, R, P), equation 8, for the captions where hard (N, R) is true; alpha, the expectation, for
-    the others.
+    Hard attention in training: weights (M, P) that are 1 at a location sampled from alpha (M, P),
+    equation 8, for the captions where is_hard (M, 1) is true; alpha, the expectation, for the
+    others.
     """
-    n, r, _ = alpha.shape
     sampled = one_hot_locations(alpha, sample_categorical(alpha.detach()))
-    return torch.where(hard[:n, :r, None], sampled, alpha)
+    return torch.where(is_hard, sampled, alpha)
 
 
-class Sampling(NamedTuple):
-    """How tokens are sampled: from probabilities ** (1 / temperature), the likeliest alone that
-    together reach top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751)."""
+@torch.no_grad()
+def scheduled_sampling(tokens, h, logits, probability):
+    """
+    Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099): the true tokens (M,), each with this
+    probability replaced by one sampled from the model's own logits(h), h (M, H) -> (M, V).
+    """
+    sampled = sample_categorical(logits(h).softmax(-1))
+    return torch.where(torch.rand(len(tokens), device=tokens.device) < probability, sampled, tokens)
 
-    temperature: float = 1.0
-    top_p: float = 1.0
 
-    def probabilities(self, logits):
-        """logits (..., V) -> probabilities (..., V), each row's sum 1 up to a factor"""
-        probabilities = (logits / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered  # of the likelier tokens
-            ordered = ordered.masked_fill(before >= self.top_p, 0)
-            probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
-        return probabilities
+def token_probabilities(logits, temperature=1.0, top_p=1.0):
+    """
+    Probabilities to sample tokens with, (..., V), each row's sum 1 up to a factor: those of the
+    logits (..., V) to the power of 1 / temperature, of the likeliest tokens alone that together
+    reach top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    """
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # of the likelier tokens
+        ordered = ordered.masked_fill(before >= top_p, 0)
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
+    return probabilities
 
 
 def ban_repeated_ngrams(logits, captions, n):
@@ -75,42 +79,37 @@ def ban_repeated_ngrams(logits, captions, n):
 
 
 @torch.no_grad()
-def sample_captions(
-    decoder, features, word_map, samples, max_len=50, sampling=None, no_unk=False, no_repeat_ngram=0
-):
+def sample_captions(decoder, features, word_map, search):
     """
-    Sample captions from the decoder's distribution, token by token: `samples` for each image.
+    Sample captions from the decoder's distribution, token by token: R = search.n_best an image.
 
-    decoder: in evaluation mode; features: (N, G, E)
-    sampling: a `Sampling`, by default from the distribution as it is
-    no_unk, no_repeat_ngram: as in `beam_search`
+    decoder: in evaluation mode; features: (N, G, E); search: a `modeling.beam_search.Search`
 
-    Returns captions (N, samples, L) int64, <start> ... <end> <pad>, and their lengths (N, samples)
-    on the CPU, <start> and <end> counted, as the decoder's forward takes them. As in the search,
-    <end> may follow max_len words; a caption that has not ended with the next token is cut off
-    after it, without <end>.
+    Returns captions (N, R, L) int64, <start> ... <end> <pad>, and their lengths (N, R) on the CPU,
+    <start> and <end> counted, as the decoder's forward takes them. As in beam search, <end> may
+    follow max_len words; a caption that has not ended with the next token is cut off after it,
+    without <end>.
     """
-    n, device, sampling = len(features), features.device, sampling or Sampling()
-    annotations, to_logits = decoder.encode_memory(features), decoder.to_logits()
-    state = tuple(x.repeat_interleave(samples, 0) for x in decoder.init_hidden_state(annotations))
-    captions = torch.full((n * samples, max_len + 2), word_map["<pad>"], device=device)
+    n, r, device = len(features), search.n_best, features.device
+    steps = decoder.steps(features, r)
+    going_on = torch.arange(n * r, device=device)  # captions, image by image
+    state = steps.initial_state(going_on // r)
+    captions = torch.full((n * r, search.max_len + 2), word_map["<pad>"], device=device)
     captions[:, 0] = word_map["<start>"]
-    unfinished, tokens = torch.arange(n * samples, device=device), captions[:, 0]
-    for t in range(1, max_len + 2):
-        token_gates = decoder.embed_to_gates(tokens, annotations)
-        state, *_ = decoder.step(token_gates, state, annotations, (n, samples), unfinished)
-        logits = to_logits(state[0])
-        if no_unk:
+    for t in range(1, search.max_len + 2):
+        state, _, _ = steps.step(captions[going_on, t - 1], state, going_on // r)
+        logits = steps.logits(state[0])
+        if search.no_unk:
             logits[:, word_map["<unk>"]] = -torch.inf
-        if no_repeat_ngram:
-            ban_repeated_ngrams(logits, captions[unfinished, 1:t], no_repeat_ngram)
-        tokens = sample_categorical(sampling.probabilities(logits))
-        captions[unfinished, t] = tokens
-        active = (tokens != word_map["<end>"]).nonzero().squeeze(1)
-        unfinished, tokens = unfinished[active], tokens[active]
-        state = tuple(x[active] for x in state)
-        if len(unfinished) == 0:
+        if search.no_repeat_ngram:
+            ban_repeated_ngrams(logits, captions[going_on, 1:t], search.no_repeat_ngram)
+        tokens = sample_categorical(token_probabilities(logits, search.temperature, search.top_p))
+        captions[going_on, t] = tokens
+        unfinished = (tokens != word_map["<end>"]).nonzero().squeeze(1)
+        going_on = going_on[unfinished]
+        state = (state[0][unfinished], state[1][unfinished])
+        if len(going_on) == 0:
             break
     ended = captions == word_map["<end>"]
-    lengths = torch.where(ended.any(1), ended.byte().argmax(1) + 1, max_len + 2).cpu()
-    return captions[:, : lengths.max()].view(n, samples, -1), lengths.view(n, samples)
+    lengths = torch.where(ended.any(1), ended.byte().argmax(1) + 1, search.max_len + 2).cpu()
+    return captions[:, : lengths.max()].view(n, r, -1), lengths.view(n, r)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from checkpoints import PRETRAINED, load
-from models import DecoderWithAttention
+from models import DECODERS, DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from utils import UserError, write_json
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_ENCODER = ["--encoder", "mobilenet_v3_small", "--encoder_weights", "none"]
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
+DECODER_KINDS = list(dict.fromkeys(DECODERS.values()))
 VOCAB = 11
 WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB - 1}
 NAME = "demo_5_cap_per_img_0_min_word_freq"
@@ -45,10 +46,13 @@ def write_scenes(folder, train, val, test):
     return folder
 
 
-def make_decoder(vocab_size=23, dropout=0.0, seed=0, scale=3.0):
+def make_decoder(
+    vocab_size=23, dropout=0.0, seed=0, scale=3.0, kind=DecoderWithAttention, **arguments
+):
     """A small random decoder in float64, its weights large enough for sharp attention."""
     torch.manual_seed(seed)
-    decoder = DecoderWithAttention(7, 5, 6, vocab_size, encoder_dim=9, dropout=dropout).double()
+    sizes = {"attention_dim": 7, "embed_dim": 5, "decoder_dim": 6, "encoder_dim": 9}
+    decoder = kind(vocab_size=vocab_size, dropout=dropout, **sizes | arguments).double()
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(scale)
@@ -63,14 +67,14 @@ def make_captions(n, r, vocab_size=23, longest=9, seed=0):
     return captions, lengths
 
 
-def make_case(seed, end_bias):
+def make_case(seed, end_bias, kind=DecoderWithAttention):
     """
     A random decoder and 8 images; the larger end_bias, the sooner captions end.
 
     Captions of a random LSTM repeat words and end at once or never. So unit 0 serves as a clock: it
     rises at each step, from a value that depends on the image, and raises the logit of <end>.
     """
-    decoder = make_decoder(VOCAB, seed=seed).eval()
+    decoder = make_decoder(VOCAB, seed=seed, kind=kind).eval()
     end, size = WORD_MAP["<end>"], 6
     lstm = decoder.decode_step
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.devices import autocast
-from models import DecoderWithAttention, Encoder
+from models import DECODERS, Encoder
 from preprocessing.feature_cache import cache_features, load_features
 from preprocessing.own_captions import read_documents
 from training.embeddings import load_embeddings
@@ -18,6 +18,17 @@ from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, count
 
 VALIDATION_BATCH = 64  # images
+# The options that describe a model: in a checkpoint, the constructor's arguments, the argument, and
+# its value in files that are older than it.
+MODEL_OPTIONS = {
+    "encoder": ("encoder_args", "name", "resnet101"),
+    "encoder_stride": ("encoder_args", "stride", 32),
+    "attention": ("decoder_args", "attention", "soft"),
+    "attention_dim": ("decoder_args", "attention_dim", 512),
+    "emb_dim": ("decoder_args", "embed_dim", 512),
+    "decoder_dim": ("decoder_args", "decoder_dim", 512),
+    "dropout": ("decoder_args", "dropout", 0.5),
+}
 
 
 def load_splits(args, processes):
@@ -57,6 +68,7 @@ def build_model(args, checkpoint, datasets, processes):
         encoder.args["image_size"], encoder.offset = datasets[0].image_size, None
     encoder.to(device).fine_tune(args.fine_tune_encoder)
     decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
+    decoder.plain = args.plain
     if args.pretrain_text and not checkpoint:
         _pretrain_on_text(decoder, word_map, args, processes)
     return encoder, decoder
@@ -72,13 +84,15 @@ def _new_model(args, word_map):
                 f"{args.embeddings} has {emb_dim} numbers per word, --emb_dim "
                 f"is {args.emb_dim}; leave --emb_dim out"
             )
-    decoder = DecoderWithAttention(
-        args.attention_dim,
-        emb_dim,
-        args.decoder_dim,
-        len(word_map),
-        encoder.encoder_dim,
-        args.dropout,
+    arguments = {
+        argument: getattr(args, option)
+        for option, (model, argument, _) in MODEL_OPTIONS.items()
+        if model == "decoder_args"
+    }
+    decoder = DECODERS[args.attention](
+        **arguments | {"embed_dim": emb_dim},
+        vocab_size=len(word_map),
+        encoder_dim=encoder.encoder_dim,
     )
     if embeddings is not None:
         decoder.load_pretrained_embeddings(embeddings)
@@ -107,15 +121,9 @@ def _pretrain_on_text(decoder, word_map, args, processes):
 
 def model_options(checkpoint):
     """The options of train.py that describe the model in a checkpoint."""
-    sizes = checkpoint["decoder_args"]
-    encoder = checkpoint["encoder_args"]
     return {
-        "encoder": encoder["name"],
-        "encoder_stride": encoder.get("stride", 32),
-        "attention_dim": sizes["attention_dim"],
-        "emb_dim": sizes["embed_dim"],
-        "decoder_dim": sizes["decoder_dim"],
-        "dropout": sizes.get("dropout", 0.5),
+        option: checkpoint[model].get(argument, default)
+        for option, (model, argument, default) in MODEL_OPTIONS.items()
     }
 
 
@@ -145,16 +153,20 @@ def _model_of_checkpoint(checkpoint, args, word_map, processes):
         )
     else:
         word_map = _grow_words(checkpoint, word_map, processes)
+    arguments = checkpoint["decoder_args"]
     for option, value in model_options(checkpoint).items():
-        if option != "dropout" and getattr(args, option) not in (None, value):
+        same = getattr(args, option) in (None, value)
+        if option == "attention":  # soft and hard are ways to train the same decoder
+            same = DECODERS[args.attention] is DECODERS[value]
+        if option != "dropout" and not same:
             raise UserError(
                 f"{path} has {option} {value}, not {getattr(args, option)}; leave --{option} out"
             )
+    arguments |= {"dropout": args.dropout, "attention": args.attention}
     if args.embeddings and not args.resume:
         raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
     if args.pretrain_text and not args.resume:
         raise UserError(f"{path} has a decoder of its own; leave --pretrain_text out")
-    checkpoint["decoder_args"]["dropout"] = args.dropout
     return *checkpoints.build(checkpoint, path), word_map
 
 

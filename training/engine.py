@@ -114,7 +114,7 @@ def train_step(state, batch):
     optimizer.zero_grad(set_to_none=True)
     for part in micro_batches(batch, args.accumulate):
         with autocast(processes.device, args.amp):
-            part = encode(state.parallel_encoder, part, processes.device, args.fine_tune_encoder)
+            part = encode(state.parallel_cells, part, processes.device, args.fine_tune_encoder)
             loss, part_total, part_correct = state.criterion(state.parallel_decoder, part)
         state.scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
@@ -149,12 +149,12 @@ def micro_batches(batch, count):
         )
 
 
-def encode(encoder, batch, device, fine_tune=False):
+def encode(cells, batch, device, fine_tune=False):
     """The batch on the device, with images encoded into features; lengths stay on the CPU."""
     features, captions = (x.to(device, non_blocking=True) for x in (batch.features, batch.captions))
     if features.dtype == torch.uint8:
         with nullcontext() if fine_tune else torch.no_grad():
-            features = encoder(features)
+            features = cells(features)
     else:  # cached features
         features = features.float()
     return batch._replace(features=features, captions=captions)
@@ -264,16 +264,14 @@ def validate(state, loader):
     for (images, captions, lengths), rows in zip(bar, loader.sampler):
         batch = Batch(images, captions, lengths, rows, num_tokens, num_captions)
         with autocast(processes.device, args.amp):
-            batch = encode(encoder, batch, processes.device)
-            logits, targets, alphas = decoder(*batch[:3])
+            batch = encode(encoder.cells, batch, processes.device)
+            output = decoder(batch.features, batch.captions, batch.lengths)
             hypotheses = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
         # This batch's share of the mean over all validation captions.
-        loss += doubly_stochastic_loss(
-            logits, targets, alphas, args.alpha_c, num_tokens, num_captions
-        )
-        correct += top_k_correct(logits, targets)
-        tokens += len(targets)
-        teacher_forced += _teacher_forced(logits.argmax(1), targets, lengths)
+        loss += doubly_stochastic_loss(output, lengths, args.alpha_c, num_tokens, num_captions)
+        correct += top_k_correct(output.logits, output.targets)
+        tokens += len(output.targets)
+        teacher_forced += _teacher_forced(output.logits.argmax(1), output.targets, lengths)
         generated += [
             (int(i), [word_of[id] for id in caption.tokens]) for i, caption in zip(rows, hypotheses)
         ]

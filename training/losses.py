@@ -14,10 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from evaluation.metrics import CiderD, top_k_correct
-from modeling.autograd import CrossEntropy, log_softmax_parts
+from modeling.beam_search import Search
 from modeling.sampling import sample_captions
+from models import DecoderOutput
 
 HARD_FRACTION = 0.5  # hard attention: the share of captions with sampled locations, section 4.1
 BASELINE_DECAY = 0.9  # hard attention: of the moving average of log-probabilities, section 4.1
@@ -39,31 +42,43 @@ class Batch(NamedTuple):
     num_captions: float
 
 
+def token_losses(logits, targets):
+    """-log p of each token in nats, in at least float32: logits (W, V), targets (W,) -> (W,)"""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
 def doubly_stochastic_loss(
-    logits, targets, alphas, alpha_c=1.0, num_tokens=None, num_captions=None
-):
+    output: DecoderOutput,
+    lengths: Tensor,
+    alpha_c: float = 1.0,
+    num_tokens: float | None = None,
+    num_captions: float | None = None,
+) -> Tensor:
     """
     Cross-entropy plus the doubly stochastic attention term, equation 14: the attention to each
     location should sum to 1 over the tokens of a caption.
 
-    logits (W, V), targets (W,), alphas (N, R, T, P) as the decoder's forward returns them
+    output: of the decoder; lengths: (N, R) of its captions
 
     Returns the loss, a scalar in nats: a mean over tokens plus alpha_c times a mean over
     captions and locations. `num_tokens` and `num_captions` divide instead of W and N * R where
     this batch is one part of a larger one.
     """
-    cross_entropy = CrossEntropy.apply(logits, targets, None) / (num_tokens or len(targets))
-    num_captions = num_captions or alphas.shape[0] * alphas.shape[1]
-    return cross_entropy + alpha_c * doubly_stochastic_penalty(alphas).sum() / num_captions
+    cross_entropy = token_losses(output.logits, output.targets).sum()
+    penalty = doubly_stochastic_penalty(output.alphas, lengths).sum()
+    return cross_entropy / (num_tokens or len(output.targets)) + alpha_c * penalty / (
+        num_captions or lengths.numel()
+    )
 
 
-def doubly_stochastic_penalty(alphas):
+def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
     """
-    (N, R, T, P) -> (N, R): the mean over locations of (1 - sum over steps) squared; 0 for captions
-    of no tokens, which are not decoded
+    alphas (N, R, T, P), lengths (N, R) -> (N, R): the mean over locations of (1 - sum over steps)
+    squared; 0 for captions of no tokens, which are not decoded
     """
-    decoded = alphas[:, :, 0].detach().sum(-1) > 0
-    return ((1 - alphas.sum(2)) ** 2).mean(-1) * decoded
+    penalty = (1 - alphas.sum(2)).square().mean(-1)
+    return penalty * (lengths > 1).to(penalty.device, non_blocking=True)
 
 
 class Criterion:
@@ -88,13 +103,15 @@ class TeacherForcing(Criterion):
         self.alpha_c = alpha_c
 
     def __call__(self, decoder, batch):
-        logits, targets, alphas = decoder(
-            batch.features, batch.captions, batch.lengths, self.sampling_prob
+        output = decoder(batch.features, batch.captions, batch.lengths, self.sampling_prob)
+        loss = self._loss(output, batch)
+        correct = top_k_correct(output.logits.detach(), output.targets)
+        return loss, loss.detach() * batch.num_tokens, correct
+
+    def _loss(self, output, batch):
+        return doubly_stochastic_loss(
+            output, batch.lengths, self.alpha_c, batch.num_tokens, batch.num_captions
         )
-        loss = doubly_stochastic_loss(
-            logits, targets, alphas, self.alpha_c, batch.num_tokens, batch.num_captions
-        )
-        return loss, loss.detach() * batch.num_tokens, top_k_correct(logits.detach(), targets)
 
     @staticmethod
     def metrics(total, correct, tokens, captions):
@@ -117,23 +134,18 @@ class HardAttention(TeacherForcing):
         self._log_prob_sum, self._num_captions = 0.0, 0  # of this step so far
 
     def __call__(self, decoder, batch):
-        logits, targets, alphas, weights = decoder(
+        output = decoder(
             batch.features, batch.captions, batch.lengths, self.sampling_prob, self.hard_fraction
         )
-        loss = doubly_stochastic_loss(
-            logits, targets, alphas, self.alpha_c, batch.num_tokens, batch.num_captions
-        )
-        log_probs = caption_log_probs(logits.detach(), targets, batch.lengths)
+        loss = self._loss(output, batch)
+        log_probs = caption_log_probs(output, batch.lengths)
         reward = self.lambda_r * (log_probs - self.baseline)
-        objective = reinforce_attention(alphas, weights, reward, self.lambda_e)
+        objective = reinforce_attention(output.alphas, output.weights, reward, self.lambda_e)
         self._log_prob_sum = self._log_prob_sum + log_probs.sum()
         self._num_captions += self.count_captions(batch.lengths)
+        correct = top_k_correct(output.logits.detach(), output.targets)
         # The logged loss leaves out this objective, so that it is comparable with soft attention.
-        return (
-            loss - objective / batch.num_tokens,
-            loss.detach() * batch.num_tokens,
-            top_k_correct(logits.detach(), targets),
-        )
+        return loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens, correct
 
     def after_step(self, processes):
         log_prob, captions = processes.all_reduce(self._log_prob_sum, self._num_captions)
@@ -141,15 +153,13 @@ class HardAttention(TeacherForcing):
         self._log_prob_sum, self._num_captions = 0.0, 0
 
 
-def caption_log_probs(logits, targets, lengths):
-    """(N, R): the log-probability of each caption in nats; arguments as in the decoder's forward"""
-    chosen, totals = log_softmax_parts(logits, targets)
+@torch.no_grad()
+def caption_log_probs(output: DecoderOutput, lengths: Tensor) -> Tensor:
+    """(N, R): the log-probability of each caption in nats; lengths: (N, R) of the captions"""
+    losses = token_losses(output.logits, output.targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
-    return (
-        chosen.new_zeros(lengths.numel())
-        .index_add_(0, caption.to(chosen.device, non_blocking=True), chosen - totals)
-        .view(lengths.shape)
-    )
+    caption = caption.to(losses.device, non_blocking=True)
+    return -losses.new_zeros(lengths.numel()).index_add_(0, caption, losses).view(lengths.shape)
 
 
 def reinforce_attention(alphas, weights, reward, lambda_e):
@@ -186,50 +196,47 @@ class SelfCritical(Criterion):
         self, data, alpha_c, samples=5, max_len=50, cross_entropy_share=0.0, documents=None
     ):
         self.word_map, self.reward = data.word_map, Reward(data, documents)
-        self.alpha_c, self.samples, self.max_len = alpha_c, samples, max_len
-        self.cross_entropy_share = cross_entropy_share
+        self.alpha_c, self.cross_entropy_share = alpha_c, cross_entropy_share
+        self.sampling = Search(n_best=samples, max_len=max_len, sample=True)
 
     def __call__(self, decoder, batch):
+        single = getattr(decoder, "module", decoder)  # not wrapped for several processes
         captions, lengths = sample_captions(
-            getattr(decoder, "module", decoder),
-            batch.features.detach(),
-            self.word_map,
-            self.samples,
-            self.max_len,
+            single, batch.features.detach(), self.word_map, self.sampling
         )
         on_cpu = captions.cpu()  # before the forward pass, which keeps a GPU busy ...
-        logits, targets, alphas = decoder(batch.features, captions, lengths)
+        output = decoder(batch.features, captions, lengths)
         rewards = self.reward(batch.indices, on_cpu, lengths)  # ... while the CPU does this
-        loss = self_critical_loss(
-            logits, targets, lengths, rewards.to(logits.device), batch.num_captions
-        )
-        penalty = doubly_stochastic_penalty(alphas).sum() / batch.num_captions
+        loss = self_critical_loss(output, lengths, rewards, batch.num_captions)
+        penalty = doubly_stochastic_penalty(output.alphas, lengths).sum() / batch.num_captions
         if self.cross_entropy_share:
-            logits, targets, _ = decoder(batch.features, batch.captions, batch.lengths)
-            cross_entropy = CrossEntropy.apply(logits, targets, None) / batch.num_tokens
+            output = decoder(batch.features, batch.captions, batch.lengths)
+            cross_entropy = token_losses(output.logits, output.targets).sum() / batch.num_tokens
             loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
-        return (loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long))
+        return loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long)
 
     def count_captions(self, lengths):
-        return len(lengths) * self.samples
+        return len(lengths) * self.sampling.n_best
 
     @staticmethod
     def metrics(total, correct, tokens, captions):
         return {"train_reward": total / captions}
 
 
-def self_critical_loss(logits, targets, lengths, rewards, num_captions=None):
+def self_critical_loss(
+    output: DecoderOutput, lengths: Tensor, rewards: Tensor, num_captions: float | None = None
+) -> Tensor:
     """
     A scalar whose gradient estimates minus that of the expected reward, averaged over the samples.
 
-    logits (W, V), targets (W,), lengths (N, R): of the R captions sampled for each image, R > 1
+    output: of the decoder for R > 1 captions sampled for each image; lengths: (N, R)
     rewards: (N, R); num_captions: the divisor instead of N * R
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    advantage = (rewards - others).flatten()
-    decode_lengths = (lengths - 1).flatten().to(advantage.device)
-    weights = advantage.repeat_interleave(decode_lengths, output_size=len(targets))
-    return CrossEntropy.apply(logits, targets, weights) / (num_captions or rewards.numel())
+    weights = (rewards - others).flatten().repeat_interleave((lengths - 1).flatten())  # (W,)
+    losses = token_losses(output.logits, output.targets)
+    weights = weights.to(losses, non_blocking=True)
+    return (weights * losses).sum() / (num_captions or rewards.numel())
 
 
 class Reward:

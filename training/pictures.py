@@ -61,7 +61,7 @@ class ValidationPictures:
         """Pairs of each caption's words and their attention (T, P), searched for as validated."""
         args, device = state.args, state.processes.device
         with autocast(device, args.amp):
-            features = state.averaged_encoder(self.images.to(device))
+            features = state.averaged_encoder.cells(self.images.to(device))
             captions = beam_search(
                 state.averaged_decoder.eval(), features, self.word_map, args.val_beam_size
             )

@@ -77,7 +77,8 @@ class TrainingState:
     optimizer
 
     encoder, decoder            the models that are trained
-    parallel_encoder, ..._decoder  the same, wrapped for gradients of several processes
+    parallel_cells, ..._decoder  the encoder's `cells` and the decoder, wrapped for gradients of
+                                several processes
     averaged_encoder, ..._decoder  the models that are validated and saved: with --ema the averages
                                 of the weights, else the models themselves
     criterion, optimizer, scheduler, scaler, progress
@@ -90,7 +91,8 @@ class TrainingState:
         trained = [decoder, encoder] if args.fine_tune_encoder else [decoder]
         # Wrapped for gradients only: validation and checkpoints use the modules themselves.
         self.parallel_decoder = _parallel(decoder, processes)
-        self.parallel_encoder = _parallel(encoder, processes) if args.fine_tune_encoder else encoder
+        cells = _Cells(encoder)
+        self.parallel_cells = _parallel(cells, processes) if args.fine_tune_encoder else cells
         self._averages = [(_average(model, args.ema), model) for model in trained if args.ema]
         averaged = {model: average.module for average, model in self._averages}
         self.averaged_encoder = averaged.get(encoder, encoder)
@@ -235,6 +237,17 @@ class TrainingState:
                 }
             )
             self.scheduler.step()
+
+
+class _Cells(torch.nn.Module):
+    """An encoder's `cells` as a forward pass, the only method that is wrapped for processes."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return self.encoder.cells(images)
 
 
 def _parallel(module, processes):

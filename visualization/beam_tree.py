@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 from PIL import ImageFont
 
-from modeling.beam_search import beam_search
+from modeling.beam_search import find_captions
 from utils import atomic_write
 from visualization.figures import FONT_FILE
 
@@ -50,44 +50,42 @@ class Tree:
     finished: bool  # whether it has reached <end>
 
 
-def build_tree(decoder, features, word_map, beam_size=5, max_len=50, **options):
+def build_tree(decoder, features, word_map, search):
     """
-    Run `beam_search` for one image and record what it considers: at each step the beam_size best
-    continuations of each open beam, since no others can be kept. Returns a Tree.
+    Search for the caption of one image and record what it considers: at each step the beam_size
+    best continuations of each open beam, since no others can be kept. Returns a Tree.
 
-    features: (1, G, E); options: the other options of beam_search
+    features: (1, G, E); search: a `modeling.beam_search.Search`
     """
     words = {i: word for word, i in word_map.items()}
-    steps, beams = [], [None] * beam_size  # beams: the last Node of each slot
+    steps, beams = [], [None] * search.beam_size  # beams: the last Node of each beam
 
     def record_step(totals, tokens, *kept):
-        slot_of = {
-            (parent, token): slot
-            for slot, (score, token, parent) in enumerate(zip(*(x[0].tolist() for x in kept)))
+        beam_of = {
+            (parent, token): beam
+            for beam, (score, token, parent) in enumerate(zip(*(x[0].tolist() for x in kept)))
             if score > -math.inf
         }
         parents, nodes = beams.copy(), []
         for parent, row in enumerate(zip(totals[0].tolist(), tokens[0].tolist())):
             for total, token in zip(*row):
                 if total > -math.inf:
-                    slot = slot_of.get((parent, token))
+                    beam = beam_of.get((parent, token))
                     nodes.append(
                         Node(
                             words[token],
                             total,
                             parents[parent],
-                            slot is not None,
-                            slot is not None and token == word_map["<end>"],
+                            beam is not None,
+                            beam is not None and token == word_map["<end>"],
                         )
                     )
-                    if slot is not None:
-                        beams[slot] = nodes[-1]
+                    if beam is not None:
+                        beams[beam] = nodes[-1]
         steps.append(sorted(nodes, key=lambda node: (-node.total, not node.kept)))
 
-    [best] = beam_search(
-        decoder, features, word_map, beam_size, max_len, callback=record_step, **options
-    )
-    tree = Tree(beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
+    [best] = find_captions(decoder, features, word_map, search, callback=record_step)
+    tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
     best_words = tree.words + ["<end>"] * best.finished
     for node in steps[len(best_words) - 1]:
         path = node.path()

@@ -1,0 +1,214 @@
+"""
+The decoder's steps for a batch of images, which training, search and sampling take: `PlainSteps`
+call the lines of models.py, `FastSteps` compute the same numbers faster. Nobody else needs to know
+which of the two it has.
+
+    steps = decoder.steps(features)             # features (N, G, E), once per batch of images
+    state = steps.initial_state(rows)           # rows (M,): which image each of M captions is of
+    state, alpha, weights = steps.step(tokens, state, rows)
+    logits = steps.logits(state[0])
+
+Where `rows` is known on the CPU it may stay there; then a GPU is never waited for.
+"""
+
+import inspect
+import math
+import warnings
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.autograd import AttentionEnergy, DeferredEmbedding, DeferredLinear
+
+State = tuple[Tensor, Tensor]  # the LSTM's h and c, each (M, H)
+HardAttention = Callable[[Tensor], Tensor]  # alpha (M, P) -> weights (M, P): modeling/sampling.py
+
+# What FastSteps compute: the digest of these methods of models.py, and the layers.
+KNOWN_SOURCE = 776316381
+KNOWN_LAYERS = {"embedding": nn.Embedding, "dropout": nn.Dropout, "decode_step": nn.LSTMCell}
+KNOWN_LAYERS |= dict.fromkeys(("init_h", "init_c", "f_beta", "fc"), nn.Linear)
+KNOWN_LAYERS |= {f"attention.{name}_att": nn.Linear for name in ("encoder", "decoder", "full")}
+
+
+def make_steps(decoder, features, per_image):
+    """FastSteps if they know this decoder's step, else, or where it is to be plain, PlainSteps."""
+    if decoder.plain:
+        return PlainSteps(decoder, features)
+    layers = {name: type(x) for name, x in decoder.named_modules() if not any(x.children())}
+    digest = source_digest(type(decoder), type(decoder.attention))
+    if digest != KNOWN_SOURCE or layers != KNOWN_LAYERS:
+        warnings.warn(
+            f"the step of {type(decoder).__name__} is not the one that modeling/decoding.py makes "
+            f"fast: it runs as it is written",
+            stacklevel=2,
+        )
+        return PlainSteps(decoder, features)
+    return FastSteps(decoder, features, per_image)
+
+
+@lru_cache
+def source_digest(decoder_class, attention_class):
+    """A number that changes with the text of the methods that FastSteps stand for"""
+    methods = (
+        decoder_class.init_hidden_state,
+        decoder_class.step,
+        decoder_class.logits,
+        attention_class.forward,
+    )
+    try:
+        return zlib.crc32("".join(map(inspect.getsource, methods)).encode())
+    except OSError:  # typed at a prompt, for example
+        return None
+
+
+class PlainSteps:
+    """The lines of models.py, for any decoder."""
+
+    def __init__(self, decoder, features):
+        size = decoder.args["encoded_image_size"]
+        features = features.reshape(len(features), -1, features.shape[-1])
+        if features.shape[1] != size**2:
+            features = F.adaptive_avg_pool2d(_square(features), size).flatten(2).transpose(1, 2)
+        self.decoder, self.annotations = decoder, features  # (N, P, E)
+        self._rows, self._of_captions = None, None
+
+    def initial_state(self, rows: Tensor) -> State:
+        """h and c of captions that have not begun"""
+        h, c = self.decoder.init_hidden_state(self.annotations)
+        return h[rows], c[rows]
+
+    def step(
+        self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
+    ) -> tuple[State, Tensor, Tensor]:
+        """As the decoder's `step`, for annotations[rows]"""
+        # In teacher forcing captions only end, the last ones first: one copy serves all steps.
+        if self._rows is None or not torch.equal(self._rows[: len(rows)], rows):
+            self._rows, self._of_captions = rows, self.annotations[rows]
+        return self.decoder.step(tokens, state, self._of_captions[: len(rows)], hard)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (M, H) -> (M, V)"""
+        return self.decoder.logits(h)
+
+    def keep(self, images: Tensor) -> None:
+        """Forget all images but these, (n,) indices; from here on `rows` count among them."""
+        self.annotations, self._rows = self.annotations[images], None
+
+
+class FastSteps:
+    """
+    The same numbers as `PlainSteps`, by arranging the work differently.
+
+    - Pooling from the backbone's G cells to P locations is linear, so it commutes with linear
+      layers: encoder_att sees G cells, and the context vector is a sum over G cells.
+    - encoder_att is applied once per image, and all captions of an image share the result.
+    - decoder_att, f_beta and the LSTM's weights for h all read h: they are one matrix.
+    - Weight gradients are summed over all steps by one product, see modeling/autograd.py, where
+      the ReLU and full_att are computed in blocks that fit the processor's cache.
+
+    The captions of a step lie in a grid (n, R), at most R of each of the first n images; `slots`
+    (M,) are their places in the flattened grid.
+    """
+
+    def __init__(self, decoder, features, per_image):
+        features = features.reshape(len(features), -1, features.shape[-1])
+        attention, lstm = decoder.attention, decoder.decode_step
+        size = decoder.args["encoded_image_size"]
+        self.decoder, self.features, self.per_image = decoder, features, per_image
+        # (P, G); each row sums to 1, so that biases pass through it unchanged
+        self.pool = pooling_matrix(features.shape[1], size, features.device, features.dtype)
+        encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
+        keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
+        if features.shape[1] != size**2:
+            keys = self.pool @ keys
+        self.energy = AttentionEnergy(keys, attention.full_att.weight.squeeze(0))
+        of_h = attention.decoder_att, decoder.f_beta
+        self._of_h = DeferredLinear(
+            torch.cat([layer.weight for layer in of_h] + [lstm.weight_hh]),
+            torch.cat([layer.bias for layer in of_h] + [lstm.bias_hh]),
+        )
+        self._embedding = DeferredEmbedding(decoder.embedding.weight)
+        self._to_gates = DeferredLinear(lstm.weight_ih, lstm.bias_ih)
+        self.logits = DeferredLinear(decoder.fc.weight, decoder.fc.bias)
+
+    def initial_state(self, rows: Tensor) -> State:
+        """As of `PlainSteps`"""
+        mean = self.pool.mean(0) @ self.features  # (N, E)
+        rows = rows.to(mean.device, non_blocking=True)
+        # c is a sum over many steps, so it is never in half precision.
+        layers = self.decoder.init_h, self.decoder.init_c
+        h, c = (layer(mean).to(layer.weight.dtype).index_select(0, rows) for layer in layers)
+        return h, c
+
+    def step(
+        self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
+    ) -> tuple[State, Tensor, Tensor]:
+        """As of `PlainSteps`"""
+        h, c = state
+        sizes = self.energy.keys.shape[2], self.features.shape[2], 4 * h.shape[1]
+        query, beta, gates = self._of_h(h).split(sizes, 1)
+        context, alpha, weights = self._attend(query, rows, hard)
+        inputs = torch.cat([self._embedding(tokens), beta.sigmoid() * context], 1)
+        i, f, g, o = (gates.to(c.dtype) + self._to_gates(inputs)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return (o.sigmoid() * c.tanh(), c), alpha, weights
+
+    def _attend(self, query, rows, hard):
+        """query (M, A), decoder_att(h) -> context (M, E), alpha and weights (M, P)"""
+        (n, r), slots = self._arrange(rows)
+
+        def to_grid(x):
+            if slots is not None:
+                x = x.new_zeros(n * r, x.shape[1]).index_copy(0, slots, x)
+            return x.view(n, r, -1)
+
+        def from_grid(x):
+            x = x.flatten(0, 1)
+            return x if slots is None else x.index_select(0, slots)
+
+        energy = self.energy(to_grid(query)) + self.decoder.attention.full_att.bias
+        grid_weights = energy.softmax(-1)
+        alpha = weights = from_grid(grid_weights)
+        if hard is not None:
+            weights = hard(alpha)
+            grid_weights = to_grid(weights)
+        context = (grid_weights @ self.pool) @ self.features[:n]
+        return from_grid(context), alpha, weights
+
+    def _arrange(self, rows):
+        """The grid's shape (n, R), and the slots, or None where the captions fill it in order"""
+        ordered, order = rows.sort(stable=True)
+        rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
+        rank = torch.empty_like(rank).index_copy_(0, order, rank)
+        if rows.device.type == "cpu":
+            n, r = int(ordered[-1]) + 1, int(rank.max()) + 1
+        else:  # a larger grid, but no waiting for the device to say how large
+            n, r = len(self.features), self.per_image
+        slots = rows * r + rank
+        in_order = rows.device.type == "cpu" and torch.equal(slots, torch.arange(n * r))
+        return (n, r), None if in_order else slots.to(self.features.device, non_blocking=True)
+
+    def keep(self, images: Tensor) -> None:
+        """As of `PlainSteps`, without gradients"""
+        self.features = self.features[images]
+        self.energy = AttentionEnergy(self.energy.keys[images], self.energy.weight)
+
+
+def _square(cells):
+    """(N, G, E) on a square grid -> (N, E, side, side)"""
+    side = math.isqrt(cells.shape[1])
+    if side**2 != cells.shape[1]:
+        raise ValueError(f"{cells.shape[1]} annotation vectors do not form a square grid")
+    return cells.transpose(1, 2).unflatten(2, (side, side))
+
+
+@lru_cache(maxsize=8)
+def pooling_matrix(cells, size, device, dtype):
+    """AdaptiveAvgPool2d(size) on a square grid of `cells` cells, as a matrix (size^2, cells)"""
+    with torch.inference_mode(False):
+        one_hot = torch.eye(cells, device=device, dtype=dtype).unsqueeze(2)  # cell, cell, 1
+        return F.adaptive_avg_pool2d(_square(one_hot), size).flatten(1).t().contiguous()

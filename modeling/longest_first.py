@@ -1,0 +1,53 @@
+"""`LongestFirst`: a padded batch of captions in order of falling length, for teacher forcing."""
+
+import torch
+from torch import Tensor
+
+
+class LongestFirst:
+    """
+    Captions sorted by length, so that those that go on at step t are the first ones, and so are
+    their images. W is the number of tokens to predict, all except <start>.
+
+    lengths: (N, R), <start> and <end> counted. The order is computed on the CPU, so that the loop
+    over time steps never waits for a GPU to know how many captions go on.
+
+    images (N,)       the images, the one with the longest caption first, on the device
+    rows (N R,)       of each caption, longest first, its image's place in `images`, on the CPU
+    batch_sizes       T numbers M of captions that go on
+    """
+
+    def __init__(self, lengths: Tensor, device: torch.device):
+        self.shape = lengths.shape  # (N, R)
+        to_predict = lengths.cpu() - 1
+        images = to_predict.amax(1).argsort(descending=True, stable=True)
+        captions = to_predict.flatten().argsort(descending=True, stable=True)
+        going_on = to_predict.flatten()[captions] > torch.arange(int(to_predict.max()))[:, None]
+        step, caption = going_on.nonzero(as_tuple=True)
+        places = captions[caption] * len(going_on) + step  # of each token in (N, R, T)
+        self.rows = images.argsort()[captions // lengths.shape[1]]
+        self.batch_sizes = going_on.sum(1).tolist()
+        self.images = images.to(device, non_blocking=True)
+        self._captions = captions.to(device, non_blocking=True)
+        self._places = places.to(device, non_blocking=True)
+        self._by_caption = places.argsort().to(device, non_blocking=True)
+
+    def inputs(self, captions: Tensor) -> Tensor:
+        """(N, R, L) -> (N R, L), longest first"""
+        return captions.flatten(0, 1).index_select(0, self._captions)
+
+    def targets(self, captions: Tensor) -> Tensor:
+        """(N, R, L) -> (W,) the tokens to predict, image by image, caption by caption"""
+        tokens = captions[..., 1 : len(self.batch_sizes) + 1].flatten()
+        return tokens.index_select(0, self._places[self._by_caption])
+
+    def by_caption(self, values: list[Tensor]) -> Tensor:
+        """T tensors (M, H), one per step -> (W, H), in the order of `targets`"""
+        return torch.cat(values).index_select(0, self._by_caption)
+
+    def padded(self, values: list[Tensor]) -> Tensor:
+        """T tensors (M, P), one per step -> (N, R, T, P), zero after a caption's end"""
+        values = torch.cat(values)
+        n, r, steps = *self.shape, len(self.batch_sizes)
+        zeros = values.new_zeros(n * r * steps, values.shape[1])
+        return zeros.index_copy(0, self._places, values).view(n, r, steps, -1)
