@@ -33,6 +33,7 @@ from datasets import (
     read_word_map,
 )
 from modeling import legacy_checkpoints, stub_unpickler
+from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset
 from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
 from utils import Parser, UserError, atomic_write, run_script
@@ -348,13 +349,15 @@ def find_word_map(checkpoint, path, word_map_path, required=True):
 
 def load_captioner(path, device, word_map_path=None):
     """
-    Returns encoder, decoder (both on the device, in evaluation mode), word map, checkpoint.
+    Returns encoder, decoder (both on the device, in evaluation mode), word map, checkpoint. The
+    encoder's BatchNorms are folded into its convolutions: it is for inference alone.
 
     word_map_path: a WORDMAP file, for checkpoints without word map
     """
     checkpoint = load(path)
     encoder, decoder = build(checkpoint, path)
     word_map = find_word_map(checkpoint, path, word_map_path)
+    fold_batchnorm(encoder.resnet)
     return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 

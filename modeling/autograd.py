@@ -161,10 +161,12 @@ class DeferredEmbedding:
 
     @staticmethod
     def _make_gradient(weight, tokens, grads):
-        tokens, grad = torch.cat(tokens), torch.cat(grads)
+        all_tokens, grad = torch.cat(tokens), torch.cat(grads)
+        tokens.clear()
+        grads.clear()
         with torch.enable_grad():
             weight = weight.detach().requires_grad_()
-            return torch.autograd.grad(F.embedding(tokens, weight), weight, grad)
+            return torch.autograd.grad(F.embedding(all_tokens, weight), weight, grad)
 
     def __call__(self, tokens):
         return _Embedding.apply(tokens, self.anchor, self)

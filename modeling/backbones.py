@@ -7,11 +7,13 @@ import math
 import re
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modeling import efficientnet_lite, legacy_checkpoints, stub_unpickler
 from utils import UserError
@@ -353,3 +355,23 @@ def _probe(body):
     if sum(p.numel() for module in beyond_stride_4 for p in module.parameters()) < weights / 2:
         return None  # a transformer that turns tokens into a map only at its end
     return channels, beyond_stride_4, round(side / out.shape[2])
+
+
+def fold_batchnorm(network):
+    """
+    Multiply each BatchNorm into the convolution before it, in place, for inference alone: the same
+    function with one pass less over each feature map. Networks of torchvision and of this program
+    use their layers in the order in which they define them; others stay as they are.
+    """
+    for module in network.modules():
+        if type(module).__module__.split(".")[0] not in ("torchvision", "modeling", "torch"):
+            continue
+        children = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in pairwise(children):
+            if type(conv) in (nn.Conv2d, efficientnet_lite.Conv2dSame) and type(norm) in (
+                nn.BatchNorm2d,
+                efficientnet_lite.NormAct,
+            ):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
+    network.to(memory_format=torch.channels_last)

