@@ -1,5 +1,6 @@
 """
-Compare the speed of our code with the textbook version of tests/reference.py, in turns.
+Compare the speed of our code with the textbook version, in turns: the same decoder with --plain,
+and searches of one image at a time.
 
     python benchmark.py              # all stages but scale and gpu, on the GPU if there is one
     python benchmark.py --stages training search           # some of them
@@ -8,7 +9,7 @@ Compare the speed of our code with the textbook version of tests/reference.py, i
     python benchmark.py --device cuda --stages gpu --amp bf16  # epochs of COCO on a GPU, in minutes
 
 Sizes are the tutorial's on COCO: 2048-wide features of 256 x 256 images on an 8 x 8 grid (the
-textbook version pools them to 14 x 14 beforehand), 9490 words, captions of 12.5 words on average
+textbook version pools them to 14 x 14), 9490 words, captions of 12.5 words on average
 with <start> and <end>, all layers 512 wide. Weights, features and captions are random.
 Times are medians, after one warm-up run. Memory is the peak of live tensors beyond those that exist
 before and after: features, parameters and their gradients.
@@ -20,7 +21,7 @@ import os
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 
-from benchmarks.encoder import encoder, finetune, folder
+from benchmarks.encoder import encoder, folder
 from benchmarks.end_to_end import cache, coco, start
 from benchmarks.files import loading, preprocessing
 from benchmarks.gpu import gpu
@@ -37,7 +38,6 @@ STAGES = {
         search,
         start,
         encoder,
-        finetune,
         folder,
         cache,
         preprocessing,

@@ -21,7 +21,7 @@ from benchmarks.model import (
     WORD_MAP,
     decoder_with_realistic_lengths,
     random_captions,
-    reference,
+    search_one_by_one,
     training_step,
 )
 from datasets import CaptionDataset
@@ -145,8 +145,9 @@ def _fine_tuning(sizes, args):
     def step():
         optimizer.zero_grad(set_to_none=True)
         with autocast(args.device, args.amp):
-            features = encoder(images.to(args.device, non_blocking=True))
-            loss = doubly_stochastic_loss(*decoder(features, captions.to(args.device), lengths))
+            features = encoder.cells(images.to(args.device, non_blocking=True))
+            output = decoder(features, captions.to(args.device), lengths)
+            loss = doubly_stochastic_loss(output, lengths)
         loss.backward()
         optimizer.step()
 
@@ -170,12 +171,12 @@ def _search(encoder, sizes, args):
 
     def textbook():
         for image in images[: sizes.textbook].to(args.device).split(1):
-            reference.search(decoder, reference.encode(encoder(image)), WORD_MAP, 5)
+            search_one_by_one(decoder, encoder.cells(image), 5)
 
     def ours():
         for _ in range(sizes.searched // sizes.search_batch):
             with autocast(args.device, args.amp):
-                beam_search(decoder, encoder(images.to(args.device)), WORD_MAP, 5)
+                beam_search(decoder, encoder.cells(images.to(args.device)), WORD_MAP, 5)
 
     row = compare(
         "beam 5 over 5000 images, ResNet-101 included", textbook, ours, args, memory=False
@@ -223,6 +224,6 @@ def _precision(args):
 
 def _loss_and_gradients(decoder, features, captions, lengths):
     """The loss, a number, and all gradients in one vector."""
-    loss = doubly_stochastic_loss(*decoder(features, captions, lengths))
+    loss = doubly_stochastic_loss(decoder(features, captions, lengths), lengths)
     gradients = torch.autograd.grad(loss, list(decoder.parameters()))
     return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])

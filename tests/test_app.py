@@ -227,7 +227,7 @@ def test_choices_of_the_page_are_those_of_the_search(captioner):
     text, count, html = items(app.SEARCH, 3, 2, 1.0, "heat")
     assert (text, count) == (best.text, 2) and best.n_best[1][0] in html
     assert items(app.SEARCH, 2, 9, 1.0, "heat")[1] == 2  # no more than the beam
-    hard = captioner(PHOTOGRAPHS[0], hard_attention=app.most_likely_location)
+    hard = captioner(PHOTOGRAPHS[0], hard_attention=True)
     assert items(app.HARD, 5, 1, 1.0, "heat")[0] == hard.text
     assert items(app.SAMPLE, 1, 4, 2.0, "heat")[1] == 4
     assert 'data-colours=""' in items(*DEFAULTS[:-1], "light")[2]
