@@ -40,6 +40,7 @@ class Split(Dataset):
 def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report, capsys):
     decoder, features = make_case(seed=1, end_bias=0.0)
     encoder, offset = torch.nn.Identity(), (0.2, -0.1)
+    encoder.cells = encoder.forward
     encoder.args = {"image_size": 256 if report else 320}
     encoder.offset = offset  # where its cells look, which is measured of encoders that see images
     args = SimpleNamespace(
@@ -50,6 +51,7 @@ def test_captions_of_a_split_are_those_of_each_image_alone(batch_size, report, c
         report=report,
         beam_sizes=[1, 3],
         search={"max_len": 9},
+        plain=False,
     )
     found = caption_split(
         (encoder, decoder, WORDS, None), Split(features), args, Distributed(torch.device("cpu"))

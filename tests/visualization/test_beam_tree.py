@@ -8,7 +8,7 @@ import reference
 import torch
 from factories import make_case
 
-from modeling.beam_search import beam_search
+from modeling.beam_search import Search, beam_search, find_captions
 from visualization import beam_tree
 from visualization.beam_tree import build_tree, draw_tree
 
@@ -22,7 +22,7 @@ def make_tree(seed, beam_size, **options):
     """A tree of 12 steps at most, with its decoder and image"""
     decoder, features = make_case(seed, end_bias=(-9, -4, -1, 1)[seed % 4])
     image = features[seed : seed + 1]
-    return build_tree(decoder, image, WORD_MAP, beam_size, 12, **options), decoder, image
+    return build_tree(decoder, image, WORD_MAP, Search(beam_size, 12, **options)), decoder, image
 
 
 def textbook(decoder, image, path):
@@ -41,7 +41,7 @@ def test_the_winning_path_is_the_caption_of_the_search(options):
     finished = 0
     for seed, k in CASES:
         tree, decoder, image = make_tree(seed, k, **options)
-        [best] = beam_search(decoder, image, WORD_MAP, k, 12, **options)
+        [best] = beam_search(decoder, image, WORD_MAP, k, max_len=12, **options)
         on_path = [[node for node in nodes if node.is_best] for nodes in tree.steps]
         path = [node for nodes in on_path for node in nodes]
         best_words = [WORDS[i] for i in best.tokens] + ["<end>"] * best.finished
@@ -87,7 +87,7 @@ def test_the_best_candidates_are_kept_and_a_finished_one_narrows_the_beam():
         with torch.no_grad():
             decoder.fc.weight[WORD_MAP["<end>"], 0] = 0  # no clock: <end> comes up now and then
         # Searching for all k of them it continues to the end.
-        tree, width = build_tree(decoder, features[:1], WORD_MAP, k, 12, n_best=k), k
+        tree, width = build_tree(decoder, features[:1], WORD_MAP, Search(k, 12, n_best=k)), k
         for nodes in tree.steps:
             kept = [node for node in nodes if node.kept]
             assert nodes[:width] == kept and len(kept) == width
@@ -101,8 +101,10 @@ def test_the_best_candidates_are_kept_and_a_finished_one_narrows_the_beam():
 def test_a_callback_changes_nothing():
     decoder, features = make_case(2, end_bias=-3)
     calls = []
-    plain = beam_search(decoder, features, WORD_MAP, 3, 12)
-    recorded = beam_search(decoder, features, WORD_MAP, 3, 12, callback=lambda *x: calls.append(x))
+    plain = find_captions(decoder, features, WORD_MAP, Search(3, 12))
+    recorded = find_captions(
+        decoder, features, WORD_MAP, Search(3, 12), callback=lambda *x: calls.append(x)
+    )
     assert [(c.tokens, c.score) for c in plain] == [(c.tokens, c.score) for c in recorded]
     assert max(len(c.tokens) for c in plain) <= len(calls) <= 13  # <end> may follow
 
@@ -223,7 +225,9 @@ def test_words_with_xml_characters_are_escaped(tmp_path):
         "<end>",
     ]
     decoder, features = make_case(0, end_bias=-9)
-    tree = build_tree(decoder, features[:1], {word: i for i, word in enumerate(strange)}, 11, 6)
+    tree = build_tree(
+        decoder, features[:1], {word: i for i, word in enumerate(strange)}, Search(11, 6)
+    )
     root = draw(tree, tmp_path)
     drawn = {word for word, *_ in nodes_of(root)}
     assert {"a&b", '"<i>"', "]]>", "𝛼 é 犬", "'", "<unk>", "\ufffd\ufffd"} <= drawn
@@ -231,14 +235,14 @@ def test_words_with_xml_characters_are_escaped(tmp_path):
 
 def test_an_empty_caption_has_a_tree_too(tmp_path):
     decoder, features = make_case(0, end_bias=1e4)
-    tree = build_tree(decoder, features[:1], WORD_MAP, 3)
+    tree = build_tree(decoder, features[:1], WORD_MAP, Search(3))
     assert tree.words == [] and tree.finished and len(tree.steps) == 1
     assert "(no words)" in "".join(draw(tree, tmp_path).itertext())
 
 
 def test_a_beam_wider_than_the_vocabulary_keeps_what_there_is():
     decoder, features = make_case(1, end_bias=-9)
-    tree = build_tree(decoder, features[:1], WORD_MAP, 20, 3)
+    tree = build_tree(decoder, features[:1], WORD_MAP, Search(20, 3))
     assert [sum(node.kept for node in nodes) for nodes in tree.steps][:2] == [11, 10]
     assert all(math.isfinite(node.total) for nodes in tree.steps for node in nodes)
 
