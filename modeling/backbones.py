@@ -242,9 +242,7 @@ def _read_untrusted(path):
                 "encoder": _read_tensors(root["encoder"], path),
             }
         for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
-            if isinstance(root, dict) and isinstance(
-                root.get(key), (dict, legacy_checkpoints.Stub)
-            ):
+            if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
                 root = root[key]
         return _read_tensors(root, path)
 

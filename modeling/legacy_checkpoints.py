@@ -2,9 +2,9 @@
 Reads files of torch.save that others wrote, without running their code: state dicts, and whole
 modules as in the tutorial's checkpoints, which `convert` turns into the parts of our format.
 
-Such a file contains a pickle, a program that can call any function it names. Each instruction is
-checked, and then they run with inert objects in place of all that they name: a function, class or
-object becomes a `Stub`, and a tensor a `Tensor`, a position in the file from which it can be read.
+Such a file contains a pickle, a program that can call any function it names. Its instructions are
+checked first, and then run with inert objects in place of all that they name: an object of a class
+becomes a `Stub`, and a tensor a `Tensor`, a position in the file from which its numbers are read.
 """
 
 import io
@@ -37,9 +37,9 @@ INSTRUCTIONS = """
     """
 # A call passes its arguments as one tuple: Python would copy a long one in each of many calls.
 CALL = pickle.TUPLE1 + pickle.REDUCE
-REPLACED = dict.fromkeys(INSTRUCTIONS.split()) | {  # what runs instead of an instruction, if not it
+REPLACED = dict.fromkeys(INSTRUCTIONS.split()) | {  # what runs instead, or None: the same
     "REDUCE": CALL,
-    "NEWOBJ": CALL,  # would need a true class
+    "NEWOBJ": CALL,  # takes nothing but true classes
     "EMPTY_DICT": b"ccollections\nOrderedDict\n)" + CALL,  # a `Dictionary`, which checks its keys
     "EMPTY_SET": pickle.EMPTY_LIST,  # so that nothing in a set is hashed
     "ADDITEMS": pickle.APPENDS,
@@ -96,7 +96,7 @@ class _Inert:
 
 
 class Global(_Inert):
-    """A function or class that a pickle names; a call of it is one of `make`."""
+    """A function or class that a pickle names; a call of it is a call of `make`."""
 
     __slots__ = ("make",)
 
@@ -239,10 +239,12 @@ def _checked(file):
     data, out = file.getbuffer(), bytearray()
     for count, (instruction, argument, start) in enumerate(pickletools.genops(file)):
         name = instruction.name
-        _refuse(name not in REPLACED, f"the pickle instruction {name}")
-        _refuse(count == MAX_INSTRUCTIONS, f"a pickle of more than {count} instructions")
-        # the memo is an array, as long as the largest place
-        _refuse(name == "LONG_BINPUT" and argument > MAX_INSTRUCTIONS, f"memo place {argument}")
+        if name not in REPLACED:
+            raise Refused(f"the pickle instruction {name}")
+        if count == MAX_INSTRUCTIONS:
+            raise Refused(f"a pickle of more than {count} instructions")
+        if name == "LONG_BINPUT" and argument > MAX_INSTRUCTIONS:  # places of an array
+            raise Refused(f"the place {argument} of a pickle's memo")
         new = REPLACED[name]
         out += data[start : file.tell()] if new is None else new
     return out
@@ -300,9 +302,8 @@ def _read_zip(file, size, names):
     _refuse(len(entries) < len(archive.infolist()), "two entries of one name")
     _refuse(any(name.endswith("/constants.pkl") for name in entries), "a TorchScript program")
     for name, entry in entries.items():
-        _refuse(
-            entry.compress_type != zipfile.ZIP_STORED, f"the compressed entry {_printable(name)}"
-        )
+        compressed = entry.compress_type != zipfile.ZIP_STORED
+        _refuse(compressed, f"the compressed entry {_printable(name)}")
     _refuse(sum(entry.file_size for entry in entries.values()) > size, "entries that overlap")
     found = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(found) != 1:

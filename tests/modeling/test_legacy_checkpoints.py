@@ -239,7 +239,7 @@ class OldPickler(pickle.Pickler):
         if isinstance(value, nn.Parameter):
             return nn.Parameter, (value.detach(), value.requires_grad)
         if isinstance(value, torch.Tensor):
-            return torch._utils._rebuild_tensor_v2, (
+            return torch.zeros(1).__reduce_ex__(2)[0], (
                 value.storage(),
                 value.storage_offset(),
                 tuple(value.shape),
