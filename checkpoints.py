@@ -32,7 +32,7 @@ from datasets import (
     check_word_map,
     read_word_map,
 )
-from modeling import legacy_checkpoints, stub_unpickler
+from modeling import legacy_checkpoints
 from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset
 from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
@@ -173,12 +173,12 @@ def load(path):
     Read a checkpoint: a dictionary with tensors on the CPU that holds a valid model. One of the
     tutorial has only the entries that `build` needs, epoch and bleu4 if known, and word_map None.
 
-    `stub_unpickler.read` checks the file before torch reads it, since torch neither names what it
-    refuses nor limits the memory for tensors of stride 0 or the time for colliding keys.
+    `legacy_checkpoints.read` checks the file before torch reads it, since torch neither names what
+    it refuses nor limits the memory for tensors of stride 0 or the time for colliding keys.
 
     Raises UserError if the file is missing, damaged or not a checkpoint.
     """
-    root, names = stub_unpickler.read(path)
+    root, names = legacy_checkpoints.read(path)
     if not isinstance(root, dict):
         root = {}
     if root.get("format") == FORMAT:
@@ -194,7 +194,7 @@ def load(path):
 
 def _load_plain(path, names):
     """The content of a file of format 1; names: the functions and classes in it."""
-    if foreign := [name for name in names if name not in stub_unpickler.PLAIN]:
+    if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
         raise UserError(
             f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
             f"format {FORMAT} are tensors and plain values; nothing in the file was "

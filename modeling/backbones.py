@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from modeling import efficientnet_lite, legacy_checkpoints, stub_unpickler
+from modeling import efficientnet_lite, legacy_checkpoints
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -230,21 +230,21 @@ def _read_file(path, name):
 
 def _read_untrusted(path):
     """The content of a file of torch.save, as `_read_file` returns it"""
-    root, _ = stub_unpickler.read(path)
+    root, _ = legacy_checkpoints.read(path)
     if (
         isinstance(root, dict)
         and {"encoder", "decoder"} <= root.keys()
         and "encoder_args" not in root
     ):
         return legacy_checkpoints.convert(root, path)
-    with stub_unpickler.one_line_errors(path):
+    with legacy_checkpoints.one_line_errors(path):
         if isinstance(root, dict) and "encoder_args" in root:
             return {
                 "encoder_args": root["encoder_args"],
                 "encoder": _read_tensors(root["encoder"], path),
             }
         for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
-            if isinstance(root, dict) and isinstance(root.get(key), (dict, stub_unpickler.Stub)):
+            if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
                 root = root[key]
         return _read_tensors(root, path)
 

@@ -17,7 +17,7 @@ from torch import nn
 import checkpoints
 import models
 from checkpoints import load, load_captioner
-from modeling.stub_unpickler import MAGIC, PROTOCOL
+from modeling.legacy_checkpoints import MAGIC, PROTOCOL
 from utils import UserError
 
 FORMS = ("zip", "old")
@@ -229,7 +229,7 @@ class OldPickler(pickle.Pickler):
             self.classes.add(value)
             return "module", value, "models.py", f"class {value.__name__}:\n    pass\n"
         if isinstance(value, torch.storage.TypedStorage):
-            key = str(value._untyped_storage._cdata)
+            key = str(value.data_ptr())
             self.storages[key] = torch.tensor([], dtype=value.dtype).set_(value)
             kind = {torch.float32: torch.cuda.FloatStorage, torch.int64: torch.cuda.LongStorage}
             return "storage", kind[value.dtype], key, "cuda:0", value.size(), None
@@ -239,7 +239,7 @@ class OldPickler(pickle.Pickler):
         if isinstance(value, nn.Parameter):
             return nn.Parameter, (value.detach(), value.requires_grad)
         if isinstance(value, torch.Tensor):
-            return torch._utils._rebuild_tensor_v2, (
+            return torch.zeros(1).__reduce_ex__(2)[0], (
                 value.storage(),
                 value.storage_offset(),
                 tuple(value.shape),
