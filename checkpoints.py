@@ -357,8 +357,8 @@ def load_captioner(path, device, word_map_path=None):
     checkpoint = load(path)
     encoder, decoder = build(checkpoint, path)
     word_map = find_word_map(checkpoint, path, word_map_path)
-    fold_batchnorm(encoder.eval().resnet)
-    return encoder.to(device), decoder.to(device).eval(), word_map, checkpoint
+    fold_batchnorm(encoder.resnet)
+    return encoder.to(device).eval(), decoder.to(device).eval(), word_map, checkpoint
 
 
 def find_model(model, folder, print_line):

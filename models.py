@@ -1,16 +1,14 @@
 """
 The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044). Shapes:
-
 N images   R captions per image   M captions in progress   P locations, 14 x 14 (paper: L)
 E encoder size (paper: D)   H decoder size   A attention size   V vocabulary (paper: K)
 T time steps (paper: C)   L padded caption length   W tokens to predict, all but <start>
 
-`Attention.forward` and `DecoderWithAttention.step` are the paper's equations, and `--plain` runs
-these very lines. Without it, modeling/decoding.py computes the same numbers faster, as long as they
-stand as they are: where they are changed here, or overridden in a subclass, they are run.
+`Attention.forward` and `DecoderWithAttention.step` are the paper's equations, and with --plain they
+run. Otherwise modeling/decoding.py computes the same numbers faster, for this very step: one that
+is changed here, or overridden in a subclass, is run as it is written (docs/extending.md).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,13 +18,11 @@ from torch import Tensor, nn
 
 from datasets import IMAGE_SIZE
 from modeling.backbones import load_backbone
-from modeling.decoding import FastSteps, PlainSteps, make_steps
+from modeling.decoding import FastSteps, HardAttention, PlainSteps, State, make_steps
 from modeling.longest_first import LongestFirst
 from modeling.sampling import sample_location, scheduled_sampling
 
 ENCODED_IMAGE_SIZE = 14  # the annotation vectors stand on a 14 x 14 grid (section 4.3)
-State = tuple[Tensor, Tensor]  # the LSTM's h and c, each (M, H)
-HardAttention = Callable[[Tensor], Tensor]  # alpha (M, P) -> weights (M, P): modeling/sampling.py
 
 
 class Encoder(nn.Module):
@@ -34,11 +30,12 @@ class Encoder(nn.Module):
     A convolutional classifier without its head: images -> annotation vectors (section 3.1.1).
 
     name: any convolutional classifier of torchvision or timm
-    weights: "imagenet", "none" (random), a file (a state dict with the classifier's own keys, or
-    one of our checkpoints), or None where a checkpoint will be loaded into it
-    stride: 16 for a grid twice as fine, see `load_backbone`
+    weights, stride: see `load_backbone`; at stride 16 the grid is twice as fine
     image_size: S of the images that it is trained on, and captions
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -49,7 +46,7 @@ class Encoder(nn.Module):
         image_size: int = IMAGE_SIZE,
     ):
         super().__init__()
-        self.args = {"encoded_image_size": encoded_image_size, "name": name}
+        self.args: dict = {"encoded_image_size": encoded_image_size, "name": name}
         self.args |= {"stride": stride, "image_size": image_size}
         backbone = load_backbone(name, weights, stride)
         self.resnet = backbone.body  # the tutorial's name, whatever the backbone
@@ -58,32 +55,24 @@ class Encoder(nn.Module):
         self._fine_tuned = backbone.fine_tuned
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)
-        self.fine_tune(False)
+        self.to(memory_format=torch.channels_last).train().fine_tune(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """
-        images (N, 3, S, S), uint8 as CaptionDataset returns them, or floats already normalised ->
-        annotation vectors (N, P, E), row by row of the 14 x 14 grid
-        """
+        """Images as in `feature_map` -> annotation vectors (N, P, E), row by row of their grid"""
         return self.adaptive_pool(self.feature_map(images)).flatten(2).transpose(1, 2)
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """Images as in forward -> (N, E, h, w), 8 x 8 for the usual backbones at 256 pixels"""
+        """images (N, 3, S, S), uint8 or floats already normalised -> (N, E, h, w)"""
         images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         return self.resnet(images)
 
     def cells(self, images: Tensor) -> Tensor:
-        """
-        As forward, but a square map coarser than 14 x 14 is not pooled: (N, h w, E), fewer vectors
-        that say the same. The decoder takes both.
-        """
+        """As forward, but a square map coarser than 14 x 14 is left to the decoder to pool."""
         x = self.feature_map(images)
-        if x.shape[2] != x.shape[3] or x.shape[2] > self.args["encoded_image_size"]:
-            x = self.adaptive_pool(x)
-        return x.flatten(2).transpose(1, 2)
+        coarse = x.shape[2] == x.shape[3] <= self.args["encoded_image_size"]
+        return (x if coarse else self.adaptive_pool(x)).flatten(2).transpose(1, 2)
 
     def fine_tune(self, fine_tune: bool = True) -> None:
         """Switch training of blocks 2-4, all layers beyond stride 4, on or off."""
@@ -92,10 +81,7 @@ class Encoder(nn.Module):
             module.requires_grad_(fine_tune)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """
-        The backbone stays in evaluation mode, fine-tuned or not: BatchNorm keeps its ImageNet
-        statistics, which are better than those of a batch of 16 and equal in all processes.
-        """
+        """Always in evaluation mode: BatchNorm keeps its ImageNet statistics."""
         return super().train(False)
 
 
@@ -113,7 +99,6 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         annotations: (M, P, E); h: (M, H); hard: turns alpha into the weights of hard attention
-
         Returns the context vector (M, E), alpha (M, P) and the context vector's weights (M, P).
         """
         hidden = F.relu(self.encoder_att(annotations) + self.decoder_att(h).unsqueeze(1))
@@ -129,15 +114,11 @@ class DecoderOutput(NamedTuple):
     logits: Tensor  # (W, V)
     targets: Tensor  # (W,) token ids
     alphas: Tensor  # (N, R, T, P), zero after a caption's end
-    weights: Tensor  # (N, R, T, P) of the context vectors: alphas, unless attention is hard
+    weights: Tensor  # (N, R, T, P) of the context vectors: equal alphas unless attention is hard
 
 
 class DecoderWithAttention(nn.Module):
-    """
-    An LSTM that attends to the image again for every token (section 3.1.2).
-
-    attention: a key of `DECODERS`, which checkpoints keep
-    """
+    """An LSTM that attends to the image again for every token (section 3.1.2)."""
 
     def __init__(
         self,
@@ -214,20 +195,19 @@ class DecoderWithAttention(nn.Module):
         steps = self.steps(features.index_select(0, order.images), captions.shape[1])
         inputs, state = order.inputs(captions), steps.initial_state(order.rows)
         if hard_fraction:
-            is_hard = torch.rand(len(inputs), 1, device=features.device) < hard_fraction
-        hidden, alphas, weights = [], [], []
+            is_hard = torch.rand(len(inputs), 1, device=inputs.device) < hard_fraction
+        history = []
         for t, m in enumerate(order.batch_sizes):
             tokens, state = inputs[:m, t], (state[0][:m], state[1][:m])
             if sampling_prob and t > 0:
                 tokens = scheduled_sampling(tokens, state[0], steps.logits, sampling_prob)
             hard = partial(sample_location, is_hard=is_hard[:m]) if hard_fraction else None
             state, alpha, weight = steps.step(tokens, state, order.rows[:m], hard)
-            for values, value in zip((hidden, alphas, weights), (state[0], alpha, weight)):
-                values.append(value)
+            history.append((state[0], alpha, weight))
+        hidden, alphas, weights = zip(*history)
         logits = steps.logits(self.dropout(order.by_caption(hidden)))
-        soft = order.padded(alphas)
-        chosen = order.padded(weights) if hard_fraction else soft
-        return DecoderOutput(logits, order.targets(captions), soft, chosen)
+        padded = map(order.padded, (alphas, weights))
+        return DecoderOutput(logits, order.targets(captions), *padded)
 
     def load_pretrained_embeddings(self, embeddings: Tensor) -> None:
         """embeddings: (V, embed_dim); RuntimeError for any other size"""

@@ -1,5 +1,7 @@
 """`LongestFirst`: a padded batch of captions in order of falling length, for teacher forcing."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,13 @@ class LongestFirst:
         tokens = captions[..., 1 : len(self.batch_sizes) + 1].flatten()
         return tokens.index_select(0, self._places[self._by_caption])
 
-    def by_caption(self, values: list[Tensor]) -> Tensor:
+    def by_caption(self, values: Sequence[Tensor]) -> Tensor:
         """T tensors (M, H), one per step -> (W, H), in the order of `targets`"""
-        return torch.cat(values).index_select(0, self._by_caption)
+        return torch.cat(tuple(values)).index_select(0, self._by_caption)
 
-    def padded(self, values: list[Tensor]) -> Tensor:
+    def padded(self, values: Sequence[Tensor]) -> Tensor:
         """T tensors (M, P), one per step -> (N, R, T, P), zero after a caption's end"""
-        values = torch.cat(values)
+        joined = torch.cat(tuple(values))
         n, r, steps = *self.shape, len(self.batch_sizes)
-        zeros = values.new_zeros(n * r * steps, values.shape[1])
-        return zeros.index_copy(0, self._places, values).view(n, r, steps, -1)
+        zeros = joined.new_zeros(n * r * steps, joined.shape[1])
+        return zeros.index_copy(0, self._places, joined).view(n, r, steps, -1)

@@ -230,3 +230,9 @@ def test_hard_attention_sees_one_location_in_both():
             tokens, steps.initial_state(rows), rows, hard=most_likely_location
         )
         assert torch.equal(weights, nn.functional.one_hot(alpha.argmax(1), 196).double())
+
+
+def test_no_layer_of_a_new_encoder_is_in_training_mode():
+    """BatchNorm of a backbone that is not run when it is built, too."""
+    for name in ("tf_efficientnet_lite0", "resnet18"):
+        assert not any(m.training for m in Encoder(name=name, weights="none").train().modules())
