@@ -27,13 +27,9 @@ def make_tree(seed, beam_size, **options):
 
 def textbook(decoder, image, path):
     """log-probabilities (V,) of the word after <start> and this path of nodes"""
-    encoded = reference.encode(image)
-    h, c = reference.init_hidden_state(decoder, encoded)
-    for word in ["<start>", *(node.word for node in path)]:
-        scores, h, c, _ = reference.decode_step(
-            decoder, encoded, torch.tensor([WORD_MAP[word]]), h, c
-        )
-    return scores.log_softmax(1)[0]
+    caption = [WORD_MAP["<start>"], *(WORD_MAP[node.word] for node in path), WORD_MAP["<end>"]]
+    logits, _ = reference.decode(decoder, reference.encode(image), torch.tensor(caption))
+    return logits[-1].log_softmax(0)
 
 
 @pytest.mark.parametrize("options", [{}, {"length_penalty": 2}, {"no_unk": True}])
