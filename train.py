@@ -80,23 +80,45 @@ def get_options_and_checkpoint(argv):
     The options, and the checkpoint to start from or None. A resumed run takes its options from the
     checkpoint, a new phase only those of the model.
     """
-    args = get_args(argv)
-    if args.resume and args.checkpoint:
+    start = find_start(argv)
+    if start.resume and start.checkpoint:
         raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
-    if args.checkpoint:
-        checkpoint = checkpoints.load(args.checkpoint)
-        return get_args(argv, args.checkpoint, model_options(checkpoint)), checkpoint
-    if not args.resume:
-        return args, None
-    path = args.resume
+    if start.checkpoint:
+        checkpoint = checkpoints.load(start.checkpoint)
+        return get_args(argv, start.checkpoint, model_options(checkpoint)), checkpoint
+    if not start.resume:
+        return get_args(argv), None
+    path = start.resume
     if path is True:
-        path = checkpoints.find_latest(args.checkpoint_folder)
+        path = checkpoints.find_latest(start.checkpoint_folder)
     checkpoint = load_run(path)
     options = {**checkpoint["options"], "checkpoint_folder": str(Path(path).parent)}
     args = get_args(argv, path, options)
     args.resume = path
     check_unchanged(args, {**make_parser().options(), **options}, checkpoint["progress"])
     return args, checkpoint
+
+
+def find_start(argv):
+    """--checkpoint, --resume and --checkpoint_folder alone: their file has the others' defaults"""
+    parser = Parser(add_help=False)
+    add_start_options(parser.add_argument)
+    start, others = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(others):
+        start.checkpoint = start.resume = None
+    return start
+
+
+def add_start_options(add):
+    add("--checkpoint", help="start a new phase from this model")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
+    )
+    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
 
 
 def make_parser():
@@ -309,14 +331,7 @@ def make_parser():
     )
 
     add = parser.add_argument_group("files").add_argument
-    add("--checkpoint", help="start a new phase from this model")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
-    )
+    add_start_options(add)
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
     add(
         "--save_minutes",
@@ -324,7 +339,6 @@ def make_parser():
         default=10.0,
         help="time between saves within an epoch",
     )
-    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
     add(
         "--tensorboard",
         action="store_true",
