@@ -34,12 +34,13 @@ def open_pool(processes, take_lock=None):
 
 
 def _start_worker(take_lock, lock):
-    set_up_process()  # spawned processes do not have the settings of the script that starts them
-    if take_lock:
-        take_lock(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if START_METHOD == "spawn":  # forked processes have the settings of their script already
+        set_up_process()
+    if take_lock:
+        take_lock(lock)
 
 
 def _end_with_parent():

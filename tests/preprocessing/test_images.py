@@ -6,17 +6,20 @@ import os
 import struct
 import subprocess
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from factories import needs_fork
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from preprocessing import images
 from preprocessing.images import find_suffixes, read_image, read_rgb
+from preprocessing.processes import open_pool
 from utils import UserError
 
 
@@ -423,3 +426,28 @@ def test_of_large_pictures_one_at_a_time_is_decoded_to_bound_the_memory(
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_rgb, [tmp_path / "a.png"] * 4))
     assert max(most) == (1 if large else 4)
+
+
+def read_slowly(path):
+    """When a picture's pixels began and ceased to be in memory"""
+    times, original = [], images._upright_rgb
+
+    def record(*args):
+        times.append(time.monotonic())
+        time.sleep(0.1)
+        times.append(time.monotonic())
+        return original(*args)
+
+    images._upright_rgb = record
+    read_rgb(path)
+    images._upright_rgb = original
+    return times
+
+
+@needs_fork
+def test_of_large_pictures_all_processes_together_decode_one_at_a_time(tmp_path, monkeypatch):
+    quadrants().save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10)
+    with open_pool(3, images.share_lock) as pool:
+        times = sorted(pool.map(read_slowly, [tmp_path / "a.png"] * 6))
+    assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))
