@@ -169,7 +169,7 @@ class Item(NamedTuple):
 
     images: torch.Tensor  # pixels, uint8 (3, S, S); after `use_features` features, float16 (G, E)
     captions: torch.Tensor  # int64 (R, L) word ids: <start> words <end> <pad>...
-    lengths: torch.Tensor  # int64 (R,) true lengths, <start> and <end> counted; 1: see below
+    lengths: torch.Tensor  # int64 (R,) with <start> and <end>; 1: see `CaptionDataset`
     indices: torch.Tensor  # int64 () the item's own index in the data set
 
 

@@ -79,7 +79,10 @@ class Run:
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
         progress = self.state.progress
-        while progress.epoch < self.args.epochs and progress.epochs_in_vain < self.args.stop_after:
+        while (
+            progress.epoch < self.args.epochs
+            and progress.epochs_without_improvement < self.args.stop_after
+        ):
             yield progress.epoch + 1
             progress = self.state.progress
 

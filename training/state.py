@@ -30,7 +30,7 @@ class Progress:
     sums: list = field(default_factory=lambda: [0.0, 0, 0, 0, 0.0])  # theirs, of EpochTotals
 
     @property
-    def epochs_in_vain(self):
+    def epochs_without_improvement(self):
         """
         epochs_since_improvement as --stop_after counts them, and the tutorial: from a best score of
         0, so that a first epoch with a score of 0 is no improvement, though it is the best so far.
