@@ -80,45 +80,24 @@ def get_options_and_checkpoint(argv):
     The options, and the checkpoint to start from or None. A resumed run takes its options from the
     checkpoint, a new phase only those of the model.
     """
-    start = find_start(argv)
-    if start.resume and start.checkpoint:
+    given = make_parser().parse_given(argv)
+    path = given.get("resume")
+    if path and given.get("checkpoint"):
         raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
-    if start.checkpoint:
-        checkpoint = checkpoints.load(start.checkpoint)
-        return get_args(argv, start.checkpoint, model_options(checkpoint)), checkpoint
-    if not start.resume:
-        return get_args(argv), None
-    path = start.resume
+    if not path:
+        args = add_defaults(given)
+        if not args.checkpoint:
+            return args, None
+        checkpoint = checkpoints.load(args.checkpoint)
+        return add_defaults(given, args.checkpoint, model_options(checkpoint)), checkpoint
     if path is True:
-        path = checkpoints.find_latest(start.checkpoint_folder)
+        path = checkpoints.find_latest(given.get("checkpoint_folder", "."))
     checkpoint = load_run(path)
     options = {**checkpoint["options"], "checkpoint_folder": str(Path(path).parent)}
-    args = get_args(argv, path, options)
+    args = add_defaults(given, path, options)
     args.resume = path
     check_unchanged(args, {**make_parser().options(), **options}, checkpoint["progress"])
     return args, checkpoint
-
-
-def find_start(argv):
-    """--checkpoint, --resume and --checkpoint_folder alone: their file has the others' defaults"""
-    parser = Parser(add_help=False)
-    add_start_options(parser.add_argument)
-    start, others = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(others):
-        start.checkpoint = start.resume = None
-    return start
-
-
-def add_start_options(add):
-    add("--checkpoint", help="start a new phase from this model")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
-    )
-    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
 
 
 def make_parser():
@@ -331,7 +310,14 @@ def make_parser():
     )
 
     add = parser.add_argument_group("files").add_argument
-    add_start_options(add)
+    add("--checkpoint", help="start a new phase from this model")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
+    )
     add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
     add(
         "--save_minutes",
@@ -339,6 +325,7 @@ def make_parser():
         default=10.0,
         help="time between saves within an epoch",
     )
+    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
     add(
         "--tensorboard",
         action="store_true",
@@ -352,9 +339,17 @@ def make_parser():
 
 def get_args(argv=None, source=None, options=None):
     """options: default values by option name, from the checkpoint file `source`"""
+    return add_defaults(make_parser().parse_given(argv), source, options)
+
+
+def add_defaults(given, source=None, options=None):
+    """
+    All options, a Namespace: those that were given, by name, and defaults for the others, as in
+    `get_args`. UserError if they contradict each other.
+    """
     parser = make_parser()
     parser.set_options_from(source, options or {})
-    args = parser.parse_args(argv)
+    args = argparse.Namespace(**(parser.options() | given))
     if args.self_critical:
         for name, allowed in (
             ("attention", "soft"),

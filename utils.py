@@ -194,6 +194,13 @@ class Parser(argparse.ArgumentParser):
         """Every option's default by name."""
         return {action.dest: action.default for action in self._actions if action.dest != "help"}
 
+    def parse_given(self, argv):
+        """The options that argv has, by name, without defaults for the others."""
+        missing = object()
+        args = argparse.Namespace(**dict.fromkeys(self.options(), missing))
+        self.parse_args(argv, args)
+        return {name: value for name, value in vars(args).items() if value is not missing}
+
     def set_options_from(self, source, values):
         """
         Take these values, by option name, as defaults; unknown names are ignored. Raises UserError,
