@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,9 +74,19 @@ class Captioned:
     score: float  # total log-probability in nats
     finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
-    # How far to the right of and below its place in the grid a location looks, as fractions of the
-    # image: see `modeling.field_of_view`
-    offset: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
+    encoder: Any = field(repr=False)  # a `models.Encoder`, for `offset`
+
+    @cached_property
+    def offset(self):
+        """
+        How far to the right of and below its place in the grid a location looks, as fractions of
+        the image: see `modeling.field_of_view`. Measured only when something is to be drawn.
+        """
+        return find_offset(self.encoder)
+
+    def __getstate__(self):
+        """What is pickled: the offset instead of the encoder, which is large."""
+        return {**self.__dict__, "offset": self.offset, "encoder": None}
 
     @property
     def text(self):
@@ -230,7 +240,7 @@ class Captioner:
             caption.score,
             caption.finished,
             n_best,
-            find_offset(self.encoder),
+            self.encoder,
         )
 
 

@@ -7,7 +7,8 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
 
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
 (their constructors' arguments), `offset` (where the encoder's cells look, see
-modeling/field_of_view.py; older files lack it, then it is measured) and `word_map`. Those of
+modeling/field_of_view.py; None if it has not been measured, and older files lack it) and
+`word_map`. Those of
 train.py also hold what continues the run: `options`, `data` (a summary of the data set), `bleu4`,
 and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and `trained`. With --ema,
 `encoder` and `decoder` are the averaged weights, and those being trained are in `trained`.
@@ -34,7 +35,7 @@ from datasets import (
 )
 from modeling import legacy_checkpoints
 from modeling.backbones import fold_batchnorm
-from modeling.field_of_view import find_offset
+from modeling.field_of_view import find_offset, known_offset
 from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
@@ -80,7 +81,9 @@ def main(argv=None):
         _average(encoder, decoder, word_map, args)
         extra = {"options": extra.get("options", {})}  # a run cannot continue from these weights
         encoder.offset = None  # that of other weights
-    find_offset(encoder)  # now: with some weights in float16 the encoder cannot run
+    # So that nobody who gets the file has to measure it. Now, since with weights in float16 the
+    # encoder cannot run.
+    find_offset(encoder)
     if args.half:
         # Paths among the options are reduced to file names, without the folders of this machine.
         extra = {
@@ -146,13 +149,14 @@ def save(path, encoder, decoder, word_map, **extra):
 
     Raises UserError if the disk is full or the folder is missing or not writable.
     """
+    offset = known_offset(encoder)
     state = {
         "format": FORMAT,
         "encoder": encoder.state_dict(),
         "encoder_args": encoder.args,
         "decoder": decoder.state_dict(),
         "decoder_args": decoder.args,
-        "offset": list(find_offset(encoder)),
+        "offset": None if offset is None else list(offset),
         "word_map": word_map,
         **extra,
     }

@@ -11,6 +11,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -163,20 +164,24 @@ def _parse_word_ids(path, vocab_size):
     return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype)
 
 
+class Item(NamedTuple):
+    """An item of `CaptionDataset`, or a batch of N items, each tensor with a leading N."""
+
+    images: torch.Tensor  # pixels, uint8 (3, S, S); after `use_features` features, float16 (G, E)
+    captions: torch.Tensor  # int64 (R, L) word ids: <start> words <end> <pad>...
+    lengths: torch.Tensor  # int64 (R,) with <start> and <end>; 1: see `CaptionDataset`
+    indices: torch.Tensor  # int64 () the item's own index in the data set
+
+
 class CaptionDataset(Dataset):
     """
-    One split of a data set. An item is an image with its R captions or, with
-    by_image=False, one caption with its image (R = 1):
-
-      image     uint8 (3, S, S), or float16 (G, E) where `use_features` was called
-      captions  int64 (R, L) word ids: <start> words <end> <pad>...
-      lengths   int64 (R,) true lengths, <start> and <end> counted; 1, which is nothing to predict,
-                for a caption that repeats another one of its image
+    One split of a data set. An `Item` is an image with its R captions or, with by_image=False, one
+    caption with its image (R = 1).
 
     Images with fewer captions than R were filled up by repeating them; a repetition must not count.
-    With by_image=False there is no item for it.
+    It has the length 1, which is nothing to predict; with by_image=False there is no item for it.
 
-    Indexing with an array of n items gives the batch at once, each with a leading n.
+    Indexing with an array of N items gives the batch at once.
     Pixels stay on disk; the HDF5 file is opened at the first read, once per process,
     so a dataset can be passed to forked and to spawned workers.
     """
@@ -292,10 +297,11 @@ class CaptionDataset(Dataset):
         else:
             caption = self._distinct[index]
             images, captions = caption // r, caption[..., None]
-        return (
+        return Item(
             self._read_images(images),
             self.captions[captions].long(),
             self.lengths[captions].long(),
+            torch.from_numpy(index),
         )
 
     def use_features(self, features):

@@ -81,20 +81,21 @@ def get_options_and_checkpoint(argv):
     The options, and the checkpoint to start from or None. A resumed run takes its options from the
     checkpoint, a new phase only those of the model.
     """
-    args = get_args(argv)
-    if args.resume and args.checkpoint:
+    given = make_parser().parse_given(argv)
+    path = given.get("resume")
+    if path and given.get("checkpoint"):
         raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
-    if args.checkpoint:
+    if not path:
+        args = add_defaults(given)
+        if not args.checkpoint:
+            return args, None
         checkpoint = checkpoints.load(args.checkpoint)
-        return get_args(argv, args.checkpoint, model_options(checkpoint)), checkpoint
-    if not args.resume:
-        return args, None
-    path = args.resume
+        return add_defaults(given, args.checkpoint, model_options(checkpoint)), checkpoint
     if path is True:
-        path = checkpoints.find_latest(args.checkpoint_folder)
+        path = checkpoints.find_latest(given.get("checkpoint_folder", "."))
     checkpoint = load_run(path)
     options = {**checkpoint["options"], "checkpoint_folder": str(Path(path).parent)}
-    args = get_args(argv, path, options)
+    args = add_defaults(given, path, options)
     args.resume = path
     check_unchanged(args, {**make_parser().options(), **options}, checkpoint["progress"])
     return args, checkpoint
@@ -339,16 +340,24 @@ def make_parser():
 
 def get_args(argv=None, source=None, options=None):
     """options: default values by option name, from the checkpoint file `source`"""
+    return add_defaults(make_parser().parse_given(argv), source, options)
+
+
+def add_defaults(given, source=None, options=None):
+    """
+    All options, a Namespace: those that were given, by name, and defaults for the others, as in
+    `get_args`. UserError if they contradict each other.
+    """
     parser = make_parser()
     parser.set_options_from(source, options or {})
-    args = parser.parse_args(argv)
+    args = argparse.Namespace(**(parser.options() | given))
     if args.self_critical:
         for name, allowed in (
             ("attention", "soft"),
             ("sampling_max", 0),
             ("single_captions", False),
         ):
-            if getattr(args, name) != allowed:
+            if given.get(name, allowed) != allowed:
                 parser.error(
                     f"--{name} is for training on true captions, which --self_critical "
                     f"does not use; leave one of the two out"

@@ -72,7 +72,7 @@ def caption_split(model, data, args, processes):
         unit="batch",
         disable=None if processes.is_main else True,
     )
-    for indices, (images, _, _) in zip(batches, bar):
+    for images, _, _, indices in bar:
         with autocast(processes.device, args.amp):
             features = encoder.cells(images.to(processes.device, non_blocking=True))
             searches = [

@@ -104,7 +104,7 @@ def _photograph(data, i, folder):
     """uint8 (H, W, 3)"""
     name = data.entry(i)["filename"]
     if folder is None or name is None:
-        return np.ascontiguousarray(data[i][0].numpy().transpose(1, 2, 0))
+        return np.ascontiguousarray(data[i].images.numpy().transpose(1, 2, 0))
     return read_rgb(Path(folder) / name)
 
 

@@ -1,6 +1,5 @@
-"""The processor or GPU to compute on, torch's settings for it, and the processes of torchrun."""
+"""The processor or GPU to compute on, random seeds, and the processes of torchrun."""
 
-import ctypes
 import os
 import random
 import sys
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from utils import AMP, UserError
 
 TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_seed(seed):
@@ -37,31 +35,14 @@ def autocast(device, amp):
 def find_device(name=None):
     """
     The torch.device of this name, by default the GPU if there is one; UserError if it is not
-    available. Also makes torch's global settings those that all scripts use.
+    available.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    # Numbers below 1e-38 become 0: sharp attention is full of them, and on a CPU they take 10 times
-    # as long as other numbers.
-    torch.set_flush_denormal(True)
-    _keep_freed_memory()
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from None
-
-
-def _keep_freed_memory():
-    """
-    Ask the C library, where it is glibc, to keep memory that was freed for what is allocated next.
-    By default it gives large blocks back to the system, which clears each page again when it is
-    touched: that was found to take an eighth to a quarter of a training step on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_MMAP_MAX, 0)
 
 
 class Distributed(NamedTuple):

@@ -4,7 +4,8 @@ Where the cells of an encoder look.
 A cell is drawn at its place in the grid, but its field of view need not be centred there. A layer
 of stride 2 whose window does not lie in the middle of the pixels it replaces shifts the field by
 half a pixel of its input. Five such layers make half a cell: to the upper left with PyTorch's usual
-padding, to the lower right with TensorFlow's "same"; training moves it further. So it is measured.
+padding, to the lower right with TensorFlow's "same"; training moves it further. So it is measured,
+when attention is drawn or compared with boxes.
 """
 
 import math
@@ -14,16 +15,24 @@ import torch
 NOISE_IMAGES = 8  # the more, the more exact: with 8, about 0.01 of the image
 
 
-def find_offset(encoder):
+def known_offset(encoder):
     """
-    `measure_offset` of a `models.Encoder`, measured once and kept as `encoder.offset`, which
-    checkpoints store; while the encoder is trained, its fields move, and each call measures. Who
-    changes its weights or its image size otherwise sets `encoder.offset` to None.
+    The offset of a `models.Encoder` as it was measured before or came with a checkpoint; None if
+    there is none, or while the encoder is trained: its fields move.
     """
     trained = any(weight.requires_grad for weight in encoder.parameters())
-    if trained or getattr(encoder, "offset", None) is None:
-        encoder.offset = measure_offset(encoder, encoder.args["image_size"])
-    return encoder.offset
+    return None if trained else getattr(encoder, "offset", None)
+
+
+def find_offset(encoder):
+    """
+    `known_offset`, or else `measure_offset`, which is kept as `encoder.offset`. Who changes a
+    frozen encoder's weights or its image size sets that to None.
+    """
+    offset = known_offset(encoder)
+    if offset is None:
+        offset = encoder.offset = measure_offset(encoder, encoder.args["image_size"])
+    return offset
 
 
 def measure_offset(encoder, side):

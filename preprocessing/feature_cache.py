@@ -45,7 +45,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     images = copy.copy(dataset)
     images.by_image = True
     with torch.inference_mode():
-        encoded = encoder.cells(images[np.arange(1)][0].to(device))
+        encoded = encoder.cells(images[np.arange(1)].images.to(device))
     staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)
     with _explain_failure(path):
         with staging.lock(
@@ -96,7 +96,7 @@ def _encode_remaining(staging, images, encoder, device, batch_size):
         with bar, torch.inference_mode():
             for i in range(done, len(images), batch_size):
                 rows = np.arange(i, min(i + batch_size, len(images)))
-                encoded = encoder.cells(images[rows][0].to(device)).half().cpu().numpy()
+                encoded = encoder.cells(images[rows].images.to(device)).half().cpu().numpy()
                 if not np.isfinite(encoded).all():
                     staging.remove()
                     raise UserError(

@@ -1,29 +1,24 @@
 """Image files of any kind -> upright RGB -> the square input of the encoder."""
 
 import io
-import multiprocessing
 import os
+import threading
 import urllib.error
 import urllib.request
-import warnings
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datasets import IMAGE_SIZE
 from utils import UserError, check_is_file
 
-# Pillow's warnings about unusual but readable files are not for the user.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 try:
     import pillow_heif
 except ImportError:
     pillow_heif = None
 else:
     pillow_heif.register_heif_opener()
-# Text and colour profiles of a PNG need not be small: the pixels are what counts.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Pillow's formats for photographs. It knows others, and for some of them starts other programs.
 FORMATS = (
@@ -62,7 +57,13 @@ FLOAT_WHITES = (1, 255, 65535)
 LARGE_PIXELS = 1 << 24  # of larger pictures only one at a time is decoded
 MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
 
-_one_large_picture = multiprocessing.Lock()  # shared with forked processes
+_one_large_picture = threading.Lock()
+
+
+def share_lock(lock):
+    """Decode a large picture only while holding this lock, which processes share."""
+    global _one_large_picture
+    _one_large_picture = lock
 
 
 def find_suffixes():

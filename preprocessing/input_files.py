@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, open_hdf5
-from preprocessing.images import read_image
+from preprocessing.images import read_image, share_lock
 from preprocessing.karpathy import read_karpathy, read_sources
 from preprocessing.processes import open_pool
 from preprocessing.resumable_hdf5 import StagingFolder
@@ -172,7 +172,7 @@ def _store_chunks(chunks, workers):
         return
     pending = deque()
     try:
-        with open_pool(workers) as pool:
+        with open_pool(workers, share_lock) as pool:  # one large picture at a time
             for chunk in chunks:
                 pending.append(pool.submit(_store_chunk, *chunk))
                 if len(pending) == 64 * workers:  # keeps workers busy while progress is saved

@@ -8,19 +8,23 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
+from utils import set_up_process
+
 # Forked workers start at once and share the memory of modules already imported (torch); macOS has
 # fork too, but its system libraries do not work after it.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 @contextmanager
-def open_pool(processes):
+def open_pool(processes, take_lock=None):
     """
     A ProcessPoolExecutor whose processes exit as soon as this one does, even if it is killed. If
     the block is left early, tasks that have not started are cancelled.
+
+    take_lock: a function that each process calls first, with a lock that all of them share
     """
     context = multiprocessing.get_context(START_METHOD)
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (take_lock, context.Lock()))
     try:
         with defer_interrupt():  # a Ctrl-C during os.fork would be lost
             pool.submit(int)  # starts the processes
@@ -29,10 +33,14 @@ def open_pool(processes):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker():
+def _start_worker(take_lock, lock):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if START_METHOD == "spawn":  # forked processes have the settings of their script already
+        set_up_process()
+    if take_lock:
+        take_lock(lock)
 
 
 def _end_with_parent():

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 import caption
 import checkpoints
 import utils
+from modeling import field_of_view
 from models import DecoderWithAttention, Encoder
 from utils import UserError
 
@@ -243,6 +245,18 @@ def test_works_without_a_display(model, photos):
     assert result.stdout.strip() and overlays(photos) == ["0_attention.png"]
     assert result.returncode == 2  # for --show alone
     assert result.stderr.count("\n") == 1 and "no display" in result.stderr
+
+
+def test_where_the_encoder_looks_is_measured_once_and_only_to_draw(model, photos, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        field_of_view, "measure_offset", lambda *_: measured.append(1) or (0.1, 0.2)
+    )
+    first, second = caption.Captioner(model, device="cpu")([photos / "0.png", photos / "1.png"])
+    assert first.text and not measured
+    assert first.offset == second.offset == (0.1, 0.2) and len(measured) == 1
+    content = pickle.dumps(second)  # without the encoder
+    assert pickle.loads(content).offset == (0.1, 0.2) and len(content) < model.stat().st_size / 10
 
 
 def test_captioner_takes_paths_pictures_arrays_and_lists_of_them(model, photos):

@@ -65,15 +65,21 @@ def test_saved_model_gives_identical_outputs(path, models):
     assert decoder.dropout.p == 0.3
 
 
-def test_where_the_encoder_looks_is_stored_or_else_measured(path, models, monkeypatch):
-    stored = load_captioner(path, "cpu")[0]
-    checkpoint = torch.load(path, weights_only=True)
-    assert stored.offset == models[0].offset == tuple(checkpoint.pop("offset"))
-    torch.save(checkpoint, path)  # as older ones
-    older = load_captioner(path, "cpu")[0]
-    assert find_offset(older) == pytest.approx(stored.offset, abs=1e-4)
+def test_a_save_measures_nothing_and_a_conversion_stores_where_the_encoder_looks(
+    path, models, monkeypatch
+):
+    assert torch.load(path, weights_only=True)["offset"] is None
+    main([str(path), str(path.parent / "new.pth.tar")])
+    measured = load_captioner(path, "cpu")[0]
+    stored = load_captioner(path.parent / "new.pth.tar", "cpu")[0]
+    assert find_offset(measured) == stored.offset
     monkeypatch.setattr(field_of_view, "measure_offset", None)
     assert find_offset(stored) == stored.offset
+    save(path, stored, models[1], WORD_MAP)
+    assert torch.load(path, weights_only=True)["offset"] == list(stored.offset)
+    stored.fine_tune()  # its cells move
+    save(path, stored, models[1], WORD_MAP)
+    assert torch.load(path, weights_only=True)["offset"] is None
 
 
 def test_file_holds_tensors_and_plain_values_only(path):

@@ -45,7 +45,8 @@ def test_item_is_an_image_with_its_captions(data):
     dataset = CaptionDataset(folder, TUTORIAL_NAME, "TRAIN")
     assert len(dataset) == IMAGES and dataset.word_map == TUTORIAL_WORD_MAP
     for i in range(IMAGES):
-        image, captions, lengths = dataset[i]
+        image, captions, lengths, index = dataset[i]
+        assert int(index) == i
         assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
         np.testing.assert_array_equal(image, pixels[i])
         assert captions.tolist() == TUTORIAL_CAPTIONS[R * i : R * i + R]
@@ -57,7 +58,8 @@ def test_item_is_a_caption_with_its_image(data):
     dataset = CaptionDataset(folder, TUTORIAL_NAME, "TRAIN", by_image=False)
     assert len(dataset) == IMAGES * R
     for i in range(IMAGES * R):
-        image, captions, lengths = dataset[i]
+        image, captions, lengths, index = dataset[i]
+        assert int(index) == i
         np.testing.assert_array_equal(image, pixels[i // R])
         assert captions.tolist() == [TUTORIAL_CAPTIONS[i]]
         assert lengths.tolist() == [TUTORIAL_LENGTHS[i]]

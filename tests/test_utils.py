@@ -4,14 +4,13 @@ import argparse
 import errno
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from factories import ROOT, restore_interrupts
+from factories import ROOT
 
 import utils
 from utils import (
@@ -177,19 +176,71 @@ def test_full_memory_is_one_line_that_names_the_options(capsys, error):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-@pytest.mark.parametrize(
-    "script", ["train", "eval", "caption", "create_input_files", "checkpoints", "visualize"]
-)
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
-    for name in ("torch", "numpy", "matplotlib"):  # whichever comes first
-        (tmp_path / f"{name}.py").write_text(
-            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
-        )
+# The settings that belong to a process, and so to the program that imports our modules.
+SETTINGS = """
+def settings():
+    handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+    streams = [(id(s), s.encoding, s.errors) for s in (sys.stdout, sys.stderr)]
+    return {
+        "matmul": torch.get_float32_matmul_precision(),
+        "denormals": bool(torch.tensor([1e-40]) * 1 != 0),
+        "warnings": [str(entry) for entry in warnings.filters],
+        "excepthook": sys.excepthook is sys.__excepthook__,
+        "signals": list(map(str, handlers)),
+        "Pillow": [PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS],
+        "streams": streams,
+    }
+"""
+PREAMBLE = f"""
+import contextlib, importlib, signal, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from PIL import Image, PngImagePlugin
+{SETTINGS}
+"""
+
+
+def run_code(code):
     done = subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", "--help"],
+        [sys.executable, "-c", PREAMBLE + code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        preexec_fn=restore_interrupts,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
     )
-    assert done.stderr == f"{script}.py: interrupted\n" and done.returncode == -signal.SIGINT
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_every_module_and_captioning_changes_no_setting_of_the_process():
+    folders = ("", "modeling", "preprocessing", "training", "evaluation", "visualization")
+    names = [
+        ".".join([*filter(None, [folder]), path.stem])
+        for folder in folders
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if path.stem not in ("__init__", "hubconf")
+    ]
+    assert {"train", "utils", "preprocessing.images", "visualization.figures"} <= set(names)
+    run_code(f"""
+for name in ("imageio", "matplotlib", "nltk", "skimage", "timm", "torchvision"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)  # these have warnings filters of their own
+before = settings()
+for name in {[*names, "hubconf"]}:  # the last, since it hides the others
+    importlib.import_module(name)
+    assert settings() == before, name
+from caption import Captioner
+Captioner(device="cpu")({str(ROOT / "docs/examples/cat.jpg")!r})
+assert settings() == before, [(x, y) for x, y in zip(settings().items(), before.items()) if x != y]
+""")
+
+
+def test_a_script_sets_up_its_process():
+    run_code("""
+import utils
+def main():
+    found = settings()
+    assert found["matmul"] == "high" and not found["denormals"] and found["excepthook"]
+    assert found["Pillow"][0] == PngImagePlugin.MAX_TEXT_MEMORY
+    assert all(stream[1:] == ("utf-8", "backslashreplace") for stream in found["streams"])
+    assert sum("PIL" in entry or "Glyph" in entry for entry in found["warnings"]) == 2
+utils.run_script(main)
+""")

@@ -1,15 +1,15 @@
 """`train_one_epoch` and `validate`, which train.py calls in turn."""
 
+import math
 import signal
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
-from datasets import WorkerDied, load_batches
+from datasets import Item, WorkerDied, load_batches
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from modeling.devices import autocast
@@ -37,7 +37,6 @@ def train_one_epoch(state, loader, epoch, run):
     loader.sampler.epoch, loader.sampler.start = epoch, progress.step
     first_step, steps = progress.step, loader.sampler.num_batches
     totals = EpochTotals(progress.sums, processes)
-    finite = FiniteCheck(epoch, steps, state)
     bar = tqdm(
         load_batches(loader),
         desc=f"epoch {epoch}",
@@ -48,15 +47,18 @@ def train_one_epoch(state, loader, epoch, run):
     )
 
     def update_progress(step):
-        finite.check_weights(step)
-        progress.step, progress.sums = step, totals.sums()
+        sums = totals.sums()
+        if not math.isfinite(sums[0]):
+            raise _not_finite("the loss", epoch, step)
+        if not all(bool(p.isfinite().all()) for p in state.parameters):
+            raise _not_finite("a weight", epoch, step)
+        progress.step, progress.sums = step, sums
         progress.baseline = float(state.criterion.baseline)
 
     with run.interrupts.deferred():
         step = first_step
         try:
-            # The sampler gives the same order again: the indices of images or captions.
-            for (images, captions, lengths), rows in zip(bar, loader.sampler):
+            for images, captions, lengths, indices in bar:
                 # The loss is a mean over the tokens of the joint batch of all processes.
                 num_tokens, num_captions, stop, save_due = processes.all_reduce(
                     int((lengths - 1).sum()),
@@ -74,19 +76,16 @@ def train_one_epoch(state, loader, epoch, run):
                 torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
                 if args.augment:
                     images = augment(images, captions, loader.dataset.word_map)
-                batch = Batch(
-                    images,
-                    captions,
-                    lengths,
-                    rows,
+                loss, total, correct = train_step(
+                    state,
+                    Item(images, captions, lengths, indices),
                     num_tokens / processes.world_size,
                     num_captions / processes.world_size,
                 )
-                loss, total, correct = train_step(state, batch)
                 totals.add(total, correct, num_tokens, num_captions)
-                finite.add(loss, step)
                 if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
-                    finite.check_losses(step + 1)
+                    if not math.isfinite(loss + totals.total):  # of this step and those before it
+                        raise _not_finite("the loss", epoch, step + 1)
                     if not bar.disable:
                         bar.set_postfix(loss=f"{loss.item():.3f}")
                 step += 1
@@ -103,9 +102,17 @@ def train_one_epoch(state, loader, epoch, run):
     }
 
 
-def train_step(state, batch):
+def _not_finite(what, epoch, step):
+    return UserError(
+        f"epoch {epoch}, batch {step}: {what} is not finite; the checkpoints were not changed; try "
+        f"a lower --decoder_lr"
+    )
+
+
+def train_step(state, batch, num_tokens, num_captions):
     """
-    One step of the optimizer. batch: a `Batch` whose features may still be images
+    One step of the optimizer. batch: N items of `CaptionDataset`; num_tokens, num_captions: as in
+    `Batch`
 
     Returns the loss (a scalar without gradient), and the criterion's total and correct.
     """
@@ -114,7 +121,7 @@ def train_step(state, batch):
     optimizer.zero_grad(set_to_none=True)
     for part in micro_batches(batch, args.accumulate):
         with autocast(processes.device, args.amp):
-            part = encode(state.parallel_cells, part, processes.device, args.fine_tune_encoder)
+            part = encode(state.parallel_cells, part, processes.device, num_tokens, num_captions)
             loss, part_total, part_correct = state.criterion(state.parallel_decoder, part)
         state.scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
@@ -138,26 +145,20 @@ def derive_seed(*numbers):
 
 
 def micro_batches(batch, count):
-    """Yield the batch in `count` parts with about the same number of images."""
+    """Yield the items of a batch in `count` parts of about the same number."""
     for part in np.array_split(np.arange(len(batch.indices)), count):
-        part = slice(part[0], part[-1] + 1)
-        yield batch._replace(
-            features=batch.features[part],
-            captions=batch.captions[part],
-            lengths=batch.lengths[part],
-            indices=batch.indices[part],
-        )
+        yield Item(*(field[part[0] : part[-1] + 1] for field in batch))
 
 
-def encode(cells, batch, device, fine_tune=False):
-    """The batch on the device, with images encoded into features; lengths stay on the CPU."""
-    features, captions = (x.to(device, non_blocking=True) for x in (batch.features, batch.captions))
-    if features.dtype == torch.uint8:
-        with nullcontext() if fine_tune else torch.no_grad():
-            features = cells(features)
-    else:  # cached features
-        features = features.float()
-    return batch._replace(features=features, captions=captions)
+def encode(cells, batch, device, num_tokens, num_captions):
+    """
+    The `Batch` on the device, with features of the images, from a batch of `CaptionDataset`, whose
+    images may already be features. cells: of the encoder; num_tokens, num_captions: as in `Batch`
+    """
+    images, captions, lengths, indices = batch
+    images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
+    features = cells(images) if images.dtype == torch.uint8 else images.float()
+    return Batch(features, captions, lengths, indices.numpy(), num_tokens, num_captions)
 
 
 def augment(images, captions, word_map):
@@ -207,37 +208,6 @@ class EpochTotals:
         ]
 
 
-class FiniteCheck:
-    """
-    Raises UserError if a loss or weight is not finite. The first bad step is recorded on the device
-    and rarely read, since reading it waits for a GPU.
-    """
-
-    def __init__(self, epoch, steps, state):
-        self.epoch, self.parameters = epoch, state.parameters
-        self.first_bad = torch.full((), steps, device=state.processes.device)
-
-    def add(self, loss, step):
-        self.first_bad = torch.where(
-            loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step)
-        )
-
-    def check_losses(self, steps_done):
-        if int(self.first_bad) < steps_done:
-            self._fail("the loss", int(self.first_bad) + 1)
-
-    def check_weights(self, steps_done):
-        self.check_losses(steps_done)
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
-            self._fail("a weight", steps_done)
-
-    def _fail(self, what, batch):
-        raise UserError(
-            f"epoch {self.epoch}, batch {batch}: {what} is not finite; the checkpoints "
-            f"were not changed; try a lower --decoder_lr"
-        )
-
-
 @torch.inference_mode()
 def validate(state, loader):
     """
@@ -261,19 +231,21 @@ def validate(state, loader):
         unit="batch",
         disable=None if processes.is_main else True,
     )
-    for (images, captions, lengths), rows in zip(bar, loader.sampler):
-        batch = Batch(images, captions, lengths, rows, num_tokens, num_captions)
+    for batch in bar:
         with autocast(processes.device, args.amp):
-            batch = encode(encoder.cells, batch, processes.device)
+            batch = encode(encoder.cells, batch, processes.device, num_tokens, num_captions)
             output = decoder(batch.features, batch.captions, batch.lengths)
             hypotheses = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
         # This batch's share of the mean over all validation captions.
-        loss += doubly_stochastic_loss(output, lengths, args.alpha_c, num_tokens, num_captions)
+        loss += doubly_stochastic_loss(
+            output, batch.lengths, args.alpha_c, num_tokens, num_captions
+        )
         correct += top_k_correct(output.logits, output.targets)
         tokens += len(output.targets)
-        teacher_forced += _teacher_forced(output.logits.argmax(1), output.targets, lengths)
+        teacher_forced += _teacher_forced(output.logits.argmax(1), output.targets, batch.lengths)
         generated += [
-            (int(i), [word_of[id] for id in caption.tokens]) for i, caption in zip(rows, hypotheses)
+            (int(i), [word_of[id] for id in caption.tokens])
+            for i, caption in zip(batch.indices, hypotheses)
         ]
     loss, correct, tokens = processes.all_reduce(float(loss), int(correct), tokens)
     generated = processes.all_gather(generated)

@@ -24,7 +24,7 @@ class ValidationPictures:
 
     def __init__(self, data, word_map):
         indices = np.unique(np.linspace(0, len(data) - 1, COUNT).round().astype(int))
-        self.images, *_ = data[indices]  # uint8 (n, 3, S, S), n at most COUNT
+        self.images = data[indices].images  # uint8 (n, 3, S, S), n at most COUNT
         entries = [data.entry(i) for i in indices]
         self.names = [
             "/".join(filter(None, (entry.get("source"), entry["filename"]))) or f"image {i}"

@@ -81,7 +81,7 @@ class Run:
         progress = self.state.progress
         while (
             progress.epoch < self.args.epochs
-            and progress.epochs_since_improvement < self.args.stop_after
+            and progress.epochs_without_improvement < self.args.stop_after
         ):
             yield progress.epoch + 1
             progress = self.state.progress
@@ -91,7 +91,7 @@ class Run:
         if self.processes.is_main:
             options = {k: v for k, v in vars(self.args).items() if k not in TRANSIENT_OPTIONS}
             state = self.state
-            if self.args.fine_tune_encoder:  # an average of weights, whose cells move as theirs do
+            if self.args.fine_tune_encoder:  # what was measured for pictures is of older weights
                 state.averaged_encoder.offset = None
             checkpoints.save(
                 path or last_path(self.args),

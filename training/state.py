@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # Checkpoints keep older names of these fields of Progress.
 CHECKPOINT_KEYS = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
@@ -28,6 +28,15 @@ class Progress:
     baseline: float = 0.0  # of hard attention
     step: int = 0  # batches done in the current epoch
     sums: list = field(default_factory=lambda: [0.0, 0, 0, 0, 0.0])  # theirs, of EpochTotals
+
+    @property
+    def epochs_without_improvement(self):
+        """
+        epochs_since_improvement as --stop_after counts them, and the tutorial: from a best score of
+        0, so that a first epoch with a score of 0 is no improvement, though it is the best so far.
+        """
+        first_is_best = self.epochs_since_improvement == self.epoch - 1
+        return self.epochs_since_improvement + (first_is_best and self.best == 0)
 
     def to_dict(self):
         """The content of a checkpoint's `progress`."""
@@ -81,7 +90,7 @@ class TrainingState:
                                 several processes
     averaged_encoder, ..._decoder  the models that are validated and saved: with --ema the averages
                                 of the weights, else the models themselves
-    criterion, optimizer, scheduler, scaler, progress
+    criterion, optimizer, scheduler (None without --cosine), scaler, progress
     """
 
     def __init__(self, args, encoder, decoder, criterion, steps_per_epoch, processes):
@@ -108,7 +117,12 @@ class TrainingState:
             ],
             fused=True,
         )
-        self.scheduler = _build_scheduler(args, self.optimizer, steps_per_epoch)
+        self.scheduler = None  # of --cosine; without it, `after_epoch` lowers the learning rate
+        if args.cosine:
+            # Unlike CosineAnnealingLR, which computes each rate from the one before, LambdaLR gives
+            # the same rates to a resumed run.
+            steps = args.epochs * steps_per_epoch
+            self.scheduler = LambdaLR(self.optimizer, lambda step: half_cosine(step, steps))
         # float16 has no numbers below 6e-8: losses are scaled up so that no gradient underflows.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.progress = Progress()
@@ -159,16 +173,24 @@ class TrainingState:
             progress.baseline,
         )
         if not self.args.cosine:
-            lr = self.last_lr
-            self.scheduler.step(self.scheduler.best + improved)  # it only compares
-            if self.last_lr != lr:
-                self.processes.print(f"learning rate is now {self.last_lr:.3g}")
+            self._decay_if_due()
         return improved
+
+    def _decay_if_due(self):
+        """
+        Lower the learning rates after each --decay_after epochs in a row without improvement.
+        ReduceLROnPlateau sees one number, it cannot let the loss decide between equal scores.
+        """
+        stale, lr = self.progress.epochs_since_improvement, self.last_lr
+        if stale and stale % self.args.decay_after == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.args.lr_decay
+        if self.last_lr != lr:
+            self.processes.print(f"learning rate is now {self.last_lr:.3g}")
 
     def set_score_to_beat(self, stats):
         """A phase is to improve on the model that it starts from; stats: its metrics."""
         self.progress.best, self.progress.best_loss = self._score(stats)
-        self._restore_scheduler()
 
     def _score(self, stats):
         """
@@ -216,27 +238,23 @@ class TrainingState:
         self.criterion.baseline = torch.tensor(progress.baseline)
         for average, _ in self._averages:
             average.n_averaged.fill_(1 + self._steps_done)
-        self._restore_scheduler()
+        if self.args.cosine and self._steps_done:
+            self._restore_cosine()
 
     @property
     def _steps_done(self):
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
-    def _restore_scheduler(self):
+    def _restore_cosine(self):
         """Compute the scheduler's state from `progress`, so that checkpoints need not hold it."""
-        if not self.args.cosine:
-            self.scheduler.num_bad_epochs = (
-                self.progress.epochs_since_improvement % self.args.decay_after
-            )
-        elif self._steps_done:
-            self.scheduler.load_state_dict(
-                {
-                    **self.scheduler.state_dict(),
-                    "last_epoch": self._steps_done - 1,
-                    "_step_count": self._steps_done + 1,
-                }
-            )
-            self.scheduler.step()
+        self.scheduler.load_state_dict(
+            {
+                **self.scheduler.state_dict(),
+                "last_epoch": self._steps_done - 1,
+                "_step_count": self._steps_done + 1,
+            }
+        )
+        self.scheduler.step()
 
 
 class _Cells(torch.nn.Module):
@@ -260,10 +278,9 @@ def _average(model, decay):
     `decay`: with a constant decay the initial random weights would dominate it for a long time.
     """
 
-    @torch.no_grad()
-    def update(averages, weights, _):
+    def update(averages, weights, n_averaged):
         n = int(average.n_averaged)  # on the CPU
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, n / (n + 9)))
+        get_ema_multi_avg_fn(min(decay, n / (n + 9)))(averages, weights, n_averaged)
 
     average = AveragedModel(model, multi_avg_fn=update)
     average.n_averaged.fill_(1)  # the initial weights
@@ -273,26 +290,6 @@ def _average(model, decay):
 def half_cosine(step, steps):
     """The learning rate's factor at `step` of `steps`, counted from 0; at `steps` it is 0."""
     return 0.5 + 0.5 * math.cos(math.pi * step / steps)
-
-
-def _build_scheduler(args, optimizer, steps_per_epoch):
-    """Lowers the learning rate when validation stops improving, with --cosine at each step."""
-    if args.cosine:
-        # Unlike CosineAnnealingLR, which computes each rate from the one before, LambdaLR gives the
-        # same rates to a resumed run.
-        steps = args.epochs * steps_per_epoch
-        return LambdaLR(optimizer, lambda step: half_cosine(step, steps))
-    constant = args.lr_decay == 1  # ReduceLROnPlateau does not accept 1 as a factor
-    scheduler = ReduceLROnPlateau(
-        optimizer,
-        mode="max",
-        factor=0.0 if constant else args.lr_decay,
-        patience=math.inf if constant else args.decay_after - 1,
-        threshold=0,
-        eps=0,
-    )
-    scheduler.best = 0  # it counts improvements, which `after_epoch` decides on
-    return scheduler
 
 
 def _load_optimizer(optimizer, state, trained):

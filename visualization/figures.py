@@ -6,7 +6,6 @@ Figures are made without pyplot, which would look for a display: only `show` nee
 
 import functools
 import sys
-import warnings
 from pathlib import Path
 
 import matplotlib
@@ -18,10 +17,6 @@ from matplotlib.ft2font import FT2Font
 from utils import atomic_write
 
 FONT_FILE = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-
-
-# A letter that no font has is said once, by `find_fonts`.
-warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
 def find_fonts(texts):

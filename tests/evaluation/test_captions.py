@@ -8,6 +8,7 @@ import torch
 from factories import VOCAB, WORD_MAP, make_case
 from torch.utils.data import Dataset
 
+from datasets import Item
 from evaluation.captions import MARGIN, caption_split
 from evaluation.metrics import attention_hits
 from modeling.beam_search import beam_search
@@ -30,7 +31,7 @@ class Split(Dataset):
         return len(self.features)
 
     def __getitem__(self, indices):
-        return self.features[indices], [], []
+        return Item(self.features[indices], [], [], torch.from_numpy(indices))
 
     def entry(self, i):
         return {"objects": [{"box": [0, 0, 0.4 + i / 20, 0.5], "words": sorted(NOUNS)}]}

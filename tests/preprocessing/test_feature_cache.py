@@ -47,7 +47,7 @@ def test_cached_features_equal_the_encoders(small, encoder):
     with torch.no_grad():
         expected = encoder(pixels)
     dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
-    features, captions, _ = dataset[np.arange(IMAGES)]
+    features, captions, *_ = dataset[np.arange(IMAGES)]
     assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
     torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
     assert captions.reshape(-1, 6).tolist() == TUTORIAL_CAPTIONS
@@ -62,7 +62,7 @@ def test_cache_serves_caption_items_too(small, encoder):
     with torch.no_grad():
         expected = encoder(pixels)
     for i in range(IMAGES * R):
-        features, captions, _ = by_caption[i]
+        features, captions, *_ = by_caption[i]
         torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
         assert captions.tolist() == [TUTORIAL_CAPTIONS[i]]
 

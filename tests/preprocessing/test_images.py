@@ -6,17 +6,20 @@ import os
 import struct
 import subprocess
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from factories import needs_fork
+from PIL import Image, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from preprocessing import images
 from preprocessing.images import find_suffixes, read_image, read_rgb
+from preprocessing.processes import open_pool
 from utils import UserError
 
 
@@ -214,7 +217,9 @@ def test_rotated_photograph_with_odd_exif_entries_is_upright(tmp_path):
     assert read_rgb(tmp_path / "a.jpg").shape == (32, 48, 3)
 
 
-def test_png_with_megabytes_of_text_and_profile_is_read(tmp_path):
+def test_png_with_megabytes_of_text_and_profile_is_read_by_scripts(tmp_path, monkeypatch):
+    most = PngImagePlugin.MAX_TEXT_MEMORY  # as utils.set_up_process has it
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", most)
     info = PngInfo()
     info.add_text("prompt", "cat " * 600_000, zip=True)
     quadrants().save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(2_000_000))
@@ -421,3 +426,28 @@ def test_of_large_pictures_one_at_a_time_is_decoded_to_bound_the_memory(
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_rgb, [tmp_path / "a.png"] * 4))
     assert max(most) == (1 if large else 4)
+
+
+def read_slowly(path):
+    """When a picture's pixels began and ceased to be in memory"""
+    times, original = [], images._upright_rgb
+
+    def record(*args):
+        times.append(time.monotonic())
+        time.sleep(0.1)
+        times.append(time.monotonic())
+        return original(*args)
+
+    images._upright_rgb = record
+    read_rgb(path)
+    images._upright_rgb = original
+    return times
+
+
+@needs_fork
+def test_of_large_pictures_all_processes_together_decode_one_at_a_time(tmp_path, monkeypatch):
+    quadrants().save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10)
+    with open_pool(3, images.share_lock) as pool:
+        times = sorted(pool.map(read_slowly, [tmp_path / "a.png"] * 6))
+    assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))

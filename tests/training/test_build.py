@@ -14,7 +14,7 @@ import train
 from caption import Captioner
 from datasets import CaptionDataset
 from modeling.beam_search import Search
-from modeling.field_of_view import measure_offset
+from modeling.field_of_view import find_offset, known_offset
 from preprocessing.demo import make_demo
 from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
@@ -251,8 +251,8 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
         ]
     )
     encoder = checkpoints.load_captioner(next(other.glob("BEST_*")), "cpu")[0]
-    assert encoder.args["image_size"] == 128 and encoder.offset == measure_offset(encoder, 128)
-    assert encoder.offset != captioner.encoder.offset
+    assert encoder.args["image_size"] == 128 and known_offset(encoder) is None
+    assert find_offset(encoder) != find_offset(captioner.encoder)
     with pytest.raises(UserError, match="has encoder_stride 16, not 32; leave --encoder_stride"):
         train.main(
             [
@@ -268,20 +268,23 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
         )
 
 
-def test_the_offset_in_a_checkpoint_is_that_of_its_averaged_encoder(data, tmp_path):
-    """Also after the first save, when the average has moved on."""
-    train.main(
-        train_args(
-            data,
-            tmp_path,
-            "--fine_tune_encoder",
-            "--encoder_lr",
-            "1e-2",
-            "--ema",
-            "0.5",
-            "--epochs",
-            "2",
-        )
-    )
-    encoder = checkpoints.load_captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", "cpu")[0]
-    assert encoder.offset == pytest.approx(measure_offset(encoder, 256), abs=1e-6)
+def test_training_keeps_the_offset_of_a_frozen_encoder_and_stores_none_of_a_trained_one(
+    data, tmp_path
+):
+    pytest.importorskip("torch.utils.tensorboard")  # its pictures need the offset of each epoch
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    last, known = tmp_path / f"checkpoint_{NAME}.pth.tar", str(tmp_path / "known.pth.tar")
+    checkpoints.main([str(last), known])
+    offset = checkpoints.load(known)["offset"]
+
+    def offsets(folder, *options):
+        paths = ["--data_folder", str(data), "--checkpoint_folder", str(tmp_path / folder)]
+        train.main([*paths, "--checkpoint", known, "--epochs", "2", "--workers", "0", *options])
+        return [load_checkpoint(tmp_path / folder, prefix)["offset"] for prefix in ("", "BEST_")]
+
+    assert load_checkpoint(tmp_path)["offset"] is None and offset is not None
+    assert offsets("frozen") == [offset, offset]
+    assert offsets("trained", "--fine_tune_encoder", "--ema", "0.5", "--tensorboard") == [
+        None,
+        None,
+    ]

@@ -236,11 +236,22 @@ def test_a_damaged_or_hostile_run_is_a_one_line_error(data, tmp_path, part, chan
         train.main(["--resume", str(tmp_path / "x.pth.tar"), "--epochs", "2"])
 
 
-def test_a_resumed_run_parses_its_options_twice(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start", ["--resume", "--checkpoint"])
+def test_options_are_parsed_once_whatever_file_a_run_starts_from(
+    data, tmp_path, monkeypatch, start
+):
     train.main(train_args(data, tmp_path, "--epochs", "1"))
+    path = str(tmp_path / f"checkpoint_{NAME}.pth.tar")
     parsed, parse_args = [], train.Parser.parse_args
     monkeypatch.setattr(
         train.Parser, "parse_args", lambda *args: parsed.append(1) or parse_args(*args)
     )
-    train.main(["--checkpoint_folder", str(tmp_path), "--resume"])
-    assert len(parsed) == 2  # which run it is, then with that run's options
+    args, _ = train.get_options_and_checkpoint([start, path, "--epochs", "2"])
+    assert len(parsed) == 1 and (args.decoder_dim, args.epochs) == (32, 2)
+    assert getattr(args, start[2:]) == path
+
+
+def test_help_needs_no_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--help"])
+    assert end.value.code == 0 and "--stop_after" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ import train
 from modeling.devices import Distributed
 from training import engine
 from training.losses import TeacherForcing
+from training.run import Run
 from training.state import Progress, TrainingState, half_cosine
-from training.state import _build_scheduler as build_scheduler
 
 
 def test_the_cosine_schedule_ignores_the_plateau_rule(data, tmp_path, monkeypatch):
@@ -64,7 +65,7 @@ def test_learning_rate_decays_and_training_stops_without_improvement(data, tmp_p
             "--decay_after",
             "2",
             "--stop_after",
-            "5",
+            "6",
             "--lr_decay",
             "0.5",
         )
@@ -72,7 +73,7 @@ def test_learning_rate_decays_and_training_stops_without_improvement(data, tmp_p
     rates = [row["lr"] for row in log_rows(tmp_path)]
     # The first epoch is the best; after 2 and 4 epochs without improvement the rate is halved.
     assert rates == pytest.approx([1e-12, 1e-12, 1e-12, 5e-13, 5e-13, 2.5e-13], rel=1e-6)
-    assert load_checkpoint(tmp_path)["progress"]["stale"] == 5
+    assert load_checkpoint(tmp_path)["progress"]["stale"] == 5  # and the first, whose BLEU-4 is 0
     assert same(load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"], 1)
 
 
@@ -286,7 +287,6 @@ def stub_state(**progress):
     state.progress = Progress(**progress)
     weight = torch.nn.Parameter(torch.zeros(1))
     state.optimizer = torch.optim.Adam([weight], 1.0)
-    state.scheduler = build_scheduler(state.args, state.optimizer, 1)
     state.processes = Distributed(torch.device("cpu"))
     return state
 
@@ -310,6 +310,30 @@ def test_scores_of_zero_and_ties_are_decided_by_the_loss():
     assert improved == [True, True, False, True, True, True, False, False]
     assert (state.progress.best, state.progress.best_loss) == (1.5, 5.5)
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.8)  # after two without
+
+
+@pytest.mark.parametrize(
+    "start, scores, losses, epochs",
+    [
+        (None, [0.0] * 60, [2.0] * 60, 20),  # as the tutorial, whose best score begins at 0
+        (None, [5.0] * 60, [2.0] * 60, 21),
+        (None, [0.0] * 60, np.linspace(2, 1, 60), 60),  # the loss decides
+        (None, [0.0, 0.0, 5.0] + [1.0] * 57, [2.0] * 60, 23),
+        (0.0, [0.0] * 60, [2.0] * 60, 20),  # a phase
+        (5.0, [5.0] * 60, [2.0] * 60, 20),
+    ],
+)
+def test_a_run_stops_after_stop_after_epochs_without_improvement(start, scores, losses, epochs):
+    state = stub_state()
+    state.args = train.get_args(["--stop_after", "20", "--epochs", "60"])
+    if start is not None:
+        state.set_score_to_beat({"bleu4": start, "val_loss": 2.0})
+    done = []
+    for epoch in Run.epochs(SimpleNamespace(args=state.args, state=state)):
+        stats = {"epoch": epoch, "bleu4": scores[epoch - 1], "val_loss": float(losses[epoch - 1])}
+        state.after_epoch(stats)
+        done.append(epoch)
+    assert done == list(range(1, epochs + 1))
 
 
 def test_a_phase_from_an_older_checkpoint_without_best_loss_is_not_beaten_by_a_tie():

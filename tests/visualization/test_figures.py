@@ -41,7 +41,7 @@ def test_words_that_no_font_has_are_said_once_and_warn_of_nothing(tmp_path, monk
     figures._say_missing.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures.warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         for _ in range(2):
             figure = attention_grid(np.zeros((40, 40, 3), np.uint8), ["猫", "cat"], np.eye(4)[:2])
             figures.save(figure, tmp_path / "x.png")
