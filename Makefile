@@ -31,6 +31,8 @@ demo: .venv/demo
 
 test: .venv/test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/test

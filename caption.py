@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import Search, find_captions
+from modeling.beam_search import Caption, Search, find_captions
 from modeling.devices import autocast, find_device, set_seed
 from modeling.field_of_view import find_offset
 from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
@@ -59,6 +59,8 @@ from visualization.files import OVERLAY, find_images, overlay_paths, save_attent
 from visualization.overlay import OVERLAYS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from visualization.beam_tree import Tree
 
 # The library
@@ -70,14 +72,14 @@ class Captioned:
 
     source: Any = field(repr=False)  # the path, PIL image or array that was passed
     words: list[str]  # T of them
-    attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1
+    attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1 at most
     score: float  # total log-probability in nats
     finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
     encoder: Any = field(repr=False)  # a `models.Encoder`, for `offset`
 
     @cached_property
-    def offset(self):
+    def offset(self) -> tuple[float, float]:
         """
         How far to the right of and below its place in the grid a location looks, as fractions of
         the image: see `modeling.field_of_view`. Measured only when something is to be drawn.
@@ -89,20 +91,20 @@ class Captioned:
         return {**self.__dict__, "offset": self.offset, "encoder": None}
 
     @property
-    def text(self):
+    def text(self) -> str:
         return " ".join(self.words)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The path if there is one, else "image"."""
         return os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else "image"
 
     @property
-    def image(self):
+    def image(self) -> np.ndarray:
         """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
         return load_pixels(self.source)
 
-    def figure(self, smooth=True, overlay=OVERLAYS[0]):
+    def figure(self, smooth: bool = True, overlay: str = OVERLAYS[0]) -> "Figure":
         """
         A matplotlib Figure with the attention for each word.
 
@@ -117,7 +119,9 @@ class Captioned:
             self.image, self.words, self.attention, Drawing(smooth, overlay, self.offset)
         )
 
-    def save(self, path, smooth=True, overlay=OVERLAYS[0]):
+    def save(
+        self, path: str | os.PathLike, smooth: bool = True, overlay: str = OVERLAYS[0]
+    ) -> None:
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
@@ -174,10 +178,11 @@ class Captioner:
             or isinstance(images, (np.ndarray, torch.Tensor))
             and images.ndim == 4
         )
-        results = list(self.each(list(images) if several else [images], **options))
-        for result in results:
+        results = []
+        for result in self.each(list(images) if several else [images], **options):
             if isinstance(result, UserError):
                 raise result
+            results.append(result)
         return results if several else results[0]
 
     def each(
@@ -200,7 +205,7 @@ class Captioner:
             for sources, next_sources in zip(batches, [*batches[1:], []]):
                 pixels, next_pixels = list(next_pixels), pool.map(read, next_sources)
                 readable = [image for image in pixels if isinstance(image, torch.Tensor)]
-                captions = iter(())
+                captions: Iterator[Caption] = iter(())
                 if readable:
                     with torch.inference_mode(), autocast(self.device, self.amp):
                         features = self.encoder.cells(torch.stack(readable).to(self.device))

@@ -186,7 +186,9 @@ class CaptionDataset(Dataset):
     so a dataset can be passed to forked and to spawned workers.
     """
 
-    def __init__(self, data_folder, data_name, split, by_image=True):
+    def __init__(
+        self, data_folder: str | os.PathLike, data_name: str, split: str, by_image: bool = True
+    ):
         self.by_image, folder = by_image, Path(data_folder)
         self.path, captions, lengths, self._references = (
             folder / data_file(split, kind, data_name) for kind in KINDS
@@ -201,7 +203,7 @@ class CaptionDataset(Dataset):
                 raise ValueError("it is not a list of lengths")
             self.lengths = torch.from_numpy(numbers.astype(np.int32))
         self._key, self._handle, self._pid = "images", None, None
-        self.features = None  # a tensor (I, G, E) in memory, or None
+        self.features: torch.Tensor | None = None  # (I, G, E), in memory
         with _reading(self.path), open_hdf5(self.path) as file:
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
             self.num_images, *shape = images.shape
@@ -254,7 +256,7 @@ class CaptionDataset(Dataset):
             )
 
     @cached_property
-    def entries(self):
+    def entries(self) -> list[dict]:
         """The list in REFERENCES, read at the first access: training does not need it."""
         if self._references.exists():
             with _reading(self._references):
@@ -285,10 +287,10 @@ class CaptionDataset(Dataset):
             for i in range(self.num_images)
         ]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_images if self.by_image else len(self._distinct)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | np.ndarray) -> Item:
         index, r = np.asarray(index), self.captions_per_image
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(index)
@@ -304,7 +306,7 @@ class CaptionDataset(Dataset):
             torch.from_numpy(index),
         )
 
-    def use_features(self, features):
+    def use_features(self, features: str | os.PathLike | torch.Tensor) -> None:
         """
         Return annotation vectors instead of pixels from here on.
 
@@ -316,7 +318,7 @@ class CaptionDataset(Dataset):
             self.path, self._key, self._handle = features, "features", None
 
     @property
-    def in_memory(self):
+    def in_memory(self) -> bool:
         return self.features is not None
 
     def _read_images(self, images):
@@ -339,7 +341,7 @@ class CaptionDataset(Dataset):
     def __getstate__(self):
         return {**self.__dict__, "_handle": None}
 
-    def entry(self, image):
+    def entry(self, image: int) -> dict:
         """
         What is known about an image: filename, image_id, references (all its captions as words)
         and, for the demo, objects. Data sets made by the tutorial's code have no REFERENCES
@@ -364,7 +366,7 @@ class ResumableBatchSampler(Sampler):
         self.epoch, self.start = 0, 0  # start: batches of the epoch already done
         self.num_batches = max(1, min(-(-num_items // batch_size), num_items // world_size))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_batches - self.start
 
     def __iter__(self):

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 
 def ngrams(words):
@@ -17,7 +18,7 @@ def ngrams(words):
     return [Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
-def bleu(references, hypotheses):
+def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list[float]:
     """
     Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), unsmoothed, 0..100; equal to NLTK's corpus_bleu.
 
@@ -119,7 +120,7 @@ class TfIdf:
         return TfIdfVector(weights, norms, counts[0].total())
 
 
-def cider(candidate, references):
+def cider(candidate: "TfIdfVector", references: list["TfIdfVector"]) -> float:
     """
     CIDEr of one caption, 0..10 (Vedantam et al. 2015, equations 1 to 3, times 10 as in its authors'
     code): the cosine between caption and reference, averaged over n = 1..4 and the references.
@@ -128,7 +129,7 @@ def cider(candidate, references):
     return _mean_over_references([sum(_cosines(candidate, reference)) for reference in references])
 
 
-def cider_d(candidate, references, sigma=6.0):
+def cider_d(candidate: "TfIdfVector", references: list["TfIdfVector"], sigma: float = 6.0) -> float:
     """
     CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): the caption's weights are
     clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
@@ -171,10 +172,10 @@ class CiderD:
     self-critical training. documents: as in `TfIdf`
     """
 
-    def __init__(self, documents):
+    def __init__(self, documents: list[list[list[str]]]):
         self._tf_idf = TfIdf(documents)
 
-    def score(self, candidates, references):
+    def score(self, candidates: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
         """
         candidates: C captions; references: for each the captions of its image; empty ones are
         ignored. A list that occurs several times is processed once.
@@ -200,12 +201,19 @@ class CiderD:
 # Top-5 accuracy and attention accuracy
 
 
-def top_k_correct(logits, targets, k=5):
+def top_k_correct(logits: torch.Tensor, targets: torch.Tensor, k: int = 5) -> torch.Tensor:
     """How many of the targets (W,) are among the k largest logits (W, V), as a 0-dim tensor"""
     return (logits.topk(min(k, logits.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
 
 
-def attention_hits(words, alphas, objects, nouns, margin=0.0, offset=(0.0, 0.0)):
+def attention_hits(
+    words: list[str],
+    alphas: np.ndarray,
+    objects: list[dict],
+    nouns: set[str],
+    margin: float = 0.0,
+    offset: tuple[float, float] = (0.0, 0.0),
+) -> tuple[int, int]:
     """
     Attention accuracy of one caption: at each word that names an object, is the most attended
     location in that object's box?

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from datasets import CaptionDataset
 from evaluation.metrics import CiderD, top_k_correct
 from modeling.beam_search import Search
+from modeling.devices import Distributed
 from modeling.sampling import sample_captions
 from models import DecoderOutput
 
@@ -42,7 +44,7 @@ class Batch(NamedTuple):
     num_captions: float
 
 
-def token_losses(logits, targets):
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of each token in nats, in at least float32: logits (W, V), targets (W,) -> (W,)"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="none")
@@ -88,21 +90,21 @@ class Criterion:
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     baseline = torch.zeros(())
 
-    def count_captions(self, lengths):
+    def count_captions(self, lengths: Tensor) -> int:
         """The number of captions that the criterion uses for lengths (N, R)."""
         return int((lengths > 1).sum())
 
-    def after_step(self, processes):
+    def after_step(self, processes: Distributed) -> None:
         pass
 
 
 class TeacherForcing(Criterion):
     """Every token is predicted from the true ones before it, with soft attention (section 4.2)."""
 
-    def __init__(self, alpha_c=1.0):
+    def __init__(self, alpha_c: float = 1.0):
         self.alpha_c = alpha_c
 
-    def __call__(self, decoder, batch):
+    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         output = decoder(batch.features, batch.captions, batch.lengths, self.sampling_prob)
         loss = self._loss(output, batch)
         correct = top_k_correct(output.logits.detach(), output.targets)
@@ -114,7 +116,7 @@ class TeacherForcing(Criterion):
         )
 
     @staticmethod
-    def metrics(total, correct, tokens, captions):
+    def metrics(total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
         return {"train_loss": total / tokens, "train_top5": 100 * correct / tokens}
 
 
@@ -128,12 +130,19 @@ class HardAttention(TeacherForcing):
     hard_fraction: the share of captions with sampled locations; the others use the expectation
     """
 
-    def __init__(self, alpha_c, lambda_r, lambda_e, hard_fraction=HARD_FRACTION):
+    def __init__(
+        self,
+        alpha_c: float,
+        lambda_r: float,
+        lambda_e: float,
+        hard_fraction: float = HARD_FRACTION,
+    ):
         super().__init__(alpha_c)
         self.lambda_r, self.lambda_e, self.hard_fraction = lambda_r, lambda_e, hard_fraction
-        self._log_prob_sum, self._num_captions = 0.0, 0  # of this step so far
+        self._log_prob_sum: Tensor | float = 0.0  # of this step so far
+        self._num_captions = 0
 
-    def __call__(self, decoder, batch):
+    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         output = decoder(
             batch.features, batch.captions, batch.lengths, self.sampling_prob, self.hard_fraction
         )
@@ -147,7 +156,7 @@ class HardAttention(TeacherForcing):
         # The logged loss leaves out this objective, so that it is comparable with soft attention.
         return loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens, correct
 
-    def after_step(self, processes):
+    def after_step(self, processes: Distributed) -> None:
         log_prob, captions = processes.all_reduce(self._log_prob_sum, self._num_captions)
         self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * log_prob / captions
         self._log_prob_sum, self._num_captions = 0.0, 0
@@ -162,7 +171,7 @@ def caption_log_probs(output: DecoderOutput, lengths: Tensor) -> Tensor:
     return -losses.new_zeros(lengths.numel()).index_add_(0, caption, losses).view(lengths.shape)
 
 
-def reinforce_attention(alphas, weights, reward, lambda_e):
+def reinforce_attention(alphas: Tensor, weights: Tensor, reward: Tensor, lambda_e: float) -> Tensor:
     """
     The terms of the paper's equation 12 for the choice of locations: reward times
     log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
@@ -193,13 +202,19 @@ class SelfCritical(Criterion):
     dropout = False
 
     def __init__(
-        self, data, alpha_c, samples=5, max_len=50, cross_entropy_share=0.0, documents=None
+        self,
+        data: CaptionDataset,
+        alpha_c: float,
+        samples: int = 5,
+        max_len: int = 50,
+        cross_entropy_share: float = 0.0,
+        documents: list[list[list[str]]] | None = None,
     ):
         self.word_map, self.reward = data.word_map, Reward(data, documents)
         self.alpha_c, self.cross_entropy_share = alpha_c, cross_entropy_share
         self.sampling = Search(n_best=samples, max_len=max_len, sample=True)
 
-    def __call__(self, decoder, batch):
+    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         single = getattr(decoder, "module", decoder)  # not wrapped for several processes
         captions, lengths = sample_captions(
             single, batch.features.detach(), self.word_map, self.sampling
@@ -215,11 +230,11 @@ class SelfCritical(Criterion):
             loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
         return loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long)
 
-    def count_captions(self, lengths):
+    def count_captions(self, lengths: Tensor) -> int:
         return len(lengths) * self.sampling.n_best
 
     @staticmethod
-    def metrics(total, correct, tokens, captions):
+    def metrics(total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
         return {"train_reward": total / captions}
 
 
@@ -251,7 +266,7 @@ class Reward:
 
     END = "<end>"
 
-    def __init__(self, data, documents=None):
+    def __init__(self, data: CaptionDataset, documents: list[list[list[str]]] | None = None):
         self.words = {i: word for word, i in data.word_map.items()}
         self.references = [
             [[*words, self.END] for words in entry["references"]] for entry in data.entries
@@ -260,7 +275,7 @@ class Reward:
             documents = [[[*words, self.END] for words in captions] for captions in documents]
         self.cider = CiderD(documents or self.references)
 
-    def __call__(self, images, captions, lengths):
+    def __call__(self, images: np.ndarray, captions: Tensor, lengths: Tensor) -> Tensor:
         """
         images: N indices; captions (N, R, L), lengths (N, R): from `sample_captions`
 
