@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from datasets import open_hdf5
+from modeling.backbones import fold_batchnorm
 from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError
 
@@ -44,6 +45,8 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
         return path
     images = copy.copy(dataset)
     images.by_image = True
+    encoder = copy.deepcopy(encoder)
+    fold_batchnorm(encoder.resnet)
     with torch.inference_mode():
         encoded = encoder.cells(images[np.arange(1)].images.to(device))
     staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)

@@ -45,7 +45,7 @@ def beside(dataset):
 def test_cached_features_equal_the_encoders(small, encoder):
     dataset, pixels = small
     with torch.no_grad():
-        expected = encoder(pixels)
+        expected = encoder.cells(pixels)
     dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
     features, captions, *_ = dataset[np.arange(IMAGES)]
     assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
@@ -60,7 +60,7 @@ def test_cache_serves_caption_items_too(small, encoder):
     assert path == cache_features(dataset, encoder, "cpu") and not by_caption.by_image
     by_caption.use_features(path)
     with torch.no_grad():
-        expected = encoder(pixels)
+        expected = encoder.cells(pixels)
     for i in range(IMAGES * R):
         features, captions, *_ = by_caption[i]
         torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
@@ -87,7 +87,7 @@ def test_other_weights_and_other_images_have_their_own_file(small, encoder):
 def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(
     small, encoder, monkeypatch
 ):
-    dataset, calls, forward = small[0], [], encoder.forward
+    dataset, calls, forward = small[0], [], encoder.cells
     whole = cache_features(dataset, encoder, "cpu", batch_size=2)
     expected = whole.read_bytes()
     whole.unlink()
@@ -99,7 +99,7 @@ def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(
         return forward(images)
 
     files = beside(dataset)
-    monkeypatch.setattr(encoder, "forward", fail)
+    monkeypatch.setattr(encoder, "cells", fail)
     with pytest.raises(KeyboardInterrupt):
         cache_features(dataset, encoder, "cpu", batch_size=2)
     [left] = set(beside(dataset)) - set(files)
@@ -114,7 +114,7 @@ def killed_after(images, dataset, encoder):
     """Encode images one at a time, and kill the process when this many are done."""
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)  # a forked process lacks the threads of its parent
-        forward, calls = encoder.forward, []
+        forward, calls = encoder.cells, []
         resumable_hdf5.SAVE_SECONDS = 0
 
         def die(pixels):
@@ -123,7 +123,7 @@ def killed_after(images, dataset, encoder):
                 os.kill(os.getpid(), signal.SIGKILL)
             return forward(pixels)
 
-        encoder.forward = die
+        encoder.cells = die
         cache_features(dataset, encoder, "cpu", batch_size=1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -160,12 +160,12 @@ def test_an_unfinished_file_that_is_damaged_is_started_again(small, encoder, fil
 def test_a_killed_process_is_resumed(small, encoder, monkeypatch):
     """SIGKILL in the middle of an image: those that were written before it count."""
     path = cache_features(small[0], encoder, "cpu", batch_size=1)
-    expected, calls, forward = path.read_bytes(), [], encoder.forward
+    expected, calls, forward = path.read_bytes(), [], encoder.cells
     path.unlink()
     killed_after(3, small[0], encoder)
     assert not path.exists()
     assert read_json(unfinished(path) / "progress.json")["done"] == {"features": 3}
-    monkeypatch.setattr(encoder, "forward", lambda pixels: calls.append(1) or forward(pixels))
+    monkeypatch.setattr(encoder, "cells", lambda pixels: calls.append(1) or forward(pixels))
     assert cache_features(small[0], encoder, "cpu", batch_size=1).read_bytes() == expected
     assert len(calls) == 1 + 2 and not unfinished(path).exists()
 
@@ -245,7 +245,7 @@ def test_amp_has_a_cache_of_its_own(small, encoder):
 
 def test_features_too_large_for_float16_are_refused(small, encoder, monkeypatch):
     files = beside(small[0])
-    monkeypatch.setattr(encoder, "forward", lambda images: torch.full((len(images), 4, 512), 1e5))
+    monkeypatch.setattr(encoder, "cells", lambda images: torch.full((len(images), 4, 512), 1e5))
     with pytest.raises(UserError, match="resnet18 are too large for float16"):
         cache_features(small[0], encoder, "cpu")
     assert beside(small[0]) == files
