@@ -357,7 +357,8 @@ def add_defaults(given, source=None, options=None):
             ("sampling_max", 0),
             ("single_captions", False),
         ):
-            if given.get(name, allowed) != allowed:
+            of_model = name == "attention" and name not in given  # how it was trained before
+            if getattr(args, name) != allowed and not of_model:
                 parser.error(
                     f"--{name} is for training on true captions, which --self_critical "
                     f"does not use; leave one of the two out"

@@ -145,8 +145,8 @@ def test_tokens_of_a_transformer_form_the_grid_of_the_image(name, cells, width):
     encoder = Encoder(name=name, weights="none")
     images = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
-        assert encoder(images).shape == (1, cells, width)
-        assert encoder(torch.zeros(1, 3, 320, 320)).shape[0::2] == (1, width)
+        assert encoder.cells(images).shape == (1, cells, width)
+        assert encoder.cells(torch.zeros(1, 3, 320, 320)).shape[0::2] == (1, width)
     assert not any(p.requires_grad for p in encoder.parameters())
     encoder.fine_tune()
     assert sum(p.requires_grad for p in encoder.parameters()) > 100
@@ -158,7 +158,7 @@ def test_tokens_of_a_vit_are_in_the_order_of_its_patches():
     with torch.no_grad():
         images = torch.randn(2, 3, 224, 224)
         expected = model.forward_features(images)[:, 1:]  # without the class token
-        torch.testing.assert_close(encoder(images), expected)
+        torch.testing.assert_close(encoder.cells(images), expected)
         patches = model.patch_embed(images)
         torch.testing.assert_close(
             patches[:, 3, 5], model.patch_embed.proj(images[:, :, 48:64, 80:96]).flatten(1)
@@ -438,7 +438,7 @@ def test_stride_16_keeps_the_weights_and_sees_the_same_at_every_second_cell(name
     images = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
     with torch.no_grad():
         coarse, fine = (
-            encoder(images)[0].unflatten(0, (side, side))
+            encoder.cells(images)[0].unflatten(0, (side, side))
             for encoder, side in ((coarse, 16), (fine, 32))
         )
     starts = [
@@ -463,4 +463,4 @@ def test_an_encoder_that_cannot_be_dilated_is_refused(name):
 def test_vgg_has_stride_16_by_itself():
     encoder = Encoder(name="vgg11", weights="none", stride=16)
     with torch.no_grad():
-        assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 196, 512)
+        assert encoder.cells(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 196, 512)

@@ -56,7 +56,7 @@ def test_length_penalty_ranks_the_finished_beams(length_penalty):
         decoder, features = make_case(seed, end_bias=(-4, -1)[seed % 2])
         plain = beam_search(decoder, features, WORD_MAP, 4, max_len=12)
         captions = beam_search(
-            decoder, features, WORD_MAP, 4, 12, n_best=3, length_penalty=length_penalty
+            decoder, features, WORD_MAP, 4, max_len=12, n_best=3, length_penalty=length_penalty
         )
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expected = reference.search(decoder, image, WORD_MAP, 4, 12, length_penalty)

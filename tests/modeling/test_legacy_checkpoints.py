@@ -16,7 +16,7 @@ from torch import nn
 
 import checkpoints
 import models
-from checkpoints import load, load_captioner
+from checkpoints import load
 from modeling.legacy_checkpoints import MAGIC, PROTOCOL
 from utils import UserError
 
@@ -206,14 +206,16 @@ def test_old_file_captions_after_conversion(whole, tmp_path, monkeypatch, capsys
     words.write_text(json.dumps(WORD_MAP))
     checkpoints.main([str(old), str(new), "--word_map", str(words)])
     assert capsys.readouterr().out == f"wrote {new} (resnet50, 6 words)\n"
-    encoder, decoder, word_map, checkpoint = load_captioner(new, "cpu")
-    assert (word_map, checkpoint["epoch"], checkpoint["bleu4"]) == (WORD_MAP, 3, 0.215)
+    checkpoint = checkpoints.load(new)
+    encoder, decoder = checkpoints.build(checkpoint, new)
+    found = (checkpoint[key] for key in ("word_map", "epoch", "bleu4"))
+    assert tuple(found) == (WORD_MAP, 3, 0.215)
     assert_same(encoder.state_dict(), state["encoder"])
     assert_same(decoder.state_dict(), state["decoder"])
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with torch.no_grad():
-        scores, _, _ = decoder(encoder(image), torch.tensor([[[4, 1, 5]]]), torch.tensor([[3]]))
-    assert scores.isfinite().all()
+        output = decoder(encoder(image), torch.tensor([[[4, 1, 5]]]), torch.tensor([[3]]))
+    assert output.logits.isfinite().all()
 
 
 # The format of torch 0.4, by hand: Parameter called, no counts in BatchNorm, source code saved.

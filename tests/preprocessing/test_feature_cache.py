@@ -49,7 +49,7 @@ def test_cached_features_equal_the_encoders(small, encoder):
     dataset.use_features(cache_features(dataset, encoder, "cpu", batch_size=2))
     features, captions, *_ = dataset[np.arange(IMAGES)]
     assert features.dtype == torch.float16 and features.shape == (IMAGES, 64, 512)
-    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-3)
     assert captions.reshape(-1, 6).tolist() == TUTORIAL_CAPTIONS
 
 
@@ -63,7 +63,7 @@ def test_cache_serves_caption_items_too(small, encoder):
         expected = encoder.cells(pixels)
     for i in range(IMAGES * R):
         features, captions, *_ = by_caption[i]
-        torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(features.float(), expected[i // R], rtol=1e-3, atol=1e-3)
         assert captions.tolist() == [TUTORIAL_CAPTIONS[i]]
 
 
@@ -87,19 +87,19 @@ def test_other_weights_and_other_images_have_their_own_file(small, encoder):
 def test_interrupted_call_leaves_no_complete_file_and_the_next_one_continues(
     small, encoder, monkeypatch
 ):
-    dataset, calls, forward = small[0], [], encoder.cells
+    dataset, calls, cells = small[0], [], Encoder.cells
     whole = cache_features(dataset, encoder, "cpu", batch_size=2)
     expected = whole.read_bytes()
     whole.unlink()
 
-    def fail(images):
+    def fail(encoder, images):
         calls.append(len(images))
         if len(calls) == 4:  # one image for the size, then batches of two
             raise KeyboardInterrupt
-        return forward(images)
+        return cells(encoder, images)
 
     files = beside(dataset)
-    monkeypatch.setattr(encoder, "cells", fail)
+    monkeypatch.setattr(Encoder, "cells", fail)
     with pytest.raises(KeyboardInterrupt):
         cache_features(dataset, encoder, "cpu", batch_size=2)
     [left] = set(beside(dataset)) - set(files)
@@ -114,16 +114,16 @@ def killed_after(images, dataset, encoder):
     """Encode images one at a time, and kill the process when this many are done."""
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)  # a forked process lacks the threads of its parent
-        forward, calls = encoder.cells, []
+        cells, calls = Encoder.cells, []
         resumable_hdf5.SAVE_SECONDS = 0
 
-        def die(pixels):
+        def die(encoder, pixels):
             calls.append(1)
             if len(calls) == images + 2:  # the first one is for the size
                 os.kill(os.getpid(), signal.SIGKILL)
-            return forward(pixels)
+            return cells(encoder, pixels)
 
-        encoder.cells = die
+        Encoder.cells = die
         cache_features(dataset, encoder, "cpu", batch_size=1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -160,12 +160,12 @@ def test_an_unfinished_file_that_is_damaged_is_started_again(small, encoder, fil
 def test_a_killed_process_is_resumed(small, encoder, monkeypatch):
     """SIGKILL in the middle of an image: those that were written before it count."""
     path = cache_features(small[0], encoder, "cpu", batch_size=1)
-    expected, calls, forward = path.read_bytes(), [], encoder.cells
+    expected, calls, cells = path.read_bytes(), [], Encoder.cells
     path.unlink()
     killed_after(3, small[0], encoder)
     assert not path.exists()
     assert read_json(unfinished(path) / "progress.json")["done"] == {"features": 3}
-    monkeypatch.setattr(encoder, "cells", lambda pixels: calls.append(1) or forward(pixels))
+    monkeypatch.setattr(Encoder, "cells", lambda *x: calls.append(1) or cells(*x))
     assert cache_features(small[0], encoder, "cpu", batch_size=1).read_bytes() == expected
     assert len(calls) == 1 + 2 and not unfinished(path).exists()
 

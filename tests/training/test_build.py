@@ -214,11 +214,11 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path, capsys):
     captioner = Captioner(best)
     assert captioner.encoder.args["image_size"] == 96 and captioner.encoder.args["stride"] == 16
     seen = []
-    captioner.encoder.register_forward_hook(
+    captioner.encoder.resnet.register_forward_hook(
         lambda _, images, out: seen.append((images[0].shape, out.shape))
     )
     captioned = captioner(picture)
-    assert seen == [((1, 3, 96, 96), (1, 36, 1280))]  # 6 x 6 cells of 16 pixels
+    assert seen == [((1, 3, 96, 96), (1, 1280, 6, 6))]  # 6 x 6 cells of 16 pixels
     assert captioned.words == captioner(Image.open(picture)).words
     eval.main(
         ["--data_folder", str(folder), "--model", str(best), "--beam_sizes", "1", "--workers", "0"]
