@@ -114,7 +114,8 @@ def test_body_gives_timms_own_features(monkeypatch, name):
 )  # 15 x 15 of its own, pooled to 14 x 14
 def test_annotation_vectors_of_a_256_pixel_image(name, shape):
     with torch.no_grad():
-        got = Encoder(name=name, weights="none")(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
+        encoder = Encoder(name=name, weights="none")
+        got = encoder.cells(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
     assert got.shape == (1, *shape)
 
 
