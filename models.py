@@ -3,13 +3,13 @@ The captioning model of Xu et al. 2015, Show, Attend and Tell (arXiv 1502.03044)
 N images   R captions per image   M captions in progress   P locations, 14 x 14 (paper: L)
 E encoder size (paper: D)   H decoder size   A attention size   V vocabulary (paper: K)
 T time steps (paper: C)   L padded caption length   W tokens to predict, all but <start>
+G cells of the backbone's own grid, 8 x 8 at 256 x 256 pixels
 
 `Attention.forward` and `DecoderWithAttention.step` are the paper's equations, and with --plain they
-run. Otherwise modeling/decoding.py computes the same numbers faster, for this very step: one that
-is changed here, or overridden in a subclass, is run as it is written (docs/extending.md).
+run. Otherwise modeling/decoding.py computes the same numbers faster. It knows these lines only:
+where you change or override them, yours run as they are written (docs/extending.md).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from datasets import IMAGE_SIZE
 from modeling.backbones import load_backbone
 from modeling.decoding import FastSteps, HardAttention, PlainSteps, State, make_steps
 from modeling.longest_first import LongestFirst
-from modeling.sampling import sample_location, scheduled_sampling
+from modeling.sampling import locations_sampler, scheduled_sampling
 
 ENCODED_IMAGE_SIZE = 14  # the annotation vectors stand on a 14 x 14 grid (section 4.3)
 
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     name: any convolutional classifier of torchvision or timm
     weights, stride: see `load_backbone`; at stride 16 the grid is twice as fine
-    image_size: S of the images that it is trained on, and captions
+    image_size: S, pixels a side of the images that it is trained on
     """
 
     mean: Tensor
@@ -49,13 +49,13 @@ class Encoder(nn.Module):
         self.args: dict = {"encoded_image_size": encoded_image_size, "name": name}
         self.args |= {"stride": stride, "image_size": image_size}
         backbone = load_backbone(name, weights, stride)
-        self.resnet = backbone.body  # the tutorial's name, whatever the backbone
+        self.resnet = backbone.body  # whatever it is: old checkpoints have this name
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
         self.encoder_dim = backbone.channels
         self._fine_tuned = backbone.fine_tuned
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last).train().fine_tune(False)
+        self.to(memory_format=torch.channels_last).eval().fine_tune(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images as in `feature_map` -> annotation vectors (N, P, E), row by row of their grid"""
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         return self.resnet(images)
 
     def cells(self, images: Tensor) -> Tensor:
-        """As forward, but a square map coarser than 14 x 14 is left to the decoder to pool."""
+        """(N, G, E), or as forward where the map is no square or finer: the decoder pools them."""
         x = self.feature_map(images)
         coarse = x.shape[2] == x.shape[3] <= self.args["encoded_image_size"]
         return (x if coarse else self.adaptive_pool(x)).flatten(2).transpose(1, 2)
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Section 4.2: a small network scores each location against the decoder's state."""
+    """f_att and the context vector (sections 3.1.2 and 4)"""
 
     def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int):
         super().__init__()
@@ -104,17 +104,18 @@ class Attention(nn.Module):
         hidden = F.relu(self.encoder_att(annotations) + self.decoder_att(h).unsqueeze(1))
         energy = self.full_att(hidden).squeeze(2)  # (M, P), equation 4
         alpha = energy.softmax(1)  # equation 5
-        weights = alpha if hard is None else hard(alpha)  # equation 13: soft; 8 and 9: hard
-        return (weights.unsqueeze(2) * annotations).sum(1), alpha, weights
+        weights = alpha if hard is None else hard(alpha)  # equation 8, if hard
+        context = (weights.unsqueeze(2) * annotations).sum(1)  # equation 13, or 9
+        return context, alpha, weights
 
 
 class DecoderOutput(NamedTuple):
-    """Of teacher forcing. The W tokens come image by image, caption by caption."""
+    """What teacher forcing returns: the W tokens image by image, caption by caption"""
 
     logits: Tensor  # (W, V)
     targets: Tensor  # (W,) token ids
     alphas: Tensor  # (N, R, T, P), zero after a caption's end
-    weights: Tensor  # (N, R, T, P) of the context vectors: equal alphas unless attention is hard
+    weights: Tensor  # (N, R, T, P) of the context vectors: alphas, unless attention is hard
 
 
 class DecoderWithAttention(nn.Module):
@@ -147,7 +148,7 @@ class DecoderWithAttention(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def init_hidden_state(self, annotations: Tensor) -> State:
-        """h and c from the mean annotation vector (section 3.1.2); annotations: (N, P, E)"""
+        """h and c of the mean annotation vector (3.1.2, there by an MLP each); (N, P, E) given"""
         mean = annotations.mean(1)
         return self.init_h(mean), self.init_c(mean)
 
@@ -160,18 +161,18 @@ class DecoderWithAttention(nn.Module):
         """
         h, _ = state
         context, alpha, weights = self.attention(annotations, h, hard)
-        context = self.f_beta(h).sigmoid() * context  # the gate beta, section 4.2.1
+        context = self.f_beta(h).sigmoid() * context  # the gate (4.2.1, there a scalar)
         inputs = torch.cat([self.embedding(tokens), context], 1)
         return self.decode_step(inputs, state), alpha, weights  # equations 1 to 3
 
     def logits(self, h: Tensor) -> Tensor:
-        """The state's h (M, H) -> logits of the next token (M, V)"""
+        """h (M, H) -> logits (M, V) of the next token (equation 7, here of h alone)"""
         return self.fc(h)
 
-    def steps(self, features: Tensor, per_image: int = 1) -> PlainSteps | FastSteps:
+    def steps(self, features: Tensor, per_image: int | None = None) -> PlainSteps | FastSteps:
         """
         `step` and `logits` for a batch of images; features: (N, P, E), (N, h, w, E) or an encoder's
-        `cells`; per_image: the most captions of one image, which a GPU then need not count
+        `cells`; per_image: captions of an image at most; if given, a GPU need not count them
         """
         return make_steps(self, features, per_image)
 
@@ -187,26 +188,24 @@ class DecoderWithAttention(nn.Module):
         Teacher forcing: each token is predicted from the true ones before it.
 
         features: as in `steps`; captions: (N, R, L) token ids, <start> ... <end> <pad>
-        lengths: (N, R), <start> and <end> counted; they are needed on the CPU
+        lengths: (N, R), <start> and <end> counted, best on the CPU, where they are used
         sampling_prob: how often an input is a token sampled from the model (scheduled sampling)
         hard_fraction: the share of captions that see one sampled location at a time (section 4.1)
         """
         order = LongestFirst(lengths, features.device)
         steps = self.steps(features.index_select(0, order.images), captions.shape[1])
         inputs, state = order.inputs(captions), steps.initial_state(order.rows)
-        if hard_fraction:
-            is_hard = torch.rand(len(inputs), 1, device=inputs.device) < hard_fraction
+        hard = locations_sampler(len(inputs), hard_fraction, inputs.device)
         history = []
-        for t, m in enumerate(order.batch_sizes):
-            tokens, state = inputs[:m, t], (state[0][:m], state[1][:m])
+        for t, m in enumerate(order.batch_sizes):  # the first m captions go on
+            tokens, state = inputs[:m, t], tuple(x[:m] for x in state)
             if sampling_prob and t > 0:
                 tokens = scheduled_sampling(tokens, state[0], steps.logits, sampling_prob)
-            hard = partial(sample_location, is_hard=is_hard[:m]) if hard_fraction else None
-            state, alpha, weight = steps.step(tokens, state, order.rows[:m], hard)
+            state, alpha, weight = steps.step(tokens, state, order.rows[:m], hard(m))
             history.append((state[0], alpha, weight))
         hidden, alphas, weights = zip(*history)
         logits = steps.logits(self.dropout(order.by_caption(hidden)))
-        padded = map(order.padded, (alphas, weights))
+        padded = [order.padded(values) for values in (alphas, weights)]
         return DecoderOutput(logits, order.targets(captions), *padded)
 
     def load_pretrained_embeddings(self, embeddings: Tensor) -> None:
@@ -217,4 +216,5 @@ class DecoderWithAttention(nn.Module):
         self.embedding.requires_grad_(fine_tune)
 
 
-DECODERS = {"soft": DecoderWithAttention, "hard": DecoderWithAttention}  # by --attention
+# By --attention; soft and hard are two ways to train the same decoder.
+DECODERS = {"soft": DecoderWithAttention, "hard": DecoderWithAttention}

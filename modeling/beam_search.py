@@ -5,11 +5,12 @@ device, or captions sampled at random.
 The search's index spaces, N images and K beams:
 
 image   0 .. N-1, in the order of the batch
-row     of an image that is not done: rows[row] is the image; from time to time the others go
+row     of an image that is not done: rows[row] is the image. Once half are done, these are dropped.
 beam    0 .. K-1, of a row; it is open until it has reached <end>
-open    row * K + beam of the M open beams, in rising order: the decoder's state has these lines
+lines   (M,) row * K + beam of each open beam, in rising order; the decoder's state has a line each
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from utils import MAX_LENGTH_PENALTY, UserError
 @dataclass(frozen=True)
 class Search:
     """
-    What is asked of `find_captions`; ValueError for impossible values.
+    What is asked of `find_captions`; ValueError for values that are impossible or not read.
 
     beam_size: K; 1 is greedy decoding
     n_best: captions of an image, at most K unless they are sampled
@@ -49,15 +50,22 @@ class Search:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, value in (("beam_size", self.beam_size), ("max_len", self.max_len)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1")
-        if self.n_best < 1 or self.n_best > self.beam_size and not self.sample:
-            raise ValueError(f"n_best is {self.n_best}, it must be 1 to beam_size")
-        if not 0 <= self.length_penalty <= MAX_LENGTH_PENALTY:
-            raise ValueError(
-                f"length_penalty is {self.length_penalty}, it must be 0 to {MAX_LENGTH_PENALTY}"
-            )
+        most = math.inf if self.sample else self.beam_size
+        for name, holds, rule in (
+            ("beam_size", self.beam_size >= 1, "at least 1"),
+            ("max_len", self.max_len >= 1, "at least 1"),
+            ("n_best", 1 <= self.n_best <= most, "1 to beam_size, or with sample at least 1"),
+            ("length_penalty", 0 <= self.length_penalty <= MAX_LENGTH_PENALTY, "0 to 10"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be {rule}")
+        if self.sample and (self.length_penalty or self.hard_attention):
+            raise ValueError("length_penalty and hard_attention are not for sample=True")
+        if not self.sample and (self.temperature, self.top_p) != (1, 1):
+            raise ValueError("temperature and top_p are for sample=True")
 
 
 class Caption(NamedTuple):
@@ -125,21 +133,21 @@ def _search(decoder, features, word_map, search, callback):
     dtype = torch.promote_types(state[0].dtype, torch.float32)
     scores = torch.full((n, k), -torch.inf, device=device, dtype=dtype)
     scores[:, 0] = 0
-    open = torch.arange(0, n * k, k, device=device)
+    lines = torch.arange(0, n * k, k, device=device)
     width = torch.full((n, 1), k, device=device)  # beams left for each row
     best_finished = scores.new_full((n, search.n_best), -torch.inf)
     paths = tokens.new_zeros(n, k, 0)  # each beam's tokens so far, with no_repeat_ngram
     history = []
 
     for length in range(1, search.max_len + 2):  # <end> counts as a token, not as a word
-        state, _, weights = steps.step(tokens.flatten()[open], state, open // k, hard)
+        state, _, weights = steps.step(tokens.flatten()[lines], state, lines // k, hard)
         log_probs = steps.logits(state[0]).log_softmax(-1)
         if search.no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
         if search.no_repeat_ngram:
-            ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[open], search.no_repeat_ngram)
-        scores, tokens, parents = _extend(scores, log_probs, open, width, callback)
-        history.append((rows, tokens, parents, scores, _to_beams(weights, open, tokens.shape)))
+            ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[lines], search.no_repeat_ngram)
+        scores, tokens, parents = _extend(scores, log_probs, lines, width, callback)
+        history.append((rows, tokens, parents, scores, _to_beams(weights, lines, tokens.shape)))
         if search.no_repeat_ngram:
             parent_paths = paths.gather(1, parents.unsqueeze(2).expand(-1, -1, length - 1))
             paths = torch.cat([parent_paths, tokens.unsqueeze(2)], 2)
@@ -153,27 +161,27 @@ def _search(decoder, features, word_map, search, callback):
         # favourable length, ranks below the n_best-th finished one.
         bound = scores.amax(1) / (search.max_len + 1) ** search.length_penalty
         active = bound > best_finished[:, -1]
-        parent_lines = _parent_lines(open, parents)
+        parent_lines = _parent_lines(lines, parents)
         is_open = ((scores > -torch.inf) & active.unsqueeze(1)).flatten()
         # The search's only transfer from the device in a step:
         num_open, num_active = torch.stack([is_open.sum(), active.sum()]).tolist()
         if num_open == 0:
             break
-        open = _true_indices(is_open, num_open)
-        state = tuple(x.index_select(0, parent_lines[open]) for x in state)
+        lines = _true_indices(is_open, num_open)
+        state = tuple(x.index_select(0, parent_lines[lines]) for x in state)
         if num_active <= len(rows) // 2:  # rarely, since it copies
             kept = _true_indices(active, num_active)
             new_row = torch.zeros_like(rows).index_copy(
                 0, kept, torch.arange(num_active, device=device)
             )
-            open = new_row[open // k] * k + open % k
+            lines = new_row[lines // k] * k + lines % k
             rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
             best_finished, width, paths = best_finished[kept], width[kept], paths[kept]
             steps.keep(kept)
     return history
 
 
-def _extend(scores, log_probs, open, width, callback):
+def _extend(scores, log_probs, lines, width, callback):
     """
     The `width` best continuations of each row's open beams.
 
@@ -184,11 +192,11 @@ def _extend(scores, log_probs, open, width, callback):
     # The K best of a row are among the K best of each of its beams.
     best, tokens = log_probs.topk(min(k, log_probs.shape[1]))  # (M, min(K, V))
     per_beam = best.shape[1]
-    total = scores.flatten()[open].unsqueeze(1) + best
+    total = scores.flatten()[lines].unsqueeze(1) + best
     total = scores.new_full((n * k, per_beam), -torch.inf).index_copy(
-        0, open, total.to(scores.dtype)
+        0, lines, total.to(scores.dtype)
     )
-    tokens = _to_beams(tokens, open, (n, k))
+    tokens = _to_beams(tokens, lines, (n, k))
     top, index = total.view(n, -1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
     kept = top, tokens.flatten(1).gather(1, index), index // per_beam
@@ -197,16 +205,18 @@ def _extend(scores, log_probs, open, width, callback):
     return kept
 
 
-def _to_beams(x, open, shape):
+def _to_beams(x, lines, shape):
     """(M, ...) of the open beams -> (n, K, ...), zero where a beam is closed"""
-    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, open, x).view(*shape, -1)
+    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, lines, x).view(*shape, -1)
 
 
-def _parent_lines(open, parents):
+def _parent_lines(lines, parents):
     """The line in the state of each beam's parent: parents (n, K) -> (n K,)"""
     n, k = parents.shape
-    line = open.new_zeros(n * k).index_copy(0, open, torch.arange(len(open), device=open.device))
-    return line[torch.arange(0, n * k, k, device=open.device).unsqueeze(1) + parents].flatten()
+    line = lines.new_zeros(n * k).index_copy(
+        0, lines, torch.arange(len(lines), device=lines.device)
+    )
+    return line[torch.arange(0, n * k, k, device=lines.device).unsqueeze(1) + parents].flatten()
 
 
 def _true_indices(mask, count):
@@ -234,11 +244,7 @@ def _backtrack(history, n, end, search):
             ends = np.array(
                 [(last, beam) for beam in range(tokens.shape[2]) if scores[last, i, beam] > -np.inf]
             )
-        if not len(ends):
-            raise UserError(
-                "the model's scores are not finite: it is damaged, or too large for "
-                "--amp fp16; leave that out, or pass another --model"
-            )
+        _check_finite(len(ends) > 0)
         ranks = scores[ends[:, 0], i, ends[:, 1]] / (ends[:, 0] + 1.0) ** search.length_penalty
         best = ends[np.argsort(-ranks, kind="stable")[: search.n_best]]
         columns = tokens[:, i], parents[:, i], scores[:, i], alphas[:, i]
@@ -257,7 +263,8 @@ def _path(columns, end, step, beam):
     path, attention = [], []
     for t in range(step, -1, -1):
         path.append(int(tokens[t, beam]))
-        attention.append(alphas[t, beam := parents[t, beam]])
+        beam = parents[t, beam]  # attention is kept by the beams before the step
+        attention.append(alphas[t, beam])
     length = len(path) - finished  # without <end>
     attention = np.array(attention[::-1][:length], alphas.dtype).reshape(length, alphas.shape[2])
     return Caption(path[::-1][:length], attention, score, finished, [])
@@ -271,19 +278,28 @@ def _sampled(decoder, features, word_map, search):
     captions, lengths = sample_captions(decoder, features, word_map, search)
     output = decoder(features, captions, lengths)
     log_probs = output.logits.log_softmax(-1).gather(1, output.targets.unsqueeze(1)).double()
-    counts = (lengths - 1).flatten().tolist()
-    scores = torch.stack([part.sum() for part in log_probs.split(counts)]).view(lengths.shape)
-    captions, alphas = captions.tolist(), output.alphas.float().cpu().numpy()
+    _check_finite(bool(log_probs.isfinite().all()))
+    scores = iter(log_probs.squeeze(1).split((lengths - 1).flatten().tolist()))
+    captions, weights = captions.tolist(), output.weights.float().cpu().numpy()
     found = []
     for i in range(len(features)):
         of_image = []
         for r, length in enumerate(lengths[i].tolist()):
-            path = captions[i][r][1:length]
+            path, token_scores = captions[i][r][1:length], next(scores)
             finished = path[-1] == word_map["<end>"]
-            path = path[:-1] if finished else path[: search.max_len]
-            of_image.append(
-                Caption(path, alphas[i, r, : len(path)], float(scores[i, r]), finished, [])
-            )
+            if not finished:  # what follows max_len words only shows that it did not end
+                token_scores = token_scores[: search.max_len]
+            path = path[: len(token_scores) - finished]
+            score = float(token_scores.sum())
+            of_image.append(Caption(path, weights[i, r, : len(path)], score, finished, []))
         first, *others = sorted(of_image, key=lambda caption: -caption.score)
         found.append(first._replace(alternatives=others))
     return found
+
+
+def _check_finite(is_finite):
+    if not is_finite:
+        raise UserError(
+            "the model's scores are not finite: it is damaged, or too large for --amp fp16; leave "
+            "that out, or pass another --model"
+        )

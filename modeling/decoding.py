@@ -1,10 +1,9 @@
 """
 The decoder's steps for a batch of images, which training, search and sampling take: `PlainSteps`
-call the lines of models.py, `FastSteps` compute the same numbers faster. Nobody else needs to know
-which of the two it has.
+call the lines of models.py, `FastSteps` compute the same numbers faster. Both are used alike:
 
-    steps = decoder.steps(features)             # features (N, G, E), once per batch of images
-    state = steps.initial_state(rows)           # rows (M,): which image each of M captions is of
+    steps = decoder.steps(features)             # once per batch of images
+    state = steps.initial_state(rows)           # rows (M,): the image of each of M captions
     state, alpha, weights = steps.step(tokens, state, rows)
     logits = steps.logits(state[0])
 
@@ -24,23 +23,23 @@ from torch import Tensor, nn
 
 from modeling.autograd import AttentionEnergy, DeferredEmbedding, DeferredLinear
 
-State = tuple[Tensor, Tensor]  # the LSTM's h and c, each (M, H)
+State = tuple[Tensor, ...]  # the LSTM's h and c, each (M, H)
 HardAttention = Callable[[Tensor], Tensor]  # alpha (M, P) -> weights (M, P): modeling/sampling.py
 
-# What FastSteps compute: the digest of these methods of models.py, and the layers.
-KNOWN_SOURCE = 2542733511
+# What FastSteps compute: the methods of models.py whose `source_digest` this is, and these layers,
+# each with a bias.
+KNOWN_SOURCE = 2077254964
 KNOWN_LAYERS = {"embedding": nn.Embedding, "dropout": nn.Dropout, "decode_step": nn.LSTMCell}
 KNOWN_LAYERS |= dict.fromkeys(("init_h", "init_c", "f_beta", "fc"), nn.Linear)
 KNOWN_LAYERS |= {f"attention.{name}_att": nn.Linear for name in ("encoder", "decoder", "full")}
+KNOWN_PARAMETERS = 19
 
 
 def make_steps(decoder, features, per_image):
-    """FastSteps if they know this decoder's step, else, or where it is to be plain, PlainSteps."""
+    """PlainSteps if the decoder is to be plain or its step is not known, else FastSteps."""
     if decoder.plain:
         return PlainSteps(decoder, features)
-    layers = {name: type(x) for name, x in decoder.named_modules() if not any(x.children())}
-    digest = source_digest(type(decoder), type(decoder.attention))
-    if digest != KNOWN_SOURCE or layers != KNOWN_LAYERS:
+    if not is_known(decoder):
         warnings.warn(
             f"the step of {type(decoder).__name__} is not the one that modeling/decoding.py makes "
             f"fast: it runs as it is written",
@@ -50,19 +49,38 @@ def make_steps(decoder, features, per_image):
     return FastSteps(decoder, features, per_image)
 
 
-@lru_cache
-def source_digest(decoder_class, attention_class):
-    """A number that changes with the text of the methods that FastSteps stand for"""
+def is_known(decoder):
+    """
+    Whether FastSteps compute what this decoder would. Hooks of its layers, which they would not
+    call, count as a change.
+    """
     methods = (
-        decoder_class.init_hidden_state,
-        decoder_class.step,
-        decoder_class.logits,
-        attention_class.forward,
+        decoder.init_hidden_state,
+        decoder.step,
+        decoder.logits,
+        decoder.attention.forward,
     )
+    layers = {name: type(x) for name, x in decoder.named_modules() if not any(x.children())}
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    inner = list(decoder.modules())[1:]
+    return (
+        layers == KNOWN_LAYERS
+        and len(decoder.state_dict()) == KNOWN_PARAMETERS
+        and not any(getattr(module, kind, None) for module in inner for kind in kinds)
+        and source_digest(*(getattr(method, "__func__", method) for method in methods))
+        == KNOWN_SOURCE
+    )
+
+
+@lru_cache
+def source_digest(*functions):
+    """A number that changes with the text of these functions; None where it cannot be read."""
     try:
-        return zlib.crc32("".join(map(inspect.getsource, methods)).encode())
+        text = "".join(map(inspect.getsource, functions))
     except OSError:  # typed at a prompt, for example
         return None
+    wrapped = [function for function in functions if hasattr(function, "__wrapped__")]
+    return None if wrapped else zlib.crc32(text.encode())
 
 
 class PlainSteps:
@@ -78,8 +96,7 @@ class PlainSteps:
 
     def initial_state(self, rows: Tensor) -> State:
         """h and c of captions that have not begun"""
-        h, c = self.decoder.init_hidden_state(self.annotations)
-        return h[rows], c[rows]
+        return tuple(x[rows] for x in self.decoder.init_hidden_state(self.annotations))
 
     def step(
         self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
@@ -119,11 +136,12 @@ class FastSteps:
         attention, lstm = decoder.attention, decoder.decode_step
         size = decoder.args["encoded_image_size"]
         self.decoder, self.features, self.per_image = decoder, features, per_image
-        # (P, G); each row sums to 1, so that biases pass through it unchanged
-        self.pool = pooling_matrix(features.shape[1], size, features.device, features.dtype)
+        self.pool = None  # (P, G); each row sums to 1, so that biases pass through it unchanged
+        if features.shape[1] != size**2:
+            self.pool = pooling_matrix(features.shape[1], size, features.device, features.dtype)
         encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
         keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
-        if features.shape[1] != size**2:
+        if self.pool is not None:
             keys = self.pool @ keys
         self.energy = AttentionEnergy(keys, attention.full_att.weight.squeeze(0))
         of_h = attention.decoder_att, decoder.f_beta
@@ -131,28 +149,30 @@ class FastSteps:
             torch.cat([layer.weight for layer in of_h] + [lstm.weight_hh]),
             torch.cat([layer.bias for layer in of_h] + [lstm.bias_hh]),
         )
+        self._sizes = *(layer.out_features for layer in of_h), 4 * lstm.hidden_size
         self._embedding = DeferredEmbedding(decoder.embedding.weight)
         self._to_gates = DeferredLinear(lstm.weight_ih, lstm.bias_ih)
         self.logits = DeferredLinear(decoder.fc.weight, decoder.fc.bias)
 
     def initial_state(self, rows: Tensor) -> State:
-        """As of `PlainSteps`"""
-        mean = self.pool.mean(0) @ self.features  # (N, E)
+        """As in `PlainSteps`"""
+        if self.pool is None:
+            mean = self.features.mean(1)  # (N, E)
+        else:
+            mean = self.pool.mean(0) @ self.features
         rows = rows.to(mean.device, non_blocking=True)
         # c is a sum over many steps, so it is never in half precision.
         layers = self.decoder.init_h, self.decoder.init_c
-        h, c = (layer(mean).to(layer.weight.dtype).index_select(0, rows) for layer in layers)
-        return h, c
+        return tuple(layer(mean).to(layer.weight.dtype).index_select(0, rows) for layer in layers)
 
     def step(
         self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
     ) -> tuple[State, Tensor, Tensor]:
-        """As of `PlainSteps`"""
+        """As in `PlainSteps`"""
         h, c = state
-        sizes = self.energy.keys.shape[2], self.features.shape[2], 4 * h.shape[1]
-        query, beta, gates = self._of_h(h).split(sizes, 1)
+        query, beta_logits, gates = self._of_h(h).split(self._sizes, 1)
         context, alpha, weights = self._attend(query, rows, hard)
-        inputs = torch.cat([self._embedding(tokens), beta.sigmoid() * context], 1)
+        inputs = torch.cat([self._embedding(tokens), beta_logits.sigmoid() * context], 1)
         i, f, g, o = (gates.to(c.dtype) + self._to_gates(inputs)).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return (o.sigmoid() * c.tanh(), c), alpha, weights
@@ -170,30 +190,38 @@ class FastSteps:
             x = x.flatten(0, 1)
             return x if slots is None else x.index_select(0, slots)
 
+        # softmax does not see the bias, which so gets a gradient of 0, as the plain one does
         energy = self.energy(to_grid(query)) + self.decoder.attention.full_att.bias
         grid_weights = energy.softmax(-1)
         alpha = weights = from_grid(grid_weights)
         if hard is not None:
             weights = hard(alpha)
             grid_weights = to_grid(weights)
-        context = (grid_weights @ self.pool) @ self.features[:n]
+        if self.pool is not None:
+            grid_weights = grid_weights @ self.pool
+        context = grid_weights @ self.features[:n]
         return from_grid(context), alpha, weights
 
     def _arrange(self, rows):
         """The grid's shape (n, R), and the slots, or None where the captions fill it in order"""
         ordered, order = rows.sort(stable=True)
+        # which caption of its image each one is
         rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         rank = torch.empty_like(rank).index_copy_(0, order, rank)
-        if rows.device.type == "cpu":
-            n, r = int(ordered[-1]) + 1, int(rank.max()) + 1
-        else:  # a larger grid, but no waiting for the device to say how large
-            n, r = len(self.features), self.per_image
+        n, r = self.grid_shape(rows, rank)
         slots = rows * r + rank
         in_order = rows.device.type == "cpu" and torch.equal(slots, torch.arange(n * r))
         return (n, r), None if in_order else slots.to(self.features.device, non_blocking=True)
 
+    def grid_shape(self, rows: Tensor, rank: Tensor) -> tuple[int, int]:
+        """n and R of the grid in which these captions lie, each the rank-th of its image"""
+        if rows.device.type == "cpu":
+            return int(rows.max()) + 1, int(rank.max()) + 1
+        # A larger grid perhaps, but no waiting for the device to say how large
+        return len(self.features), self.per_image or int(rank.max()) + 1
+
     def keep(self, images: Tensor) -> None:
-        """As of `PlainSteps`, without gradients"""
+        """As in `PlainSteps`, without gradients"""
         self.features = self.features[images]
         self.energy = AttentionEnergy(self.energy.keys[images], self.energy.weight)
 

@@ -14,9 +14,9 @@ class LongestFirst:
     lengths: (N, R), <start> and <end> counted. The order is computed on the CPU, so that the loop
     over time steps never waits for a GPU to know how many captions go on.
 
-    images (N,)       the images, the one with the longest caption first, on the device
-    rows (N R,)       of each caption, longest first, its image's place in `images`, on the CPU
-    batch_sizes       T numbers M of captions that go on
+    images (N,)    the image with the longest caption first, on the device
+    rows (N R,)    of each caption, longest first: the index in `images` of its image, on the CPU
+    batch_sizes    for each of T steps the number M of captions that go on
     """
 
     def __init__(self, lengths: Tensor, device: torch.device):
@@ -25,8 +25,9 @@ class LongestFirst:
         images = to_predict.amax(1).argsort(descending=True, stable=True)
         captions = to_predict.flatten().argsort(descending=True, stable=True)
         going_on = to_predict.flatten()[captions] > torch.arange(int(to_predict.max()))[:, None]
-        step, caption = going_on.nonzero(as_tuple=True)
+        step, caption = going_on.nonzero(as_tuple=True)  # (W,) each, step by step
         places = captions[caption] * len(going_on) + step  # of each token in (N, R, T)
+        # argsort of a permutation is its inverse
         self.rows = images.argsort()[captions // lengths.shape[1]]
         self.batch_sizes = going_on.sum(1).tolist()
         self.images = images.to(device, non_blocking=True)

@@ -3,6 +3,8 @@ Random choices: tokens sampled from the decoder's distribution, and the location
 hard attention (paper section 4.1).
 """
 
+from functools import partial
+
 import torch
 
 
@@ -27,14 +29,23 @@ def most_likely_location(alpha):
     return one_hot_locations(alpha, alpha.argmax(-1))
 
 
-def sample_location(alpha, is_hard):
+def locations_sampler(count, fraction, device):
     """
-    Hard attention in training: weights (M, P) that are 1 at a location sampled from alpha (M, P),
-    equation 8, for the captions where is_hard (M, 1) is true; alpha, the expectation, for the
-    others.
+    Hard attention in training, for this fraction of `count` captions.
+
+    Returns a function: of the number M of captions that go on -> None if the fraction is 0, or a
+    function alpha (M, P) -> weights (M, P), which are 1 at a location sampled from alpha (equation
+    8) for the captions that were chosen, and alpha, the expectation, for the others.
     """
-    sampled = one_hot_locations(alpha, sample_categorical(alpha.detach()))
-    return torch.where(is_hard, sampled, alpha)
+    if not fraction:
+        return lambda m: None
+    is_hard = torch.rand(count, 1, device=device) < fraction
+
+    def sample_locations(m, alpha):
+        sampled = one_hot_locations(alpha, sample_categorical(alpha.detach()))
+        return torch.where(is_hard[:m], sampled, alpha)
+
+    return lambda m: partial(sample_locations, m)
 
 
 @torch.no_grad()
@@ -49,9 +60,9 @@ def scheduled_sampling(tokens, h, logits, probability):
 
 def token_probabilities(logits, temperature=1.0, top_p=1.0):
     """
-    Probabilities to sample tokens with, (..., V), each row's sum 1 up to a factor: those of the
-    logits (..., V) to the power of 1 / temperature, of the likeliest tokens alone that together
-    reach top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    What to sample tokens with, not normalised: softmax of logits (..., V) / temperature, and 0
+    outside the smallest set of likeliest tokens whose probabilities sum to top_p or more (nucleus
+    sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
@@ -83,7 +94,7 @@ def sample_captions(decoder, features, word_map, search):
     """
     Sample captions from the decoder's distribution, token by token: R = search.n_best an image.
 
-    decoder: in evaluation mode; features: (N, G, E); search: a `modeling.beam_search.Search`
+    decoder: in evaluation mode; features: as in its `steps`; search: a `beam_search.Search`
 
     Returns captions (N, R, L) int64, <start> ... <end> <pad>, and their lengths (N, R) on the CPU,
     <start> and <end> counted, as the decoder's forward takes them. As in beam search, <end> may
@@ -107,7 +118,7 @@ def sample_captions(decoder, features, word_map, search):
         captions[going_on, t] = tokens
         unfinished = (tokens != word_map["<end>"]).nonzero().squeeze(1)
         going_on = going_on[unfinished]
-        state = (state[0][unfinished], state[1][unfinished])
+        state = tuple(x[unfinished] for x in state)
         if len(going_on) == 0:
             break
     ended = captions == word_map["<end>"]

@@ -25,7 +25,7 @@ from checkpoints import (
 )
 from modeling import field_of_view
 from modeling.field_of_view import find_offset
-from models import DecoderWithAttention, Encoder
+from models import DECODERS, DecoderWithAttention, Encoder
 from utils import Parser, UserError
 
 WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
@@ -63,6 +63,17 @@ def test_saved_model_gives_identical_outputs(path, models):
     assert (word_map, checkpoint["epoch"], checkpoint["bleu4"]) == (WORD_MAP, 3, 21.5)
     assert encoder.args == models[0].args and decoder.args == models[1].args
     assert decoder.dropout.p == 0.3
+
+
+@pytest.mark.parametrize("key", DECODERS)
+def test_each_kind_of_decoder_is_loaded_as_what_it_was(key, models, tmp_path):
+    encoder, decoder = models
+    other = DECODERS[key](**decoder.args | {"attention": key}).eval()
+    save(tmp_path / "x.pth.tar", encoder, other, WORD_MAP)
+    loaded = load_captioner(tmp_path / "x.pth.tar", "cpu")[1]
+    assert type(loaded) is DECODERS[key] and loaded.args["attention"] == key
+    for ours, theirs in zip(outputs(encoder, loaded), outputs(encoder, other), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_save_measures_nothing_and_a_conversion_stores_where_the_encoder_looks(

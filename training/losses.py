@@ -59,7 +59,8 @@ def doubly_stochastic_loss(
 ) -> Tensor:
     """
     Cross-entropy plus the doubly stochastic attention term, equation 14: the attention to each
-    location should sum to 1 over the tokens of a caption.
+    location should sum to 1 over the tokens of a caption. As in the tutorial, both terms are means,
+    over tokens and over locations: the paper has sums, so its lambda is on another scale.
 
     output: of the decoder; lengths: (N, R) of its captions
 
@@ -84,7 +85,7 @@ def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Criterion:
-    """The base class of all criteria; `baseline` is the only state between steps."""
+    """The base class of all criteria; of their state only `baseline` is saved."""
 
     dropout = True
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
@@ -173,7 +174,7 @@ def caption_log_probs(output: DecoderOutput, lengths: Tensor) -> Tensor:
 
 def reinforce_attention(alphas: Tensor, weights: Tensor, reward: Tensor, lambda_e: float) -> Tensor:
     """
-    The terms of the paper's equation 12 for the choice of locations: reward times
+    The terms for the choice of locations in the learning rule after equation 12: reward times
     log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
 
     alphas, weights (N, R, T, P): attention, and the context vector's weights, 1 at the sampled

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from factories import WORD_MAP, make_case
+from factories import DECODER_KINDS, WORD_MAP, make_case
 
-from modeling.beam_search import beam_search
+from modeling.beam_search import Search, beam_search
 from modeling.sampling import most_likely_location, token_probabilities
 from utils import UserError
 
@@ -22,11 +22,12 @@ def expect_equal(ours, textbook):
     np.testing.assert_allclose(ours.alphas, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", DECODER_KINDS)
 @pytest.mark.parametrize("beam_size", [1, 2, 3, 4, 5])
-def test_batched_search_equals_one_image_at_a_time(beam_size):
+def test_batched_search_equals_one_image_at_a_time(beam_size, kind):
     finished, lengths = [], set()
     for seed in range(12):
-        decoder, features = make_case(seed, end_bias=(-9, -4, -1, 1)[seed % 4])
+        decoder, features = make_case(seed, end_bias=(-9, -4, -1, 1)[seed % 4], kind=kind)
         captions = beam_search(decoder, features, WORD_MAP, beam_size, max_len=12)
         for caption, image in zip(captions, reference.encode(features).split(1)):
             expect_equal(caption, reference.search(decoder, image, WORD_MAP, beam_size, 12)[0])
@@ -136,20 +137,31 @@ def test_a_beam_wider_than_the_vocabulary_is_allowed():
     assert len(beam_search(decoder, features, WORD_MAP, beam_size=20, max_len=4)) == 8
 
 
-def test_wrong_beam_sizes_are_errors():
-    decoder, features = make_case(0, 0)
-    for beam_size, n_best in ((0, 1), (-1, 1), (3, 4), (3, 0)):
-        with pytest.raises(ValueError, match="it must be"):
-            beam_search(decoder, features, WORD_MAP, beam_size, n_best=n_best)
-    for length_penalty in (-1, 1000, float("nan")):
-        with pytest.raises(ValueError, match="length_penalty is .*, it must be 0 to 10"):
-            beam_search(decoder, features, WORD_MAP, length_penalty=length_penalty)
+def test_impossible_options_and_those_that_nothing_would_read_are_errors():
+    for options in (
+        {"beam_size": 0},
+        {"max_len": 0},
+        {"beam_size": 3, "n_best": 4},
+        {"n_best": 0, "sample": True},
+        {"length_penalty": -1},
+        {"length_penalty": float("nan")},
+        {"no_repeat_ngram": -1},
+        {"temperature": 0, "sample": True},
+        {"top_p": 0, "sample": True},
+        {"top_p": 1.1, "sample": True},
+        {"temperature": 0.5},
+        {"hard_attention": True, "sample": True},
+    ):
+        name = [*options][-2 if "sample" in options else -1]
+        with pytest.raises(ValueError, match=name):
+            Search(**options)
 
 
-def test_scores_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize("sample", [False, True])
+def test_scores_that_are_not_finite_are_an_error(sample):
     decoder, features = make_case(0, 0)
     with pytest.raises(UserError, match="not finite"):
-        beam_search(decoder, features * float("nan"), WORD_MAP, 2)
+        beam_search(decoder, features * float("nan"), WORD_MAP, 2, sample=sample)
 
 
 def test_no_images_give_no_captions():
@@ -192,12 +204,9 @@ def test_sampled_captions_have_the_models_own_scores_and_attention():
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
         for sampled in (caption, *caption.alternatives):
             words = sampled.tokens + [WORD_MAP["<end>"]] * sampled.finished
-            if not sampled.finished:
-                assert len(sampled.tokens) == 12
-                continue
-            logits, alphas = reference.decode(
-                decoder, image, torch.tensor([WORD_MAP["<start>"], *words])
-            )
+            assert sampled.finished or len(sampled.tokens) == 12
+            caption_ids = torch.tensor([WORD_MAP["<start>"], *words])
+            logits, alphas = reference.decode(decoder, image, caption_ids)
             log_probs = logits.log_softmax(1)[range(len(words)), words]
             assert sampled.score == pytest.approx(log_probs.sum().item())
             expected = alphas[: len(sampled.tokens)].detach()

@@ -11,7 +11,13 @@ from torch import nn
 
 from modeling import autograd
 from modeling.beam_search import beam_search
-from modeling.decoding import FastSteps, PlainSteps, pooling_matrix
+from modeling.decoding import (
+    KNOWN_SOURCE,
+    FastSteps,
+    PlainSteps,
+    pooling_matrix,
+    source_digest,
+)
 from modeling.sampling import most_likely_location
 from models import Attention, DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
@@ -176,6 +182,13 @@ def test_pooling_matrix_equals_adaptive_average_pooling(cells):
 # Who gets which
 
 
+def test_the_known_source_is_that_of_models_py():
+    """Once both paths do the same again, this is the number for KNOWN_SOURCE."""
+    d = DecoderWithAttention
+    digest = source_digest(d.init_hidden_state, d.step, d.logits, Attention.forward)
+    assert digest == KNOWN_SOURCE
+
+
 class TwiceTheContext(DecoderWithAttention):
     def step(self, tokens, state, annotations, hard=None):
         return super().step(tokens, state, 2 * annotations, hard)
@@ -210,15 +223,52 @@ def test_an_overridden_step_or_attention_runs_as_it_is_written_and_says_so_once(
         np.testing.assert_allclose(caption.alphas, 1 / 196, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda d: setattr(d, "fc", nn.Sequential(d.fc)), lambda d: d.add_module("x", nn.ReLU())],
-)
-def test_other_layers_are_run_as_they_are(change):
+CHANGES = {
+    "another output layer": lambda d: setattr(d, "fc", nn.Sequential(d.fc)),
+    "one more layer": lambda d: d.add_module("x", nn.ReLU()),
+    "a layer without bias": lambda d: setattr(d, "f_beta", nn.Linear(6, 9, bias=False).double()),
+    "a method of this object": lambda d: setattr(d, "logits", lambda h: d.fc(h) / 2),
+    "a hook": lambda d: d.attention.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_decoder_is_run_as_it_is(change):
     decoder = make_decoder()
-    change(decoder)
+    CHANGES[change](decoder)
     with pytest.warns(UserWarning, match="runs as it is written"):
         assert isinstance(decoder.steps(torch.randn(1, 4, 9).double()), PlainSteps)
+
+
+def test_the_gate_may_be_a_scalar_as_in_the_paper():
+    decoder = make_decoder()
+    decoder.f_beta = nn.Linear(6, 1).double()
+    features = torch.randn(4, 64, 9, dtype=torch.float64)
+    assert isinstance(decoder.steps(features), FastSteps)
+    captions, lengths = make_captions(4, 3)
+    expect_both_equal(lambda x: tuple(x(features, captions, lengths)), decoder)
+
+
+class WithRoom(FastSteps):
+    """As on a GPU, where captions are not counted: a grid with room for all that there may be"""
+
+    def grid_shape(self, rows, rank):
+        return len(self.features), self.per_image
+
+
+@pytest.mark.parametrize("kind", [FastSteps, WithRoom])
+def test_rows_need_not_be_sorted_nor_fill_a_grid(kind):
+    decoder, features = make_decoder().eval(), torch.randn(4, 64, 9, dtype=torch.float64)
+    rows, tokens = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 2, 3, 4])
+    steps, expected = kind(decoder, features, per_image=5), PlainSteps(decoder, features)
+    for _ in range(2):
+        state = steps.initial_state(rows)
+        torch.testing.assert_close(state, expected.initial_state(rows))
+        found = steps.step(tokens, state, rows)
+        torch.testing.assert_close(found, expected.step(tokens, state, rows))
+        for x in (steps, expected):  # without gradients, as in a search
+            with torch.no_grad():
+                x.keep(torch.tensor([1, 0, 2]))
 
 
 def test_hard_attention_sees_one_location_in_both():
