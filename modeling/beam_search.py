@@ -141,13 +141,14 @@ def _search(decoder, features, word_map, search, callback):
 
     for length in range(1, search.max_len + 2):  # <end> counts as a token, not as a word
         state, _, weights = steps.step(tokens.flatten()[lines], state, lines // k, hard)
-        log_probs = steps.logits(state[0]).log_softmax(-1)
+        log_probs = steps.logits(state[0]).to(scores.dtype).log_softmax(-1)
         if search.no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
         if search.no_repeat_ngram:
             ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[lines], search.no_repeat_ngram)
         scores, tokens, parents = _extend(scores, log_probs, lines, width, callback)
-        history.append((rows, tokens, parents, scores, _to_beams(weights, lines, tokens.shape)))
+        alphas = _to_beams(weights.to(scores.dtype), lines, tokens.shape)
+        history.append((rows, tokens, parents, scores, alphas))
         if search.no_repeat_ngram:
             parent_paths = paths.gather(1, parents.unsqueeze(2).expand(-1, -1, length - 1))
             paths = torch.cat([parent_paths, tokens.unsqueeze(2)], 2)
@@ -277,7 +278,7 @@ def _sampled(decoder, features, word_map, search):
     """
     captions, lengths = sample_captions(decoder, features, word_map, search)
     output = decoder(features, captions, lengths)
-    log_probs = output.logits.log_softmax(-1).gather(1, output.targets.unsqueeze(1)).double()
+    log_probs = output.logits.double().log_softmax(-1).gather(1, output.targets.unsqueeze(1))
     _check_finite(bool(log_probs.isfinite().all()))
     scores = iter(log_probs.squeeze(1).split((lengths - 1).flatten().tolist()))
     captions, weights = captions.tolist(), output.weights.float().cpu().numpy()

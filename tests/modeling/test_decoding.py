@@ -18,6 +18,7 @@ from modeling.decoding import (
     pooling_matrix,
     source_digest,
 )
+from modeling.devices import autocast
 from modeling.sampling import most_likely_location
 from models import Attention, DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
@@ -150,6 +151,22 @@ def test_sampled_captions_are_equal(kind):
         found.append(beam_search(x, features, WORD_MAP, **options))
     assert [c.tokens for c in found[0]] == [c.tokens for c in found[1]]
     assert [c.score for c in found[0]] == pytest.approx([c.score for c in found[1]])
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize("sample", [False, True])
+def test_half_precision_searches_and_trains_in_both(is_plain, sample):
+    decoder, features = make_case(0, end_bias=-1)
+    decoder, features = decoder.float(), features.float()
+    decoder.plain = is_plain
+    captions, lengths = make_captions(8, 2, len(WORD_MAP) + 7)
+    with autocast(torch.device("cpu"), "bf16"):
+        found = beam_search(decoder, features, WORD_MAP, 3, max_len=12, sample=sample)
+        output = decoder.train()(features, captions, lengths, hard_fraction=0.5)
+        loss = doubly_stochastic_loss(output, lengths)
+    loss.backward()
+    assert all(np.isfinite(c.score) and c.alphas.dtype == np.float32 for c in found)
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in decoder.parameters())
 
 
 @pytest.mark.parametrize("stride, height, width", [(16, 64, 64), (32, 288, 512), (32, 64, 448)])
