@@ -25,6 +25,7 @@ from utils import Parser
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     "README.md",
+    "CONTRIBUTING.md",
     "docs/questions.md",
     "docs/results.md",
     "pretrained/README.md",
