@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from checkpoints import PRETRAINED, load_captioner
 from utils import Parser
@@ -24,6 +25,7 @@ from utils import Parser
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     "README.md",
+    "CONTRIBUTING.md",
     "docs/questions.md",
     "docs/results.md",
     "pretrained/README.md",
@@ -89,6 +91,19 @@ def test_shipped_file_is_small_in_float16_and_loads_with_weights_only():
         assert all(weight.dtype == torch.float16 for weight in weights.values() if weight.dim() > 1)
     _, decoder, word_map, _ = load_captioner(PRETRAINED, "cpu")
     assert decoder.fc.out_features == len(word_map) == 3530
+
+
+def read_requirements(name):
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("-r")]
+
+
+def test_constraints_have_one_version_of_each_required_package_that_its_requirement_allows():
+    required = [x for path in ROOT.glob("requirements*.txt") for x in read_requirements(path.name)]
+    pinned = read_requirements("constraints.txt")
+    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pinned}
+    assert sorted(pin.name for pin in pinned) == sorted(x.name for x in required)
+    assert not [x for x in required if versions[x.name] not in x.specifier]
 
 
 # Commands and options
