@@ -162,7 +162,8 @@ def make_parser():
         "--attention",
         choices=DECODERS,
         default="soft",
-        help="hard: train with one sampled location at a time; section 4.1 of the paper",
+        help="hard: train with one sampled location at a time, section 4.1 of the paper; for an "
+        "attention of your own see docs/extending.md",
     )
     add(
         "--attention_dim",
@@ -357,7 +358,8 @@ def add_defaults(given, source=None, options=None):
             ("sampling_max", 0),
             ("single_captions", False),
         ):
-            of_model = name == "attention" and name not in given  # how it was trained before
+            # how the model that the phase starts from was trained
+            of_model = name == "attention" and args.attention == (options or {}).get(name)
             if getattr(args, name) != allowed and not of_model:
                 parser.error(
                     f"--{name} is for training on true captions, which --self_critical "

@@ -12,7 +12,7 @@ Where `rows` is known on the CPU it may stay there; then a GPU is never waited f
 
 import inspect
 import math
-import warnings
+import sys
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -40,13 +40,19 @@ def make_steps(decoder, features, per_image):
     if decoder.plain:
         return PlainSteps(decoder, features)
     if not is_known(decoder):
-        warnings.warn(
-            f"the step of {type(decoder).__name__} is not the one that modeling/decoding.py makes "
-            f"fast: it runs as it is written",
-            stacklevel=2,
-        )
+        _say_plain(type(decoder).__name__)
         return PlainSteps(decoder, features)
     return FastSteps(decoder, features, per_image)
+
+
+@lru_cache
+def _say_plain(name):
+    """Once for each kind of decoder"""
+    print(
+        f"the step of {name} is not the one that modeling/decoding.py makes fast: it runs as it is "
+        f"written",
+        file=sys.stderr,
+    )
 
 
 def is_known(decoder):

@@ -68,14 +68,14 @@ def search(
     score / length ** length_penalty: (words with <start> and <end>, weights, score).
     """
     start, end = word_map["<start>"], word_map["<end>"]
-    h, c = decoder.init_hidden_state(annotations)
+    state = decoder.init_hidden_state(annotations)
     beams, total = [([start], [])], annotations.new_zeros(1)  # words and weights, log-probabilities
     complete, unfinished, k = [], [], beam_size
     for step in range(1, max_len + 2):  # the tutorial's `if step > 50: break` comes after step 51
         words = torch.tensor([words[-1] for words, _ in beams], device=annotations.device)
         repeated = annotations.expand(len(beams), -1, -1)
-        (h, c), _, weights = decoder.step(words, (h, c), repeated, hard)
-        scores = total.unsqueeze(1) + torch.log_softmax(decoder.logits(h), dim=1)  # (k, V)
+        state, _, weights = decoder.step(words, state, repeated, hard)
+        scores = total.unsqueeze(1) + torch.log_softmax(decoder.logits(state[0]), dim=1)  # (k, V)
         if no_unk:
             scores[:, word_map["<unk>"]] = -torch.inf
         for row, (path, _) in zip(scores, beams):
@@ -103,7 +103,7 @@ def search(
         if k == 0:
             break
         beams, total = [beams[i] for i in active], total[active]
-        h, c = h[parents[active]], c[parents[active]]
+        state = tuple(x[parents[active]] for x in state)
     return sorted(
         complete or unfinished, key=lambda beam: -beam[2] / (len(beam[0]) - 1) ** length_penalty
     )

@@ -1,5 +1,6 @@
 """Builds what train.py needs: data, model, cached features, data loaders and criterion."""
 
+import inspect
 import math
 
 import torch
@@ -74,6 +75,19 @@ def build_model(args, checkpoint, datasets, processes):
     return encoder, decoder
 
 
+def _options_of(attention, args):
+    """The MODEL_OPTIONS of a decoder; UserError if another one is set, which it would not read."""
+    classes = DECODERS[attention].__mro__
+    taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
+    options = {}
+    for option, (model, argument, default) in MODEL_OPTIONS.items():
+        if model == "encoder_args" or argument in taken:
+            options[option] = model, argument, default
+        elif getattr(args, option) not in (None, default):
+            raise UserError(f"--{option} is not for --attention {attention}; leave it out")
+    return options
+
+
 def _new_model(args, word_map):
     encoder = Encoder(name=args.encoder, weights=args.encoder_weights, stride=args.encoder_stride)
     embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
@@ -86,7 +100,7 @@ def _new_model(args, word_map):
             )
     arguments = {
         argument: getattr(args, option)
-        for option, (model, argument, _) in MODEL_OPTIONS.items()
+        for option, (model, argument, _) in _options_of(args.attention, args).items()
         if model == "decoder_args"
     }
     decoder = DECODERS[args.attention](
@@ -154,7 +168,9 @@ def _model_of_checkpoint(checkpoint, args, word_map, processes):
     else:
         word_map = _grow_words(checkpoint, word_map, processes)
     arguments = checkpoint["decoder_args"]
-    for option, value in model_options(checkpoint).items():
+    values = model_options(checkpoint)
+    for option in _options_of(values["attention"], args):
+        value = values[option]
         same = getattr(args, option) in (None, value)
         if option == "attention":  # soft and hard are ways to train the same decoder
             same = DECODERS[args.attention] is DECODERS[value]

@@ -294,7 +294,7 @@ def half_cosine(step, steps):
 
 def _load_optimizer(optimizer, state, trained):
     """
-    Load a checkpoint's state into the optimizer; trained: whether it must cover every weight.
+    Load a checkpoint's state into the optimizer; trained: whether it must hold averages.
 
     Raises ValueError or other errors unless the settings, apart from the learning rate, are equal
     and the averages of gradients have the sizes of the weights.
@@ -316,15 +316,15 @@ def _load_optimizer(optimizer, state, trained):
         type(group["lr"]) is float and 0 <= group["lr"] < 1e9 for group in optimizer.param_groups
     ):
         raise ValueError("its optimizer has other settings")
+    if trained and not optimizer.state:
+        raise ValueError("its averages of gradients are missing")
     for group, initial_lr in zip(optimizer.param_groups, initial_lrs):
         group["initial_lr"] = initial_lr
         for parameter in group["params"]:
             averages = optimizer.state.get(parameter)
-            if averages is None and not trained:
+            if averages is None:  # nothing has given this weight a gradient yet
                 continue
-            if (
-                averages is None
-                or averages["step"].numel() != 1
-                or {averages[key].shape for key in ("exp_avg", "exp_avg_sq")} != {parameter.shape}
-            ):
+            if averages["step"].numel() != 1 or {
+                averages[key].shape for key in ("exp_avg", "exp_avg_sq")
+            } != {parameter.shape}:
                 raise ValueError("its averages of gradients have other sizes than the weights")

@@ -14,10 +14,13 @@ import train
 from caption import Captioner
 from datasets import CaptionDataset
 from modeling.beam_search import Search
+from modeling.devices import Distributed
 from modeling.field_of_view import find_offset, known_offset
+from models import DECODERS, DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.images import read_image
 from preprocessing.input_files import create_input_files
+from training import build
 from training.build import build_criterion
 from training.losses import TeacherForcing
 from utils import UserError
@@ -38,6 +41,28 @@ def test_each_option_reaches_its_criterion(data):
     ).items()
     critical = criterion("--self_critical", "--checkpoint", "x", "--samples", "3")
     assert critical.alpha_c == 0.5 and critical.sampling == Search(n_best=3, sample=True)
+
+
+class Headed(DecoderWithAttention):
+    def __init__(self, *args, heads=2, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args["heads"] = heads
+
+
+def test_an_argument_of_ones_own_decoder_goes_to_it_alone(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(DECODERS, "headed", Headed)
+    monkeypatch.setitem(build.MODEL_OPTIONS, "heads", ("decoder_args", "heads", 2))
+
+    def arguments(attention, heads):
+        args = train.get_args(train_args(data, tmp_path, "--attention", attention))
+        args.heads = heads
+        datasets = [CaptionDataset(data, NAME, split) for split in ("TRAIN", "VAL")]
+        return build.build_model(args, None, datasets, Distributed(torch.device("cpu")))[1].args
+
+    assert arguments("headed", 5)["heads"] == 5
+    assert "heads" not in arguments("soft", 2)
+    with pytest.raises(UserError, match="--heads is not for --attention soft"):
+        arguments("soft", 5)
 
 
 def test_the_number_of_loading_processes_changes_nothing(data, tmp_path):

@@ -195,7 +195,7 @@ def test_contradicting_options_of_a_run_are_one_line_errors(data, tmp_path, opti
         ("progress", {"step": 999}, "999 of 2 batches are done"),
         ("optimizer", {"param_groups": []}, "does not fit this run"),
         ("optimizer", {"state": {0: {"step": "x"}}}, "does not fit this run"),
-        ("optimizer", {"state": {}}, "have other sizes"),
+        ("optimizer", {"state": {}}, "averages of gradients are missing"),
         ("lr", "x", "has other settings"),
         ("betas", None, "has other settings"),
         ("options", {"dropout": math.nan}, "its option dropout is nan"),
