@@ -97,8 +97,7 @@ MISTAKES = {
             "--self_critical --attention hard --checkpoint x",
             "--attention is for training on true captions, which --self_critical does not use",
         ),
-        ("--cross_entropy_share 0.1", "--document_frequencies are for --self_critical"),
-        ("--document_frequencies x", "--document_frequencies are for --self_critical"),
+        ("--cross_entropy_share 0.1", "--cross_entropy_share is for --self_critical"),
         ("--cross_entropy_share 1", "--cross_entropy_share is 1.0, it must be at least 0 and"),
         (
             "--data_folder data --encoder resnet18 --encoder_weights none --encoder_stride 16",
