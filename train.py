@@ -302,14 +302,6 @@ def make_parser():
         default=0.0,
         help="--self_critical: the share of the cross-entropy of the true captions in the loss",
     )
-    add(
-        "--document_frequencies",
-        nargs="+",
-        metavar="FILE",
-        help="--self_critical: count the "
-        "document frequencies of CIDEr-D in these captions, files as for --pretrain_text, instead "
-        "of in the training captions",
-    )
 
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint", help="start a new phase from this model")
@@ -367,11 +359,8 @@ def add_defaults(given, source=None, options=None):
                 )
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
-    elif args.cross_entropy_share or args.document_frequencies:
-        parser.error(
-            "--cross_entropy_share and --document_frequencies are for --self_critical; "
-            "leave them out"
-        )
+    elif args.cross_entropy_share:
+        parser.error("--cross_entropy_share is for --self_critical; leave it out")
     return args
 
 

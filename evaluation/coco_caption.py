@@ -1,4 +1,4 @@
-"""The Java programs of pycocoevalcap: the PTB tokenizer, METEOR 1.5 and SPICE."""
+"""The Java programs of pycocoevalcap: the PTB tokenizer and METEOR 1.5."""
 
 import functools
 import re
@@ -9,7 +9,6 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import pycocoevalcap
 from tqdm import tqdm
 
@@ -33,8 +32,6 @@ PUNCTUATION = {
     "...",
     ";",
 }
-# METEOR 1.5's parameters for English; the weights are for exact, stem, synonym, paraphrase matches.
-MATCH_WEIGHTS, ALPHA, BETA, GAMMA, DELTA = np.array([1.0, 0.6, 0.8, 0.6]), 0.85, 0.2, 0.6, 0.75
 UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # Java's default is the locale's
 
 
@@ -86,17 +83,19 @@ def tokenize(captions):
     return [[word for word in line.split() if word not in PUNCTUATION] for line in found]
 
 
-def meteor_sums(references, hypotheses):
+def meteor(references, systems):
     """
-    The statistics that METEOR sums over images, for the best reference of each: float64 (N, 23).
-    references: per image a list of captions, hypotheses: per image one; lists of words
+    METEOR, 0..1: per system that of all N images, and a list of those of each image alone.
+    references: per image a list of captions; systems: each N captions; a caption is a list of words
 
     METEOR takes 2 GB of memory and some seconds to load its paraphrases. Raises JavaError.
     """
-    lines = []
-    for captions, hypothesis in zip(references, hypotheses):
-        texts = [" ".join(" ".join(words).split()) for words in (*(captions or [[]]), hypothesis)]
-        lines.append(" ||| ".join(["SCORE", *(text.replace("|||", "") for text in texts)]) + "\n")
+    n = len(references)
+    lines = [
+        _meteor_line("SCORE", [" ".join(words) for words in (*(captions or [[]]), hypothesis)])
+        for hypotheses in systems
+        for captions, hypothesis in zip(references, hypotheses)
+    ]
     with (
         _plain_path(_folder("meteor")) as folder,
         tempfile.TemporaryFile() as errors,
@@ -122,48 +121,34 @@ def meteor_sums(references, hypotheses):
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
         writer.start()  # concurrently, since the pipes' buffers cannot hold all lines
         try:
-            answers = [
-                process.stdout.readline().split()
+            matches = [  # per caption the statistics that METEOR sums over images
+                process.stdout.readline().decode()
                 for _ in tqdm(
                     lines, desc="METEOR", unit="caption", delay=2, leave=False, disable=None
                 )
             ]
+            writer.join()
+            scores = []
+            for i in range(len(systems)):
+                _write(process.stdin, [_meteor_line("EVAL", matches[i * n : (i + 1) * n])])
+                *each, total = [float(process.stdout.readline()) for _ in range(n + 1)]
+                scores.append((total, each))
+        except ValueError:  # no number: it has exited, or complains
+            scores = None
         finally:
             process.kill()
             writer.join()
-        if any(len(answer) != 23 for answer in answers):
+            with suppress(OSError):
+                process.stdin.close()
+        if scores is None:
             errors.seek(0)
             raise JavaError(f"METEOR failed ({_last_line(errors.read())}); it needs 2 GB of memory")
-    sums = np.array(answers, dtype=np.float64).reshape(-1, 23)
-    # METEOR counts 0 chunks for a caption that is matched completely in one chunk.
-    complete = (sums[:, [0, 1]] == sums[:, [21, 22]]).all(1) & (sums[:, 20] == 1)
-    sums[complete, 20] = 0
-    return sums
+    return scores
 
 
-def spice(references, hypotheses):
-    """
-    SPICE's F-score of each image, 0..1, by pycocoevalcap. Arguments as of `meteor_sums`.
-
-    Raises JavaError, also where the models of its parser are missing, which the package does not
-    bring.
-    """
-    from pycocoevalcap.spice.spice import Spice
-
-    if not (_folder("spice") / "lib" / "stanford-corenlp-3.6.0-models.jar").exists():
-        raise JavaError(
-            "its parser's models are missing; download them once with python -m "
-            "pycocoevalcap.spice.get_stanford_models"
-        )
-    texts = [
-        {i: [" ".join(words) for words in captions] for i, captions in enumerate(group)}
-        for group in (references, [[words] for words in hypotheses])
-    ]
-    try:
-        _, scores = Spice().compute_score(*texts)
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise JavaError(f"SPICE failed ({error}); it needs 8 GB of memory") from None
-    return np.nan_to_num([image["All"]["f"] for image in scores])
+def _meteor_line(command, texts):
+    texts = [" ".join(text.replace("|||", "").split()) for text in texts]
+    return (" ||| ".join([command, *texts]) + "\n").encode(errors="replace")
 
 
 @contextmanager
@@ -180,8 +165,9 @@ def _plain_path(folder):
 
 
 def _write(pipe, lines):
-    with suppress(OSError), pipe:  # Java has exited, which the reader notices
-        pipe.writelines(line.encode() for line in lines)
+    with suppress(OSError):  # Java has exited, which the reader notices
+        pipe.writelines(lines)
+        pipe.flush()
 
 
 def _last_line(text):
@@ -192,24 +178,3 @@ def _last_line(text):
         if not line.startswith("\tat ")
     ]
     return lines[-1] if lines else "no message"
-
-
-def meteor_from_sums(sums):
-    """
-    METEOR, 0..1, from summed `meteor_sums` (..., 23): lengths and function words of caption and
-    reference (4), for each kind of match the matched content and function words of both (4 x 4),
-    chunks, and matched words of both (2). Equals the score of the program itself for such a sum.
-    """
-    lengths, function = sums[..., 0:2], sums[..., 2:4]
-    matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
-    content_matched, function_matched = (
-        np.einsum("...sk,s->...k", matched[..., part], MATCH_WEIGHTS) for part in ([0, 1], [2, 3])
-    )
-    weighted = DELTA * content_matched + (1 - DELTA) * function_matched
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where nothing matches
-        precision, recall = np.moveaxis(
-            weighted / (DELTA * (lengths - function) + (1 - DELTA) * function), -1, 0
-        )
-        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
-        score = mean * (1 - GAMMA * (sums[..., 20] / sums[..., 21:23].mean(-1)) ** BETA)
-    return np.nan_to_num(score)

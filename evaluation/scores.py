@@ -20,34 +20,29 @@ from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")
-VALID_NAMES = (*NAMES, "SPICE")  # not one of "all", since it needs a download
 
 
 class Metric(NamedTuple):
-    """A metric that is computed from sums over images, so that resamples are cheap."""
+    """A metric as the table shows it. One that has sums over images has an interval, too."""
 
-    sums: np.ndarray  # (N, S), each image's summands; None for the vocabulary, which is no sum
-    value: Callable  # sums (..., S) -> values (...), as the table shows them
-
-    @property
-    def total(self):
-        return float(self.value(None if self.sums is None else self.sums.sum(0)))
+    total: float
+    by_image: np.ndarray | None = None  # (N,), each computed from one image; None: vocabulary
+    sums: np.ndarray | None = None  # (N, S), each image's summands; None: METEOR and vocabulary
+    value: Callable | None = None  # sums (..., S) -> values (...)
 
 
 def parse_names(names):
     """
-    The arguments of --metrics, in any case, -> names as in VALID_NAMES and in their order; "all"
+    The arguments of --metrics, in any case, -> names as in NAMES and in their order; "all"
     and "bleu" stand for several. UserError that lists the valid names for an unknown one.
     """
-    groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in VALID_NAMES}}
+    groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
     wanted = set()
     for name in names:
         if name.lower() not in groups:
-            raise UserError(
-                f"unknown metric {name}; valid ones: all, BLEU, {', '.join(VALID_NAMES)}"
-            )
+            raise UserError(f"unknown metric {name}; valid ones: all, BLEU, {', '.join(NAMES)}")
         wanted.update(groups[name.lower()])
-    return [name for name in VALID_NAMES if name in wanted]
+    return [name for name in NAMES if name in wanted]
 
 
 def tokenize(systems, references, tokens=None):
@@ -87,34 +82,28 @@ def measure(systems, references, names, novel=None):
     found, missing = _score_images(systems, references, names), {}
     if "METEOR" in names:
         try:
-            sums = coco_caption.meteor_sums(references * len(systems), sum(systems, []))
-            for system, part in zip(found, sums.reshape(len(systems), -1, sums.shape[1])):
-                system["METEOR"] = Metric(
-                    part, lambda sums: 100 * coco_caption.meteor_from_sums(sums)
-                )
+            for system, (total, each) in zip(found, coco_caption.meteor(references, systems)):
+                system["METEOR"] = Metric(100 * total, 100 * np.array(each))
         except coco_caption.JavaError as error:
             missing["METEOR"] = str(error)
-    if "SPICE" in names:
-        try:
-            for system, captions in zip(found, systems):
-                system["SPICE"] = _mean(coco_caption.spice(references, captions), 100)
-        except coco_caption.JavaError as error:
-            missing["SPICE"] = str(error)
     if "unseen" in names and novel is None:
         missing["unseen"] = "the training captions are not known"
     for i, (system, captions) in enumerate(zip(found, systems)):
-        distinct = len({word for words in captions for word in words})
-        system["vocabulary"] = Metric(None, lambda _, distinct=distinct: distinct)
+        system["vocabulary"] = Metric(len({word for words in captions for word in words}))
         system["length"] = _mean([len(words) for words in captions], 1)
         if novel is not None:
             system["unseen"] = _mean(novel[i], 100)
     return [{name: system[name] for name in names if name in system} for system in found], missing
 
 
+def _from_sums(sums, value):
+    return Metric(float(value(sums.sum(0))), value(sums), sums, value)
+
+
 def _mean(values, scale):
     """The Metric that is the mean over images of these values, times scale"""
     values = np.array(values, dtype=np.float64)
-    return Metric(
+    return _from_sums(
         np.stack([values, np.ones_like(values)], 1),
         lambda sums: scale * sums[..., 0] / sums[..., 1],
     )
@@ -154,7 +143,7 @@ def _score_images(systems, references, names):
         sums = np.array(row.pop("BLEU"), dtype=np.float64)
         metrics.append(
             {
-                name: Metric(sums, lambda sums, n=int(name[-1]): bleu_from_sums(sums, n))
+                name: _from_sums(sums, lambda sums, n=int(name[-1]): bleu_from_sums(sums, n))
                 for name in bleu
             }
             | {name: _mean(values, 100) for name, values in row.items() if values}
@@ -165,9 +154,9 @@ def _score_images(systems, references, names):
 def scores_by_image(metrics, num_images):
     """Per image {name: value}, each computed from this image alone; without the vocabulary"""
     columns = {
-        name: metric.value(metric.sums).round(4).tolist()
+        name: metric.by_image.round(4).tolist()
         for name, metric in metrics.items()
-        if metric.sums is not None
+        if metric.by_image is not None
     }
     return [{name: column[i] for name, column in columns.items()} for i in range(num_images)]
 
@@ -176,8 +165,9 @@ def resample(metrics, resamples, seed=0):
     """
     The metrics of `resamples` sets of N images, drawn from the N with replacement: {name:
     float64 (resamples,)}. The same seed draws the same images, so that two systems can be compared
-    in pairs. CIDEr's document frequencies stay those of all images. The vocabulary is left out:
-    a resample has 63 % of the images, so it would always be too small.
+    in pairs. CIDEr's document frequencies stay those of all images. METEOR is left out,
+    since its program scores a set of images, and so is the vocabulary: a resample has 63 % of the
+    images, so it would always be too small.
     """
     metrics = {name: metric for name, metric in metrics.items() if metric.sums is not None}
     if not metrics:

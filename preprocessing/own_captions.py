@@ -308,24 +308,19 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1, default_s
     return {"source": path, "images": list(images.values())}
 
 
-def read_documents(paths):
+def read_sentences(paths):
     """
     Captions without images, from text files, which may be compressed (.gz): a caption a line, or
-    IMAGE TAB CAPTION, where the captions of an image form one document.
+    IMAGE TAB CAPTION.
 
-    Returns the documents, lists of captions, which are lists of words. Raises UserError for a file
-    that cannot be read, and if there is no caption in any.
+    Returns lists of words. Raises UserError for a file that cannot be read, and if there is no
+    caption in any.
     """
-    documents = {}
-    for path in paths:
-        for i, line in enumerate(_read_lines(path)):
-            image, tab, caption = line.partition("\t")
-            words = split_words(caption if tab else line)
-            if words:
-                documents.setdefault((path, image if tab else i), []).append(words)
-    if not documents:
+    lines = [line for path in paths for line in _read_lines(path)]
+    captions = [split_words(line.split("\t", 1)[-1]) for line in lines]
+    if not any(captions):
         raise UserError(f"{', '.join(paths)}: no captions")
-    return list(documents.values())
+    return [words for words in captions if words]
 
 
 def _read_lines(path):

@@ -25,7 +25,6 @@ SCRIPTS = (
     "eval",
     "caption",
     "checkpoints",
-    "visualize",
     "benchmark",
 )
 
@@ -53,10 +52,6 @@ def here(data, tmp_path, monkeypatch):
         Image.fromarray(np.full((40, 60, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "data").symlink_to(data)
-    (tmp_path / "no_rows.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('3\n[1]\n{"epoch": true, "lr": 1}\n{"epoch": 2}\nnull\n')
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x80")
-    (tmp_path / "good.jsonl").write_text('{"epoch": 1, "bleu4": 2.0}\n')
     (tmp_path / "captions.csv").write_text("image,caption\n0.png,a dog\n")
     write_json(tmp_path / "list.json", [])
     monkeypatch.chdir(tmp_path)
@@ -97,8 +92,7 @@ MISTAKES = {
             "--self_critical --attention hard --checkpoint x",
             "--attention is for training on true captions, which --self_critical does not use",
         ),
-        ("--cross_entropy_share 0.1", "--document_frequencies are for --self_critical"),
-        ("--document_frequencies x", "--document_frequencies are for --self_critical"),
+        ("--cross_entropy_share 0.1", "--cross_entropy_share is for --self_critical"),
         ("--cross_entropy_share 1", "--cross_entropy_share is 1.0, it must be at least 0 and"),
         (
             "--data_folder data --encoder resnet18 --encoder_weights none --encoder_stride 16",
@@ -149,17 +143,6 @@ MISTAKES = {
         ("gone.pth.tar 0.png", "0.png exists already; pass another name for the new file"),
         ("0.png new", "0.png is damaged or not a checkpoint"),
     ],
-    "visualize": [
-        ("curves", "the following arguments are required: log_NAME.jsonl; --help lists the"),
-        ("curves missing.jsonl", "missing.jsonl not found"),
-        ("curves no_rows.jsonl", "no_rows.jsonl has no row of a training log"),
-        ("curves other.jsonl", "other.jsonl has no row of a training log"),
-        ("curves binary.jsonl", "binary.jsonl is not UTF-8 text"),
-        ("curves .", ". cannot be read: Is a directory"),
-        ("curves good.jsonl -o c.abc", "c.abc cannot be written: Format 'abc' is not supported"),
-        ("curves good.jsonl -o none/c.png", "none/c.png cannot be written"),
-        ("curves good.jsonl no_rows.jsonl", "no_rows.jsonl has no row of a training log"),
-    ],
     "benchmark": [
         ("--repeats 0", "--repeats is 0, it must be at least 1"),
         ("--stages dinner", "invalid choice: 'dinner'"),
@@ -205,7 +188,6 @@ def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_p
         ("eval", {"--batch_size": "64", "--beam_sizes": "[1, 3, 5]"}),
         ("caption", {"-b": "5", "--max_len": "50"}),
         ("checkpoints", {}),
-        ("visualize", {}),
         ("benchmark", {"--repeats": "5"}),
     ],
 )

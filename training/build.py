@@ -11,7 +11,7 @@ from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.devices import autocast
 from models import DECODERS, Encoder
 from preprocessing.feature_cache import cache_features, load_features
-from preprocessing.own_captions import read_documents
+from preprocessing.own_captions import read_sentences
 from training.embeddings import load_embeddings
 from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
@@ -114,12 +114,7 @@ def _new_model(args, word_map):
 
 
 def _pretrain_on_text(decoder, word_map, args, processes):
-    captions = [
-        words
-        for document in read_documents(args.pretrain_text)
-        for words in document
-        if len(words) <= LONGEST
-    ]
+    captions = [words for words in read_sentences(args.pretrain_text) if len(words) <= LONGEST]
     if not captions:
         raise UserError(
             f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
@@ -272,13 +267,8 @@ def build_loader(data, sampler, workers, device):
 def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
-        documents = args.document_frequencies and read_documents(args.document_frequencies)
         return SelfCritical(
-            data,
-            args.alpha_c,
-            args.samples,
-            documents=documents,
-            cross_entropy_share=args.cross_entropy_share,
+            data, args.alpha_c, args.samples, cross_entropy_share=args.cross_entropy_share
         )
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)

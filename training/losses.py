@@ -197,7 +197,6 @@ class SelfCritical(Criterion):
     data: the training images' CaptionDataset; samples: captions per image, at least 2
     cross_entropy_share: w in (1 - w) self-critical loss + w cross-entropy of the true captions,
     which keeps words in use that the reward alone would forget
-    documents: as in `Reward`
     """
 
     dropout = False
@@ -209,9 +208,8 @@ class SelfCritical(Criterion):
         samples: int = 5,
         max_len: int = 50,
         cross_entropy_share: float = 0.0,
-        documents: list[list[list[str]]] | None = None,
     ):
-        self.word_map, self.reward = data.word_map, Reward(data, documents)
+        self.word_map, self.reward = data.word_map, Reward(data)
         self.alpha_c, self.cross_entropy_share = alpha_c, cross_entropy_share
         self.sampling = Search(n_best=samples, max_len=max_len, sample=True)
 
@@ -257,24 +255,19 @@ def self_critical_loss(
 
 class Reward:
     """
-    CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image.
-    <end> counts as a word, also in the document frequencies: otherwise incomplete captions are
-    rewarded (arXiv 2305.12254).
-
-    documents: lists of captions, lists of words, for the document frequencies; if not given, the
-    training images' captions. An n-gram counts once for a document, however often it occurs there.
+    CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image, with
+    the document frequencies of the training captions. <end> counts as a word, there too: otherwise
+    incomplete captions are rewarded (arXiv 2305.12254).
     """
 
     END = "<end>"
 
-    def __init__(self, data: CaptionDataset, documents: list[list[list[str]]] | None = None):
+    def __init__(self, data: CaptionDataset):
         self.words = {i: word for word, i in data.word_map.items()}
         self.references = [
             [[*words, self.END] for words in entry["references"]] for entry in data.entries
         ]
-        if documents:
-            documents = [[[*words, self.END] for words in captions] for captions in documents]
-        self.cider = CiderD(documents or self.references)
+        self.cider = CiderD(self.references)
 
     def __call__(self, images: np.ndarray, captions: Tensor, lengths: Tensor) -> Tensor:
         """

@@ -3,6 +3,7 @@
 """
 
 import json
+import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -121,6 +122,7 @@ class Run:
                 self._log.write(stats)
             self.save()  # last: until then, a resumed run repeats all of the above
         if self._log:
+            self._log.draw_curves()
             self._log.write_pictures(self.state)
 
     def print_summary(self):
@@ -151,14 +153,15 @@ def _format_scores(stats):
 
 class Log:
     """
-    log_NAME.jsonl, and TensorBoard's files with --tensorboard: the same figures, and some captioned
-    validation photographs. Unless the run continues what is in the folder, creating its Log removes
-    the log and the checkpoints of an earlier run.
+    log_NAME.jsonl, its curves in log_NAME.png, and TensorBoard's files with --tensorboard: the same
+    figures, and some captioned validation photographs. Unless the run continues what is in the
+    folder, creating its Log removes the log, curves and checkpoints of an earlier run.
     """
 
     def __init__(self, args, progress, word_map):
         folder = Path(args.checkpoint_folder)
         self.path, self._writer = folder / f"log_{args.data_name}.jsonl", None
+        self._curves = self.path.with_suffix(".png")
         if args.tensorboard:  # before anything of an earlier run is removed
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -183,7 +186,7 @@ class Log:
         with atomic_write(self.path) as temporary:
             Path(temporary).write_text("".join(row + "\n" for row in rows))
         if not continues(args):
-            for path in (last_path(args), best_path(args)):
+            for path in (last_path(args), best_path(args), self._curves):
                 path.unlink(missing_ok=True)
         self._previous_rows = progress.previous_rows
         if args.tensorboard:
@@ -200,6 +203,16 @@ class Log:
             for key, value in row.items():
                 self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
             self._writer.flush()
+
+    def draw_curves(self):
+        """Draw log_NAME.png; if that fails, the run goes on."""
+        try:
+            from visualization.curves import write_curves  # only here: matplotlib is slow
+
+            write_curves(self.path, self._curves)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            print(f"{self._curves} was not drawn: {reason}", file=sys.stderr)
 
     def write_pictures(self, state):
         """state: the TrainingState after an epoch"""

@@ -7,6 +7,7 @@ import pytest
 from factories import NAME
 
 import eval as eval_script
+from evaluation import coco_caption
 from evaluation.captions import ImageCaption, read_training_captions
 from evaluation.metrics import bleu
 from evaluation.scores import NAMES
@@ -50,6 +51,25 @@ def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
     assert np.mean([s["CIDEr-D"] for s in scores]) == pytest.approx(
         float(cells["CIDEr-D"]), abs=0.01
     )
+
+
+def test_meteor_has_no_interval(stub_options, tmp_path, capsys, no_java, monkeypatch):
+    def meteor(references, systems):
+        return [(0.25, [0.5] * len(references)) for _ in systems]
+
+    monkeypatch.setattr(coco_caption, "meteor", meteor)
+    metrics = ["--metrics", "METEOR", "length", "--bootstrap", "5"]
+    files = {name: str(tmp_path / name) for name in ("r.json", "t.md", "r.html")}
+    outputs = ["--results", files["r.json"], "--table", files["t.md"], "--report", files["r.html"]]
+    eval_script.main([*stub_options, *metrics, *outputs])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in rows[:3]] == ["25.00", "–", "–"]
+    assert json.loads((tmp_path / "r.json").read_text())[0]["scores"]["METEOR"] == 50
+    assert "| 1 | 25.00 | 5.50 (" in (tmp_path / "t.md").read_text()
+    assert '<td>25.00<br><span class="sat-quiet"></span></td>' in (tmp_path / "r.html").read_text()
+    eval_script.main(["--compare", files["r.json"], files["r.json"], *metrics])
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.split() == ["METEOR", "25.00", "25.00", "0.00", "–", "–", "–"]
 
 
 def test_unseen_counts_captions_that_no_training_image_has(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from create_input_files import find_captions, get_args, main
-from preprocessing.own_captions import read_captions, read_documents, split_words
+from preprocessing.own_captions import read_captions, read_sentences, split_words
 from utils import UserError, read_json, write_json
 
 CAPTIONS = [
@@ -169,15 +169,16 @@ def test_fractions_that_leave_no_training_images_are_refused(script):
         script("--captions", "mine.csv", "--val_fraction", "0.5", "--test_fraction", "0.5")
 
 
-def test_documents_are_the_captions_of_an_image_in_a_file(tmp_path):
+def test_sentences_are_the_captions_of_text_files(tmp_path):
     (tmp_path / "a.txt").write_text("1\tA dog.\n2\tTwo cats\n1\tthe Dog\n\na line\twith a tab\n")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"1\tein Hund\nA line, alone\n"))
-    assert read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")]) == [
-        [["a", "dog"], ["the", "dog"]],
-        [["two", "cats"]],
-        [["with", "a", "tab"]],
-        [["ein", "hund"]],
-        [["a", "line", "alone"]],
+    assert read_sentences([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")]) == [
+        ["a", "dog"],
+        ["two", "cats"],
+        ["the", "dog"],
+        ["with", "a", "tab"],
+        ["ein", "hund"],
+        ["a", "line", "alone"],
     ]
 
 
@@ -197,7 +198,7 @@ def test_text_that_cannot_be_read_is_a_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    refused(path, message, load=lambda path: read_documents([str(path)]))
+    refused(path, message, load=lambda path: read_sentences([str(path)]))
 
 
 @given(st.text(st.characters(max_codepoint=127)))

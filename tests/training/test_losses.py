@@ -372,18 +372,3 @@ def test_reward_is_cider_d_on_words_end_included():
         _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
     assert ours[:, 1].mean() > ours[:, 0].mean() + 1
-
-
-def test_document_frequencies_can_be_those_of_another_text():
-    """By hand: in 4 documents, "dog" is in 2, "<end>" in all, and the others in none or one."""
-    word_map = {"<pad>": 0, "dog": 1, "cat": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
-    data = Namespace(word_map=word_map, entries=[{"references": [["dog", "cat"]]}])
-    documents = [[["dog"], ["dog", "dog"]], [["dog"]], [["bird"]], [["fish"]]]
-    captions, lengths = torch.tensor([[[4, 1, 5]]]), torch.tensor([[3]])
-    reward = Reward(data, documents)([0], captions, lengths)
-    dog, cat, pair = math.log(4 / 2), math.log(4), math.log(4)  # the idf of each
-    unigrams = dog * dog / (dog * math.hypot(dog, cat))  # <end> is in all, so it weighs nothing
-    # Bigrams "dog <end>" (in 2 documents) against "dog cat", "cat <end>": nothing in common.
-    assert pair > 0 and reward.item() == pytest.approx(
-        10 / 4 * unigrams * math.exp(-1 / (2 * 36)), rel=1e-5
-    )

@@ -95,6 +95,16 @@ def test_options_of_every_type_are_resumed(data, tmp_path):
     assert load_checkpoint(tmp_path)["options"]["save_minutes"] == 0.5
 
 
+def test_a_run_saved_with_an_option_that_is_gone_is_resumed(data, tmp_path):
+    train.main(train_args(data, tmp_path, "--epochs", "1"))
+    path = tmp_path / f"checkpoint_{NAME}.pth.tar"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["options"]["document_frequencies"] = ["text.txt.gz"]
+    torch.save(checkpoint, path)
+    train.main(["--checkpoint_folder", str(tmp_path), "--resume", "--epochs", "2"])
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
+
+
 def test_a_truncated_row_of_the_log_is_written_again(data, tmp_path):
     train.main(train_args(data, tmp_path, "--epochs", "2"))
     log = tmp_path / f"log_{NAME}.jsonl"

@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 import train
 from datasets import CaptionDataset
 from modeling.devices import Distributed
-from training.run import lock_run
+from training.run import Run, lock_run
 from utils import UserError
 
 
@@ -34,6 +34,30 @@ def test_a_run_is_replaced_only_with_overwrite(data, tmp_path):
         train.main(train_args(data, tmp_path, "--epochs", "1"))
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     train.main(train_args(data, tmp_path, "--epochs", "2", "--overwrite", "--seed", "1"))
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
+
+
+def test_curves_are_drawn_after_each_epoch(data, tmp_path, monkeypatch):
+    curves, contents, end_epoch = tmp_path / f"log_{NAME}.png", [], Run.end_epoch
+
+    def record(run, stats):
+        contents.append(curves.exists() and curves.read_bytes())
+        end_epoch(run, stats)
+        contents.append(curves.read_bytes())
+
+    monkeypatch.setattr(Run, "end_epoch", record)
+    train.main(train_args(data, tmp_path, "--epochs", "2"))
+    assert contents[0] is False and contents[1] == contents[2] != contents[3]
+    train.main(train_args(data, tmp_path, "--epochs", "1", "--overwrite"))
+    assert contents[4] is False  # not those of the run before
+
+
+def test_curves_that_cannot_be_drawn_are_a_line_and_the_run_goes_on(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "visualization.curves", None)
+    train.main(train_args(data, tmp_path, "--epochs", "2"))
+    assert capsys.readouterr().err.count(f"log_{NAME}.png was not drawn: ") == 2
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
 
 
