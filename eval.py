@@ -25,6 +25,7 @@ from utils import (
     UserError,
     add_device_options,
     add_search_options,
+    count,
     non_negative_int,
     positive_int,
     run_script,
@@ -170,7 +171,7 @@ def evaluate(args, processes):
     if not processes.is_main:
         return
     training = read_training_captions(args.data_folder, name) if "unseen" in args.names else None
-    title = f"{path} on {len(data)} {args.split} images of {name}"
+    title = f"{path} on {count(len(data), f'{args.split} image')} of {name}"
     if args.sample:
         title += f", sampled at temperature {args.temperature:g}, top_p {args.top_p:g}"
     evaluation = evaluate_captions(title, captions, data, training, args)
