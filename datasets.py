@@ -401,8 +401,10 @@ def load_batches(loader):
         yield from batches
     except UserError as error:  # torch puts the process and its traceback before the message
         raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        # The last three: it was killed while it handed over a batch that it had made.
+        handing_over = loader.num_workers and not isinstance(error, RuntimeError)
+        if "DataLoader worker" not in str(error) and not handing_over:
             raise
         raise WorkerDied(
             "a process that loads batches was killed, perhaps for want of memory; "

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader
 from datasets import (
     CaptionDataset,
     ResumableBatchSampler,
+    WorkerDied,
     add_data_options,
     find_data_name,
+    load_batches,
     read_word_ids,
 )
 from utils import Parser, UserError
@@ -401,3 +403,38 @@ def test_invalid_list_of_word_ids_is_a_user_error(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match="captions.json"):
         read_word_ids(path, 8)
+
+
+class Loader(list):
+    """Yields its items as a DataLoader would; an exception is raised."""
+
+    num_workers = 1
+
+    def __iter__(self):
+        for item in super().__iter__():
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionRefusedError(111, "Connection refused"),
+        EOFError(),
+        FileNotFoundError(2, "No such file"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_loading_process_killed_while_it_makes_or_hands_over_a_batch_is_named(error):
+    batches = load_batches(Loader([1, error]))
+    assert next(batches) == 1
+    with pytest.raises(WorkerDied, match="a process that loads batches was killed"):
+        next(batches)
+
+
+def test_other_errors_of_loading_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="size"):
+        list(load_batches(Loader([RuntimeError("wrong size")])))
