@@ -55,7 +55,11 @@ class Search:
             ("beam_size", self.beam_size >= 1, "at least 1"),
             ("max_len", self.max_len >= 1, "at least 1"),
             ("n_best", 1 <= self.n_best <= most, "1 to beam_size, or with sample at least 1"),
-            ("length_penalty", 0 <= self.length_penalty <= MAX_LENGTH_PENALTY, "0 to 10"),
+            (
+                "length_penalty",
+                0 <= self.length_penalty <= MAX_LENGTH_PENALTY,
+                f"0 to {MAX_LENGTH_PENALTY}",
+            ),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0"),
             ("temperature", self.temperature > 0, "above 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
