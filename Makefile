@@ -1,9 +1,10 @@
 # make demo   draw a small data set, train on it, evaluate, caption: everything in demo_run/
 # make test   lint and tests
-# make test-slow   kill runs at random moments, and read thousands of broken files
+# make test-slow   the tests that start browsers, servers and videos, and that kill runs
 
 PYTHON ?= python3
 DEMO_EPOCHS ?= 8
+PYTEST := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 PRETRAINED := pretrained/everyday_efficientnet_lite2.pth.tar
 
 help:
@@ -33,10 +34,9 @@ test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 test-slow: .venv/test
-	.venv/bin/python -m pytest -q -s -m slow
-	FUZZ=400 .venv/bin/python -m pytest -q tests/test_fuzz.py
+	$(PYTEST) -m slow
 
 .PHONY: help demo test test-slow
