@@ -20,7 +20,7 @@ help:
 	touch $@
 
 demo: .venv/demo
-	.venv/bin/python create_input_files.py --output_folder demo_run
+	.venv/bin/python create_input_files.py --output_folder demo_run --overwrite
 	.venv/bin/python train.py --data_folder demo_run --checkpoint_folder demo_run \
 	    --encoder tf_efficientnet_lite2 --encoder_weights $(PRETRAINED) --encoder_stride 16 \
 	    --decoder_dim 256 --attention_dim 128 --emb_dim 64 --decoder_lr 2e-3 \
