@@ -86,9 +86,11 @@ def _decoder_arguments(args):
     taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
     arguments = {}
     for option, (model, argument, default) in MODEL_OPTIONS.items():
+        if model == "encoder_args":
+            continue
         if argument in taken:
             arguments[argument] = getattr(args, option)
-        elif model == "decoder_args" and getattr(args, option) not in (None, default):
+        elif getattr(args, option) not in (None, default):
             raise UserError(f"--{option} is not for --attention {args.attention}; leave it out")
     return arguments
 

@@ -115,7 +115,7 @@ class Run:
     def print_summary(self):
         progress = self.state.progress
         metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[monitored_metric(self.args)]
-        best = progress.epoch - progress.epochs_since_improvement
+        best = progress.epoch - progress.stale
         source = f"epoch {best}" if best else "the model that the phase started from"
         best = f"best validation {metric} {progress.best:.2f}, from {source}"
         where = best_path(self.args)
@@ -161,15 +161,15 @@ class Log:
             rows = self.path.read_text(errors="replace").splitlines()
         # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         if args.resume:
-            del rows[progress.previous_rows + progress.epoch :]
+            del rows[progress.rows + progress.epoch :]
         else:
-            progress.previous_rows = len(rows)
+            progress.rows = len(rows)
         with atomic_write(self.path) as temporary:
             Path(temporary).write_text("".join(row + "\n" for row in rows))
         if not continues(args):
             for path in (last_path(args), best_path(args), self._curves):
                 path.unlink(missing_ok=True)
-        self._previous_rows = progress.previous_rows
+        self._previous_rows = progress.rows
         if args.tensorboard:
             first_step = self._previous_rows + progress.epoch + 1
             events = folder / f"tensorboard_{args.data_name}"

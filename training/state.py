@@ -11,21 +11,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# Checkpoints keep older names of these fields of Progress.
-CHECKPOINT_KEYS = {"epochs_since_improvement": "stale", "previous_rows": "rows"}
 NO_SUMS = (0.0, 0, 0, 0, 0.0)
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come: a checkpoint's `progress`."""
 
     epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
     best: float | None = None  # the best score so far, of the `monitored_metric`
     best_loss: float | None = None  # its validation loss, which decides between equal scores
-    epochs_since_improvement: int = 0
-    previous_rows: int = 0  # rows in the log from earlier phases
+    stale: int = 0  # epochs since the best one
+    rows: int = 0  # in the log, from earlier phases
     baseline: float = 0.0  # of hard attention
     step: int = 0  # batches done in the current epoch
     sums: list = field(default_factory=lambda: list(NO_SUMS))  # theirs, of EpochTotals
@@ -36,19 +34,13 @@ class Progress:
         As --stop_after and the tutorial count them: from a best score of 0, so that a first epoch
         with a score of 0 is no improvement, though it is the best so far.
         """
-        first_is_best = self.epochs_since_improvement == self.epoch - 1
-        return self.epochs_since_improvement + (first_is_best and self.best == 0)
-
-    def to_dict(self):
-        """The content of a checkpoint's `progress`."""
-        return {CHECKPOINT_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        return self.stale + (self.stale == self.epoch - 1 and self.best == 0)
 
     @classmethod
     def from_dict(cls, content):
-        """The inverse of `to_dict`, for older checkpoints too."""
-        names = {CHECKPOINT_KEYS.get(name, name): name for name in cls.__dataclass_fields__}
-        names["best_bleu4"] = "best"  # its name when BLEU-4 alone could decide
-        return cls(**{names[key]: value for key, value in content.items() if key in names})
+        """The inverse of `dataclasses.asdict`, for older checkpoints too."""
+        content = {"best": content.get("best_bleu4"), **content}  # when BLEU-4 alone could decide
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
 
 def monitored_metric(args):
@@ -137,7 +129,7 @@ class TrainingState:
         improved = progress.best is None or (score, -loss) > (progress.best, -best_loss)
         if improved:
             self.set_score_to_beat(stats)
-        progress.epochs_since_improvement = 0 if improved else progress.epochs_since_improvement + 1
+        progress.stale = 0 if improved else progress.stale + 1
         progress.epoch, progress.bleu4 = stats["epoch"], stats["bleu4"]
         progress.step, progress.sums = 0, list(NO_SUMS)
         self._decay_if_due()
@@ -145,7 +137,7 @@ class TrainingState:
 
     def _decay_if_due(self):
         """After each --decay_after epochs in a row without improvement."""
-        args, stale = self.args, self.progress.epochs_since_improvement
+        args, stale = self.args, self.progress.stale
         if not args.cosine and args.lr_decay < 1 and stale and stale % args.decay_after == 0:
             for group in self.optimizer.param_groups:
                 group["lr"] *= args.lr_decay
@@ -173,7 +165,7 @@ class TrainingState:
             "trained": trained if self.args.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": self.progress.to_dict(),
+            "progress": asdict(self.progress),
             "bleu4": self.progress.bleu4,
         }
 
