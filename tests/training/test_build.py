@@ -84,6 +84,11 @@ def test_loading_processes_change_nothing_and_cached_features_only_float16(data,
         assert a[key] == pytest.approx(b[key], rel=1e-3)
 
 
+def test_augmented_images_are_not_cached_features(data, tmp_path):
+    with pytest.raises(UserError, match="--augment needs images, not cached features"):
+        train.main(train_args(data, tmp_path, "--augment"))
+
+
 def test_single_captions_train_too(data, tmp_path, finished):
     train.main(train_args(data, tmp_path, "--epochs 1 --single_captions --batch_size 30"))
     one, other = log_rows(tmp_path)[0], log_rows(finished)[0]

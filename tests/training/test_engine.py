@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import NAME, load_checkpoint, log_rows, resume_args, same, train_args
+from factories import NAME, load_checkpoint, log_rows, resume_args, train_args
 
 import eval as eval_script
 import train
@@ -32,8 +32,8 @@ def test_training_overfits_eight_images_to_bleu_100(tmp_path):
     path.write_text(json.dumps(karpathy))
     options = {"min_word_freq": 0, "output_folder": tmp_path, "workers": 1, "image_size": 64}
     create_input_files("demo", path, tmp_path / "demo", **options)
-    options = "--epochs 120 --stop_after 120 --batch_size 20 --decoder_dim 96 --dropout 0.1"
-    train.main(train_args(tmp_path, tmp_path, options, "--val_beam_size 3"))
+    options = "--epochs 50 --stop_after 50 --batch_size 20 --decoder_dim 96 --dropout 0.1"
+    train.main(train_args(tmp_path, tmp_path, options, "--val_beam_size 3 --decoder_lr 1e-2"))
     best = load_checkpoint(tmp_path, "BEST_")["bleu4"]
     assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(tmp_path))
 
@@ -72,37 +72,31 @@ def test_augmented_images_are_crops_mirrored_only_where_no_caption_names_a_side(
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_trains_like_float32_and_resumes_exactly(data, tmp_path, finished, amp):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = f"--amp {amp} --batch_size 30"
-    train.main(train_args(data, whole, options, "--epochs 2"))
-    train.main(train_args(data, parts, options, "--epochs 1"))
-    train.main(resume_args(parts, "--epochs 2"))
-    a, b = load_checkpoint(whole), load_checkpoint(parts)
-    for key in ("decoder", "optimizer", "scaler"):
-        assert same(a[key], b[key]), key
-    assert bool(a["scaler"]) == (amp == "fp16")
-    assert {p.dtype for p in a["decoder"].values()} == {torch.float32}
-    for row, expected in zip(log_rows(whole), log_rows(finished)):
-        assert row["train_loss"] != expected["train_loss"]
-        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+def test_half_precision_trains_like_float32(data, tmp_path, finished, amp):
+    train.main(train_args(data, tmp_path, f"--amp {amp} --batch_size 30 --epochs 1"))
+    checkpoint = load_checkpoint(tmp_path)
+    assert bool(checkpoint["scaler"]) == (amp == "fp16")
+    assert {p.dtype for p in checkpoint["decoder"].values()} == {torch.float32}
+    loss, expected = (log_rows(folder)[0]["train_loss"] for folder in (tmp_path, finished))
+    assert loss != expected and loss == pytest.approx(expected, rel=0.02)
 
 
 def evaluate(data, folder, capsys, *options):
-    """The numbers of eval.py's first row on the validation images"""
+    """eval.py's first row on the validation images: the scores"""
     capsys.readouterr()
     common = f"--checkpoint_folder {folder} --data_folder {data} --split val --workers 0"
     eval_script.main(" ".join([common, "--device cpu --beam_sizes 1", *options]).split())
-    return [float(text) for text in capsys.readouterr().out.splitlines()[2].split()[1:5]]
+    return capsys.readouterr().out.splitlines()[2].split()[1:]
 
 
 def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path, "--epochs 8 --no-cache_features --ema 0.5"))
+    train.main(train_args(data, tmp_path, "--epochs 5 --no-cache_features --ema 0.5"))
     best = load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"]
     [row] = [row for row in log_rows(tmp_path) if row["epoch"] == best]
     expected = [row[f"bleu{n}"] for n in (1, 2, 3, 4)]
     assert expected[0] > 0  # BLEU-4 may be 0 after so few epochs
-    assert evaluate(data, tmp_path, capsys) == pytest.approx(expected, abs=0.006)
+    found = evaluate(data, tmp_path, capsys)[:4]
+    assert [float(score) for score in found] == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize("broken", ["loss", "weight"])
@@ -138,10 +132,10 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
 
 
 def test_self_critical_training_saves_the_best_cider_d_which_eval_confirms(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path / "1", "--epochs 8"))
+    train.main(train_args(data, tmp_path / "1", "--epochs 6 --decoder_lr 1e-2"))
     capsys.readouterr()
     best = tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"
-    options = f"--checkpoint {best} --self_critical --epochs 4 --samples 3 --decoder_lr 2e-3"
+    options = f"--checkpoint {best} --self_critical --epochs 3 --samples 3 --decoder_lr 2e-3"
     train.main(train_args(data, tmp_path / "2", options, "--batch_size 30"))
     printed, stats = capsys.readouterr().out, log_rows(tmp_path / "2")
     start = float(re.search(r"^start .*CIDEr-D (\S+)$", printed, re.M)[1])
@@ -150,10 +144,10 @@ def test_self_critical_training_saves_the_best_cider_d_which_eval_confirms(data,
         assert f"epoch {row['epoch']:3d}   reward {row['train_reward']:.3f} in " in printed
     # Which is the best depends on the machine; the model may be that of the start.
     best = max([start, *(round(row["cider_d"], 2) for row in stats)])
-    assert f"done after epoch 4: best validation CIDEr-D {best:.2f}, from " in printed
+    assert f"done after epoch 3: best validation CIDEr-D {best:.2f}, from " in printed
     assert load_checkpoint(tmp_path / "2")["progress"]["best"] == pytest.approx(best, abs=0.006)
     found = evaluate(data, tmp_path / "2", capsys, "--metrics CIDEr-D --tokens data")[0]
-    assert found == pytest.approx(best, abs=0.006)
+    assert float(found) == pytest.approx(best, abs=0.006) and best > 0
 
 
 def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from factories import load_checkpoint, log_rows, make_decoder, same, train_args
 
 import train
 from modeling.devices import Distributed
-from training import engine
 from training.losses import HardAttention
 from training.run import Run
 from training.state import Progress, TrainingState, half_cosine
@@ -37,25 +36,17 @@ def after_epochs(state, scores, losses=(2.0,) * 99):
     return found
 
 
-def test_the_cosine_schedule_ignores_the_plateau_rule(data, tmp_path, monkeypatch):
-    seen, optimizers = [], []
-    clip, adam = engine.clip_grad_value_, torch.optim.Adam
-
-    def keep_rate(*args):
-        clip(*args)
-        seen.append(optimizers[-1].param_groups[0]["lr"])
-
-    def keep_optimizer(*args, **options):
-        optimizers.append(adam(*args, **options))
-        return optimizers[-1]
-
-    monkeypatch.setattr(torch.optim, "Adam", keep_optimizer)
-    monkeypatch.setattr(engine, "clip_grad_value_", keep_rate)
-    options = "--epochs 3 --batch_size 40 --cosine --decay_after 1 --decoder_lr 1e-9"
-    train.main(train_args(data, tmp_path, options))
-    expected = [1e-9 * (0.5 + 0.5 * math.cos(math.pi * i / 9)) for i in range(9)]  # 3 an epoch
-    assert seen == pytest.approx(expected)
-    assert [row["lr"] for row in log_rows(tmp_path)] == pytest.approx(seen[2::3])
+def test_the_cosine_schedule_ignores_the_plateau_rule():
+    options = "--epochs 3 --cosine --decay_after 1 --decoder_lr 0.5 --encoder_lr 2"
+    state, rates, logged = make_state(f"{options} --fine_tune_encoder"), [], []
+    for i in range(12):  # four steps an epoch
+        rates.append([group["lr"] for group in state.optimizer.param_groups])
+        state.after_step()
+        if i % 4 == 3:
+            logged += [rate for _, rate in after_epochs(state, [1.0])]
+    cosine = np.array([0.5 + 0.5 * math.cos(math.pi * i / 12) for i in range(12)])
+    np.testing.assert_allclose(rates, cosine[:, None] * [0.5, 2])
+    np.testing.assert_allclose(logged, 0.5 * cosine[3::4])  # of the epoch's last step
 
 
 def test_learning_rate_decays_and_training_stops_without_improvement(data, tmp_path):
@@ -66,31 +57,6 @@ def test_learning_rate_decays_and_training_stops_without_improvement(data, tmp_p
     assert rates == pytest.approx([1e-12, 1e-12, 1e-12, 5e-13, 5e-13, 2.5e-13], rel=1e-6)
     assert load_checkpoint(tmp_path)["progress"]["stale"] == 5  # and the first, whose BLEU-4 is 0
     assert load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"] == 1
-
-
-def test_the_average_of_the_weights_is_what_is_saved(data, tmp_path, finished, monkeypatch):
-    means, steps, step = [], [], torch.optim.Adam.step
-
-    def average_by_hand(optimizer, *args, **kwargs):
-        weights = optimizer.param_groups[0]["params"]
-        means[:] = means or [p.detach().clone() for p in weights]
-        result = step(optimizer, *args, **kwargs)
-        keep = min(0.8, (1 + len(steps)) / (10 + len(steps)))  # 0.1, 0.18, ...
-        steps.append(keep)
-        for i, p in enumerate(weights):
-            means[i] = keep * means[i] + (1 - keep) * p.detach()
-        return result
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.optim.Adam, "step", average_by_hand)
-        train.main(train_args(data, tmp_path, "--epochs 3 --batch_size 30 --ema 0.8"))
-    last = load_checkpoint(tmp_path)
-    for ours, theirs in zip(last["decoder"].values(), means):  # no buffers: the same order
-        torch.testing.assert_close(ours, theirs)
-    assert len(steps) == 12 and not same(last["decoder"], last["trained"]["decoder"])
-    assert same(last["encoder"], last["trained"]["encoder"])
-    without = load_checkpoint(finished)
-    assert same(without["decoder"], last["trained"]["decoder"]) and without["trained"] is None
 
 
 @pytest.mark.parametrize(
