@@ -273,7 +273,13 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
             found = caption_log_probs(output, lengths[part]).flatten().tolist()
             assert found == pytest.approx(log_p[-len(sizes) :], rel=1e-5)
             torch.manual_seed(step)
-            criterion(decoder, Batch(features[part], captions[part], lengths[part], None, 1, 1))
+            batch = Batch(features[part], captions[part], lengths[part], None, 1, 1)
+            loss, total, _ = criterion(decoder, batch)
+            assert float(total) == pytest.approx(-sum(found), rel=1e-5)  # without the reward
+            log_alphas = output.alphas.clamp(min=1e-30).log()
+            log_p_locations = (output.weights * log_alphas).sum((2, 3)).flatten()
+            rewards = 0.1 * (torch.tensor(found) - baseline) * log_p_locations
+            assert loss.item() == pytest.approx(float(total - rewards.sum()), rel=1e-5)
         criterion.after_step(Distributed(torch.device("cpu")))
         baseline = 0.9 * baseline + 0.1 * np.mean(log_p)
         assert float(criterion.baseline) == pytest.approx(baseline, rel=1e-5)
