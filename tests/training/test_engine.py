@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,21 +22,53 @@ from training.run import format_scores
 from utils import UserError
 
 
-def test_training_overfits_eight_images_to_bleu_100(tmp_path):
-    path = Path(make_demo(tmp_path / "demo", 8, 0, 0))
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    """The folder of eight images, the same ones to validate on, and of a run that learned them"""
+    folder = tmp_path_factory.mktemp("overfitted")
+    path = Path(make_demo(folder / "demo", 8, 0, 0))
     karpathy = json.loads(path.read_text())
-    (tmp_path / "demo" / "again").mkdir()
-    for image in karpathy["images"][:8]:  # the same eight to validate on
-        content = (tmp_path / "demo" / image["filename"]).read_bytes()
-        (tmp_path / "demo/again" / image["filename"]).write_bytes(content)
-        karpathy["images"].append({**image, "split": "val", "filepath": "again"})
+    shutil.copytree(folder / "demo", folder / "demo" / "again")
+    again = {"split": "val", "filepath": "again"}
+    karpathy["images"] += [image | again for image in karpathy["images"][:8]]
     path.write_text(json.dumps(karpathy))
-    options = {"min_word_freq": 0, "output_folder": tmp_path, "workers": 1, "image_size": 64}
-    create_input_files("demo", path, tmp_path / "demo", **options)
+    options = {"min_word_freq": 0, "output_folder": folder, "workers": 1, "image_size": 64}
+    create_input_files("demo", path, folder / "demo", **options)
     options = "--epochs 50 --stop_after 50 --batch_size 20 --decoder_dim 96 --dropout 0.1"
-    train.main(train_args(tmp_path, tmp_path, options, "--val_beam_size 3 --decoder_lr 1e-2"))
-    best = load_checkpoint(tmp_path, "BEST_")["bleu4"]
-    assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visualization.curves.write_curves", lambda log, picture: None)
+        train.main(train_args(folder, folder, options, "--val_beam_size 3 --decoder_lr 1e-2"))
+    return folder
+
+
+def test_training_overfits_eight_images_to_bleu_100(overfitted):
+    best = load_checkpoint(overfitted, "BEST_")["bleu4"]
+    assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(overfitted))
+
+
+def test_self_critical_training_saves_the_best_cider_d_and_eval_confirms_the_validation(
+    overfitted, tmp_path, capsys
+):
+    """Of averaged weights, from images."""
+    best = overfitted / f"BEST_checkpoint_{NAME}.pth.tar"
+    options = f"--checkpoint {best} --self_critical --epochs 2 --samples 3 --decoder_lr 1e-2"
+    options += " --batch_size 20 --decoder_dim 96 --ema 0.5 --no-cache_features"
+    train.main(train_args(overfitted, tmp_path, options))
+    printed, rows = capsys.readouterr().out, log_rows(tmp_path)
+    start = float(re.search(r"^start .*CIDEr-D (\S+)$", printed, re.M)[1])
+    for row in rows:
+        assert {"train_reward", "cider_d", "bleu4", "val_loss"} <= row.keys()
+        assert f"epoch {row['epoch']:3d}   reward {row['train_reward']:.3f} in " in printed
+    best = max([start, *(round(row["cider_d"], 2) for row in rows)])  # may be that of the start
+    assert f"done after epoch 2: best validation CIDEr-D {best:.2f}, from " in printed
+    assert load_checkpoint(tmp_path)["progress"]["best"] == pytest.approx(best, abs=0.006)
+    options = f"--model {tmp_path}/checkpoint_{NAME}.pth.tar --data_folder {overfitted} --split val"
+    options += " --workers 0 --device cpu --beam_sizes 1 --metrics BLEU CIDEr-D --tokens data"
+    eval_script.main(options.split())
+    scores = capsys.readouterr().out.splitlines()[2].split()[1:6]
+    expected = [rows[-1][name] for name in ("bleu1", "bleu2", "bleu3", "bleu4", "cider_d")]
+    assert [float(score) for score in scores] == pytest.approx(expected, abs=0.006)
+    assert 0 < expected[0] < 100 and expected[-1] != start
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_step(data, tmp_path, monkeypatch):
@@ -81,24 +114,6 @@ def test_half_precision_trains_like_float32(data, tmp_path, finished, amp):
     assert loss != expected and loss == pytest.approx(expected, rel=0.02)
 
 
-def evaluate(data, folder, capsys, *options):
-    """eval.py's first row on the validation images: the scores"""
-    capsys.readouterr()
-    common = f"--checkpoint_folder {folder} --data_folder {data} --split val --workers 0"
-    eval_script.main(" ".join([common, "--device cpu --beam_sizes 1", *options]).split())
-    return capsys.readouterr().out.splitlines()[2].split()[1:]
-
-
-def test_validation_is_eval_on_the_validation_images(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path, "--epochs 5 --no-cache_features --ema 0.5"))
-    best = load_checkpoint(tmp_path, "BEST_")["progress"]["epoch"]
-    [row] = [row for row in log_rows(tmp_path) if row["epoch"] == best]
-    expected = [row[f"bleu{n}"] for n in (1, 2, 3, 4)]
-    assert expected[0] > 0  # BLEU-4 may be 0 after so few epochs
-    found = evaluate(data, tmp_path, capsys)[:4]
-    assert [float(score) for score in found] == pytest.approx(expected, abs=0.006)
-
-
 @pytest.mark.parametrize("broken", ["loss", "weight"])
 def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
     run, monkeypatch, broken
@@ -129,25 +144,6 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
         last = run / f"checkpoint_{NAME}.pth.tar"
         before[last] = after[last]
     assert before == after
-
-
-def test_self_critical_training_saves_the_best_cider_d_which_eval_confirms(data, tmp_path, capsys):
-    train.main(train_args(data, tmp_path / "1", "--epochs 6 --decoder_lr 1e-2"))
-    capsys.readouterr()
-    best = tmp_path / "1" / f"checkpoint_{NAME}.pth.tar"
-    options = f"--checkpoint {best} --self_critical --epochs 3 --samples 3 --decoder_lr 2e-3"
-    train.main(train_args(data, tmp_path / "2", options, "--batch_size 30"))
-    printed, stats = capsys.readouterr().out, log_rows(tmp_path / "2")
-    start = float(re.search(r"^start .*CIDEr-D (\S+)$", printed, re.M)[1])
-    for row in stats:
-        assert {"train_reward", "cider_d", "bleu4", "val_loss"} <= row.keys()
-        assert f"epoch {row['epoch']:3d}   reward {row['train_reward']:.3f} in " in printed
-    # Which is the best depends on the machine; the model may be that of the start.
-    best = max([start, *(round(row["cider_d"], 2) for row in stats)])
-    assert f"done after epoch 3: best validation CIDEr-D {best:.2f}, from " in printed
-    assert load_checkpoint(tmp_path / "2")["progress"]["best"] == pytest.approx(best, abs=0.006)
-    found = evaluate(data, tmp_path / "2", capsys, "--metrics CIDEr-D --tokens data")[0]
-    assert float(found) == pytest.approx(best, abs=0.006) and best > 0
 
 
 def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from training.losses import (
     caption_log_probs,
     doubly_stochastic_loss,
     doubly_stochastic_penalty,
+    self_critical_loss,
     token_losses,
 )
 
@@ -159,6 +160,18 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expect_mean(draw, exact, draws=40)
 
 
+def test_each_sample_is_weighted_by_its_reward_minus_the_mean_of_the_other_ones():
+    decoder, (captions, lengths) = make_decoder(), make_captions(2, 3)
+    output = decoder(torch.randn(2, 64, 9, dtype=torch.float64), captions, lengths)
+    rewards, expected = torch.tensor([[1.0, 2.0, 6.0], [0.0, 3.0, 3.0]]), 0.0
+    advantages = iter([1 - 4, 2 - 3.5, 6 - 1.5, 0 - 3, 3 - 1.5, 3 - 1.5])
+    for losses in token_losses(output.logits, output.targets).split(
+        (lengths - 1).flatten().tolist()
+    ):
+        expected += next(advantages) * losses.sum() / 6
+    torch.testing.assert_close(self_critical_loss(output, lengths, rewards, 6), expected)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
     decoder, features = tiny_decoder(), torch.randn(6, 4, 3, dtype=torch.float64)
@@ -276,7 +289,7 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
             batch = Batch(features[part], captions[part], lengths[part], None, 1, 1)
             loss, total, _ = criterion(decoder, batch)
             assert float(total) == pytest.approx(-sum(found), rel=1e-5)  # without the reward
-            log_alphas = output.alphas.clamp(min=1e-30).log()
+            log_alphas = output.alphas.detach().clamp(min=1e-30).log()
             log_p_locations = (output.weights * log_alphas).sum((2, 3)).flatten()
             rewards = 0.1 * (torch.tensor(found) - baseline) * log_p_locations
             assert loss.item() == pytest.approx(float(total - rewards.sum()), rel=1e-5)
