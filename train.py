@@ -98,7 +98,7 @@ def get_options_and_checkpoint(argv):
         parser.set_options_from(resume, options)
         check_unchanged(resume, given, parser.options(), checkpoint["progress"])
     elif path:
-        combine(parser, given)  # which takes no file to be refused
+        combine(parser, given)  # refuses contradictions, also if the file is missing
         checkpoint = checkpoints.load(path)
         parser.set_options_from(path, model_options(checkpoint))
     return combine(parser, given), checkpoint
