@@ -55,7 +55,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
     data, tmp_path, monkeypatch, best, call, signum, function, options
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = f"--epochs 2 --batch_size 30 {options.replace(' B', f' {best}')}"
+    options = f"--epochs 2 --batch_size 30 {options.replace('BEST', str(best))}"
     train.main(train_args(data, whole, options))
     with monkeypatch.context() as patched:
         raise_signal_at(patched, call, getattr(signal, signum), function)

@@ -121,9 +121,8 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
         train.main(resume_args(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "saved, options, message",
-    [
+def test_options_that_contradict_those_of_a_run_are_one_line_errors(finished, tmp_path):
+    for saved, options, message in (
         ({}, "--decoder_lr 1", "run with decoder_lr 0.005, which --resume cannot change"),
         ({}, "--fine_tune_encoder", "for a new phase pass --checkpoint"),
         ({}, "--self_critical", "run with self_critical False"),
@@ -135,14 +134,12 @@ def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, 
         ({"attention": "purple"}, "", "is damaged: its option attention is 'purple'"),
         ({"dropout": math.nan}, "", "its option dropout is nan"),
         ({"batch_size": [80]}, "", "its option batch_size is"),
-    ],
-    ids=str,
-)
-def test_options_that_contradict_those_of_a_run_are_one_line_errors(run, saved, options, message):
-    change(run, options=saved)
-    with pytest.raises(UserError, match=message) as error:
-        train.main(resume_args(run, "--epochs 4", options))
-    assert "\n" not in str(error.value)
+    ):
+        shutil.copy(finished / f"checkpoint_{NAME}.pth.tar", tmp_path)
+        change(tmp_path, options=saved)
+        with pytest.raises(UserError, match=message) as error:
+            train.main(resume_args(tmp_path, "--epochs 4", options))
+        assert "\n" not in str(error.value)
 
 
 def test_a_damaged_run_is_a_one_line_error(finished, tmp_path):

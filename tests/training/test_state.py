@@ -155,26 +155,23 @@ def test_scores_of_zero_and_ties_are_decided_by_the_loss():
     assert state.last_lr == pytest.approx(0.8)  # after two without
 
 
-@pytest.mark.parametrize(
-    "start, scores, losses, epochs",
-    [
+def test_a_run_stops_after_stop_after_epochs_without_improvement():
+    for start, scores, losses, epochs in (
         (None, [0.0] * 60, [2.0] * 60, 20),  # as the tutorial, whose best score begins at 0
         (None, [5.0] * 60, [2.0] * 60, 21),
         (None, [0.0] * 60, np.linspace(2, 1, 60), 60),  # the loss decides
         (None, [0.0, 0.0, 5.0] + [1.0] * 57, [2.0] * 60, 23),
         (0.0, [0.0] * 60, [2.0] * 60, 20),  # a phase
         (5.0, [5.0] * 60, [2.0] * 60, 20),
-    ],
-)
-def test_a_run_stops_after_stop_after_epochs_without_improvement(start, scores, losses, epochs):
-    state = make_state("--stop_after 20 --epochs 60")
-    if start is not None:
-        state.set_score_to_beat({"bleu4": start, "val_loss": 2.0})
-    done = []
-    for epoch in Run.epochs(SimpleNamespace(args=state.args, state=state)):
-        after_epochs(state, scores[epoch - 1 :][:1], losses[epoch - 1 :][:1])
-        done.append(epoch)
-    assert done == list(range(1, epochs + 1))
+    ):
+        state = make_state("--stop_after 20 --epochs 60")
+        if start is not None:
+            state.set_score_to_beat({"bleu4": start, "val_loss": 2.0})
+        done = []
+        for epoch in Run.epochs(SimpleNamespace(args=state.args, state=state)):
+            after_epochs(state, scores[epoch - 1 :][:1], losses[epoch - 1 :][:1])
+            done.append(epoch)
+        assert done == list(range(1, epochs + 1))
 
 
 def test_a_phase_from_an_older_checkpoint_without_best_loss_is_not_beaten_by_a_tie():
