@@ -38,10 +38,12 @@ from utils import (
     run_script,
 )
 
+share = Number(float, least=0, below=1)
+
 
 def train(args, checkpoint, processes):
     set_seed(args.seed)
-    train_data, val_data = load_splits(args, processes)
+    train_data, val_data = load_splits(args)
     if args.resume:
         check_same_data(args, checkpoint, train_data)
     encoder, decoder = build_model(args, checkpoint, (train_data, val_data), processes)
@@ -81,287 +83,135 @@ def get_options_and_checkpoint(argv):
     The options, and the checkpoint to start from or None. A resumed run takes its options from the
     checkpoint, a new phase only those of the model.
     """
-    given = make_parser().parse_given(argv)
-    path = given.get("resume")
-    if path and given.get("checkpoint"):
-        raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
-    if not path:
-        args = add_defaults(given)
-        if not args.checkpoint:
-            return args, None
-        checkpoint = checkpoints.load(args.checkpoint)
-        return add_defaults(given, args.checkpoint, model_options(checkpoint)), checkpoint
-    if path is True:
-        path = checkpoints.find_latest(given.get("checkpoint_folder", "."))
-    checkpoint = load_run(path)
-    options = {**checkpoint["options"], "checkpoint_folder": str(Path(path).parent)}
-    args = add_defaults(given, path, options)
-    args.resume = path
-    check_unchanged(args, {**make_parser().options(), **options}, checkpoint["progress"])
-    return args, checkpoint
-
-
-def make_parser():
-    parser = Parser(description=__doc__)
-    flag = argparse.BooleanOptionalAction
-
-    group = parser.add_argument_group("data")
-    add_data_options(group)
-    add = group.add_argument
-    add("--batch_size", type=positive_int, default=80, help="captions per step, over all processes")
-    add(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        help="split each step's captions into this many parts, which takes less memory",
-    )
-    add(
-        "--single_captions",
-        action="store_true",
-        help="shuffle single captions instead of images with all their captions",
-    )
-    add("--workers", type=non_negative_int, default=1, help="processes that load batches; 0: none")
-    add(
-        "--cache_features",
-        action=flag,
-        default=True,
-        help="with a frozen encoder, encode each image once and keep the result beside the data",
-    )
-    add("--features_folder", help="where to keep them; if not given, beside the data")
-    add(
-        "--cache_in",
-        choices=("disk", "ram", "device"),
-        help="where to read it from while training; if not given, the fastest in which it fits",
-    )
-
-    add = parser.add_argument_group(
-        "model", "with --checkpoint and --resume these come from the file"
-    ).add_argument
-    add("--encoder", default="resnet101", help="any convolutional classifier of torchvision, timm")
-    add(
-        "--encoder_stride",
-        type=positive_int,
-        choices=(16, 32),
-        default=32,
-        help="pixels of the "
-        "image to a location; 16: a finer attention grid, by dilating the encoder's last stage",
-    )
-    add(
-        "--encoder_weights",
-        default="imagenet",
-        help="imagenet, none (random) or a file: "
-        "a state dict, or a checkpoint whose encoder to use; not with --checkpoint and --resume, "
-        "which have their own",
-    )
-    add(
-        "--emb_dim",
-        type=positive_int,
-        help="size of the word embeddings; if not given, that of --embeddings, else 512",
-    )
-    add(
-        "--attention",
-        choices=DECODERS,
-        default="soft",
-        help="hard: train with one sampled location at a time, section 4.1 of the paper; for an "
-        "attention of your own see docs/extending.md",
-    )
-    add(
-        "--attention_dim",
-        type=positive_int,
-        default=512,
-        help="size of the hidden layer that scores each location",
-    )
-    add("--decoder_dim", type=positive_int, default=512, help="size of the LSTM's state")
-    add(
-        "--pretrain_text",
-        nargs="+",
-        metavar="FILE",
-        help="captions without images, from which "
-        "the decoder learns to write first: a line each, or IMAGE TAB CAPTION; may end in .gz",
-    )
-    add("--pretrain_epochs", type=positive_int, default=5, help="how often to read them")
-    add(
-        "--dropout",
-        type=Number(float, least=0, below=1),
-        default=0.5,
-        help="of the LSTM's state before the logits",
-    )
-    add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
-    add(
-        "--fine_tune_embeddings",
-        action=flag,
-        default=True,
-        help="train the embeddings, including those of --embeddings",
-    )
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=positive_int, default=120, help="the most epochs to train")
-    add("--decoder_lr", type=non_negative_float, default=4e-4, help="learning rate of Adam")
-    add("--encoder_lr", type=non_negative_float, default=1e-4, help="with --fine_tune_encoder")
-    add("--fine_tune_encoder", action=flag, default=False, help="train blocks 2-4 of the encoder")
-    add(
-        "--augment",
-        action="store_true",
-        help="train on random crops and mirror images; not with cached features",
-    )
-    add(
-        "--grad_clip",
-        type=non_negative_float,
-        default=5.0,
-        help="clip each gradient to plus or minus this value",
-    )
-    add(
-        "--ema",
-        type=Number(float, least=0, below=1),
-        default=0.0,
-        help="validate and save an "
-        "exponential moving average of the weights with this decay per step, such as 0.999; 0: "
-        "none",
-    )
-    add(
-        "--cosine",
-        action="store_true",
-        help="let the learning rate fall to 0 over --epochs along "
-        "half a cosine, instead of by --lr_decay",
-    )
-    add(
-        "--lr_decay",
-        type=Number(float, above=0, most=1),
-        default=0.8,
-        help="multiply the "
-        "learning rate by this after each --decay_after epochs without a better validation BLEU-4 "
-        "(--self_critical: CIDEr-D)",
-    )
-    add("--decay_after", type=positive_int, default=8, help="see --lr_decay")
-    add(
-        "--stop_after",
-        type=positive_int,
-        default=20,
-        help="end the run after this many epochs without improvement",
-    )
-    add(
-        "--val_beam_size",
-        type=positive_int,
-        default=1,
-        help="beam size of the free-running validation",
-    )
-    add(
-        "--seed",
-        type=non_negative_int,
-        default=0,
-        help="of initial weights, dropout and the order of batches",
-    )
-
-    add = parser.add_argument_group("loss").add_argument
-    add(
-        "--alpha_c",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the doubly stochastic attention term",
-    )
-    add(
-        "--lambda_r",
-        type=non_negative_float,
-        default=0.01,
-        help="hard attention: weight of the reward term",
-    )
-    add(
-        "--lambda_e",
-        type=non_negative_float,
-        default=0.01,
-        help="hard attention: weight of the entropy term",
-    )
-    add(
-        "--sampling_max",
-        type=Number(float, least=0, most=1),
-        default=0.0,
-        help="scheduled "
-        "sampling: the highest probability of feeding back a sampled word instead of the true one",
-    )
-    add(
-        "--sampling_step",
-        type=non_negative_float,
-        default=0.05,
-        help="the probability starts at 0 and rises by this ...",
-    )
-    add("--sampling_every", type=positive_int, default=5, help="... after every so many epochs")
-    add(
-        "--self_critical",
-        action="store_true",
-        help="with --checkpoint: train on the CIDEr-D of captions sampled from the model",
-    )
-    add(
-        "--samples",
-        type=Number(int, least=2),
-        default=5,
-        help="--self_critical: captions sampled per image",
-    )
-    add(
-        "--cross_entropy_share",
-        type=Number(float, least=0, below=1),
-        default=0.0,
-        help="--self_critical: the share of the cross-entropy of the true captions in the loss",
-    )
-
-    add = parser.add_argument_group("files").add_argument
-    add("--checkpoint", help="start a new phase from this model")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="continue a run with its options; without FILE, the latest in --checkpoint_folder",
-    )
-    add("--overwrite", action="store_true", help="replace the run in --checkpoint_folder")
-    add(
-        "--save_minutes",
-        type=non_negative_float,
-        default=10.0,
-        help="time between saves within an epoch",
-    )
-    add("--checkpoint_folder", default=".", help="where to write checkpoints and the log")
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="also log to tensorboard_NAME/, with "
-        "validation photographs, their captions and attention",
-    )
-
-    add_device_options(parser.add_argument_group("device"))
-    return parser
+    parser = make_parser()
+    given = parser.parse_given(argv)
+    path, resume, checkpoint = given.get("checkpoint"), given.get("resume"), None
+    if resume:
+        if path:
+            raise UserError(
+                "--resume continues a run, --checkpoint starts a phase; pass one of them"
+            )
+        if resume is True:
+            resume = checkpoints.find_latest(given.get("checkpoint_folder", "."))
+        given["resume"], checkpoint = resume, load_run(resume)
+        options = {**checkpoint["options"], "checkpoint_folder": str(Path(resume).parent)}
+        parser.set_options_from(resume, options)
+        check_unchanged(resume, given, parser.options(), checkpoint["progress"])
+    elif path:
+        combine(parser, given)  # refuses contradictions, also if the file is missing
+        checkpoint = checkpoints.load(path)
+        parser.set_options_from(path, model_options(checkpoint))
+    return combine(parser, given), checkpoint
 
 
 def get_args(argv=None, source=None, options=None):
     """options: default values by option name, from the checkpoint file `source`"""
-    return add_defaults(make_parser().parse_given(argv), source, options)
-
-
-def add_defaults(given, source=None, options=None):
-    """
-    All options, a Namespace: those that were given, by name, and defaults for the others, as in
-    `get_args`. UserError if they contradict each other.
-    """
     parser = make_parser()
     parser.set_options_from(source, options or {})
+    return combine(parser, parser.parse_given(argv))
+
+
+def combine(parser, given):
+    """The options given and the parser's defaults for the others; UserError if they contradict."""
     args = argparse.Namespace(**(parser.options() | given))
     if args.self_critical:
-        for name, allowed in (
-            ("attention", "soft"),
-            ("sampling_max", 0),
-            ("single_captions", False),
-        ):
-            # how the model that the phase starts from was trained
-            of_model = name == "attention" and args.attention == (options or {}).get(name)
-            if getattr(args, name) != allowed and not of_model:
+        for name, unused in {"attention": "soft", "sampling_max": 0, "single_captions": 0}.items():
+            if given.get(name, unused) != unused:
                 parser.error(
-                    f"--{name} is for training on true captions, which --self_critical "
-                    f"does not use; leave one of the two out"
+                    f"--{name} is for training on true captions, which --self_critical does not "
+                    f"use; leave one of the two out"
                 )
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     elif args.cross_entropy_share:
         parser.error("--cross_entropy_share is for --self_critical; leave it out")
     return args
+
+
+def make_parser():
+    parser = Parser(description=__doc__)
+
+    def add(name, type=None, default=None, help=None, **more):
+        group.add_argument(name, type=type, default=default, help=help, **more)
+
+    def flag(name, help, default=None):
+        """--name; with a default --no-name, too"""
+        action = "store_true" if default is None else argparse.BooleanOptionalAction
+        group.add_argument(name, action=action, default=bool(default), help=help)
+
+    group = parser.add_argument_group("data")
+    add_data_options(group)
+    add("--batch_size", positive_int, 80, "captions per step, over all processes")
+    add("--accumulate", positive_int, 1, "take each step in this many parts, in less memory")
+    flag("--single_captions", "shuffle single captions instead of images with all their captions")
+    add("--workers", non_negative_int, 1, "processes that load batches; 0: none")
+    flag("--cache_features", "encode each image once, while the encoder is frozen", True)
+    add("--features_folder", help="where to keep cached features; if not given, beside the data")
+    cache_help = "where to read them from while training; if not given, the fastest that has room"
+    add("--cache_in", help=cache_help, choices=("disk", "ram", "device"))
+
+    group = parser.add_argument_group(
+        "model", "with --checkpoint and --resume these come from the file"
+    )
+    add("--encoder", str, "resnet101", "any convolutional classifier of torchvision, timm")
+    stride_help = "pixels of the image to a location; 16: a finer grid, by dilating the last stage"
+    add("--encoder_stride", positive_int, 32, stride_help, choices=(16, 32))
+    weights_help = "imagenet, none (random) or a file: a state dict, or a checkpoint's encoder"
+    add("--encoder_weights", str, "imagenet", weights_help)
+    embeddings_help = "size of the word embeddings; if not given, that of --embeddings, else 512"
+    add("--emb_dim", positive_int, help=embeddings_help)
+    attention_help = "hard: train with one sampled location at a time (section 4.1 of the paper)"
+    add("--attention", str, "soft", attention_help, choices=DECODERS)
+    add("--attention_dim", positive_int, 512, "size of the hidden layer that scores each location")
+    add("--decoder_dim", positive_int, 512, "size of the LSTM's state")
+    text_help = "captions without images to learn from first: a line each, or IMAGE TAB CAPTION"
+    add("--pretrain_text", help=text_help, nargs="+", metavar="FILE")
+    add("--pretrain_epochs", positive_int, 5, "how often to read them")
+    add("--dropout", share, 0.5, "of the LSTM's state before the logits")
+    add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
+    flag("--fine_tune_embeddings", "train the embeddings, including those of --embeddings", True)
+
+    group = parser.add_argument_group("optimization")
+    add("--epochs", positive_int, 120, "maximum number of epochs")
+    add("--decoder_lr", non_negative_float, 4e-4, "learning rate of Adam")
+    add("--encoder_lr", non_negative_float, 1e-4, "with --fine_tune_encoder")
+    flag("--fine_tune_encoder", "train blocks 2-4 of the encoder", False)
+    flag("--augment", "train on random crops and mirror images; not with cached features")
+    add("--grad_clip", non_negative_float, 5.0, "clip each gradient to plus or minus this value")
+    ema_help = "validate and save averaged weights, of this decay per step such as 0.999; 0: none"
+    add("--ema", share, 0.0, ema_help)
+    flag("--cosine", "learning rate: half a cosine down to 0 over --epochs, instead of --lr_decay")
+    decay_help = "the learning rate's factor after each --decay_after epochs without improvement"
+    add("--lr_decay", Number(float, above=0, most=1), 0.8, decay_help)
+    add("--decay_after", positive_int, 8, "see --lr_decay")
+    add("--stop_after", positive_int, 20, "end the run after this many epochs without improvement")
+    add("--val_beam_size", positive_int, 1, "beam size of the free-running validation")
+    add("--seed", non_negative_int, 0, "of initial weights, dropout and the order of batches")
+
+    group = parser.add_argument_group("loss")
+    add("--alpha_c", non_negative_float, 1.0, "weight of the doubly stochastic attention term")
+    add("--lambda_r", non_negative_float, 0.01, "hard attention: weight of the reward term")
+    add("--lambda_e", non_negative_float, 0.01, "hard attention: weight of the entropy term")
+    sampling_help = "scheduled sampling: the highest probability of feeding back a sampled word"
+    add("--sampling_max", Number(float, least=0, most=1), 0.0, sampling_help)
+    add("--sampling_step", non_negative_float, 0.05, "it starts at 0 and rises by this ...")
+    add("--sampling_every", positive_int, 5, "... after every so many epochs")
+    flag("--self_critical", "with --checkpoint: train on the CIDEr-D of captions that it samples")
+    add("--samples", Number(int, least=2), 5, "--self_critical: captions sampled per image")
+    share_help = "--self_critical: the share of the true captions' cross-entropy in the loss"
+    add("--cross_entropy_share", share, 0.0, share_help)
+
+    group = parser.add_argument_group("files")
+    add("--checkpoint", help="start a new phase from this model")
+    resume_help = "continue a run with its options; without FILE, the latest in --checkpoint_folder"
+    add("--resume", help=resume_help, nargs="?", const=True, metavar="FILE")
+    flag("--overwrite", "replace the run in --checkpoint_folder")
+    add("--save_minutes", non_negative_float, 10.0, "time between saves within an epoch")
+    add("--checkpoint_folder", str, ".", "where to write checkpoints and the log")
+    flag("--tensorboard", "also log to tensorboard_NAME/, with photographs, captions and attention")
+
+    add_device_options(parser.add_argument_group("device"))
+    return parser
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class EpochRunner:
 
     def run(self):
         self.state.progress = Progress()
-        run = SimpleNamespace(interrupts=Interrupts(10), save=lambda: None)
+        run = SimpleNamespace(interrupts=Interrupts(), save_due=lambda: False)
         train_one_epoch(self.state, self.loader, 1, run)
 
 

@@ -23,8 +23,7 @@ from preprocessing.input_files import create_input_files
 from utils import UserError, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where the features may be anything, and the encoder runs often or in half precision.
-SMALL_ENCODER = ["--encoder", "mobilenet_v3_small", "--encoder_weights", "none"]
+SMALL_ENCODER = "--encoder mobilenet_v3_small --encoder_weights none".split()
 ENCODER = ["--encoder", "tf_efficientnet_lite2", "--encoder_weights", str(PRETRAINED)]
 
 DECODER_KINDS = list(dict.fromkeys(DECODERS.values()))
@@ -33,16 +32,11 @@ WORD_MAP = {"<pad>": 0, "<unk>": VOCAB - 3, "<start>": VOCAB - 2, "<end>": VOCAB
 NAME = "demo_5_cap_per_img_0_min_word_freq"
 
 
-def write_scenes(folder, train, val, test):
+def write_scenes(folder, train, val, test, **options):
     """Draw scenes and write their input files into this folder, which is returned."""
-    create_input_files(
-        "demo",
-        make_demo(folder / "demo", train, val, test),
-        folder / "demo",
-        min_word_freq=0,
-        output_folder=folder,
-        workers=1,
-    )
+    scenes = make_demo(folder / "demo", train, val, test)
+    options = {"min_word_freq": 0, "output_folder": folder, "workers": 1} | options
+    create_input_files("demo", scenes, folder / "demo", **options)
     return folder
 
 
@@ -206,32 +200,17 @@ def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LE
 
 # Runs of the scripts
 
-SMALL = [
-    "--decoder_dim",
-    "32",
-    "--attention_dim",
-    "16",
-    "--emb_dim",
-    "8",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--decoder_lr",
-    "5e-3",
-]
+SMALL = "--decoder_dim 32 --attention_dim 16 --emb_dim 8 --workers 0 --device cpu".split()
 
 
 def train_args(data, folder, *options):
-    return [
-        "--data_folder",
-        str(data),
-        "--checkpoint_folder",
-        str(folder),
-        *ENCODER,
-        *SMALL,
-        *options,
-    ]
+    """train.py's arguments for a small model; options: words, or several in a string"""
+    folders = f"--data_folder {data} --checkpoint_folder {folder} --decoder_lr 5e-3"
+    return [*SMALL_ENCODER, *SMALL, *" ".join([folders, *map(str, options)]).split()]
+
+
+def resume_args(folder, *options):
+    return " ".join([f"--checkpoint_folder {folder} --resume", *map(str, options)]).split()
 
 
 def load_checkpoint(folder, prefix=""):
@@ -245,10 +224,8 @@ def log_rows(folder):
 
 def timeless_rows(folder):
     """The rows of the log without their times."""
-    return [
-        {key: value for key, value in row.items() if "second" not in key}
-        for row in log_rows(folder)
-    ]
+    rows = log_rows(folder)
+    return [{key: row[key] for key in row if "second" not in key} for row in rows]
 
 
 def same(a, b):
@@ -266,13 +243,7 @@ def run_script(script, *args, processes=1):
     """Run a script in its own process, or in several with torchrun."""
     command = [sys.executable]
     if processes > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port=0",
-            "--standalone",
-        ]
+        command += f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     return subprocess.run(
         [*command, ROOT / script, *map(str, args)],
         capture_output=True,

@@ -19,8 +19,8 @@ from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, count
 
 VALIDATION_BATCH = 64  # images
-# The options that describe a model: in a checkpoint, the constructor's arguments, the argument, and
-# its value in files that are older than it.
+# The options that describe a model: whose argument it is, its name there, and its value in
+# checkpoints that are older than it.
 MODEL_OPTIONS = {
     "encoder": ("encoder_args", "name", "resnet101"),
     "encoder_stride": ("encoder_args", "stride", 32),
@@ -32,37 +32,34 @@ MODEL_OPTIONS = {
 }
 
 
-def load_splits(args, processes):
+def load_splits(args):
     """The training and validation images, as two CaptionDatasets."""
     name = args.data_name
     train_data = CaptionDataset(args.data_folder, name, "TRAIN", by_image=not args.single_captions)
     val_data = CaptionDataset(args.data_folder, name, "VAL")
     if len(val_data) == 0:
         raise UserError(
-            f"{name} has no validation images, which decide when to stop; give some "
-            f"the split 'val', or pass create_input_files.py a larger --val_fraction"
+            f"{name} has no validation images, which decide when to stop; give some the split "
+            f"'val', or pass create_input_files.py a larger --val_fraction"
         )
     val_data.entries  # noqa: B018  read now, so that a broken file is not found an epoch later
-    if len(train_data) < processes.world_size:
-        raise UserError(
-            f"{name} has {len(train_data)} training images; too few for "
-            f"{processes.world_size} processes"
-        )
     return train_data, val_data
 
 
 def build_model(args, checkpoint, datasets, processes):
     """
-    Encoder and decoder on the device: the checkpoint's, or new ones as the options say.
-
-    datasets: for training and validation. A model that knows more words than they have keeps them:
-    the datasets then get its word map.
+    Encoder and decoder on the device: the checkpoint's, or new ones as the options say. The
+    datasets, for training and validation, get the word map of a model that knows more words.
     """
     word_map, device = datasets[0].word_map, processes.device
     if checkpoint:
-        encoder, decoder, word_map = _model_of_checkpoint(checkpoint, args, word_map, processes)
+        path = args.resume or args.checkpoint
+        word_map = _words_of_checkpoint(args, checkpoint, word_map, processes)
         for data in datasets:
             data.word_map = word_map
+        _check_options(args, checkpoint, path)
+        checkpoint["decoder_args"] |= {"dropout": args.dropout, "attention": args.attention}
+        encoder, decoder = checkpoints.build(checkpoint, path)
     else:
         encoder, decoder = _new_model(args, word_map)
     if encoder.args["image_size"] != datasets[0].image_size:
@@ -75,59 +72,6 @@ def build_model(args, checkpoint, datasets, processes):
     return encoder, decoder
 
 
-def _options_of(attention, args):
-    """The MODEL_OPTIONS of a decoder; UserError if another one is set, which it would not read."""
-    classes = DECODERS[attention].__mro__
-    taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
-    options = {}
-    for option, (model, argument, default) in MODEL_OPTIONS.items():
-        if model == "encoder_args" or argument in taken:
-            options[option] = model, argument, default
-        elif getattr(args, option) not in (None, default):
-            raise UserError(f"--{option} is not for --attention {attention}; leave it out")
-    return options
-
-
-def _new_model(args, word_map):
-    encoder = Encoder(name=args.encoder, weights=args.encoder_weights, stride=args.encoder_stride)
-    embeddings, emb_dim = None, 512 if args.emb_dim is None else args.emb_dim
-    if args.embeddings:
-        embeddings, emb_dim = load_embeddings(args.embeddings, word_map)
-        if args.emb_dim not in (None, emb_dim):
-            raise UserError(
-                f"{args.embeddings} has {emb_dim} numbers per word, --emb_dim "
-                f"is {args.emb_dim}; leave --emb_dim out"
-            )
-    arguments = {
-        argument: getattr(args, option)
-        for option, (model, argument, _) in _options_of(args.attention, args).items()
-        if model == "decoder_args"
-    }
-    decoder = DECODERS[args.attention](
-        **arguments | {"embed_dim": emb_dim},
-        vocab_size=len(word_map),
-        encoder_dim=encoder.encoder_dim,
-    )
-    if embeddings is not None:
-        decoder.load_pretrained_embeddings(embeddings)
-    return encoder, decoder
-
-
-def _pretrain_on_text(decoder, word_map, args, processes):
-    captions = [words for words in read_sentences(args.pretrain_text) if len(words) <= LONGEST]
-    if not captions:
-        raise UserError(
-            f"{', '.join(args.pretrain_text)}: no caption of at most {LONGEST} words; "
-            f"pass a file with a caption a line"
-        )
-    loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, args.amp, processes.is_main)
-    processes.print(
-        f"{count(len(captions), 'caption')} of text, "
-        f"{count(args.pretrain_epochs, 'epoch')}: loss "
-        f"{loss:.3f}"
-    )
-
-
 def model_options(checkpoint):
     """The options of train.py that describe the model in a checkpoint."""
     return {
@@ -136,57 +80,88 @@ def model_options(checkpoint):
     }
 
 
-def _model_of_checkpoint(checkpoint, args, word_map, processes):
-    """
-    The checkpoint's encoder, decoder and word map, with the words of the data that it lacks.
-    UserError unless it matches the options.
-    """
-    path, saved_word_map = args.resume or args.checkpoint, checkpoint.get("word_map")
-    if saved_word_map is None:  # a checkpoint of the tutorial
-        if checkpoint["decoder_args"]["vocab_size"] != len(word_map):
-            raise UserError(
-                f"{path} was trained on {checkpoint['decoder_args']['vocab_size']} "
-                f"words, the data have {len(word_map)}; give it its own words first, "
-                f"python checkpoints.py {path} NEW.pth.tar --word_map WORDMAP.json, "
-                f"and pass NEW.pth.tar"
-            )
-    elif word_map.items() <= saved_word_map.items():
-        word_map = saved_word_map
-    elif args.resume:
-        word = min(word for word in word_map if saved_word_map.get(word) != word_map[word])
+def _decoder_arguments(args):
+    """The decoder's arguments that are options; UserError if one is set that it does not take."""
+    classes = DECODERS[args.attention].__mro__
+    taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
+    arguments = {}
+    for option, (model, argument, default) in MODEL_OPTIONS.items():
+        if model == "encoder_args":
+            continue
+        if argument in taken:
+            arguments[argument] = getattr(args, option)
+        elif getattr(args, option) not in (None, default):
+            raise UserError(f"--{option} is not for --attention {args.attention}; leave it out")
+    return arguments
+
+
+def _new_model(args, word_map):
+    arguments = _decoder_arguments(args)
+    encoder = Encoder(name=args.encoder, weights=args.encoder_weights, stride=args.encoder_stride)
+    arguments["embed_dim"] = args.emb_dim or 512
+    if args.embeddings:
+        embeddings = load_embeddings(args.embeddings, word_map)
+        arguments["embed_dim"] = embeddings.shape[1]
+        if args.emb_dim not in (None, embeddings.shape[1]):
+            size = f"{embeddings.shape[1]} numbers per word, not --emb_dim {args.emb_dim}"
+            raise UserError(f"{args.embeddings} has {size}; leave --emb_dim out")
+    decoder = DECODERS[args.attention](
+        **arguments, vocab_size=len(word_map), encoder_dim=encoder.encoder_dim
+    )
+    if args.embeddings:
+        decoder.load_pretrained_embeddings(embeddings)
+    return encoder, decoder
+
+
+def _pretrain_on_text(decoder, word_map, args, processes):
+    captions = [words for words in read_sentences(args.pretrain_text) if len(words) <= LONGEST]
+    if not captions:
+        files = ", ".join(args.pretrain_text)
+        raise UserError(f"{files}: no caption of at most {LONGEST} words; pass a file with some")
+    loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, processes, args.amp)
+    epochs = count(args.pretrain_epochs, "epoch")
+    processes.print(f"{count(len(captions), 'caption')} of text, {epochs}: loss {loss:.3f}")
+
+
+def _check_options(args, checkpoint, path):
+    """UserError unless the options suit the checkpoint's model."""
+    for option, value in model_options(checkpoint).items():
+        asked = getattr(args, option)
+        same = option == "dropout" or asked in (None, value)
+        if option == "attention":  # soft and hard are ways to train the same decoder
+            same = DECODERS[asked] is DECODERS[value]
+        if not same:
+            raise UserError(f"{path} has {option} {value}, not {asked}; leave --{option} out")
+    for option in ("embeddings", "pretrain_text"):
+        if getattr(args, option) and not args.resume:
+            raise UserError(f"{path} has a decoder of its own; leave --{option} out")
+
+
+def _words_of_checkpoint(args, checkpoint, word_map, processes):
+    """The checkpoint's word map, with the words of the data's, which its decoder gets too."""
+    known, path = checkpoint.get("word_map"), args.resume or args.checkpoint
+    if known is None:  # a checkpoint of the tutorial
+        if checkpoint["decoder_args"]["vocab_size"] == len(word_map):
+            return word_map
         raise UserError(
-            f"{path} was trained with another word map ({len(saved_word_map)} words) "
-            f"than that of the data ({len(word_map)} words): the id of {word!r} is "
-            f"{saved_word_map.get(word)} there and {word_map[word]} here; pass the "
+            f"{path} has no word map and other words than the data; give it its own first: "
+            f"python checkpoints.py {path} NEW.pth.tar --word_map WORDMAP.json"
+        )
+    if word_map.items() <= known.items():
+        return known
+    if args.resume:
+        raise UserError(
+            f"{path} was trained with another word map than that of the data; pass the "
             f"--data_folder of the run, or --checkpoint {path} for a new phase"
         )
-    else:
-        word_map = _grow_words(checkpoint, word_map, processes)
-    arguments = checkpoint["decoder_args"]
-    values = model_options(checkpoint)
-    for option in _options_of(values["attention"], args):
-        value = values[option]
-        same = getattr(args, option) in (None, value)
-        if option == "attention":  # soft and hard are ways to train the same decoder
-            same = DECODERS[args.attention] is DECODERS[value]
-        if option != "dropout" and not same:
-            raise UserError(
-                f"{path} has {option} {value}, not {getattr(args, option)}; leave --{option} out"
-            )
-    arguments |= {"dropout": args.dropout, "attention": args.attention}
-    if args.embeddings and not args.resume:
-        raise UserError(f"{path} has word embeddings of its own; leave --embeddings out")
-    if args.pretrain_text and not args.resume:
-        raise UserError(f"{path} has a decoder of its own; leave --pretrain_text out")
-    return *checkpoints.build(checkpoint, path), word_map
+    return _grow_words(checkpoint, word_map, processes)
 
 
 def _grow_words(checkpoint, word_map, processes):
     """
-    Give the checkpoint's decoder the words of word_map as well, in place.
-
-    A new word begins as what it was to the model before, <unk>: the new words and <unk> share its
-    probability equally, so what the model says does not change otherwise.
+    Give the checkpoint's decoder the words of word_map as well, in place. A new word begins as what
+    it was to the model before, <unk>: they share its probability equally, so what the model says
+    does not change otherwise.
     Returns the new word map: word_map, then the checkpoint's other words.
     """
     known, unknown_before = checkpoint["word_map"], checkpoint["word_map"]["<unk>"]
@@ -219,9 +194,8 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
         if not processes.is_main:
             processes.barrier()  # the main process writes the cache, the others read it
         with autocast(processes.device, args.amp):
-            path = cache_features(
-                data, encoder, processes.device, args.amp, folder=args.features_folder
-            )
+            where = {"folder": args.features_folder}
+            path = cache_features(data, encoder, processes.device, args.amp, **where)
         if processes.is_main:
             processes.barrier()
         data.use_features(load_features(path, args.cache_in, processes.device))
@@ -229,11 +203,8 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
 
 def build_loaders(args, train_data, val_data, processes):
     """Training and validation DataLoaders, of this process's share of each batch."""
-    items = (
-        args.batch_size
-        if args.single_captions
-        else max(1, args.batch_size // train_data.captions_per_image)
-    )
+    captions_per_item = 1 if args.single_captions else train_data.captions_per_image
+    items = max(1, args.batch_size // captions_per_item)
     rank, world_size = processes.rank, processes.world_size
     train_sampler = ResumableBatchSampler(len(train_data), items, True, args.seed, rank, world_size)
     val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, rank, world_size)
@@ -241,8 +212,8 @@ def build_loaders(args, train_data, val_data, processes):
     if args.accumulate > smallest:
         unit = "captions" if args.single_captions else "images"
         raise UserError(
-            f"--accumulate {args.accumulate} is too large: some steps have only "
-            f"{smallest} {unit} per process; lower it or raise --batch_size"
+            f"--accumulate {args.accumulate} is too large: some steps have only {smallest} {unit} "
+            f"per process; lower it or raise --batch_size"
         )
     return (
         build_loader(train_data, train_sampler, args.workers, processes.device),
@@ -260,16 +231,15 @@ def build_loader(data, sampler, workers, device):
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda" and not data.in_memory,
         worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),
-    )  # not the global one, which dropout uses
+        generator=torch.Generator(),  # not the global one, which dropout uses
+    )
 
 
 def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
-        return SelfCritical(
-            data, args.alpha_c, args.samples, cross_entropy_share=args.cross_entropy_share
-        )
+        share = args.cross_entropy_share
+        return SelfCritical(data, args.alpha_c, args.samples, cross_entropy_share=share)
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
     return TeacherForcing(args.alpha_c)

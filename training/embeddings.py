@@ -8,21 +8,15 @@ import torch
 from utils import UserError, check_is_file
 
 
-def init_embedding(embeddings):
-    """Fill a (V, D) tensor in place from U(-sqrt(3/D), sqrt(3/D)), whose variance is 1/D."""
-    limit = math.sqrt(3 / embeddings.size(1))
-    torch.nn.init.uniform_(embeddings, -limit, limit)
-
-
 def load_embeddings(emb_file, word_map):
     """
     Pretrained word vectors from a file in the text format of GloVe, word2vec or fastText: a word
     and D numbers per line.
 
     Words must match exactly: ours and those of glove.6B are lower-case. A word that is not in the
-    file gets a random vector, see `init_embedding`.
+    file gets a random vector.
 
-    Returns the (V, D) float32 embeddings, row i for word id i, and D.
+    Returns the (V, D) float32 embeddings, row i for word id i.
     Raises UserError, with the line number, for a line without exactly D finite numbers.
     """
     vectors, size = {}, None
@@ -31,33 +25,31 @@ def load_embeddings(emb_file, word_map):
         with open(emb_file, encoding="utf-8") as file:
             for line_number, line in enumerate(file, 1):
                 word, *values = line.rstrip().split(" ")
-                if line_number == 1 and len(values) == 1 and word.isdigit() and values[0].isdigit():
+                if line_number == 1 and len(values) == 1 and word.isdigit():
                     continue  # word2vec's and fastText's first line: how many, and of what size
                 size = size or len(values)
                 if len(values) > size and _to_floats(values[:1]) is None:
                     continue  # glove.840B has words with spaces inside, like "at name@domain.com"
-                if not size or len(values) != size:
-                    where = f"{emb_file}, line {line_number}"
-                    expected = f", as many as line 1 has: {size}" if size else ""
+                wanted = word in word_map
+                vector = _to_floats(values) if wanted else None
+                if not size or len(values) != size or wanted and vector is None:
                     raise UserError(
-                        f"{where}: {len(values)} numbers; it should be a word and its "
-                        f"numbers{expected}"
+                        f"{emb_file}, line {line_number}: not a word and "
+                        f"{size or 'its'} finite numbers"
                     )
-                if word in word_map:
-                    vectors[word] = _to_floats(values)
-                    if vectors[word] is None:
-                        raise UserError(f"{emb_file}, line {line_number}: not a finite number")
+                if wanted:
+                    vectors[word] = vector
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{emb_file} cannot be read: {reason}") from None
     if not size:
         raise UserError(f"{emb_file} is empty")
-    embeddings = torch.empty(len(word_map), size)
-    init_embedding(embeddings)
+    limit = math.sqrt(3 / size)  # so that a random number's variance is 1 / D
+    embeddings = torch.empty(len(word_map), size).uniform_(-limit, limit)
     for word, vector in vectors.items():
         embeddings[word_map[word]] = torch.from_numpy(vector)
     print(f"{len(vectors)} of {len(word_map)} words have a vector in {emb_file}")
-    return embeddings, size
+    return embeddings
 
 
 def _to_floats(texts):

@@ -22,15 +22,14 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """
-    `with Interrupts(save_minutes) as interrupts:` a signal raises Interrupted, but within
+    `with Interrupts() as interrupts:` a signal raises Interrupted, but within
     `with interrupts.deferred():` only at the end of that block. A second signal, more than
-    REPEAT_SECONDS after the first, has its default effect at once.
+    REPEAT_SECONDS after the first, has its default effect at once, until `saving` is set.
     """
 
-    def __init__(self, save_minutes):
-        self.save_minutes, self.signum, self._deferring = save_minutes, 0, False
-        self._first_time, self._last_save = None, time.monotonic()
-        self._repeat_seconds = REPEAT_SECONDS
+    signum = 0
+    saving = False
+    _deferring = False
 
     def __enter__(self):
         self._previous_handlers = {}
@@ -46,15 +45,10 @@ class Interrupts:
         if not self.signum:
             self.signum, self._first_time = signum, time.monotonic()
             if not self._deferring:
-                self._deferring = True  # until the state is saved
                 raise Interrupted(signum)
-        elif time.monotonic() - self._first_time > self._repeat_seconds:
+        elif not self.saving and time.monotonic() - self._first_time > REPEAT_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-
-    def ignore_signals(self):
-        """From here on signals have no effect."""
-        self._deferring, self._repeat_seconds = True, float("inf")
 
     @contextmanager
     def deferred(self):
@@ -63,13 +57,6 @@ class Interrupts:
         self._deferring = False
         if self.signum:
             raise Interrupted(self.signum)
-
-    def save_due(self):
-        """Whether it is time to save; if so, restarts the clock."""
-        if time.monotonic() - self._last_save < 60 * self.save_minutes:
-            return False
-        self._last_save = time.monotonic()
-        return True
 
 
 def leave_signals_to_parent(_=None):

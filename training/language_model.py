@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_value_
-from tqdm import tqdm
 
 from modeling.devices import autocast
+from training.engine import progress_bar
 from training.losses import token_losses
 from training.state import half_cosine
 
@@ -18,26 +18,20 @@ LR = 2e-3
 LONGEST = 30  # words; few captions are longer, and they would pad their batches
 
 
-def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
+def pretrain(decoder, captions, word_map, epochs, processes, amp=None):
     """
     Train a decoder as a language model, in place: teacher forcing's cross-entropy for a blank image
     of one location, whose annotation vector is zero. Then the context vector is zero at each step,
     and what only reads it stays as it is.
 
     captions: lists of words, not empty; those that are not in word_map count as <unk>
-    amp: as in `modeling.devices.autocast`
+    processes: a `Distributed`, which each pretrain alike; amp: as in `modeling.devices.autocast`
 
     Returns the mean loss of the last epoch, in nats per token.
     """
-    ids = [
-        [
-            word_map["<start>"],
-            *(word_map.get(word, word_map["<unk>"]) for word in words),
-            word_map["<end>"],
-        ]
-        for words in captions
-    ]
-    device = decoder.fc.weight.device
+    unknown = word_map["<unk>"]
+    texts = [["<start>", *words, "<end>"] for words in captions]
+    ids = [[word_map.get(word, unknown) for word in words] for words in texts]
     parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, LR, fused=True)
     batches = -(-len(ids) // BATCH)
@@ -47,15 +41,11 @@ def pretrain(decoder, captions, word_map, epochs, amp=None, show_progress=True):
     decoder.train()
     for epoch in range(1, epochs + 1):
         total = tokens = 0
-        bar = tqdm(
-            _batches(ids, batches),
-            desc=f"text, epoch {epoch}",
-            unit="batch",
-            total=batches,
-            disable=None if show_progress else True,
+        bar = progress_bar(
+            _batches(ids, batches), processes, desc=f"text, epoch {epoch}", total=batches
         )
         for batch in bar:
-            with autocast(device, amp):
+            with autocast(processes.device, amp):
                 loss = language_model_loss(decoder, batch)
             count = sum(map(len, batch)) - len(batch)
             optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,6 @@
 """
 The training loss: `doubly_stochastic_loss`, and the criteria `TeacherForcing`, `HardAttention` and
-`SelfCritical`, of which train.py uses one.
-
-A criterion is called once per step, or once per part of a step (`--accumulate`):
+`SelfCritical`, of which train.py uses one. It is called once per step, or part of a step:
 
     loss, total, correct = criterion(decoder, batch)
 
@@ -31,9 +29,8 @@ MIN_ALPHA = 1e-30  # smaller attention weights are raised to this before the log
 
 class Batch(NamedTuple):
     """
-    A batch on the device, or a part of one. num_tokens and num_captions are the divisors of the
-    loss's sums: their totals over the whole step, in all parts and processes, divided by the number
-    of processes, since processes average their gradients.
+    A batch on the device, or a part of one. num_tokens and num_captions divide the loss's sums: the
+    totals of the whole step over the number of processes, which average their gradients.
     """
 
     features: torch.Tensor  # (N, G, E)
@@ -62,17 +59,14 @@ def doubly_stochastic_loss(
     location should sum to 1 over the tokens of a caption. As in the tutorial, both terms are means,
     over tokens and over locations: the paper has sums, so its lambda is on another scale.
 
-    output: of the decoder; lengths: (N, R) of its captions
-
-    Returns the loss, a scalar in nats: a mean over tokens plus alpha_c times a mean over
-    captions and locations. `num_tokens` and `num_captions` divide instead of W and N * R where
-    this batch is one part of a larger one.
+    output: of the decoder; lengths: (N, R) of its captions; num_tokens, num_captions: divisors
+    instead of W and N * R where this batch is one part of a larger one
+    Returns a scalar in nats.
     """
     cross_entropy = token_losses(output.logits, output.targets).sum()
     penalty = doubly_stochastic_penalty(output.alphas, lengths).sum()
-    return cross_entropy / (num_tokens or len(output.targets)) + alpha_c * penalty / (
-        num_captions or lengths.numel()
-    )
+    cross_entropy = cross_entropy / (num_tokens or len(output.targets))
+    return cross_entropy + alpha_c * penalty / (num_captions or lengths.numel())
 
 
 def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
@@ -84,40 +78,42 @@ def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
     return penalty * (lengths > 1).to(penalty.device, non_blocking=True)
 
 
-class Criterion:
-    """The base class of all criteria; of their state only `baseline` is saved."""
+class TeacherForcing:
+    """Every token is predicted from the true ones before it, with soft attention (section 4.2)."""
 
     dropout = True
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
-    baseline = torch.zeros(())
+    hard_fraction = 0.0
+    baseline = torch.zeros(())  # all of a criterion's state that is saved
+
+    def __init__(self, alpha_c: float = 1.0):
+        self.alpha_c = alpha_c
+
+    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        output = decoder(
+            batch.features, batch.captions, batch.lengths, self.sampling_prob, self.hard_fraction
+        )
+        loss = doubly_stochastic_loss(
+            output, batch.lengths, self.alpha_c, batch.num_tokens, batch.num_captions
+        )
+        correct = top_k_correct(output.logits.detach(), output.targets)
+        # The logged loss leaves out hard attention's objective: it is comparable with soft ones.
+        objective = self.objective(output, batch.lengths) / batch.num_tokens
+        return loss - objective, loss.detach() * batch.num_tokens, correct
+
+    def objective(self, output: DecoderOutput, lengths: Tensor) -> Tensor | float:
+        """What is maximised besides, summed over captions and tokens."""
+        return 0.0
 
     def count_captions(self, lengths: Tensor) -> int:
         """The number of captions that the criterion uses for lengths (N, R)."""
         return int((lengths > 1).sum())
 
     def after_step(self, processes: Distributed) -> None:
-        pass
+        """Called after each step of the optimizer."""
 
-
-class TeacherForcing(Criterion):
-    """Every token is predicted from the true ones before it, with soft attention (section 4.2)."""
-
-    def __init__(self, alpha_c: float = 1.0):
-        self.alpha_c = alpha_c
-
-    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        output = decoder(batch.features, batch.captions, batch.lengths, self.sampling_prob)
-        loss = self._loss(output, batch)
-        correct = top_k_correct(output.logits.detach(), output.targets)
-        return loss, loss.detach() * batch.num_tokens, correct
-
-    def _loss(self, output, batch):
-        return doubly_stochastic_loss(
-            output, batch.lengths, self.alpha_c, batch.num_tokens, batch.num_captions
-        )
-
-    @staticmethod
-    def metrics(total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
+    def metrics(self, total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
+        """An epoch's figures for the log, from its sums."""
         return {"train_loss": total / tokens, "train_top5": 100 * correct / tokens}
 
 
@@ -132,30 +128,19 @@ class HardAttention(TeacherForcing):
     """
 
     def __init__(
-        self,
-        alpha_c: float,
-        lambda_r: float,
-        lambda_e: float,
-        hard_fraction: float = HARD_FRACTION,
+        self, alpha_c: float, lambda_r: float, lambda_e: float, hard_fraction: float = HARD_FRACTION
     ):
         super().__init__(alpha_c)
         self.lambda_r, self.lambda_e, self.hard_fraction = lambda_r, lambda_e, hard_fraction
         self._log_prob_sum: Tensor | float = 0.0  # of this step so far
         self._num_captions = 0
 
-    def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        output = decoder(
-            batch.features, batch.captions, batch.lengths, self.sampling_prob, self.hard_fraction
-        )
-        loss = self._loss(output, batch)
-        log_probs = caption_log_probs(output, batch.lengths)
-        reward = self.lambda_r * (log_probs - self.baseline)
-        objective = reinforce_attention(output.alphas, output.weights, reward, self.lambda_e)
+    def objective(self, output: DecoderOutput, lengths: Tensor) -> Tensor:
+        log_probs = caption_log_probs(output, lengths)
         self._log_prob_sum = self._log_prob_sum + log_probs.sum()
-        self._num_captions += self.count_captions(batch.lengths)
-        correct = top_k_correct(output.logits.detach(), output.targets)
-        # The logged loss leaves out this objective, so that it is comparable with soft attention.
-        return loss - objective / batch.num_tokens, loss.detach() * batch.num_tokens, correct
+        self._num_captions += self.count_captions(lengths)
+        reward = self.lambda_r * (log_probs - self.baseline)
+        return reinforce_attention(output.alphas, output.weights, reward, self.lambda_e)
 
     def after_step(self, processes: Distributed) -> None:
         log_prob, captions = processes.all_reduce(self._log_prob_sum, self._num_captions)
@@ -174,12 +159,11 @@ def caption_log_probs(output: DecoderOutput, lengths: Tensor) -> Tensor:
 
 def reinforce_attention(alphas: Tensor, weights: Tensor, reward: Tensor, lambda_e: float) -> Tensor:
     """
-    The terms for the choice of locations in the learning rule after equation 12: reward times
-    log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
+    The terms for the choice of locations in the learning rule after equation 12: reward (N, R)
+    times log p(location) plus lambda_e times the entropy of alpha, summed over captions and tokens.
 
     alphas, weights (N, R, T, P): attention, and the context vector's weights, 1 at the sampled
     location. Where the weights are alpha itself, the sum of alpha d(log alpha) is 0: no gradient.
-    reward: (N, R)
     """
     log_alphas = alphas.clamp(min=MIN_ALPHA).log()
     log_p = (weights.detach() * log_alphas).sum((2, 3))
@@ -187,12 +171,11 @@ def reinforce_attention(alphas: Tensor, weights: Tensor, reward: Tensor, lambda_
     return (reward * log_p + lambda_e * entropy).sum()
 
 
-class SelfCritical(Criterion):
+class SelfCritical(TeacherForcing):
     """
     Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples
     captions; each is rewarded by its CIDEr-D minus the mean of the image's other samples (Luo 2020,
-    arXiv 2003.09971). There is no dropout, so that the model trains the same distribution that it
-    samples from.
+    arXiv 2003.09971). Without dropout the model trains the same distribution that it samples from.
 
     data: the training images' CaptionDataset; samples: captions per image, at least 2
     cross_entropy_share: w in (1 - w) self-critical loss + w cross-entropy of the true captions,
@@ -209,22 +192,22 @@ class SelfCritical(Criterion):
         max_len: int = 50,
         cross_entropy_share: float = 0.0,
     ):
+        super().__init__(alpha_c)
         self.word_map, self.reward = data.word_map, Reward(data)
-        self.alpha_c, self.cross_entropy_share = alpha_c, cross_entropy_share
+        self.cross_entropy_share = cross_entropy_share
         self.sampling = Search(n_best=samples, max_len=max_len, sample=True)
 
     def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         single = getattr(decoder, "module", decoder)  # not wrapped for several processes
-        captions, lengths = sample_captions(
-            single, batch.features.detach(), self.word_map, self.sampling
-        )
+        features, word_map = batch.features, self.word_map
+        captions, lengths = sample_captions(single, features.detach(), word_map, self.sampling)
         on_cpu = captions.cpu()  # before the forward pass, which keeps a GPU busy ...
-        output = decoder(batch.features, captions, lengths)
+        output = decoder(features, captions, lengths)
         rewards = self.reward(batch.indices, on_cpu, lengths)  # ... while the CPU does this
         loss = self_critical_loss(output, lengths, rewards, batch.num_captions)
         penalty = doubly_stochastic_penalty(output.alphas, lengths).sum() / batch.num_captions
         if self.cross_entropy_share:
-            output = decoder(batch.features, batch.captions, batch.lengths)
+            output = decoder(features, batch.captions, batch.lengths)
             cross_entropy = token_losses(output.logits, output.targets).sum() / batch.num_tokens
             loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
         return loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long)
@@ -232,49 +215,41 @@ class SelfCritical(Criterion):
     def count_captions(self, lengths: Tensor) -> int:
         return len(lengths) * self.sampling.n_best
 
-    @staticmethod
-    def metrics(total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
+    def metrics(self, total: float, correct: int, tokens: int, captions: int) -> dict[str, float]:
         return {"train_reward": total / captions}
 
 
 def self_critical_loss(
-    output: DecoderOutput, lengths: Tensor, rewards: Tensor, num_captions: float | None = None
+    output: DecoderOutput, lengths: Tensor, rewards: Tensor, num_captions: float
 ) -> Tensor:
     """
     A scalar whose gradient estimates minus that of the expected reward, averaged over the samples.
 
-    output: of the decoder for R > 1 captions sampled for each image; lengths: (N, R)
-    rewards: (N, R); num_captions: the divisor instead of N * R
+    output: of the decoder for R > 1 captions sampled for each image; lengths, rewards: (N, R)
+    num_captions: see `Batch`
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     weights = (rewards - others).flatten().repeat_interleave((lengths - 1).flatten())  # (W,)
     losses = token_losses(output.logits, output.targets)
-    weights = weights.to(losses, non_blocking=True)
-    return (weights * losses).sum() / (num_captions or rewards.numel())
+    return (weights.to(losses, non_blocking=True) * losses).sum() / num_captions
 
 
 class Reward:
     """
-    CIDEr-D, 0..10, of captions sampled for training images, against all captions of the image, with
-    the document frequencies of the training captions. <end> counts as a word, there too: otherwise
-    incomplete captions are rewarded (arXiv 2305.12254).
+    CIDEr-D, 0..10, of sampled captions against all captions of the image, with the training
+    captions' document frequencies. <end> counts as a word in both: otherwise incomplete captions
+    are rewarded (arXiv 2305.12254).
     """
-
-    END = "<end>"
 
     def __init__(self, data: CaptionDataset):
         self.words = {i: word for word, i in data.word_map.items()}
         self.references = [
-            [[*words, self.END] for words in entry["references"]] for entry in data.entries
+            [[*words, "<end>"] for words in entry["references"]] for entry in data.entries
         ]
         self.cider = CiderD(self.references)
 
     def __call__(self, images: np.ndarray, captions: Tensor, lengths: Tensor) -> Tensor:
-        """
-        images: N indices; captions (N, R, L), lengths (N, R): from `sample_captions`
-
-        Returns the rewards, float32 (N, R).
-        """
+        """N indices; captions (N, R, L), lengths (N, R) from `sample_captions` -> float32 (N, R)"""
         candidates = [
             [self.words[i] for i in caption[1:length]]
             for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())

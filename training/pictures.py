@@ -25,13 +25,12 @@ class ValidationPictures:
     def __init__(self, data, word_map):
         indices = np.unique(np.linspace(0, len(data) - 1, COUNT).round().astype(int))
         self.images = data[indices].images  # uint8 (n, 3, S, S), n at most COUNT
-        entries = [data.entry(i) for i in indices]
-        self.names = [
-            "/".join(filter(None, (entry.get("source"), entry["filename"]))) or f"image {i}"
-            for i, entry in zip(indices, entries)
-        ]
-        self.references = [" ".join(entry["references"][0]) for entry in entries]
-        self.word_map = word_map
+        self.names, self.references, self.word_map = [], [], word_map
+        for i in indices:
+            entry = data.entry(i)
+            name = "/".join(filter(None, (entry.get("source"), entry["filename"])))
+            self.names.append(name or f"image {i}")
+            self.references.append(" ".join(entry["references"][0]))
 
     def write(self, writer, state, epoch):
         """
@@ -45,15 +44,13 @@ class ValidationPictures:
         for name, image, reference, (words, alphas) in zip(
             self.names, self.images, self.references, self._caption(state)
         ):
-            rows.append(f"| {' | '.join(map(_escape, (name, ' '.join(words), reference)))} |")
+            texts = name, " ".join(words), reference
+            cells = [html.escape(text).replace("|", "&#124;") for text in texts]  # <unk> is no tag
+            rows.append(f"| {' | '.join(cells)} |")
             figure = attention_grid(image.permute(1, 2, 0).numpy(), words, alphas, drawing, DPI)
             figure.canvas.draw()
-            writer.add_image(
-                f"attention/{name}",
-                np.asarray(figure.canvas.buffer_rgba()),
-                epoch,
-                dataformats="HWC",
-            )
+            pixels = np.asarray(figure.canvas.buffer_rgba())
+            writer.add_image(f"attention/{name}", pixels, epoch, dataformats="HWC")
         writer.add_text("captions", "\n".join(rows), epoch)
 
     @torch.inference_mode()
@@ -67,8 +64,3 @@ class ValidationPictures:
             )
         words = {i: word for word, i in self.word_map.items()}
         return [([words[i] for i in caption.tokens], caption.alphas) for caption in captions]
-
-
-def _escape(text):
-    """Text for a cell of a Markdown table: <unk> is no HTML tag there"""
-    return html.escape(text).replace("|", "&#124;")

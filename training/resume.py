@@ -1,12 +1,8 @@
 """
 Resuming a run, so that it ends with the weights of a run that was not interrupted, on a CPU bit for
-bit. That takes the same
-
-- batches: `datasets.ResumableBatchSampler` derives their order from seed and epoch;
-- random numbers, those of dropout too: `engine.train_one_epoch` seeds each step by seed, epoch,
-  step and process;
-- weights, optimizer, schedule and averages: `state.TrainingState.load_state_dict`;
-- options and data, which are compared here.
+bit. That takes the same batches, whose order `datasets.ResumableBatchSampler` derives from seed and
+epoch; random numbers, which `engine.train_one_epoch` seeds for each step; what
+`TrainingState.load_state_dict` restores; and options and data, which are compared here.
 """
 
 import os
@@ -19,22 +15,12 @@ from utils import UserError, count
 
 # Options of a single start of the script, which are not saved with the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
-# Options that must not change when a run is resumed: always, since optimizer and model depend on
-# them; within an epoch, since the order of its batches does; and with --cosine, since the learning
-# rate does.
-FIXED = (
-    "decoder_lr",
-    "encoder_lr",
-    "fine_tune_encoder",
-    "fine_tune_embeddings",
-    "self_critical",
-    "ema",
-    "augment",
-    "embeddings",
-    "cosine",
-)
-FIXED_WITHIN_EPOCH = ("batch_size", "single_captions", "seed", "attention", "accumulate")
-FIXED_WITH_COSINE = ("batch_size", "single_captions", "epochs")
+# Options that a resumed run keeps, since optimizer and model depend on them; within an epoch, since
+# the order of its batches does; and with --cosine, since the learning rate does.
+FIXED = "decoder_lr encoder_lr fine_tune_encoder fine_tune_embeddings embeddings".split()
+FIXED += "self_critical ema augment cosine".split()
+FIXED_WITHIN_EPOCH = "batch_size single_captions seed attention accumulate".split()
+FIXED_WITH_COSINE = "batch_size single_captions epochs".split()
 
 
 def load_run(path):
@@ -42,62 +28,34 @@ def load_run(path):
     checkpoint = checkpoints.load(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    if not isinstance(checkpoint.get("options"), dict) or not isinstance(
-        checkpoint.get("progress"), dict
-    ):
+    if not all(isinstance(checkpoint.get(part), dict) for part in ("options", "progress")):
         raise UserError(f"{path} is damaged: the run's options or progress are missing")
-    if not isinstance(checkpoint.get("data"), dict | None):  # None in older runs
-        raise UserError(f"{path} is damaged: it does not say what data it was trained on")
     return checkpoint
 
 
-def check_unchanged(args, options, progress):
-    """UserError if args differ from the run's saved options in one that must not change."""
-    fixed = [
-        *FIXED,
-        *FIXED_WITHIN_EPOCH * bool(progress.get("step")),
-        *FIXED_WITH_COSINE * options["cosine"],
-    ]
+def check_unchanged(path, given, saved, progress):
+    """
+    UserError if an option that must not change was given another value than the run has.
+
+    path: of the run; given, saved: options by name
+    """
+    fixed = FIXED + FIXED_WITHIN_EPOCH * bool(progress.get("step"))
+    fixed += FIXED_WITH_COSINE * bool(saved["cosine"])
     for option in fixed:
-        if getattr(args, option) != options[option]:
+        if given.get(option, saved[option]) != saved[option]:
             raise UserError(
-                f"{args.resume} was run with {option} {options[option]}, which "
-                f"--resume cannot change; for a new phase pass --checkpoint "
-                f"{args.resume}"
+                f"{path} was run with {option} {saved[option]}, which --resume cannot change; for "
+                f"a new phase pass --checkpoint {path}"
             )
 
 
 def check_same_data(args, checkpoint, train_data):
-    """UserError unless the checkpoint's run was trained on this data."""
-    data, saved_data = describe_data(args, train_data), checkpoint.get("data")
-    if saved_data not in (None, data):
-        changes = ", ".join(
-            f"{key} {saved_data.get(key)}, now {data[key]}"
-            for key in data
-            if saved_data.get(key) != data[key]
-        )
+    """UserError unless the checkpoint's run was trained on this data; older ones do not say."""
+    data, saved = describe_data(args, train_data), checkpoint.get("data")
+    if saved and saved != data:
         raise UserError(
-            f"{args.resume} was trained on other data: {changes}; pass their "
+            f"{args.resume} was trained on other data, {saved}, not {data}; pass their "
             f"--data_folder, or --checkpoint {args.resume} for a new phase"
-        )
-
-
-def restore_state(state, checkpoint):
-    """Load the checkpoint into `state`; UserError unless it fits the options."""
-    args = state.args
-    try:
-        state.load_state_dict(checkpoint)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{args.resume} does not fit this run: {reason}") from None
-    progress = state.progress
-    state.processes.print(
-        f"resuming {args.resume}: {count(progress.epoch, 'epoch')} and "
-        f"{count(progress.step, 'batch', 'batches')} are done"
-    )
-    if progress.epoch >= args.epochs:
-        state.processes.print(
-            f"nothing is left to do: --epochs is {args.epochs}; pass more to go on"
         )
 
 
@@ -111,16 +69,30 @@ def describe_data(args, data):
     }
 
 
+def restore_state(state, checkpoint):
+    """Load the checkpoint into `state`; UserError unless it fits the options."""
+    args = state.args
+    try:
+        state.load_state_dict(checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{args.resume} does not fit this run: {reason}") from None
+    progress, say = state.progress, state.processes.print
+    done = f"{count(progress.epoch, 'epoch')} and {count(progress.step, 'batch', 'batches')}"
+    say(f"resuming {args.resume}: {done} are done")
+    if progress.epoch >= args.epochs:
+        say(f"nothing is left to do: --epochs is {args.epochs}; pass more to go on")
+
+
 def resume_command(args, processes):
-    program, world_size = "python", processes.world_size
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size > 1:
-        program = f"torchrun --nproc_per_node={local_world_size}"
-    if world_size > local_world_size:  # to be run on each machine
-        program += (
-            f" --nnodes={world_size // local_world_size} --rdzv_backend=c10d "
-            f"--rdzv_endpoint=HOST:PORT"
-        )
+    """The command that continues the run, for each machine if there are several."""
+    program = "python"
+    if processes.world_size > 1:
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
+        program = f"torchrun --nproc_per_node={per_machine}"
+        if per_machine < processes.world_size:
+            program += f" --nnodes={processes.world_size // per_machine} --rdzv_backend=c10d"
+            program += " --rdzv_endpoint=HOST:PORT"
     return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"
 
 

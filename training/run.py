@@ -4,20 +4,15 @@
 
 import json
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import checkpoints
 from datasets import CaptionDataset, WorkerDied
+from training import resume
 from training.interrupts import Interrupted, Interrupts
-from training.resume import (
-    TRANSIENT_OPTIONS,
-    best_path,
-    continues,
-    describe_data,
-    last_path,
-    resume_command,
-)
+from training.resume import best_path, continues, last_path
 from training.state import monitored_metric
 from utils import UserError, atomic_write, exclusive_lock
 
@@ -26,15 +21,12 @@ class Run:
     """
     `with Run(state, train_data) as run:` the run in args.checkpoint_folder. After a signal within
     the block, the state is saved and the script exits with the command that continues the run.
-
-    state: TrainingState; train_data: its CaptionDataset
     """
 
     def __init__(self, state, train_data):
         self.args, self.state, self.processes = state.args, state, state.processes
-        self.word_map, self.data = train_data.word_map, describe_data(self.args, train_data)
-        self.interrupts = Interrupts(self.args.save_minutes)
-        self._log = None
+        self.word_map, self.data = train_data.word_map, resume.describe_data(self.args, train_data)
+        self.interrupts, self._last_save, self._log = Interrupts(), time.monotonic(), None
 
     def __enter__(self):
         if self.processes.is_main:
@@ -43,34 +35,28 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        advice = f"continue with: {resume.resume_command(self.args, self.processes)}"
         try:
             if isinstance(error, Interrupted):
-                self._stop(error)
-            elif isinstance(error, WorkerDied):
+                self.interrupts.saving = True  # a second Ctrl-C must not interrupt it
                 self.save()
-                raise UserError(
-                    f"{error}; all steps are saved, continue with: "
-                    f"{resume_command(self.args, self.processes)}"
+                if not self.processes.is_main:
+                    raise SystemExit(error.code) from None
+                progress, steps = self.state.progress, self.state.steps_per_epoch
+                raise Interrupted(
+                    error.signum,
+                    f"stopped in epoch {progress.epoch + 1} after {progress.step} of {steps} "
+                    f"batches, all saved; {advice}",
                 ) from None
+            if isinstance(error, WorkerDied):
+                self.save()
+                raise UserError(f"{error}; all steps are saved, {advice}") from None
         finally:
             self.interrupts.__exit__()
 
-    def _stop(self, interrupted):
-        self.interrupts.ignore_signals()  # a second Ctrl-C must not interrupt saving
-        self.save()
-        if not self.processes.is_main:
-            raise SystemExit(interrupted.code) from None
-        progress = self.state.progress
-        raise Interrupted(
-            interrupted.signum,
-            f"stopped in epoch {progress.epoch + 1} after {progress.step} of "
-            f"{self.state.steps_per_epoch} batches, all saved; continue with: "
-            f"{resume_command(self.args, self.processes)}",
-        ) from None
-
     def start_phase(self, stats):
         """stats: the validation metrics of the checkpoint's model, the score to improve on"""
-        self.processes.print(f"start   {_format_scores(stats)}")
+        self.processes.print(f"start   {format_scores(stats)}")
         self.state.set_score_to_beat(stats)
         with self.interrupts.deferred():
             if not best_path(self.args).exists():
@@ -79,18 +65,22 @@ class Run:
 
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
-        progress = self.state.progress
-        while (
-            progress.epoch < self.args.epochs
-            and progress.epochs_without_improvement < self.args.stop_after
-        ):
+        args, progress = self.args, self.state.progress
+        while progress.epoch < args.epochs:
+            if progress.epochs_without_improvement >= args.stop_after:
+                return
             yield progress.epoch + 1
-            progress = self.state.progress
+
+    def save_due(self):
+        """Whether it is time to save; if so, restarts the clock."""
+        if time.monotonic() - self._last_save < 60 * self.args.save_minutes:
+            return False
+        self._last_save = time.monotonic()
+        return True
 
     def save(self, path=None):
         """Write the state to the run's checkpoint, or to another path."""
         if self.processes.is_main:
-            options = {k: v for k, v in vars(self.args).items() if k not in TRANSIENT_OPTIONS}
             state = self.state
             if self.args.fine_tune_encoder:  # what was measured for pictures is of older weights
                 state.averaged_encoder.offset = None
@@ -99,21 +89,19 @@ class Run:
                 state.averaged_encoder,
                 state.averaged_decoder,
                 self.word_map,
-                options=options,
+                options={
+                    k: v for k, v in vars(self.args).items() if k not in resume.TRANSIENT_OPTIONS
+                },
                 data=self.data,
                 **state.state_dict(),
             )
 
     def end_epoch(self, stats):
         """Print, count, log and save an epoch; stats: its training and validation metrics"""
-        training = (
-            f"reward {stats['train_reward']:.3f}"
-            if self.args.self_critical
-            else f"loss {stats['train_loss']:.3f}"
-        )
+        name = "reward" if self.args.self_critical else "loss"
         self.processes.print(
-            f"epoch {stats['epoch']:3d}   {training} in "
-            f"{stats['train_seconds']:.0f} s   {_format_scores(stats)}"
+            f"epoch {stats['epoch']:3d}   {name} {stats[f'train_{name}']:.3f} in "
+            f"{stats['train_seconds']:.0f} s   {format_scores(stats)}"
         )
         with self.interrupts.deferred():
             if self.state.after_epoch(stats):
@@ -122,28 +110,25 @@ class Run:
                 self._log.write(stats)
             self.save()  # last: until then, a resumed run repeats all of the above
         if self._log:
-            self._log.draw_curves()
-            self._log.write_pictures(self.state)
+            self._log.draw(self.state)
 
     def print_summary(self):
         progress = self.state.progress
         metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[monitored_metric(self.args)]
-        best = progress.epoch - progress.epochs_since_improvement
+        best = progress.epoch - progress.stale
         source = f"epoch {best}" if best else "the model that the phase started from"
-        self.processes.print(
-            f"done after epoch {progress.epoch}: best validation {metric} "
-            f"{progress.best:.2f}, from {source}, in {best_path(self.args)}"
-        )
+        best = f"best validation {metric} {progress.best:.2f}, from {source}"
+        where = best_path(self.args)
+        self.processes.print(f"done after epoch {progress.epoch}: {best}, in {where}")
 
 
-def _format_scores(stats):
+def format_scores(stats):
+    """The validation's metrics in a line: the mean's, and those of each source if several."""
     sources = [key.removeprefix("bleu4_") for key in stats if key.startswith("bleu4_")]
+    names = {"mean " if sources else "": ""} | {f"{source} ": f"_{source}" for source in sources}
     scores = [
         f"{name}BLEU-4 {stats['bleu4' + key]:.2f}, CIDEr-D {stats['cider_d' + key]:.2f}"
-        for name, key in [
-            ("mean " * bool(sources), ""),
-            *((f"{source} ", f"_{source}") for source in sources),
-        ]
+        for name, key in names.items()
     ]
     return (
         f"teacher-forced: loss {stats['val_loss']:.3f}, top-5 {stats['val_top5']:.2f} %, "
@@ -166,34 +151,29 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError(
-                    "--tensorboard needs the package tensorboard; run pip install tensorboard"
-                ) from None
+                raise UserError("--tensorboard needs: pip install tensorboard") from None
             from training.pictures import ValidationPictures  # only here: matplotlib is slow
 
             val_data = CaptionDataset(args.data_folder, args.data_name, "VAL")
             self._pictures = ValidationPictures(val_data, word_map)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         rows = []
-        if self.path.exists() and continues(args):
+        if continues(args) and self.path.exists():
             rows = self.path.read_text(errors="replace").splitlines()
+        # A resumed run keeps the rows up to its last epoch; a new phase appends to earlier phases.
         if args.resume:
-            while len(rows) > progress.previous_rows and not _epoch(rows[-1]) <= progress.epoch:
-                rows.pop()
+            del rows[progress.rows + progress.epoch :]
         else:
-            progress.previous_rows = len(rows)
+            progress.rows = len(rows)
         with atomic_write(self.path) as temporary:
             Path(temporary).write_text("".join(row + "\n" for row in rows))
         if not continues(args):
             for path in (last_path(args), best_path(args), self._curves):
                 path.unlink(missing_ok=True)
-        self._previous_rows = progress.previous_rows
+        self._previous_rows = progress.rows
         if args.tensorboard:
-            self._writer = SummaryWriter(
-                folder / f"tensorboard_{args.data_name}",
-                purge_step=self._previous_rows + progress.epoch + 1,
-            )
+            first_step = self._previous_rows + progress.epoch + 1
+            events = folder / f"tensorboard_{args.data_name}"
+            self._writer = SummaryWriter(events, purge_step=first_step)
 
     def write(self, row):
         """row: an epoch's metrics"""
@@ -202,10 +182,12 @@ class Log:
         if self._writer:
             for key, value in row.items():
                 self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
-            self._writer.flush()
 
-    def draw_curves(self):
-        """Draw log_NAME.png; if that fails, the run goes on."""
+    def draw(self, state):
+        """
+        log_NAME.png, without which a run goes on if it cannot be drawn, and TensorBoard's pictures.
+        state: the TrainingState after an epoch
+        """
         try:
             from visualization.curves import write_curves  # only here: matplotlib is slow
 
@@ -213,21 +195,9 @@ class Log:
         except Exception as error:
             reason = " ".join(str(error).split())
             print(f"{self._curves} was not drawn: {reason}", file=sys.stderr)
-
-    def write_pictures(self, state):
-        """state: the TrainingState after an epoch"""
         if self._writer:
             self._pictures.write(self._writer, state, self._previous_rows + state.progress.epoch)
             self._writer.flush()
-
-
-def _epoch(line):
-    """The epoch of a row of the log; infinity if the row was cut off when a run was killed."""
-    try:
-        epoch = json.loads(line)["epoch"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return float("inf")
-    return epoch if type(epoch) is int else float("inf")
 
 
 @contextmanager
@@ -240,17 +210,14 @@ def lock_run(args, processes):
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         # Worker processes of a killed run may hold the lock for some seconds.
-        lock = exclusive_lock(
-            str(folder / f".train_{args.data_name}.lock"),
-            f"another run of {args.data_name} is training in {folder}; wait for "
-            f"it or pass another --checkpoint_folder",
-            timeout=15,
-        )
+        busy = f"another run of {args.data_name} is training in {folder}; wait for it or pass "
+        busy += "another --checkpoint_folder"
+        lock = exclusive_lock(str(folder / f".train_{args.data_name}.lock"), busy, timeout=15)
     with lock:
         for path in (last_path(args), best_path(args)):  # in all processes: each stops with a line
             if path.exists() and not args.overwrite and not continues(args):
                 raise UserError(
-                    f"{path} is of an earlier run; pass --resume to continue it, "
-                    f"--overwrite to replace it, or another --checkpoint_folder"
+                    f"{path} is of an earlier run; pass --resume to continue it, --overwrite to "
+                    f"replace it, or another --checkpoint_folder"
                 )
         yield

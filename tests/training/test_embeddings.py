@@ -13,20 +13,19 @@ def glove(tmp_path, text):
     return load_embeddings(path, {"<pad>": 0, "dog": 1, "cat": 2})
 
 
-def test_embedding_of_a_word_is_its_line_and_others_are_random_within_the_limit(tmp_path, capsys):
-    embeddings, size = glove(tmp_path, "dog 1 -2 3\nat a.b@c 9 9 9\n<cow> 0 0 0\ncat 4 5 6e1\n")
-    assert size == 3 and embeddings.shape == (3, 3) and embeddings.dtype == torch.float32
+@pytest.mark.parametrize("first", ["", "2 3\n"])  # of word2vec and fastText: how many, what size
+def test_embedding_of_a_word_is_its_line_and_others_are_random_within_the_limit(
+    tmp_path, capsys, first
+):
+    text = first + "dog 1 -2 3\nat a.b@c 9 9 9\n<cow> 0 0 0\ncat 4 5 6e1\n"
+    embeddings = glove(tmp_path, text)
+    assert embeddings.shape == (3, 3) and embeddings.dtype == torch.float32
     assert embeddings[1:].tolist() == [[1, -2, 3], [4, 5, 60]]
     assert 0 < embeddings[0].abs().max() <= 1  # sqrt(3 / 3)
     assert "2 of 3 words" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["cow 1 2", "cow 1 2 3 4", "dog 1 2 x", "dog 1 2 nan", ""])
-def test_broken_line_of_embeddings_is_named(tmp_path, line):
-    with pytest.raises(UserError, match=r"glove\.txt, line 2"):
-        glove(tmp_path, f"cat 1 2 3\n{line}\n")
-
-
-def test_first_line_of_word2vec_and_fasttext_is_skipped(tmp_path):
-    embeddings, size = glove(tmp_path, "2 3\ndog 1 -2 3\ncat 4 5 6\n")
-    assert size == 3 and embeddings[1:].tolist() == [[1, -2, 3], [4, 5, 6]]
+def test_broken_line_of_embeddings_is_named(tmp_path):
+    for line in ("cow 1 2", "cow 1 2 3 4", "dog 1 2 x", "dog 1 2 nan", ""):
+        with pytest.raises(UserError, match=r"glove\.txt, line 2"):
+            glove(tmp_path, f"cat 1 2 3\n{line}\n")

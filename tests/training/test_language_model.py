@@ -7,29 +7,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import NAME, load_checkpoint, log_rows, make_decoder, same, train_args
+from factories import load_checkpoint, log_rows, make_decoder, resume_args, same, train_args
 from torch import nn
 
 import train
+from modeling.devices import Distributed
 from models import DecoderWithAttention
 from training.language_model import language_model_loss, pretrain
 from utils import UserError
 
-WORD_MAP = {
-    word: i for i, word in enumerate(["<pad>", *"abcdefghijklmnopqrs", "<unk>", "<start>", "<end>"])
-}
+WORDS = ["<pad>", *"abcdefghijklmnopqrs", "<unk>", "<start>", "<end>"]
+WORD_MAP = {word: i for i, word in enumerate(WORDS)}
 CAPTIONS = [list(words) for words in itertools.product("abc", "de", "fghi", "jk")]
+PROCESSES = Distributed(torch.device("cpu"))
 
 
 def as_ids(captions):
-    return [
-        [
-            WORD_MAP["<start>"],
-            *(WORD_MAP.get(word, WORD_MAP["<unk>"]) for word in words),
-            WORD_MAP["<end>"],
-        ]
-        for words in captions
-    ]
+    texts = [["<start>", *words, "<end>"] for words in captions]
+    return [[WORD_MAP.get(word, WORD_MAP["<unk>"]) for word in words] for words in texts]
 
 
 def lstm_loss(decoder, ids):
@@ -61,60 +56,40 @@ def test_pretrained_decoder_knows_the_text_and_keeps_its_attention():
     torch.manual_seed(0)
     decoder = DecoderWithAttention(7, 16, 32, len(WORD_MAP), encoder_dim=9, dropout=0.0)
     before, ids = copy.deepcopy(decoder.state_dict()), as_ids(CAPTIONS)
-    pretrain(decoder, CAPTIONS, WORD_MAP, epochs=400, show_progress=False)
+    loss = pretrain(decoder, CAPTIONS, WORD_MAP, 400, PROCESSES)
     # Each first, second, third and fourth word is drawn from 3, 2, 4 and 2 with equal probability.
-    expected = math.log(3 * 2 * 4 * 2) * len(ids)
-    assert lstm_loss(decoder.eval(), ids).item() == pytest.approx(expected, rel=0.1)
+    expected = math.log(3 * 2 * 4 * 2)
+    assert lstm_loss(decoder.eval(), ids).item() == pytest.approx(expected * len(ids), rel=0.1)
+    assert loss == pytest.approx(expected / 5, rel=0.1)  # per token
     after = decoder.state_dict()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    assert unchanged == {
-        "init_h.weight",
-        "init_c.weight",
-        "f_beta.weight",
-        "f_beta.bias",
-        *(name for name in before if name.startswith("attention.")),
-    }
+    reads_context = {"init_h.weight", "init_c.weight", "f_beta.weight", "f_beta.bias"}
+    assert unchanged == reads_context | {name for name in before if name.startswith("attention.")}
     of_context = [state["decode_step.weight_ih"][:, 16:] for state in (before, after)]
     assert torch.equal(*of_context)
-
-
-def test_a_run_begins_with_the_text(data, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i % 9}\ta red circle is above a blue square\n" for i in range(99)))
-    common = ["--pretrain_text", str(text), "--epochs", "1"]
-    train.main(train_args(data, tmp_path / "a", *common))
-    assert "99 captions of text, 5 epochs" in capsys.readouterr().out
-    train.main(train_args(data, tmp_path / "plain", "--epochs", "1"))
-    with_text, without = (log_rows(tmp_path / name)[0]["train_loss"] for name in ("a", "plain"))
-    assert with_text < without
-    train.main(["--checkpoint_folder", str(tmp_path / "a"), "--resume", "--epochs", "2"])
-    train.main(train_args(data, tmp_path / "b", *common[:2], "--epochs", "2"))
-    assert same(*(load_checkpoint(tmp_path / name)["decoder"] for name in "ab"))
-    with pytest.raises(UserError, match="has a decoder of its own; leave --pretrain_text out"):
-        train.main(
-            [
-                "--data_folder",
-                str(data),
-                "--checkpoint",
-                str(tmp_path / f"a/BEST_checkpoint_{NAME}.pth.tar"),
-                *common,
-                "--checkpoint_folder",
-                str(tmp_path / "c"),
-            ]
-        )
 
 
 def test_fixed_embeddings_stay_fixed():
     decoder = make_decoder(len(WORD_MAP)).float()
     decoder.fine_tune_embeddings(False)
     before = copy.deepcopy(decoder.state_dict())
-    pretrain(decoder, CAPTIONS, WORD_MAP, epochs=1, show_progress=False)
+    pretrain(decoder, CAPTIONS, WORD_MAP, 1, PROCESSES)
     assert torch.equal(decoder.embedding.weight, before["embedding.weight"])
     assert not torch.equal(decoder.fc.weight, before["fc.weight"])
 
 
-def test_text_without_a_caption_is_a_line(data, tmp_path):
+def test_a_run_begins_with_the_text(data, tmp_path, capsys, best, finished):
     text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i % 9}\ta red circle is above a blue square\n" for i in range(99)))
+    options = f"--pretrain_text {text} --batch_size 30"
+    train.main(train_args(data, tmp_path / "a", options, "--epochs 1"))
+    assert "99 captions of text, 5 epochs" in capsys.readouterr().out
+    assert log_rows(tmp_path / "a")[0]["train_loss"] < log_rows(finished)[0]["train_loss"]
+    train.main(resume_args(tmp_path / "a", "--epochs 2"))
+    train.main(train_args(data, tmp_path / "b", options, "--epochs 2"))
+    assert same(*(load_checkpoint(tmp_path / name)["decoder"] for name in "ab"))
+    with pytest.raises(UserError, match="has a decoder of its own; leave --pretrain_text out"):
+        train.main(train_args(data, tmp_path / "c", options, "--checkpoint", best))
     text.write_text("word " * 31 + "\n")
-    with pytest.raises(UserError, match="text.txt: no caption of at most 30 words; pass a file"):
-        train.main(train_args(data, tmp_path, "--pretrain_text", str(text)))
+    with pytest.raises(UserError, match="text.txt: no caption of at most 30 words"):
+        train.main(train_args(data, tmp_path / "c", options))

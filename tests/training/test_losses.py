@@ -27,6 +27,7 @@ from training.losses import (
     caption_log_probs,
     doubly_stochastic_loss,
     doubly_stochastic_penalty,
+    self_critical_loss,
     token_losses,
 )
 
@@ -36,9 +37,8 @@ START, END = 2, 3
 
 def tiny_decoder(side=2, dropout=0.0):
     torch.manual_seed(1)
-    decoder = DecoderWithAttention(
-        3, 3, 4, 4, encoder_dim=3, dropout=dropout, encoded_image_size=side
-    ).double()
+    options = {"encoder_dim": 3, "dropout": dropout, "encoded_image_size": side}
+    decoder = DecoderWithAttention(3, 3, 4, 4, **options).double()
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(2)
@@ -55,9 +55,8 @@ def every_caption(tokens):
 
 def log_prob(decoder, features, words):
     """The log-probability of a caption by the textbook version; features (1, G, E)"""
-    logits, _ = reference.decode(
-        decoder, reference.encode(features, 2), torch.tensor([START, *words])
-    )
+    encoded = reference.encode(features, 2)
+    logits, _ = reference.decode(decoder, encoded, torch.tensor([START, *words]))
     return logits.log_softmax(1)[range(len(words)), words].sum()
 
 
@@ -74,15 +73,9 @@ def expect_mean(draw, exact, draws):
 
 
 def flat_gradient(loss, decoder):
-    return torch.cat(
-        [
-            (g if g is not None else torch.zeros_like(p)).flatten()
-            for g, p in zip(
-                torch.autograd.grad(loss, decoder.parameters(), allow_unused=True),
-                decoder.parameters(),
-            )
-        ]
-    )
+    weights = list(decoder.parameters())
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
@@ -93,11 +86,8 @@ def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
         output = decoder(features[part], captions[part], lengths[part])
         return doubly_stochastic_loss(output, lengths[part], **divisors)
 
-    words = int((lengths - 1).sum())
-    shares = [
-        loss(part, num_tokens=words, num_captions=18)
-        for part in (slice(0, 1), slice(1, 4), slice(4, 6))
-    ]
+    words, parts = int((lengths - 1).sum()), (slice(0, 1), slice(1, 4), slice(4, 6))
+    shares = [loss(part, num_tokens=words, num_captions=18) for part in parts]
     torch.testing.assert_close(sum(shares), loss(slice(0, 6)))
 
 
@@ -122,10 +112,8 @@ def test_captions_are_sampled_with_their_probabilities():
     torch.manual_seed(0)
     search = Search(n_best=400, max_len=2, sample=True)  # words; <end> may follow
     captions, lengths = sample_captions(decoder, features.expand(50, -1, -1), WORD_MAP, search)
-    found = [
-        tuple(caption[1:length])
-        for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
-    ]
+    rows = zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
+    found = [tuple(caption[1:length]) for caption, length in rows]
     assert (captions[:, :, 0] == START).all() and len(found) == 20000
     assert all((c[n:] == 0).all() for c, n in zip(captions.flatten(0, 1), lengths.flatten()))
     total, possible = 0.0, list(every_caption(3))
@@ -143,17 +131,15 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expected, penalty = 0.0, 0.0
     for words, reward in rewards.items():
         p = log_prob(decoder, features, words).exp()
-        output = decoder(
-            features, torch.tensor([[[START, *words]]]), torch.tensor([[len(words) + 1]])
-        )
+        caption, length = torch.tensor([[[START, *words]]]), torch.tensor([[len(words) + 1]])
+        output = decoder(features, caption, length)
         expected = expected + p * reward
         # The attention penalty has a gradient of its own, in the sampled captions.
         penalty = penalty + p.detach() * ((1 - output.alphas.sum(2)) ** 2).mean()
     exact = flat_gradient(0.5 * penalty - expected, decoder)
 
-    criterion = SelfCritical(
-        Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}]), 0.5, samples=3, max_len=1
-    )
+    data = Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}])
+    criterion = SelfCritical(data, 0.5, samples=3, max_len=1)
     assert criterion.count_captions(torch.zeros(400, 1)) == 1200
     assert not criterion.dropout
     criterion.reward = lambda images, captions, lengths: torch.tensor(
@@ -163,10 +149,10 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
         ]
     )
 
+    batch = Batch(features.expand(400, -1, -1), None, None, None, None, 1200)
+
     def draw():
-        loss, total, _ = criterion(
-            decoder, Batch(features.expand(400, -1, -1), None, None, None, None, 1200)
-        )
+        loss, total, _ = criterion(decoder, batch)
         assert abs(total / 1200 - expected) < 0.5
         return flat_gradient(loss, decoder)
 
@@ -174,12 +160,23 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     expect_mean(draw, exact, draws=40)
 
 
+def test_each_sample_is_weighted_by_its_reward_minus_the_mean_of_the_other_ones():
+    decoder, (captions, lengths) = make_decoder(), make_captions(2, 3)
+    output = decoder(torch.randn(2, 64, 9, dtype=torch.float64), captions, lengths)
+    rewards, expected = torch.tensor([[1.0, 2.0, 6.0], [0.0, 3.0, 3.0]]), 0.0
+    advantages = iter([1 - 4, 2 - 3.5, 6 - 1.5, 0 - 3, 3 - 1.5, 3 - 1.5])
+    for losses in token_losses(output.logits, output.targets).split(
+        (lengths - 1).flatten().tolist()
+    ):
+        expected += next(advantages) * losses.sum() / 6
+    torch.testing.assert_close(self_critical_loss(output, lengths, rewards, 6), expected)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
     decoder, features = tiny_decoder(), torch.randn(6, 4, 3, dtype=torch.float64)
-    data = Namespace(
-        word_map=WORD_MAP, entries=[{"references": [["dog"] * (i + 1)]} for i in range(6)]
-    )
+    entries = [{"references": [["dog"] * (i + 1)]} for i in range(6)]
+    data = Namespace(word_map=WORD_MAP, entries=entries)
     captions = torch.tensor([[[START, 1, END, 0], [START, 1, 1, END]]]).expand(6, -1, -1)
     lengths = torch.tensor([[3, 4]]).expand(6, -1)
     batch = Batch(features, captions, lengths, list(range(6)), 30.0, 24)
@@ -221,9 +218,8 @@ def enumerate_locations(decoder, features, caption):
             log_p_locations = log_p_locations + log_alpha[location]
             entropy = entropy - (alpha[0] * log_alpha).sum()
             context = torch.sigmoid(decoder.f_beta(h)) * encoded[:, location]
-            h, c = decoder.decode_step(
-                torch.cat([decoder.embedding(caption[t : t + 1]), context], 1), (h, c)
-            )
+            word = decoder.embedding(caption[t : t + 1])
+            h, c = decoder.decode_step(torch.cat([word, context], 1), (h, c))
             log_p_words = log_p_words + decoder.fc(h).log_softmax(1)[0, caption[t + 1]]
         yield log_p_locations, log_p_words, entropy
 
@@ -243,21 +239,15 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
     captions, lengths = caption.view(1, 1, 3), torch.tensor([[3]])
     output = decoder(features, captions, lengths)
     entropy = -(output.alphas * output.alphas.log()).sum()
-    soft = flat_gradient(
-        doubly_stochastic_loss(output, lengths, 0.0) - lambda_e * entropy / 2, decoder
-    )
+    loss = doubly_stochastic_loss(output, lengths, 0.0) - lambda_e * entropy / 2
+    soft = flat_gradient(loss, decoder)
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
     criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, hard_fraction=hard_fraction)
     criterion.baseline = torch.tensor(-2.0)  # the mean does not depend on it
-    batch = Batch(
-        features.expand(600, -1, -1),
-        captions.expand(600, -1, -1),
-        lengths.expand(600, -1),
-        None,
-        2 * 600,
-        600,
-    )
+    tensors = (features, captions, lengths.unsqueeze(2))
+    features, captions, lengths = (tensor.expand(600, -1, -1) for tensor in tensors)
+    batch = Batch(features, captions, lengths.squeeze(2), None, 2 * 600, 600)
 
     def draw():
         loss, *_ = criterion(decoder, batch)
@@ -289,20 +279,20 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
         for part in (slice(0, 1), slice(1, 4)):  # a step may come in parts
             torch.manual_seed(step)
             output = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
-            per_word = torch.log_softmax(output.logits, 1)[
-                range(len(output.targets)), output.targets
-            ]
-            log_p += [
-                x.sum().item() for x in per_word.split((lengths[part] - 1).flatten().tolist())
-            ]
-            torch.testing.assert_close(
-                caption_log_probs(output, lengths[part]).flatten().tolist(),
-                log_p[-lengths[part].numel() :],
-                rtol=1e-5,
-                atol=1e-5,
-            )
+            words = range(len(output.targets))
+            per_word = torch.log_softmax(output.logits, 1)[words, output.targets]
+            sizes = (lengths[part] - 1).flatten().tolist()
+            log_p += [x.sum().item() for x in per_word.split(sizes)]
+            found = caption_log_probs(output, lengths[part]).flatten().tolist()
+            assert found == pytest.approx(log_p[-len(sizes) :], rel=1e-5)
             torch.manual_seed(step)
-            criterion(decoder, Batch(features[part], captions[part], lengths[part], None, 1, 1))
+            batch = Batch(features[part], captions[part], lengths[part], None, 1, 1)
+            loss, total, _ = criterion(decoder, batch)
+            assert float(total) == pytest.approx(-sum(found), rel=1e-5)  # without the reward
+            log_alphas = output.alphas.detach().clamp(min=1e-30).log()
+            log_p_locations = (output.weights * log_alphas).sum((2, 3)).flatten()
+            rewards = 0.1 * (torch.tensor(found) - baseline) * log_p_locations
+            assert loss.item() == pytest.approx(float(total - rewards.sum()), rel=1e-5)
         criterion.after_step(Distributed(torch.device("cpu")))
         baseline = 0.9 * baseline + 0.1 * np.mean(log_p)
         assert float(criterion.baseline) == pytest.approx(baseline, rel=1e-5)
@@ -345,19 +335,16 @@ def test_reward_is_cider_d_on_words_end_included():
     word_map = {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     rng = np.random.default_rng(0)
 
-    def some_words(least):
-        return [words[i] for i in rng.integers(len(words), size=rng.integers(least, 12))]
+    def some_words(minimum):
+        return [words[i] for i in rng.integers(len(words), size=rng.integers(minimum, 12))]
 
     entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
     data = Namespace(word_map=word_map, entries=entries)
     # Half of the samples are close to a reference; some have no end.
-    drawn = [
-        [
-            (entries[i]["references"][0][:7] if k else some_words(0)) + ["<end>"] * (i % 7 > 0)
-            for k in range(2)
-        ]
-        for i in range(60)
-    ]
+    drawn = []
+    for i, entry in enumerate(entries):
+        end = ["<end>"] * (i % 7 > 0)
+        drawn.append([some_words(0) + end, entry["references"][0][:7] + end])
     captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
     for i, k in itertools.product(range(60), range(2)):
         ids = [word_map[word] for word in ["<start>", *drawn[i][k]]]
@@ -365,9 +352,9 @@ def test_reward_is_cider_d_on_words_end_included():
     shuffled = rng.permutation(60)
     ours = torch.empty(60, 2)
     ours[shuffled] = Reward(data)(shuffled, captions[shuffled], lengths[shuffled])
-    truth = {
-        i: [" ".join([*words, "<end>"]) for words in e["references"]] for i, e in enumerate(entries)
-    }
+    truth = {}
+    for i, entry in enumerate(entries):
+        truth[i] = [" ".join([*words, "<end>"]) for words in entry["references"]]
     for k in range(2):
         _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)

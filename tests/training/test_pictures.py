@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from factories import NAME, SMALL_ENCODER, log_rows, train_args
+from factories import NAME, load_checkpoint, log_rows, same, train_args
 from PIL import Image
 
 import train
@@ -21,15 +21,7 @@ from training import pictures
 from visualization.attention import attention_grid
 from visualization.overlay import Drawing
 
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    """The folder of a run of two epochs, and its events"""
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "COUNT", 4)  # of the six, whose captions are still long
-        train.main(train_args(data, folder, "--epochs", "2", "--tensorboard"))
-    return folder, read_events(folder / f"tensorboard_{NAME}")
+pytestmark = pytest.mark.slow
 
 
 def read_events(folder):
@@ -44,63 +36,52 @@ def table(event):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.split("\n")[2:]]
 
 
-def test_every_figure_of_the_log_is_in_tensorboard_too(run):
-    folder, events = run
-    for row in log_rows(folder):
+def captions_of(folder, data, images):
+    """What the run's last model says of these validation photographs, searched for as validated"""
+    captioner = Captioner(folder / f"checkpoint_{NAME}.pth.tar", device="cpu")
+    pixels = CaptionDataset(data, NAME, "VAL")[np.array(images)].images
+    return captioner(pixels.permute(0, 2, 3, 1).numpy(), beam_size=1, no_unk=False)
+
+
+def test_tensorboard_has_the_figures_and_photographs_with_their_captions_and_attention(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pictures, "COUNT", 4)  # of the six, whose captions are still long
+    train.main(train_args(data, tmp_path / "1", "--epochs 2 --tensorboard"))
+    events = read_events(tmp_path / "1" / f"tensorboard_{NAME}")
+    for row in log_rows(tmp_path / "1"):
         for key, value in row.items():
             [logged] = [event.value for event in events.Scalars(key) if event.step == row["epoch"]]
             assert math.isclose(logged, value, rel_tol=1e-6, abs_tol=1e-30)  # they are float32
-
-
-def test_the_same_photographs_spread_over_the_split_are_shown_after_each_epoch(run, data):
-    _, events = run
     entries = json.loads((data / f"VAL_REFERENCES_{NAME}.json").read_bytes())
-    names = [entries[i]["filename"] for i in (0, 2, 3, 5)]
+    entries = [entries[i] for i in (0, 2, 3, 5)]
+    names = [entry["filename"] for entry in entries]
     assert sorted(events.Tags()["images"]) == sorted(f"attention/{name}" for name in names)
     for name in names:
         assert [event.step for event in events.Images(f"attention/{name}")] == [1, 2]
-    for event in events.Tensors("captions/text_summary"):
-        assert [row[0] for row in table(event)] == names
-        assert [row[2] for row in table(event)] == [
-            " ".join(entries[i]["references"][0]) for i in (0, 2, 3, 5)
-        ]
-
-
-def test_their_captions_are_those_of_the_model_after_the_epoch(run, data):
-    folder, events = run
-    captioner = Captioner(folder / f"checkpoint_{NAME}.pth.tar", device="cpu")
-    images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0, 2, 3, 5])]
-    expected = captioner(images.permute(0, 2, 3, 1).numpy(), beam_size=1, no_unk=False)
-    last = events.Tensors("captions/text_summary")[-1]
-    assert [row[1] for row in table(last)] == [captioned.text for captioned in expected]
-
-
-def test_the_pictures_have_the_photograph_and_a_panel_for_each_word(run, data):
-    folder, events = run
-    captioner = Captioner(folder / f"checkpoint_{NAME}.pth.tar", device="cpu")
-    images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0])]
-    captioned = captioner(images[0].permute(1, 2, 0).numpy(), beam_size=1, no_unk=False)
-    figure = attention_grid(
-        captioned.image,
-        captioned.words,
-        captioned.attention,
-        Drawing(offset=captioned.offset),
-        pictures.DPI,
-    )
+    found = captions_of(tmp_path / "1", data, [0, 2, 3, 5])
+    for name, cells, entry, caption in zip(
+        names, table(events.Tensors("captions/text_summary")[-1]), entries, found
+    ):
+        assert cells == [name, caption.text, " ".join(entry["references"][0])]
+    # The picture has the photograph and a panel for each word.
+    drawing = Drawing(offset=found[0].offset)
+    parts = found[0].image, found[0].words, found[0].attention
+    figure = attention_grid(*parts, drawing, pictures.DPI)
     figure.canvas.draw()
     expected = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
-    tag = min(events.Tags()["images"])
-    drawn = Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)).convert("RGB")
+    encoded = events.Images(f"attention/{names[0]}")[-1].encoded_image_string
+    drawn = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
     # Of one image or of four at a time, the last bits of attention differ.
-    assert abs(np.asarray(drawn).astype(int) - expected).max() <= 2
+    assert abs(drawn - expected).max() <= 2
+    train.main(train_args(data, tmp_path / "2", "--epochs 2"))  # is the same without pictures
+    assert same(*(load_checkpoint(tmp_path / name)["decoder"] for name in "12"))
 
 
-def test_words_in_angle_brackets_and_bars_are_shown_as_they_are():
-    assert pictures._escape("a <unk> | b") == "a &lt;unk&gt; &#124; b"
-
-
-def test_an_empty_caption_of_a_file_without_name_is_shown_too(data, tmp_path):
-    """As of a data set made by the tutorial's code, and a model that ends at once."""
+def test_empty_captions_and_words_in_angle_brackets_are_shown_as_they_are(
+    data, tmp_path, monkeypatch
+):
+    """As of a data set without file names, and a model that ends at once."""
     writer_module = pytest.importorskip("torch.utils.tensorboard")
     for path in data.glob(f"*{NAME}*"):
         if "REFERENCES" not in path.name:
@@ -116,42 +97,22 @@ def test_an_empty_caption_of_a_file_without_name_is_shown_too(data, tmp_path):
         averaged_decoder=decoder,
         processes=Distributed(torch.device("cpu")),
     )
+    shown = pictures.ValidationPictures(val_data, val_data.word_map)
+    shown.references[0] = "a <unk> | b"
     with writer_module.SummaryWriter(tmp_path / "log") as writer:
-        pictures.ValidationPictures(val_data, val_data.word_map).write(writer, state, 1)
+        shown.write(writer, state, 1)
     events = read_events(tmp_path / "log")
     [event] = events.Tensors("captions/text_summary")
     assert [row[:2] for row in table(event)] == [[f"image {i}", ""] for i in range(6)]
+    assert table(event)[0][2] == "a &lt;unk&gt; &#124; b"
     [picture] = events.Images("attention/image 5")
     assert picture.width > 100
 
 
 def test_a_fine_tuned_average_of_the_model_is_shown(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "COUNT", 1)
-    train.main(
-        train_args(
-            data,
-            tmp_path,
-            *SMALL_ENCODER,
-            "--fine_tune_encoder",
-            "--ema",
-            "0.9",
-            "--epochs",
-            "1",
-            "--tensorboard",
-        )
-    )
-    captioner = Captioner(tmp_path / f"checkpoint_{NAME}.pth.tar", device="cpu")
-    images, *_ = CaptionDataset(data, NAME, "VAL")[np.array([0])]
-    expected = captioner(images[0].permute(1, 2, 0).numpy(), beam_size=1, no_unk=False)
+    options = "--fine_tune_encoder --ema 0.9 --epochs 1 --tensorboard"
+    train.main(train_args(data, tmp_path, options))
     [event] = read_events(tmp_path / f"tensorboard_{NAME}").Tensors("captions/text_summary")
-    assert [row[1] for row in table(event)] == [expected.text]
-
-
-def test_training_is_the_same_with_and_without_pictures(run, data, tmp_path):
-    train.main(train_args(data, tmp_path, "--epochs", "2"))
-    with_pictures, without = (
-        torch.load(folder / f"checkpoint_{NAME}.pth.tar", weights_only=True)
-        for folder in (run[0], tmp_path)
-    )
-    for key, weight in without["decoder"].items():
-        assert torch.equal(with_pictures["decoder"][key], weight)
+    assert [row[1] for row in table(event)] == [captions_of(tmp_path, data, [0])[0].text]
+    assert load_checkpoint(tmp_path)["offset"] is None  # what was measured is of older weights
