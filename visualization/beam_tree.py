@@ -30,23 +30,15 @@ class Node:
     word: str
     total: float  # log-probability in nats of the caption up to this word
     parent: "Node | None"  # a node kept in the previous step; None for <start>
-    beam: int | None  # that it became; None if it was dropped
+    kept: bool = False
     is_best: bool = False  # on the path of the caption that the search returned
-
-    @property
-    def kept(self):
-        return self.beam is not None
-
-    @property
-    def finished(self):
-        return self.kept and self.word == "<end>"
 
     @property
     def kind(self):
         """Which of COLOURS it is drawn in"""
-        if self.is_best:
-            return "best"
-        return "finished" if self.finished else "kept" if self.kept else "dropped"
+        if not self.kept or self.is_best:
+            return "best" if self.is_best else "dropped"
+        return "finished" if self.word == "<end>" else "kept"
 
     def path(self):
         """The nodes from the first word up to this one."""
@@ -72,28 +64,25 @@ def build_tree(decoder, features, word_map, search):
     words = {i: word for word, i in word_map.items()}
     steps, beams = [], [None] * search.beam_size  # beams: the last Node of each beam
 
-    def record_step(totals, tokens, *kept):
-        beam_of = {
-            (parent, token): beam
-            for beam, (score, token, parent) in enumerate(zip(*(x[0].tolist() for x in kept)))
-            if score > -math.inf
-        }
-        nodes = [
-            Node(words[token], total, beams[parent], beam_of.get((parent, token)))
+    def record_step(totals, tokens, scores, kept_tokens, parents):
+        nodes = {
+            (parent, token): Node(words[token], total, beams[parent])
             for parent, row in enumerate(zip(totals[0].tolist(), tokens[0].tolist()))
             for total, token in zip(*row)
             if total > -math.inf
-        ]
-        for node in nodes:
-            if node.kept:
-                beams[node.beam] = node
-        steps.append(sorted(nodes, key=lambda node: (-node.total, not node.kept)))
+        }
+        kept = zip(parents[0].tolist(), kept_tokens[0].tolist())
+        for beam, (key, score) in enumerate(zip(kept, scores[0].tolist())):
+            if score > -math.inf:
+                nodes[key].kept = True
+                beams[beam] = nodes[key]
+        steps.append(sorted(nodes.values(), key=lambda node: (-node.total, not node.kept)))
 
     [best] = find_captions(decoder, features, word_map, search, callback=record_step)
     tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
     best_words = tree.words + ["<end>"] * best.finished
-    for last in filter(lambda node: node.kept, steps[len(best_words) - 1]):
-        if [node.word for node in last.path()] == best_words:
+    for last in steps[len(best_words) - 1]:
+        if last.kept and [node.word for node in last.path()] == best_words:
             for node in last.path():
                 node.is_best = True
     return tree
