@@ -80,5 +80,6 @@ def test_photographs_keep_their_shape_in_a_figure_that_has_that_of_a_page(shape)
 def test_dpi_scales_the_pixels_not_the_layout():
     small, large = (grid(3, dpi=dpi) for dpi in (60, 120))
     assert (small.get_size_inches() == large.get_size_inches()).all()
+    assert (small.dpi, large.dpi) == (60, 120)
     sizes = [figure.axes[1].images[0].get_array().shape[:2] for figure in (small, large)]
     assert sizes == [(168, 168), (336, 336)]  # 2.8 inches
