@@ -82,7 +82,7 @@ def build_tree(decoder, features, word_map, search):
     tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
     best_words = tree.words + ["<end>"] * best.finished
     for last in steps[len(best_words) - 1]:
-        if last.kept and [node.word for node in last.path()] == best_words:
+        if [node.word for node in last.path()] == best_words:
             for node in last.path():
                 node.is_best = True
     return tree
