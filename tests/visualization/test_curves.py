@@ -73,6 +73,8 @@ def test_phases_follow_each_other_with_a_line_between(draw):
     for title, axes in panels.items():
         upright = [x for x, _ in lines(axes) if x[0] == x[-1]]
         assert upright == [[3.5, 3.5]], title
+    many = draw(FIRST + SECOND + 2 * FIRST[:1])["Learning rate"]
+    assert [x[0] for x, _ in lines(many) if x[0] == x[-1]][:3] == [3.5, 5.5, 6.5]
     bleu = [(x, y) for x, y in lines(panels["BLEU-4 of validation"]) if x[0] != x[-1]]
     assert bleu[:2] == [([1, 2, 3], [11, 12, 13]), ([4, 5], [20, 20])]  # not joined
 
