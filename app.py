@@ -22,18 +22,12 @@ from caption import Captioner
 from checkpoints import add_model_options, find_model
 from utils import Number, Parser, UserError, add_device_options, run_script
 from visualization import page
-from visualization.overlay import OVERLAYS
 
 EXAMPLES = sorted((Path(__file__).parent / "docs" / "examples").glob("*.jpg"))
 CREDITS = (
     "The examples come with scikit-image (CC0): *chelsea* by Stefan van der Walt, *coffee* "
     "by Rachel Michetti."
 )
-# Gradio turns the view of one photograph into that of the next: the elements stay, and what page.js
-# knows of them is of the photograph before. Copies of them know nothing.
-NEW_VIEW = """
-for (const view of element.querySelectorAll(".sat")) view.replaceWith(view.cloneNode(true));
-"""
 LARGEST_MEGABYTES = 32
 LARGEST_BEAM = 10
 CHECK_SECONDS, KEEP_SECONDS = 60, 3600  # how often old photographs are looked for, and their age
@@ -58,7 +52,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def caption(captioner, path, words, beam_size, n_best, temperature, overlay):
+def caption(captioner, path, words, beam_size, n_best, temperature):
     """
     The caption of a photograph, and the HTML of the view in which each word shows where the model
     looked; two empty strings if there is no photograph. UserError if it is not readable.
@@ -72,7 +66,7 @@ def caption(captioner, path, words, beam_size, n_best, temperature, overlay):
     else:
         options = {"n_best": min(n_best, beam_size), "hard_attention": words == HARD}
     captioned = captioner(path, beam_size=beam_size, **options)
-    view = page.view(captioned, "h3", page.HINT, overlay)
+    view = page.view(captioned, "h3", page.HINT)
     return captioned.text, f"<style>{page.STYLE}</style>{view}"
 
 
@@ -120,11 +114,10 @@ def build_page(captioner, gr):
                     temperature = gr.Slider(
                         0.1, 2, value=1, step=0.1, label="Temperature", visible=False
                     )
-                    overlay = gr.Radio(OVERLAYS, value=OVERLAYS[0], label="View")
                     again = gr.Button("Again")
             with gr.Column(scale=3):
                 text = gr.Textbox(label="Caption", interactive=False, buttons=["copy"], lines=1)
-                view = gr.HTML(js_on_load=f"watch('value', () => {{{NEW_VIEW}{page.SCRIPT}}});")
+                view = gr.HTML(js_on_load=page.SCRIPT)
         gr.Markdown(CREDITS)
         words.change(
             lambda chosen: (
@@ -140,11 +133,10 @@ def build_page(captioner, gr):
                 photograph.change,
                 again.click,
                 words.change,
-                overlay.change,
                 *[slider.release for slider in (beam_size, n_best, temperature)],
             ],
             answer,
-            [photograph, words, beam_size, n_best, temperature, overlay],
+            [photograph, words, beam_size, n_best, temperature],
             [text, view],
             trigger_mode="always_last",
             api_name="caption",

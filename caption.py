@@ -6,7 +6,6 @@ Caption images, and draw where the model looked for each word.
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
-    python caption.py --img photo.jpg --overlay light     # lit instead of a heat map
     python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
     python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
@@ -56,7 +55,6 @@ from utils import (
 )
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
-from visualization.overlay import OVERLAYS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,31 +102,20 @@ class Captioned:
         """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
         return load_pixels(self.source)
 
-    def figure(self, smooth: bool = True, overlay: str = OVERLAYS[0]) -> "Figure":
-        """
-        A matplotlib Figure with the attention for each word.
-
-        smooth: blend its locations
-        overlay: "heat", a colour map over the photograph, or "light", the photograph lit where the
-        model looked
-        """
+    def figure(self, smooth: bool = True) -> "Figure":
+        """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
         from visualization.attention import attention_grid  # only here: matplotlib is slow
-        from visualization.overlay import Drawing
 
-        return attention_grid(
-            self.image, self.words, self.attention, Drawing(smooth, overlay, self.offset)
-        )
+        return attention_grid(self.image, self.words, self.attention, smooth, self.offset)
 
-    def save(
-        self, path: str | os.PathLike, smooth: bool = True, overlay: str = OVERLAYS[0]
-    ) -> None:
+    def save(self, path: str | os.PathLike, smooth: bool = True) -> None:
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
 
-        smooth, overlay: as in `figure`; pages always blend locations
+        smooth: as in `figure`; pages always blend locations
         """
-        save_attention(self, path, smooth, overlay)
+        save_attention(self, path, smooth)
 
     def _repr_html_(self):
         """The view in a notebook: the photograph, and where the model looked for each word."""
@@ -315,13 +302,6 @@ def get_args(argv=None):
     )
     add("--no_attention", action="store_true", help="draw no overlays")
     add(
-        "--overlay",
-        choices=OVERLAYS,
-        default=OVERLAYS[0],
-        help="heat: a colour map "
-        "over the photograph; light: the photograph lit where the model looked",
-    )
-    add(
         "--smooth",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -396,7 +376,7 @@ def main():
         elif not args.no_attention and not read_only:
             try:
                 with writing(overlay, make_folder=True):
-                    result.save(overlay, args.smooth, args.overlay)
+                    result.save(overlay, args.smooth)
             except UserError as error:
                 if single and args.out:
                     raise
@@ -418,7 +398,7 @@ def main():
         draw_beam_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
     if for_page:
         with writing(args.out, make_folder=True):
-            page.write_page(args.out, for_page, f"{len(for_page)} captions", args.overlay)
+            page.write_page(args.out, for_page, f"{len(for_page)} captions")
     if not args.no_attention and failed < len(paths) and not read_only:
         where = args.out or f"*{OVERLAY} beside the images"
         print(f"attention: {overlays[0] if single else where}", file=sys.stderr)
@@ -456,7 +436,7 @@ def show(captioned, overlay, args):
     from visualization import figures
 
     try:
-        figures.show(captioned.figure(args.smooth, args.overlay))
+        figures.show(captioned.figure(args.smooth))
     except RuntimeError as error:
         raise UserError(f"--show: {error}; open {overlay} instead") from None
 
