@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import load_batches
 from utils import set_up_process
 
-PREFETCH = 16  # results a worker may be ahead: enough while the parent writes to a slow disk
+CHUNK = 4  # items that a process takes at a time; few, since an interrupt waits for them
 
 
 class _Results(Dataset):
@@ -18,10 +18,10 @@ class _Results(Dataset):
         self.function, self.items = function, items
 
     def __len__(self):
-        return len(self.items)
+        return -(-len(self.items) // CHUNK)
 
     def __getitem__(self, i):
-        return self.function(self.items[i])
+        return [self.function(item) for item in self.items[i * CHUNK : (i + 1) * CHUNK]]
 
 
 def map_in_processes(function, items, workers):
@@ -36,13 +36,14 @@ def map_in_processes(function, items, workers):
         num_workers=workers if several else 0,
         collate_fn=_unchanged,  # arrays are sent through pipes, not by way of a small /dev/shm
         worker_init_fn=_start_worker,
-        prefetch_factor=PREFETCH if several else None,
+        prefetch_factor=4 if several else None,
     )
-    yield from load_batches(loader)
+    for results in load_batches(loader):
+        yield from results
 
 
-def _unchanged(result):
-    return result
+def _unchanged(results):
+    return results
 
 
 def _start_worker(_):
