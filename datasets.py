@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import warnings
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,6 @@ KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": 
 IMAGE_SIZE = 256  # pixels a side of the images, unless another size is asked for
 # A smaller image is less than one cell of most encoders; a larger one can only be a mistake.
 LEAST_SIZE, LARGEST_SIZE = 32, 2048
-CHUNK_BYTES = 4 << 20  # of a caption file, read at a time
 
 
 def data_file(split, kind, data_name):
@@ -41,13 +39,8 @@ def check_word_map(word_map, path):
         wrong = "it is not an object of words and integers"
     elif missing := [word for word in SPECIAL_TOKENS if word not in word_map]:
         wrong = f"it lacks {', '.join(missing)}"
-    elif word_map["<pad>"] != 0:
-        wrong = f"<pad> is {word_map['<pad>']}, not 0"
-    elif gaps := set(range(len(word_map))).symmetric_difference(word_map.values()):
-        wrong = (
-            f"its {len(word_map)} words do not have the ids 0 to {len(word_map) - 1} once "
-            f"each, see {min(gaps)}"
-        )
+    elif word_map["<pad>"] != 0 or set(word_map.values()) != set(range(len(word_map))):
+        wrong = f"its words need the ids 0 to {len(word_map) - 1} once each, <pad> the 0"
     else:
         return word_map
     raise UserError(
@@ -67,23 +60,20 @@ def find_data_name(data_folder, name=None):
     """
     if name:
         if os.path.basename(name) != name:
-            raise UserError(
-                f"--data_name {name!r} is not the name of a data set: it has a folder "
-                f"in it; pass --data_folder"
-            )
+            raise UserError(f"--data_name {name!r} has a folder in it; pass that as --data_folder")
         return name
-    names = sorted(
-        path.stem.removeprefix("WORDMAP_") for path in Path(data_folder).glob("WORDMAP_*.json")
+    found = sorted(
+        p.stem.removeprefix("WORDMAP_") for p in Path(data_folder).glob("WORDMAP_*.json")
     )
-    if not names:
+    if not found:
         raise UserError(
             f"no data set in {data_folder}; pass the --data_folder of create_input_files.py"
         )
-    if len(names) > 1:
+    if len(found) > 1:
         raise UserError(
-            f"several data sets in {data_folder}; pass --data_name, one of: " + ", ".join(names)
+            f"several data sets in {data_folder}; pass --data_name, one of: {', '.join(found)}"
         )
-    return names[0]
+    return found[0]
 
 
 def add_data_options(parser):
@@ -105,63 +95,43 @@ def open_hdf5(path):
 
 @contextmanager
 def _reading(path):
-    """
-    Turn any error while a file of create_input_files.py is read into a UserError that names it.
-    """
+    """Turn any error while a file of create_input_files.py is read into a UserError naming it."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} not found; run python create_input_files.py first") from None
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # HDF5 and JSON raise many kinds for foreign bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is damaged: {reason}; run create_input_files.py again") from None
+        raise UserError(
+            f"{path} cannot be read or is damaged: {reason}; run create_input_files.py again"
+        ) from None
+
+
+def _read_integers(path, dimensions):
+    """The array of integers in a JSON file; UserError if it holds anything else."""
+    with _reading(path):
+        numbers = np.array(json.loads(path.read_bytes()))
+        if not numbers.size:  # NumPy makes it floats
+            return np.empty((0,) * dimensions, np.int64)
+        if numbers.dtype.kind != "i" or numbers.ndim != dimensions:
+            raise ValueError(f"it is not an array of integers in {dimensions} dimensions")
+        return numbers
 
 
 def read_word_ids(path, vocab_size):
     """
-    Read a CAPTIONS file, a JSON list of lists of word ids, all of one length: integers
-    (captions, L), of 16 bits where these suffice. The file is read in pieces: as Python lists,
-    COCO's captions would take over a gigabyte.
-
-    Raises UserError unless all are ids below `vocab_size`.
+    The lists of word ids in a CAPTIONS file, all of one length: integers (captions, L), of 16 bits
+    where these suffice. Raises UserError unless all are ids below `vocab_size`.
     """
-    with _reading(path):
-        return _parse_word_ids(path, vocab_size)
-
-
-def _parse_word_ids(path, vocab_size):
-    wrong = ValueError(f"it does not hold lists of word ids below {vocab_size}, all of one length")
-    dtype = np.int16 if vocab_size <= 1 << 15 else np.int32
-    width, pieces, rest, opened, closed = None, [], b"", 0, 0
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("error")  # NumPy only warns about text that is not a number
-        while chunk := file.read(CHUNK_BYTES):
-            opened, closed = opened + chunk.count(b"["), closed + chunk.count(b"]")
-            complete, bracket, rest = (rest + chunk).rpartition(b"]")
-            rows = [
-                row.partition(b"]")[0]
-                for row in (complete + bracket).split(b"[")
-                if row.strip(b", \r\n\t]")
-            ]
-            if not rows:
-                continue
-            width = width or rows[0].count(b",") + 1
-            ids = np.fromstring(b",".join(rows), dtype=np.int64, sep=",")
-            if (
-                any(row.count(b",") + 1 != width for row in rows)
-                or len(ids) != width * len(rows)
-                or ids.min() < 0
-                or ids.max() >= vocab_size
-            ):
-                raise wrong
-            pieces.append(ids.astype(dtype).reshape(-1, width))
-    if rest.strip() or opened != closed or opened != sum(map(len, pieces)) + 1:
-        raise wrong
-    return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype)
+    ids = _read_integers(Path(path), 2)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise UserError(
+            f"{path} has word ids beyond 0 to {vocab_size - 1}, those of the word map; "
+            f"run create_input_files.py again"
+        )
+    return ids.astype(np.int16 if vocab_size <= 1 << 15 else np.int32)
 
 
 class Item(NamedTuple):
@@ -176,14 +146,13 @@ class Item(NamedTuple):
 class CaptionDataset(Dataset):
     """
     One split of a data set. An `Item` is an image with its R captions or, with by_image=False, one
-    caption with its image (R = 1).
+    caption with its image (R = 1). Indexing with an array of N items gives the batch at once.
 
     Images with fewer captions than R were filled up by repeating them; a repetition must not count.
     It has the length 1, which is nothing to predict; with by_image=False there is no item for it.
 
-    Indexing with an array of N items gives the batch at once.
-    Pixels stay on disk; the HDF5 file is opened at the first read, once per process,
-    so a dataset can be passed to forked and to spawned workers.
+    Pixels stay on disk; the HDF5 file is opened at the first read, once per process, so a dataset
+    can be passed to forked and to spawned workers.
     """
 
     def __init__(
@@ -197,95 +166,82 @@ class CaptionDataset(Dataset):
             folder / f"WORDMAP_{data_name}.json", "run python create_input_files.py first"
         )
         self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
-        with _reading(lengths):
-            numbers = np.array(json.loads(lengths.read_bytes()))
-            if numbers.ndim != 1 or len(numbers) and numbers.dtype.kind != "i":
-                raise ValueError("it is not a list of lengths")
-            self.lengths = torch.from_numpy(numbers.astype(np.int32))
+        self.lengths = torch.from_numpy(_read_integers(lengths, 1))
         self._key, self._handle, self._pid = "images", None, None
         self.features: torch.Tensor | None = None  # (I, G, E), in memory
         with _reading(self.path), open_hdf5(self.path) as file:
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
-            self.num_images, *shape = images.shape
-            if self.captions_per_image < 1:
-                raise ValueError(f"its captions_per_image is {self.captions_per_image}")
-            self.image_size = shape[-1] if shape else 0  # S
-            if (
-                shape != [3, self.image_size, self.image_size]
-                or self.image_size < LEAST_SIZE
-                or images.dtype != np.uint8
-            ):
-                raise ValueError(
-                    f"it holds {images.dtype} of {images.shape}, not uint8 images of "
-                    f"(3, S, S), S at least {LEAST_SIZE}"
-                )
-        expected = self.num_images * self.captions_per_image
-        if not expected == len(self.captions) == len(self.lengths):
+            self.num_images, _, _, self.image_size = images.shape  # I, S
+            square = images.shape[1:] == (3, self.image_size, self.image_size)
+            if not square or self.image_size < LEAST_SIZE or images.dtype != np.uint8:
+                raise ValueError(f"{images.shape} {images.dtype} is not uint8 (I, 3, S, S)")
+        if wrong := self._find_mismatch():
             raise UserError(
-                f"{self.path} has {self.num_images} images of {self.captions_per_image} captions, "
-                f"but CAPTIONS has {len(self.captions)} and CAPLENS {len(self.lengths)}: they do "
-                f"not belong together; run create_input_files.py again"
+                f"{captions} and the IMAGES, CAPLENS and WORDMAP beside it do not belong together: "
+                f"{wrong}; run create_input_files.py again"
             )
-        self._check_captions(captions)
+        self.lengths = self.lengths.int()
         self.lengths[self._repetitions()] = 1
         self._distinct = (self.lengths > 1).nonzero().flatten().numpy()
 
+    def _find_mismatch(self):
+        """What of captions, lengths and images does not fit together, or None"""
+        captions, lengths, n = self.captions, self.lengths, self.captions_per_image
+        if n < 1 or not self.num_images * n == len(captions) == len(lengths):
+            return (
+                f"{self.num_images} images of {n} captions, but {len(captions)} captions and "
+                f"{len(lengths)} lengths"
+            )
+        if not len(captions):
+            return None
+        bad = (lengths < 2) | (lengths > captions.shape[1])
+        last = (lengths - 1).clamp(0, captions.shape[1] - 1).unsqueeze(1)
+        bad |= captions.gather(1, last).squeeze(1) != self.word_map["<end>"]
+        bad |= captions[:, 0] != self.word_map["<start>"]
+        if bad.any():
+            return f"caption {int(bad.nonzero()[0])} is not <start>, words and <end> of its length"
+
     def _repetitions(self):
         """(captions,) whether a caption equals an earlier one of its image"""
-        captions = self.captions.view(
+        captions = self.captions.view(  # not -1: there may be no image
             self.num_images, self.captions_per_image, self.captions.shape[1]
-        )  # not -1: there may be no image
+        )
         repeated = torch.zeros(captions.shape[:2], dtype=torch.bool)
         for i in range(1, captions.shape[1]):
             repeated[:, i] = (captions[:, :i] == captions[:, i : i + 1]).all(2).any(1)
         return repeated.flatten()
 
-    def _check_captions(self, path):
-        """UserError unless each caption is <start>, words and <end>, of the length in CAPLENS"""
-        if not len(self.lengths):
-            return
-        rows, lengths = torch.arange(len(self.lengths)), self.lengths.long()
-        bad = (lengths < 2) | (lengths > self.captions.shape[1])
-        ends = self.captions[rows, (lengths - 1).clamp(0, self.captions.shape[1] - 1)]
-        bad |= (ends != self.word_map["<end>"]) | (self.captions[:, 0] != self.word_map["<start>"])
-        if bad.any():
-            raise UserError(
-                f"{path}: caption {int(bad.nonzero()[0])} is not <start>, words and "
-                f"<end> of the length in CAPLENS; these two files and the WORDMAP do "
-                f"not belong together: run create_input_files.py again"
-            )
-
     @cached_property
     def entries(self) -> list[dict]:
-        """The list in REFERENCES, read at the first access: training does not need it."""
-        if self._references.exists():
-            with _reading(self._references):
-                entries = json.loads(self._references.read_bytes())
-                needed = {"filename", "image_id", "references"}
-                if len(entries) != self.num_images or not all(
-                    needed <= entry.keys()
-                    and all(isinstance(words, list) for words in entry["references"])
-                    for entry in entries
-                ):
-                    raise ValueError(
-                        f"it is not a list of {self.num_images} images with "
-                        f"filename, image_id and references, lists of words"
-                    )
+        """
+        For each image filename, image_id, references (all its captions as words) and, for the demo,
+        objects; read at the first access, since training does not need it. Data sets made by the
+        tutorial's code have no REFERENCES file: theirs are read back from the word ids.
+        """
+        if not self._references.exists():
+            return self._entries_of_captions()
+        with _reading(self._references):
+            entries = json.loads(self._references.read_bytes())
+            needed = {"filename", "image_id", "references"}
+            if len(entries) != self.num_images or not all(needed <= e.keys() for e in entries):
+                raise ValueError(
+                    f"it is not a list of {self.num_images} images with {sorted(needed)}"
+                )
             return entries
+
+    def _entries_of_captions(self):
         words = {i: word for word, i in self.word_map.items()}
-        captions = [
-            [words[i] for i in caption[1 : length - 1]]
-            for caption, length in zip(self.captions.tolist(), self.lengths.tolist())
+        entries = [
+            {"filename": None, "image_id": i, "references": []} for i in range(self.num_images)
         ]
-        n, distinct = self.captions_per_image, self.lengths > 1
-        return [
-            {
-                "filename": None,
-                "image_id": i,
-                "references": [captions[j] for j in range(i * n, (i + 1) * n) if distinct[j]],
-            }
-            for i in range(self.num_images)
-        ]
+        for i in self._distinct:
+            caption = self.captions[i, 1 : self.lengths[i] - 1].tolist()
+            entries[i // self.captions_per_image]["references"].append([words[k] for k in caption])
+        return entries
+
+    def entry(self, image: int) -> dict:
+        """What is known about an image, see `entries`."""
+        return self.entries[image]
 
     def __len__(self) -> int:
         return self.num_images if self.by_image else len(self._distinct)
@@ -324,30 +280,16 @@ class CaptionDataset(Dataset):
     def _read_images(self, images):
         if self.in_memory:
             return self.features[torch.from_numpy(images).to(self.features.device)]
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = open_hdf5(self.path)[self._key], os.getpid()
-        batch = np.empty((images.size, *self._handle.shape[1:]), self._handle.dtype)
-        for i, image in enumerate(images.flat):
-            try:
+        with _reading(self.path):
+            if self._handle is None or self._pid != os.getpid():
+                self._handle, self._pid = open_hdf5(self.path)[self._key], os.getpid()
+            batch = np.empty((images.size, *self._handle.shape[1:]), self._handle.dtype)
+            for i, image in enumerate(images.flat):
                 self._handle.read_direct(batch, np.s_[image], np.s_[i])
-            except OSError as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(
-                    f"{self.path}: image {image} cannot be read ({reason}); check the "
-                    f"disk, or run create_input_files.py again"
-                ) from None
         return torch.from_numpy(batch.reshape(*images.shape, *batch.shape[1:]))
 
     def __getstate__(self):
         return {**self.__dict__, "_handle": None}
-
-    def entry(self, image: int) -> dict:
-        """
-        What is known about an image: filename, image_id, references (all its captions as words)
-        and, for the demo, objects. Data sets made by the tutorial's code have no REFERENCES
-        file: their references are read back from the word ids, <unk> included.
-        """
-        return self.entries[image]
 
 
 class ResumableBatchSampler(Sampler):
@@ -385,15 +327,12 @@ class WorkerDied(UserError):
 
 def load_batches(loader):
     """
-    Yield a DataLoader's batches. Raises WorkerDied if one of its processes is killed, for want of
-    memory for example, and UserErrors of these processes as they were raised there.
+    Yield a DataLoader's batches. Raises WorkerDied if one of its processes is killed, because the
+    memory is full for example, and UserErrors of these processes as they were raised there.
     """
-    batches = iter(loader)
-    if (
-        loader.num_workers
-        and hasattr(signal, "SIGCHLD")
-        and threading.current_thread() is threading.main_thread()
-    ):
+    batches, workers = iter(loader), loader.num_workers
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if workers and hasattr(signal, "SIGCHLD") and in_main_thread:
         # torch's handler raises wherever the program is, also in the middle of a step. Without it,
         # the loader notices within seconds, when a batch is missing.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -403,10 +342,10 @@ def load_batches(loader):
         raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         # The last three: it was killed while it handed over a batch that it had made.
-        handing_over = loader.num_workers and not isinstance(error, RuntimeError)
+        handing_over = workers and not isinstance(error, RuntimeError)
         if "DataLoader worker" not in str(error) and not handing_over:
             raise
         raise WorkerDied(
-            "a process that loads batches was killed, perhaps for want of memory; "
-            "pass --workers 0, or fewer captions at a time"
+            "a process that loads batches was killed, perhaps because the memory is full; "
+            "pass fewer --workers, or --workers 0"
         ) from None

@@ -15,7 +15,7 @@ from datasets import CaptionDataset
 from modeling.backbones import fold_batchnorm
 from modeling.devices import autocast
 from models import Encoder
-from preprocessing.feature_cache import cache_features
+from training.feature_cache import cache_features
 
 IMAGES = 16
 PHOTOGRAPHS = ("docs/photo.jpg", "docs/examples/cat.jpg", "docs/examples/coffee.jpg")

@@ -33,9 +33,9 @@ from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.beam_search import beam_search
 from modeling.devices import Distributed, autocast
 from models import DecoderWithAttention, Encoder
-from preprocessing.feature_cache import cache_features, load_features
 from training.build import build_criterion, build_loader
 from training.engine import train_one_epoch
+from training.feature_cache import cache_features, load_features
 from training.interrupts import Interrupts
 from training.state import Progress, TrainingState
 from utils import write_json

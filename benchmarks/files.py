@@ -16,7 +16,6 @@ from PIL import Image
 from benchmarks.measuring import compare, measure_process
 from benchmarks.model import VOCAB, WORD_MAP, random_captions
 from preprocessing.input_files import create_input_files
-from preprocessing.resumable_hdf5 import ResumableHDF5
 from utils import write_json
 
 COCO_IMAGES = 113_287  # of its training split, 5 captions each
@@ -80,26 +79,6 @@ def preprocessing(args):
 
         row = compare("preprocessing 1000 photographs", textbook, ours, args, memory=False)
         yield row | {"note": f"{1000 / row['ours']:.0f} images/s, {os.cpu_count()} processes"}
-
-        pixels = np.zeros((400, 3, 256, 256), np.uint8)
-
-        def plain_file():
-            with open(folder / "plain", "wb") as file:
-                for image in pixels:
-                    file.write(image)
-
-        def resumable_file():
-            ours = ResumableHDF5(folder / "ours.hdf5", "images", pixels.shape, np.uint8)
-            ours.create()
-            ours.write(0, pixels)
-
-        yield compare(
-            "writing 400 images; textbook: a plain file",
-            plain_file,
-            resumable_file,
-            args,
-            memory=False,
-        )
 
     peaks = {n: memory_of_preprocessing(n) for n in (1000, 5000)}
     slope = (peaks[5000] - peaks[1000]) / 4000

@@ -8,33 +8,23 @@ A scene is one shape at a place, or two shapes in a relation. Each gets five tru
 box of each object, so that attention can be scored and not only shown.
 """
 
-import json
 import os
+from functools import cache
 from itertools import product
-from math import cos, pi, radians, sin
 from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from tqdm import tqdm
 
-from preprocessing.processes import open_pool
-from utils import (
-    Parser,
-    UserError,
-    atomic_write,
-    exclusive_lock,
-    non_negative_int,
-    run_script,
-    write_json,
-)
+from preprocessing.processes import map_in_processes
+from utils import Parser, UserError, non_negative_int, run_script, write_json
 
-DRAWING_VERSION = 1  # increase it when scenes are drawn differently, so that old ones are redrawn
 SIDE = 256  # pixels, width and height of a picture
-MARGIN, GAP = 3, 6  # pixels, least distance to the edge and between two objects
+MARGIN, GAP = 3, 6  # pixels, minimum distance to the edge and between two objects
 SIZES = {"small": (90, 98), "large": (114, 122)}  # pixels, longer side of the object's box
+STAMP, STAMP_SIDE = 136, 124  # pixels a side of a shape drawn once, and of its box in that
 # Each shape is drawn three times, one copy inside the other, so that its form shows throughout its
 # box and not only at its edge: (scale, brightness).
 COPIES = (1, 1), (0.72, 0.55), (0.44, 1)
@@ -51,21 +41,22 @@ PLACES = {  # (column, row) of a 3×3 grid
 RELATIONS = {"above": "below", "to the left of": "to the right of"}  # and their inverses
 
 
-def circle_points(radii):
-    """The points at these radii, evenly spread around the origin, the first one at the top."""
-    angles = [2 * pi * i / len(radii) for i in range(len(radii))]
-    return [(r * sin(t), -r * cos(t)) for r, t in zip(radii, angles, strict=True)]
+def ring(radii):
+    """Points at these radii, evenly spread around the origin, the first one at the top."""
+    angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
+    return np.array(radii) * (np.sin(angles) - 1j * np.cos(angles))
 
 
-SHAPES = {  # polygons of any scale, y downwards
-    "circle": circle_points([1] * 72),
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-    "triangle": circle_points([1] * 3),
-    "star": circle_points([1, 0.42] * 5),
-    "cross": [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
-              (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)],
-    "heart": [(16 * sin(t) ** 3, 5 * cos(2 * t) + 2 * cos(3 * t) + cos(4 * t) - 13 * cos(t))
-              for t in [2 * pi * i / 72 for i in range(72)]],
+T = 2 * np.pi * np.arange(72) / 72
+SHAPES = {  # polygons of any scale; a point is x + 1j * y, y downwards
+    "circle": ring([1] * 72),
+    "square": np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j]),
+    "triangle": ring([1] * 3),
+    "star": ring([1, 0.42] * 5),
+    "cross": np.array([-1 - 3j, 1 - 3j, 1 - 1j, 3 - 1j, 3 + 1j, 1 + 1j,
+                       1 + 3j, -1 + 3j, -1 + 1j, -3 + 1j, -3 - 1j, -1 - 1j]),
+    "heart": 16 * np.sin(T) ** 3
+    + 1j * (5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 13 * np.cos(T)),
 }  # fmt: skip
 
 ALL_OBJECTS = list(product(SIZES, COLOURS, SHAPES))
@@ -111,18 +102,13 @@ def describe(scene):
 
 def box(points):
     """[x0, y0, x1, y1] of the points."""
-    xs, ys = zip(*points, strict=True)
-    return [min(xs), min(ys), max(xs), max(ys)]
+    return [points.real.min(), points.imag.min(), points.real.max(), points.imag.max()]
 
 
-def outline(shape, size, centre, tilt):
-    """Corners (x, y) in pixels; tilt: radians; size: pixels, the longer side of the box."""
-    points = [(x * cos(tilt) - y * sin(tilt), x * sin(tilt) + y * cos(tilt))
-              for x, y in SHAPES[shape]]  # fmt: skip
+def fit(points, side, centre):
+    """Scale and move points so that their box has this longer side and centre, x + 1j * y."""
     x0, y0, x1, y1 = box(points)
-    scale = size / max(x1 - x0, y1 - y0)
-    return [(centre[0] + scale * (x - (x0 + x1) / 2), centre[1] + scale * (y - (y0 + y1) / 2))
-            for x, y in points]  # fmt: skip
+    return centre + side / max(x1 - x0, y1 - y0) * (points - (x0 + x1 + 1j * (y0 + y1)) / 2)
 
 
 def choose_centres(sizes, where, rng):
@@ -144,7 +130,7 @@ def choose_centres(sizes, where, rng):
 
 
 def compose(scene, rng):
-    """A light, textured background, and the polygons to draw on it: [(outline, RGB colour)]."""
+    """A light, textured background, and the objects to draw on it: [Placed]."""
     # On a plain background every cell of a deep feature map reveals what the objects are, and a
     # model need not attend to them. A texture of several scales keeps features local.
     background = np.full((SIDE, SIDE, 3), [rng.randint(193, 220) for _ in range(3)], np.float32)
@@ -154,59 +140,60 @@ def compose(scene, rng):
     background = Image.fromarray(background.clip(0, 255).astype(np.uint8))
 
     objects, where = scene
-    sizes = [rng.uniform(*SIZES[size]) for size, _, _ in objects]
+    sides = [rng.uniform(*SIZES[size]) for size, _, _ in objects]
     polygons = []
-    centres = choose_centres(sizes, where, rng)
-    for (_, colour, shape), size, centre in zip(objects, sizes, centres, strict=True):
-        tilt = radians(rng.uniform(-8, 8))
-        rgb = tuple(min(max(c + rng.randint(-14, 14), 0), 255) for c in COLOURS[colour])
-        polygons.append((outline(shape, size, centre, tilt), rgb))
+    for (_, colour, shape), side, centre in zip(objects, sides, choose_centres(sides, where, rng)):
+        tilt = np.radians(rng.uniform(-8, 8))
+        rgb = [min(max(c + rng.randint(-14, 14), 0), 255) for c in COLOURS[colour]]
+        polygons.append(
+            (shape, fit(SHAPES[shape] * np.exp(1j * tilt), side, complex(*centre)), rgb)
+        )
     return background, polygons
 
 
-def draw(background, polygons, factor=4):
-    """The picture of these polygons, antialiased by drawing `factor` times larger."""
+def stamp_outline(shape, scale=1):
+    return fit(SHAPES[shape], scale * STAMP_SIDE, (1 + 1j) * STAMP / 2)
+
+
+@cache
+def stamp(shape):
+    """
+    The three copies of a shape as a picture of brightness and opacity, antialiased by drawing it
+    larger and reducing it. It is drawn once, since skimage takes a moment for many corners.
+    """
+    from skimage.draw import polygon  # only here: only the demo needs it
+
+    larger = 3
+    pixels = np.zeros((larger * STAMP, larger * STAMP, 2), np.uint8)
+    for scale, brightness in COPIES:
+        points = larger * stamp_outline(shape, scale) - (0.5 + 0.5j)  # pixels' centres are integers
+        pixels[polygon(points.imag, points.real)] = 255 * brightness, 255
+    return Image.fromarray(pixels).reduce(larger)
+
+
+def draw(background, polygons):
+    """The picture of these polygons, whose stamps are turned, scaled and moved to their place."""
     picture = background.copy()
-    for points, rgb in polygons:
-        x0, y0, x1, y1 = box(points)
-        middle = (x0 + x1) / 2, (y0 + y1) / 2
-        corner = int(x0) - 1, int(y0) - 1
-        size = int(x1) + 2 - corner[0], int(y1) + 2 - corner[1]
-        for scale, brightness in COPIES:
-            # In pixels of the finer picture, whose centres are at half a pixel.
-            polygon = [
-                tuple(
-                    factor * (m + scale * (v - m) - c) - 0.5
-                    for v, m, c in zip(point, middle, corner)
-                )
-                for point in points
-            ]
-            mask = Image.new("L", (size[0] * factor, size[1] * factor))
-            ImageDraw.Draw(mask).polygon(polygon, fill=255)
-            picture.paste(tuple(round(brightness * c) for c in rgb), corner, mask.reduce(factor))
+    for shape, points, rgb in polygons:
+        (a, b), (stamp_a, stamp_b) = points[:2], stamp_outline(shape)[:2]
+        factor = (stamp_b - stamp_a) / (b - a)  # point z of the picture is factor * z + offset of
+        offset = stamp_a - factor * a  # the stamp
+        matrix = (factor.real, -factor.imag, offset.real, factor.imag, factor.real, offset.imag)
+        placed = stamp(shape).transform(
+            picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+        )
+        brightness, opacity = placed.split()
+        colour = Image.merge("RGB", [brightness.point(lambda v, c=c: v * c / 255) for c in rgb])
+        picture.paste(colour, mask=opacity)
     return picture
 
 
-def draw_scene(scene, seed, path):
-    """
-    Write the scene's picture; returns the box of each object, in fractions of the side. The PNG
-    file contains both as text, so a picture that has been drawn before is not drawn again.
-    """
-    description = json.dumps([DRAWING_VERSION, scene, seed])
-    try:
-        with Image.open(path) as image:
-            if image.info.get("scene") == description:
-                return json.loads(image.info["boxes"])
-    except (OSError, KeyError, ValueError):  # no file, or not one of our pictures
-        pass
+def draw_scene(item):
+    """item: scene, seed, path. Writes the picture; returns each object's box, as side fractions."""
+    scene, seed, path = item
     background, polygons = compose(scene, Random(seed))
-    boxes = [[round(v / SIDE, 5) for v in box(points)] for points, _ in polygons]
-    info = PngInfo()
-    info.add_text("scene", description)
-    info.add_text("boxes", json.dumps(boxes))
-    with atomic_write(path) as temporary:  # level 1 is enough: noise hardly compresses
-        draw(background, polygons).save(temporary, "png", compress_level=1, pnginfo=info)
-    return boxes
+    draw(background, polygons).save(path, compress_level=1)  # enough: noise hardly compresses
+    return [[round(float(v) / SIDE, 5) for v in box(points)] for _, points, _ in polygons]
 
 
 def make_demo(folder, train=1600, val=100, test=200, seed=0):
@@ -219,35 +206,29 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     its shape.
 
     Returns the path of folder/dataset_demo.json. It is written last: if it exists, the data set
-    is complete. The same arguments give the same files; existing pictures are not drawn again.
-    Raises UserError if another process is drawing into the folder.
+    is complete. The same arguments give the same files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder / ".lock", f"another process is drawing into {folder}; wait for it"):
-        return _make_demo(folder, train, val, test, seed)
-
-
-def _make_demo(folder, train, val, test, seed):
     path = folder / "dataset_demo.json"
     path.unlink(missing_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     scenes = choose_scenes(len(splits), Random(str(seed)))
-    names = [folder / f"demo_{i:05d}.png" for i in range(len(splits))]
+    items = [(scene, f"{seed} {i}", folder / f"demo_{i:05d}.png") for i, scene in enumerate(scenes)]
+    for shape in SHAPES:
+        stamp(shape)  # before processes are forked, which then have them too
+    drawn = map_in_processes(draw_scene, items, os.cpu_count() if len(items) > 100 else 1)
     images = []
-    with open_pool(os.cpu_count()) as pool:
-        seeds = [f"{seed} {i}" for i in range(len(scenes))]
-        drawn = pool.map(draw_scene, scenes, seeds, names, chunksize=16)
-        for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
-            captions = describe(scenes[i])
-            sentids = list(range(i * len(captions), (i + 1) * len(captions)))
-            images.append({
-                "filename": names[i].name, "imgid": i, "split": splits[i], "sentids": sentids,
-                "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
-                              for text, k in zip(captions, sentids, strict=True)],
-                "objects": [{"box": box, "words": [colour, shape]} for box, (_, colour, shape)
-                            in zip(boxes, scenes[i][0], strict=True)],
-            })  # fmt: skip
+    for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
+        captions = describe(scenes[i])
+        sentids = list(range(i * len(captions), (i + 1) * len(captions)))
+        images.append({
+            "filename": items[i][2].name, "imgid": i, "split": splits[i], "sentids": sentids,
+            "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
+                          for text, k in zip(captions, sentids)],
+            "objects": [{"box": box, "words": [colour, shape]}
+                        for box, (_, colour, shape) in zip(boxes, scenes[i][0])],
+        })  # fmt: skip
     write_json(path, {"dataset": "demo", "images": images})
     return path
 

@@ -1,30 +1,27 @@
 """create_input_files(): images and captions -> the files that training reads."""
 
-import hashlib
-import json
 import os
 import random
-import stat
+import shutil
 import sys
+import tempfile
 import time
 import unicodedata
-from collections import Counter, deque
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
+import h5py
 from tqdm import tqdm
 
-from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, open_hdf5
-from preprocessing.images import read_image, share_lock
+from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file
+from preprocessing.images import read_image
 from preprocessing.karpathy import read_karpathy, read_sources
-from preprocessing.processes import open_pool
-from preprocessing.resumable_hdf5 import StagingFolder
-from utils import UserError, count, printable, read_json, write_json
+from preprocessing.processes import map_in_processes
+from utils import UserError, count, printable, write_json
 
 MAX_REASONS = 10  # of bad images, printed
-CHUNK = 4  # images that a process reads at a time; few, since an interrupt waits for them
 
 
 class Options(NamedTuple):
@@ -35,6 +32,7 @@ class Options(NamedTuple):
     max_len: int
     seed: int
     image_size: int
+    skip_bad_images: bool
 
 
 def create_word_map(captions, min_word_freq):
@@ -47,31 +45,98 @@ def create_word_map(captions, min_word_freq):
     return {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
 
 
-def _check_words(splits, options):
-    """
-    Say how much of the training captions the word map keeps: UserError if it has no word at all, a
-    line if most tokens become <unk>.
-    """
-    captions = [caption for image in splits["TRAIN"] for caption in image.captions]
-    words = create_word_map(captions, options.min_word_freq)
+def _check_words(captions, min_word_freq):
+    """UserError if the word map of the training captions is empty, a line if it lacks most words"""
+    words = create_word_map(captions, min_word_freq)
     tokens = sum(map(len, captions))
     unknown = sum(word not in words for caption in captions for word in caption)
-    kept = (
+    message = (
         f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
         f"<unk>, since only {len(words) - len(SPECIAL_TOKENS)} different ones occur more than "
-        f"{options.min_word_freq} times"
+        f"{min_word_freq} times; pass a lower --min_word_freq, 0 to keep every word"
     )
-    advice = "pass a lower --min_word_freq, 0 to keep every word"
     unspaced = tokens < 1.5 * len(captions)
     if unspaced:
-        advice += (
+        message += (
             "; most captions are one word: if the language is written without spaces, as "
             "Chinese, Japanese and Thai are, put a space between the words first"
         )
     if unknown == tokens:
-        raise UserError(f"{kept}; {advice}")
+        raise UserError(message)
     if unknown > tokens / 2 or unspaced:
-        print(f"warning: {kept}; {advice}", file=sys.stderr)
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _find_images(splits):
+    """The splits, {split: CaptionedImages}, with those whose file exists, and a line for others."""
+    found, missing = {split: [] for split in splits}, []
+    for split, images in splits.items():
+        for image in images:
+            # Captions and file names may differ in whether é is one character or two.
+            forms = (unicodedata.normalize(form, image.path) for form in ("NFC", "NFD"))
+            path = next(filter(os.path.exists, (image.path, *forms)), None)
+            if path:
+                found[split].append(image._replace(path=path))
+            else:
+                missing.append(f"{image.path} not found")
+    return found, missing
+
+
+def _check_bad_images(splits, bad, skip_bad_images):
+    """UserError if there are bad images and they may not be skipped, or none left to train on."""
+    if bad and not (skip_bad_images and splits["TRAIN"]):
+        next_step = "repair them, remove their captions or pass --skip_bad_images"
+        if skip_bad_images:
+            next_step = "no image to train on is left"
+        raise UserError(f"{count(len(bad), 'bad image')}:", [*_first(bad), next_step])
+
+
+def _first(reasons):
+    """The first reasons, and how many others there are: a wrong folder makes all images bad."""
+    others = len(reasons) - MAX_REASONS
+    return reasons[:MAX_REASONS] + [f"and {others} others"] * (others > 0)
+
+
+def _try_read(path, size):
+    """The image, uint8 (3, size, size), or a str that says why it cannot be read."""
+    try:
+        return read_image(path, size)
+    except Exception as error:  # any error of a broken file: the others must still be read
+        return str(error) if path in str(error) else f"{path}: {error!r}"
+
+
+def _store_images(folder, name, splits, options, workers):
+    """Write the HDF5 files. Returns the splits with the images read, and a line for each other."""
+    paths = [image.path for images in splits.values() for image in images]
+    size = options.image_size
+    pictures = map_in_processes(partial(_try_read, size=size), paths, workers)
+    good, bad, start = {}, [], time.monotonic()
+    with tqdm(desc="reading", unit="image", total=len(paths), disable=None) as bar:
+        for split, images in splits.items():
+            with h5py.File(os.path.join(folder, data_file(split, "IMAGES", name)), "w") as file:
+                file.attrs["captions_per_image"] = options.captions_per_image
+                rows = file.create_dataset(
+                    "images",
+                    (len(images), 3, size, size),
+                    "uint8",
+                    # Only a dataset in chunks can shrink; without them it is read a little faster.
+                    chunks=(1, 3, size, size) if options.skip_bad_images else None,
+                    maxshape=(None, 3, size, size) if options.skip_bad_images else None,
+                    track_times=False,  # the same content gives the same bytes
+                )
+                good[split] = []
+                for image, picture in zip(images, pictures):
+                    if isinstance(picture, str):
+                        bad.append(picture)
+                    else:
+                        rows[len(good[split])] = picture
+                        good[split].append(image)
+                    bar.update()
+                if options.skip_bad_images:
+                    rows.resize(len(good[split]), axis=0)
+    seconds = time.monotonic() - start
+    print(f"{len(paths)} images read in {seconds:.1f} s, {len(paths) / seconds:.0f} images/s")
+    return good, bad
 
 
 def _sample(captions, n, rng):
@@ -87,160 +152,14 @@ def _encode(caption, word_map, max_len):
     return [word_map["<start>"], *ids, word_map["<end>"], *padding]
 
 
-def _find_images(splits, options):
-    """
-    Look for the image files of splits, {split: list of CaptionedImages}. Returns the splits with
-    those found, a message for each missing one, and a hash of the options, the captions and each
-    file's size and modification time.
-    """
-    found, missing = {split: [] for split in splits}, []
-    other_options = options._asdict()
-    captions_per_image = other_options.pop("captions_per_image")
-    if options.image_size == IMAGE_SIZE:  # as in the hashes of files made before it was an option
-        del other_options["image_size"]
-    digest = hashlib.sha256(json.dumps([captions_per_image, other_options]).encode())
-    for split, images in splits.items():
-        for image in images:
-            state, image = None, _as_on_disk(image)
-            try:
-                status = os.stat(image.path)
-                if stat.S_ISREG(status.st_mode):
-                    state = status.st_size, status.st_mtime_ns
-                    found[split].append(image)
-                else:
-                    missing.append(f"{image.path} is not a file")
-            except FileNotFoundError:
-                missing.append(f"{image.path} not found")
-            except OSError as error:  # a name that is too long, no permission
-                missing.append(f"{image.path}: {error.strerror}")
-            digest.update(json.dumps([split, image.record, state]).encode())
-    return found, missing, digest.hexdigest()
+def _training_captions(splits):
+    return [caption for image in splits["TRAIN"] for caption in image.captions]
 
 
-def _as_on_disk(image):
-    """
-    The CaptionedImage with its path as the disk spells it: captions and file names may differ in
-    whether é is one character or two (NFC, NFD).
-    """
-    if not image.path.isascii() and not os.path.exists(image.path):
-        for form in ("NFC", "NFD"):
-            if os.path.exists(path := unicodedata.normalize(form, image.path)):
-                return image._replace(path=path)
-    return image
-
-
-def _first_reasons(reasons):
-    """The first reasons, and how many others there are: a wrong folder makes all images bad."""
-    shown = reasons[:MAX_REASONS]
-    others = len(reasons) - len(shown)
-    return [*shown, f"and {others} others"] if others else shown
-
-
-def _bad_images(reasons, next_step):
-    return UserError(f"{count(len(reasons), 'bad image')}:", [*_first_reasons(reasons), next_step])
-
-
-def _check_bad_images(splits, bad, skip_bad_images, note=""):
-    """UserError if there are bad images and they may not be skipped, or none left to train on."""
-    if bad and not skip_bad_images:
-        raise _bad_images(
-            bad, f"repair them, remove their captions or pass --skip_bad_images{note}"
-        )
-    if not splits["TRAIN"]:
-        raise _bad_images(bad, "no image to train on is left")
-
-
-def _try_read(path, size):
-    """The image, uint8 (3, size, size), or a str that says why it cannot be read."""
-    try:
-        return read_image(path, size)
-    except Exception as error:  # any error of a broken file: the others must still be read
-        return str(error) if path in str(error) else f"{path}: {error!r}"
-
-
-def _store_chunk(file, row, paths):
-    """Read images into rows of a ResumableHDF5 from `row` on; [[row, reason]] for bad ones."""
-    images = [_try_read(path, file.shape[-1]) for path in paths]
-    file.write(row, [None if isinstance(image, str) else image for image in images])
-    return [[i, image] for i, image in enumerate(images, row) if isinstance(image, str)]
-
-
-def _store_chunks(chunks, workers):
-    """Yield _store_chunk(*chunk) in order. Worker processes write the pixels to the files."""
-    if workers <= 1:
-        yield from (_store_chunk(*chunk) for chunk in chunks)
-        return
-    pending = deque()
-    try:
-        with open_pool(workers, share_lock) as pool:  # one large picture at a time
-            for chunk in chunks:
-                pending.append(pool.submit(_store_chunk, *chunk))
-                if len(pending) == 64 * workers:  # keeps workers busy while progress is saved
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process died, perhaps out of memory; run the same command to "
-            "continue, with --workers 1 if memory is short"
-        ) from None
-
-
-def _store_images(staging, splits, workers):
-    """Read all images that have not been read yet into the HDF5 files."""
-    positions = [
-        (split, row)
-        for split, images in splits.items()
-        for row in range(staging.done[split], len(images), CHUNK)
-    ]
-    chunks = (
-        (staging.arrays[split], row, [image.path for image in splits[split][row : row + CHUNK]])
-        for split, row in positions
-    )
-    initial = staging.rows_done
-    with (
-        closing(_store_chunks(chunks, workers)) as results,
-        tqdm(
-            desc="reading", unit="image", initial=initial, total=staging.rows, disable=None
-        ) as bar,
-    ):
-        start = time.monotonic()
-        try:
-            for (split, row), bad in zip(positions, results):
-                staging.advance(split, min(row + CHUNK, len(splits[split])), bad)
-                bar.update(staging.rows_done - bar.n)
-        finally:
-            staging.save()
-        seconds = time.monotonic() - start
-    count = staging.rows - initial
-    print(f"{count} images read in {seconds:.1f} s, {count / max(seconds, 1e-9):.0f} images/s")
-
-
-def _drop_bad_images(staging, splits, missing, skip_bad_images):
-    """The splits without images that cannot be read; UserError as in _check_bad_images."""
-    bad = missing + [reason for rows in staging.bad.values() for _, reason in rows]
-    rows = {split: {row for row, _ in staging.bad[split]} for split in splits}
-    splits = {
-        split: [image for row, image in enumerate(images) if row not in rows[split]]
-        for split, images in splits.items()
-    }
-    if not splits["TRAIN"]:
-        staging.remove()
-    _check_bad_images(splits, bad, skip_bad_images, "; the other images will not be read again")
-    staging.drop_bad()
-    if bad:
-        print(
-            "\n  ".join(
-                [f"{count(len(bad), 'bad image')} dropped:", *map(printable, _first_reasons(bad))]
-            )
-        )
-    return splits
-
-
-def _write_captions(staging, name, splits, options):
+def _write_captions(folder, name, splits, options):
     """Write the word map, and each split's sampled captions, their lengths and references."""
-    train_captions = (caption for image in splits["TRAIN"] for caption in image.captions)
-    word_map = create_word_map(train_captions, options.min_word_freq)
+    word_map = create_word_map(_training_captions(splits), options.min_word_freq)
+    write_json(os.path.join(folder, f"WORDMAP_{name}.json"), word_map)
     rng = random.Random(options.seed)
     for split, images in splits.items():
         captions = [
@@ -253,90 +172,49 @@ def _write_captions(staging, name, splits, options):
             "CAPLENS": [len(caption) + 2 for caption in captions],
             "REFERENCES": [image.record for image in images],
         }.items():
-            write_json(staging.path(data_file(split, kind, name)), content)
+            write_json(os.path.join(folder, data_file(split, kind, name)), content)
         distinct = sum(min(len(image.captions), options.captions_per_image) for image in images)
-        print(
-            f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}"
-            + (f", filled up to {len(captions)}" if distinct < len(captions) else "")
-        )
-    write_json(staging.path(staging.files[-1]), word_map)
+        filled = f", filled up to {len(captions)}" if distinct < len(captions) else ""
+        print(f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}{filled}")
+    return word_map
 
 
-def _is_already_made(staging):
-    """
-    Whether the output folder already has exactly the files that we would make. Raises UserError if
-    it has other files of the same names.
-    """
-    paths = [os.path.join(staging.output, file) for file in staging.files]
-    existing = [path for path in paths if os.path.exists(path)]
-    if not existing:
-        return False
-    try:
-        with open_hdf5(paths[0]) as file:
-            same = file.attrs.get("made_from") == staging.key.encode()
-    except OSError:  # missing or damaged
-        same = False
-    if same and existing == paths:
-        return True
-    raise UserError(
-        f"{existing[0]} already exists, made from other images, captions or options, "
-        f"or other files of its data set are missing; pass --overwrite, another "
-        f"--output_folder or --dataset"
-    )
+def refuse_existing(output_folder, name):
+    """UserError if the output folder has a file of the data set."""
+    for file in _file_names(name):
+        path = os.path.join(output_folder, file)
+        if os.path.exists(path):
+            raise UserError(
+                f"{path} already exists; pass --overwrite to make the files of its data set again, "
+                f"or another --output_folder or --dataset"
+            )
 
 
-def _stage(output_folder, name, key, splits, options):
-    """The StagingFolder of a data set, with an HDF5 file for the images of each split."""
+def _file_names(name):
+    """All files of a data set; the word map, which others look for, last"""
+    splits = ("TRAIN", "VAL", "TEST")
     files = [data_file(split, kind, name) for split in splits for kind in KINDS]
-    staging = StagingFolder(output_folder, name, key, [*files, f"WORDMAP_{name}.json"])
-    for split, images in splits.items():
-        made_from = {"made_from": np.bytes_(key)} if split == "TRAIN" else {}
-        staging.add(
-            split,
-            data_file(split, "IMAGES", name),
-            "images",
-            (len(images), 3, options.image_size, options.image_size),
-            np.uint8,
-            captions_per_image=options.captions_per_image,
-            **made_from,
-        )
-    return staging
-
-
-def _start_or_resume(staging, overwrite):
-    if staging.started:
-        print(
-            f"{staging.rows_done} of {staging.rows} images are already in {staging.folder}; "
-            f"continuing"
-        )
-    else:
-        staging.remove()
-    staging.check_space()
-    if not staging.started:
-        staging.start(overwrite)
+    return [*files, f"WORDMAP_{name}.json"]
 
 
 @contextmanager
-def _explain_interruption(staging):
-    """If writing fails or is interrupted, say that the same command continues it."""
-    try:
-        yield
-    except BrokenPipeError:  # stdout was closed
-        raise
-    except OSError as error:
-        kept = (
-            "; the finished part is kept, run the same command to continue"
-            if staging.started
-            else ""
-        )
-        raise UserError(f"cannot write to {staging.output}: {error}{kept}") from error
-    except KeyboardInterrupt:
-        if not staging.started:
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {staging.rows_done} images are kept in "
-            f"{staging.folder}, run the same command to continue"
-        ) from None
+def _appearing_together(output_folder, name):
+    """
+    `with _appearing_together(...) as folder:` make the files in this folder; at the end they are
+    moved to the output folder. After an error there are none of them.
+    """
+    os.makedirs(output_folder, exist_ok=True)
+    prefix = f".unfinished_{name}"
+    for left in os.listdir(output_folder):
+        if left.startswith(prefix):  # of a killed run
+            shutil.rmtree(os.path.join(output_folder, left), ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}_", dir=output_folder) as folder:
+        yield folder
+        *files, word_map = _file_names(name)
+        if os.path.exists(path := os.path.join(output_folder, word_map)):
+            os.remove(path)  # an old one must not stand beside new files, even if we are killed now
+        for file in (*files, word_map):
+            os.replace(os.path.join(folder, file), os.path.join(output_folder, file))
 
 
 def _with_folders(sources, folders, dataset):
@@ -347,14 +225,20 @@ def _with_folders(sources, folders, dataset):
             f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
             f"a folder for each file, or one for all"
         )
-    if len(folders) == 1:
-        folders = folders * len(sources)
     return [
         (source, source["source"], folder)
         if isinstance(source, dict)
         else (read_karpathy(source, dataset), source, folder)
-        for source, folder in zip(sources, folders)
+        for source, folder in zip(sources, folders * len(sources))
     ]
+
+
+def data_set_name(dataset, captions_per_image, min_word_freq):
+    """What the names of a data set's files end with"""
+    name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+    if os.path.basename(name) != name:
+        raise UserError(f"--dataset {dataset} cannot be part of a file name; pass another name")
+    return name
 
 
 def create_input_files(
@@ -382,12 +266,7 @@ def create_input_files(
       {SPLIT}_REFERENCES_{NAME}.json  I entries: filename, image_id, all the captions as words, and
                                       the objects of the picture if the data set has them
       WORDMAP_{NAME}.json             word -> id
-    NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq. TRAIN_IMAGES has an attribute
-    made_from, a hash of everything the files are made from: if they already exist with the same
-    hash, nothing is done.
-
-    The images that a killed run has read stay in .unfinished_{NAME} in the output folder, and the
-    next run continues with them.
+    NAME is {dataset}_{N_c}_cap_per_img_{min_word_freq}_min_word_freq.
 
     karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns; or
     a list of these, which are joined: their images have a "source" in REFERENCES
@@ -401,35 +280,26 @@ def create_input_files(
     skip_bad_images: leave out images that are missing or cannot be read
     image_size: S, to which images are resized
 
-    Raises UserError for anything wrong with the data, listing all bad images at once, and for files
-    of the same names that were made from something else.
+    Raises UserError for anything wrong with the data, listing the first bad images, and if there
+    are files of the same names.
     """
-    name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    if os.path.basename(name) != name:
-        raise UserError(f"{name} cannot be part of a file name; pass another --dataset")
+    name = data_set_name(dataset, captions_per_image, min_word_freq)
+    if not overwrite:
+        refuse_existing(output_folder, name)
     sources = _with_folders(karpathy_json_path, image_folder, dataset)
-    options = Options(captions_per_image, min_word_freq, max_len, seed, image_size)
-    splits, missing, key = _find_images(read_sources(sources, max_len), options)
-    _check_bad_images(splits, missing, skip_bad_images, "; the other images have not been read yet")
-    _check_words(splits, options)
-    staging = _stage(output_folder, name, key, splits, options)
-    with _explain_interruption(staging):
-        os.makedirs(output_folder, exist_ok=True)
-        with staging.lock(f"another process is making {name} in {output_folder}; wait for it"):
-            if not (staging.resume(overwrite) and staging.complete):
-                if not overwrite and _is_already_made(staging):
-                    staging.remove()  # exists if a run with --overwrite was killed
-                    print(
-                        f"{name} in {output_folder} is already complete; --overwrite makes it again"
-                    )
-                    return
-                _start_or_resume(staging, overwrite)
-                _store_images(staging, splits, os.cpu_count() or 1 if workers is None else workers)
-                splits = _drop_bad_images(staging, splits, missing, skip_bad_images)
-                _write_captions(staging, name, splits, options)
-                staging.complete = True
-                staging.save()
-            staging.move()
-    word_map = os.path.join(output_folder, staging.files[-1])
-    words = len(read_json(word_map)) - len(SPECIAL_TOKENS)
-    print(f"{count(words, 'word')} and {len(SPECIAL_TOKENS)} special tokens in {word_map}")
+    options = Options(captions_per_image, min_word_freq, max_len, seed, image_size, skip_bad_images)
+    splits, missing = _find_images(read_sources(sources, max_len))
+    _check_bad_images(splits, missing, skip_bad_images)
+    _check_words(_training_captions(splits), min_word_freq)
+    workers = os.cpu_count() if workers is None else workers
+    with _appearing_together(output_folder, name) as folder:
+        splits, unreadable = _store_images(folder, name, splits, options, workers)
+        bad = missing + unreadable
+        _check_bad_images(splits, bad, skip_bad_images)
+        if bad:
+            lines = [f"{count(len(bad), 'bad image')} dropped:", *_first(bad)]
+            print("\n  ".join(map(printable, lines)))
+        word_map = _write_captions(folder, name, splits, options)
+    words = count(len(word_map) - len(SPECIAL_TOKENS), "word")
+    path = os.path.join(output_folder, f"WORDMAP_{name}.json")
+    print(f"{words} and {len(SPECIAL_TOKENS)} special tokens in {path}")

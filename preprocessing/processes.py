@@ -1,67 +1,58 @@
-"""Worker processes that exit when their parent does."""
+"""A function of many items, computed by worker processes."""
 
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 
+from torch.utils.data import DataLoader, Dataset
+
+from datasets import load_batches
 from utils import set_up_process
 
-# Forked workers start at once and share the memory of modules already imported (torch); macOS has
-# fork too, but its system libraries do not work after it.
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+CHUNK = 4  # items that a process takes at a time; few, since an interrupt waits for them
 
 
-@contextmanager
-def open_pool(processes, take_lock=None):
+class _Results(Dataset):
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return -(-len(self.items) // CHUNK)
+
+    def __getitem__(self, i):
+        return [self.function(item) for item in self.items[i * CHUNK : (i + 1) * CHUNK]]
+
+
+def map_in_processes(function, items, workers):
     """
-    A ProcessPoolExecutor whose processes exit as soon as this one does, even if it is killed. If
-    the block is left early, tasks that have not started are cancelled.
-
-    take_lock: a function that each process calls first, with a lock that all of them share
+    Yield function(item) of each item, in order. Fewer than 2 workers: computed in this process.
+    The processes end with this one; UserError if one was killed.
     """
-    context = multiprocessing.get_context(START_METHOD)
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (take_lock, context.Lock()))
-    try:
-        with defer_interrupt():  # a Ctrl-C during os.fork would be lost
-            pool.submit(int)  # starts the processes
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    several = workers > 1
+    loader = DataLoader(
+        _Results(function, items),
+        batch_size=None,
+        num_workers=workers if several else 0,
+        collate_fn=_unchanged,  # arrays are sent through pipes, not by way of a small /dev/shm
+        worker_init_fn=_start_worker,
+        prefetch_factor=4 if several else None,
+    )
+    for results in load_batches(loader):
+        yield from results
 
 
-def _start_worker(take_lock, lock):
+def _unchanged(results):
+    return results
+
+
+def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    set_up_process()  # for spawned processes; forked ones have these settings already
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if START_METHOD == "spawn":  # forked processes have the settings of their script already
-        set_up_process()
-    if take_lock:
-        take_lock(lock)
 
 
 def _end_with_parent():
-    # Waits until a pipe closes that the parent keeps open. Workers forked later keep it open too:
-    # the last one sees it close and exits first, then the one before it, and so on, all within
-    # milliseconds.
+    # torch's own watch ends a worker only once it has sent its results, which nobody reads.
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-@contextmanager
-def defer_interrupt():
-    """Defer a Ctrl-C until the block has ended."""
-    if threading.current_thread() is not threading.main_thread():  # other threads never get it
-        yield
-        return
-    interrupted = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupted:
-        raise KeyboardInterrupt

@@ -10,9 +10,9 @@ import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.devices import autocast
 from models import DECODERS, Encoder
-from preprocessing.feature_cache import cache_features, load_features
 from preprocessing.own_captions import read_sentences
 from training.embeddings import load_embeddings
+from training.feature_cache import cache_features, load_features
 from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing

@@ -4,23 +4,23 @@ its features are kept on disk, in RAM or on the GPU.
 """
 
 import copy
-import errno
 import hashlib
 import os
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets import open_hdf5
 from modeling.backbones import fold_batchnorm
-from preprocessing.resumable_hdf5 import StagingFolder
 from utils import UserError
 
 # Of an image file, for its fingerprint: a file of up to 64 MB is read whole.
 SAMPLES, SAMPLE_BYTES = 1024, 1 << 16
+SAVE_SECONDS = 10  # of work that is lost at most if the process is killed
 
 
 def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=None):
@@ -32,16 +32,12 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     modeling.devices.autocast), so a cache is never used for other images or another encoder; a
     complete one is used again, also where both files were copied to. The work of an interrupted
     call is kept, and the next call continues it.
-    Raises UserError if the disk is too small, a feature is too large for float16, or another
-    process is writing the same file.
+    Raises UserError if the file cannot be written, another process is writing it, or a feature is
+    too large for float16.
     """
     path = _cache_path(dataset, encoder, amp, folder)
-    with _explain_failure(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    staging = StagingFolder(path.parent, path.stem, path.stem, [path.name])
     if path.exists():
         _check_cache(path, dataset.num_images, encoder)
-        staging.remove()  # exists if a process was killed just after it had moved the file
         return path
     images = copy.copy(dataset)
     images.by_image = True
@@ -49,68 +45,71 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     fold_batchnorm(encoder.resnet)
     with torch.inference_mode():
         encoded = encoder.cells(images[np.arange(1)].images.to(device))
-    staging.add("features", path.name, "features", (len(images), *encoded.shape[1:]), np.float16)
-    with _explain_failure(path):
-        with staging.lock(
+    unfinished = path.with_name(f".unfinished_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _open_unfinished(unfinished, (len(images), *encoded.shape[1:])) as file:
+            _encode_remaining(file, images, encoder, device, batch_size)
+        os.replace(unfinished, path)
+    except BlockingIOError:  # HDF5 locks a file while it is written
+        raise UserError(
             f"{path} is being written by another process; wait for it, or pass --no-cache_features"
-        ):
-            resumed = staging.resume()
-            staging.check_space(" or pass --no-cache_features")
-            if not resumed:
-                staging.start()
-            _encode_remaining(staging, images, encoder, device, batch_size)
-            staging.move()
+        ) from None
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be written: {reason}; run the same command to continue, or pass "
+            f"--features_folder, a folder for it, or --no-cache_features"
+        ) from None
     return path
 
 
-@contextmanager
-def _explain_failure(path):
+def _open_unfinished(path, shape):
+    """The file of an interrupted call; a new one if there is none, or a damaged one."""
     try:
-        yield
-    except PermissionError as error:
-        raise _cannot_write(path, error) from None
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            raise _cannot_write(path, error) from None
-        raise UserError(
-            f"{path} cannot be written: {str(error).partition(chr(10))[0]}; the "
-            f"finished part is kept, run the same command to continue"
-        ) from None
+        with open_hdf5(path) as file:
+            whole = file["features"].shape == shape and 0 <= file.attrs["done"] <= shape[0]
+    except (OSError, KeyError):
+        whole = False
+    file = h5py.File(path, "r+" if whole else "w", locking="best-effort")
+    if not whole:
+        # Without times, the same content gives the same bytes.
+        file.create_dataset("features", shape, np.float16, track_times=False)
+        file.attrs["done"] = 0
+    return file
 
 
-def _cannot_write(path, error):
-    return UserError(
-        f"{path} cannot be written: {error.strerror}; pass --features_folder, a "
-        f"folder for it, or --no-cache_features"
-    )
-
-
-def _encode_remaining(staging, images, encoder, device, batch_size):
-    """Encode the images that are not encoded yet."""
-    [file], done = staging.arrays.values(), staging.done["features"]
-    bar = tqdm(
-        total=len(images),
-        initial=done,
-        desc=f"encoding {Path(file.path).stem}",
-        unit="image",
-        disable=None,
-    )
+def _encode_remaining(file, images, encoder, device, batch_size):
+    """Encode the images from file.attrs["done"] on, which counts those whose rows are written."""
+    features, done, saved = file["features"], int(file.attrs["done"]), time.monotonic()
+    bar = tqdm(desc="encoding", unit="image", initial=done, total=len(images), disable=None)
     try:
         with bar, torch.inference_mode():
             for i in range(done, len(images), batch_size):
                 rows = np.arange(i, min(i + batch_size, len(images)))
                 encoded = encoder.cells(images[rows].images.to(device)).half().cpu().numpy()
                 if not np.isfinite(encoded).all():
-                    staging.remove()
+                    os.remove(file.filename)
                     raise UserError(
-                        f"features of {encoder.args['name']} are too large for "
-                        f"float16; pass --no-cache_features"
+                        f"features of {encoder.args['name']} are too large for float16; pass "
+                        f"--no-cache_features"
                     )
-                file.write(i, encoded)
-                staging.advance("features", i + len(rows))
+                features[i : i + len(rows)] = encoded
+                done = i + len(rows)
                 bar.update(len(rows))
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    _save(file, done)
+                    saved = time.monotonic()
     finally:
-        staging.save()
+        _save(file, done)
+
+
+def _save(file, done):
+    """Write the rows to disk, then that they are there."""
+    file.flush()
+    os.fsync(file.id.get_vfd_handle())
+    file.attrs["done"] = done
+    file.flush()
 
 
 def _check_cache(path, num_images, encoder):
@@ -118,12 +117,9 @@ def _check_cache(path, num_images, encoder):
     try:
         with open_hdf5(path) as file:
             features = file["features"]
-            valid = (
-                features.dtype == np.float16
-                and features.ndim == 3
-                and len(features) == num_images
-                and features.shape[2] == encoder.encoder_dim
-            )
+            count, _, width = features.shape
+            valid = features.dtype == np.float16 and count == num_images
+            valid = valid and width == encoder.encoder_dim
     except Exception:  # HDF5 raises many kinds for foreign bytes
         valid = False
     if not valid:
@@ -137,9 +133,8 @@ def _cache_path(dataset, encoder, amp, folder):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     stem = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
-    return Path(folder or dataset.path.parent) / (
-        f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5"
-    )
+    name = f"{stem}_{encoder.args['name']}_{digest.hexdigest()[:16]}.hdf5"
+    return Path(folder or dataset.path.parent) / name
 
 
 def _fingerprint(path):
