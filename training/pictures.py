@@ -9,7 +9,6 @@ from modeling.beam_search import beam_search
 from modeling.devices import autocast
 from modeling.field_of_view import find_offset
 from visualization.attention import attention_grid
-from visualization.overlay import Drawing
 
 COUNT = 8
 DPI = 60  # pixels per inch: a panel takes about 40 kB
@@ -41,12 +40,14 @@ class ValidationPictures:
         epoch: the step at which TensorBoard shows them
         """
         rows = ["| photograph | caption | one of its references |", "|---|---|---|"]
-        drawing = Drawing(offset=find_offset(state.averaged_encoder))
+        offset = find_offset(state.averaged_encoder)
         for name, image, reference, (words, alphas) in zip(
             self.names, self.images, self.references, self._caption(state)
         ):
             rows.append(f"| {' | '.join(map(_escape, (name, ' '.join(words), reference)))} |")
-            figure = attention_grid(image.permute(1, 2, 0).numpy(), words, alphas, drawing, DPI)
+            figure = attention_grid(
+                image.permute(1, 2, 0).numpy(), words, alphas, offset=offset, dpi=DPI
+            )
             figure.canvas.draw()
             writer.add_image(
                 f"attention/{name}",

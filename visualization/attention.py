@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import printable
-from visualization.figures import family_names, find_fonts
-from visualization.overlay import DEFAULT, attention_overlays
+from visualization.figures import font_families
+from visualization.overlay import attention_overlays
 
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
 DPI = 120
@@ -19,49 +19,26 @@ GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
 FONT, SMALLEST = 12, 9  # points; a letter's width is about 0.65 of it; columns widen below SMALLEST
 
 
-def attention_grid(image, words, alphas, drawing=DEFAULT, dpi=DPI):
+def attention_grid(image, words, alphas, smooth=True, offset=(0.0, 0.0), dpi=DPI):
     """
-    One panel per word, row by row: the photograph lit where the model looked for the word. The
-    first panel is the photograph itself.
+    One panel per word, row by row: the photograph in dim grey, and over it the word's attention as
+    a heat map, on a scale of its own. The first panel is the photograph itself.
 
     image: uint8 (H, W, 3), of any shape; the alphas' grid covers it, resized to a square
     words: T strings; alphas: (T, P) attention on a square grid, P = side * side, row by row
-    drawing: an `overlay.Drawing`: light or heat, smooth or in blocks; dpi: pixels per inch
+    smooth: blend neighbouring locations; otherwise each is a block
+    offset: `modeling.field_of_view.find_offset` of the encoder; dpi: pixels per inch
 
     Returns a matplotlib Figure with T + 1 axes. Raises ValueError unless there is one alpha per
     word and P is a square.
     """
-    width, height = _panel_size(image)
-    photograph = resize_image(image, round(width * dpi), round(height * dpi))
-    panels = [photograph, *attention_overlays(photograph, words, alphas, drawing)]
-    return _draw_panels(panels, ["<start>", *words], width, height, dpi)
-
-
-def resize_image(image, width, height):
-    """uint8 (H, W, 3) -> (height, width, 3), at least one pixel each"""
-    return np.asarray(Image.fromarray(image).resize((max(1, width), max(1, height))))
-
-
-def _panel_size(image):
-    """Width and height in inches at which a photograph (H, W, 3) is shown."""
     ratio = image.shape[1] / image.shape[0]
     width = PANEL_SIDE * min(math.sqrt(ratio), 2, 2 * ratio)
-    return width, width / ratio
+    height = width / ratio
+    photograph = resize_image(image, round(width * dpi), round(height * dpi))
+    panels = [photograph, *attention_overlays(photograph, words, alphas, smooth, offset)]
+    titles = [printable(word) for word in ("<start>", *words)]
 
-
-def _num_columns(count, ratio):
-    """The number of columns with which `count` panels of this ratio come closest to ASPECT."""
-
-    def distance(columns):
-        return abs(math.log(columns * ratio / math.ceil(count / columns) / ASPECT))
-
-    return min(range(1, count + 1), key=distance)
-
-
-def _draw_panels(panels, titles, width, height, dpi):
-    """A Figure of the panels, each width x height inches, with their titles above."""
-    titles = [printable(title) for title in titles]
-    families = family_names(find_fonts(titles))
     longest = max(map(len, titles)) * 0.65 / 72  # inches per point of its font
     cell_width = GAP + max(width, MIN_COLUMN, min(longest * SMALLEST, MAX_COLUMN))
     cell_height = TITLE + height + GAP
@@ -70,6 +47,7 @@ def _draw_panels(panels, titles, width, height, dpi):
     total_width, total_height = columns * cell_width + GAP, rows * cell_height + GAP
     figure = Figure(figsize=(total_width, total_height), dpi=dpi)
     FigureCanvasAgg(figure)  # becomes figure.canvas
+    families, letters = font_families(titles), (cell_width - GAP) * 72 / (0.65 * FONT)
     for i, (panel, title) in enumerate(zip(panels, titles)):
         row, column = divmod(i, columns)
         left = (GAP + column * cell_width + (cell_width - GAP - width) / 2) / total_width
@@ -77,7 +55,6 @@ def _draw_panels(panels, titles, width, height, dpi):
         axes = figure.add_axes((left, bottom, width / total_width, height / total_height))
         axes.imshow(panel, aspect="auto")  # the axes have the photograph's shape already
         axes.set_axis_off()
-        letters = (cell_width - GAP) * 72 / (0.65 * FONT)
         axes.set_title(
             title,
             fontsize=FONT * min(1, letters / max(1, len(title))),
@@ -88,3 +65,14 @@ def _draw_panels(panels, titles, width, height, dpi):
             bbox={"boxstyle": "round,pad=0.25", "facecolor": "0.92", "edgecolor": "none"},
         )
     return figure
+
+
+def resize_image(image, width, height):
+    """uint8 (H, W, 3) -> (height, width, 3), at least one pixel each"""
+    return np.asarray(Image.fromarray(image).resize((max(1, width), max(1, height))))
+
+
+def _num_columns(count, ratio):
+    """The number of columns with which `count` panels of this ratio come closest to ASPECT."""
+    shapes = {n: n * ratio / math.ceil(count / n) for n in range(1, count + 1)}
+    return min(shapes, key=lambda n: abs(math.log(shapes[n] / ASPECT)))

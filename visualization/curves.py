@@ -3,14 +3,13 @@
 import json
 import math
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from utils import read_text
 from visualization import figures
 
-# The panels: their titles, and the keys of a log row with their labels and line styles.
+# The panels: their titles, and the keys of a log row with their labels and line styles
 PANELS = [
     ("Loss, nats per word", {"train_loss": ("training", "--"), "val_loss": ("validation", "-")}),
     ("Reward: CIDEr-D / 100 of drawn captions", {"train_reward": ("", "-")}),
@@ -22,6 +21,7 @@ PANELS = [
     ("Learning rate", {"lr": ("", "-")}),
     ("Captions per second of training", {"captions_per_second": ("", "-")}),
 ]
+FROM_ZERO = ("Learning rate", "Captions per second of training")  # so that heights compare
 COLOUR = "#0072b2"
 WIDTH, HEIGHT = 4.0, 2.5  # of a panel, inches
 DPI = 120  # pixels per inch
@@ -39,28 +39,19 @@ def read_phases(log):
     as one cut off when a run was killed.
     """
     phases, before, last = [], 0, 0  # epochs in earlier phases; the last epoch of this phase
-    for row in filter(None, map(_parse_row, read_text(log).splitlines())):
-        if not phases or row["epoch"] <= last:
+    for line in read_text(log).splitlines():
+        try:
+            row = json.loads(line)
+            epoch = row["epoch"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not phases or epoch <= last:
             phases.append([])
             before, last = before + last, 0
-        last = row["epoch"]
-        phases[-1].append(row | {"epoch": before + last})
+        last = epoch
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        phases[-1].append(numbers | {"epoch": before + last})
     return phases
-
-
-def _parse_row(line):
-    """The finite numbers in a line, by key; None if there is no epoch."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
-        return None
-    return {
-        key: value
-        for key, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
 
 
 def draw_curves(phases):
@@ -69,25 +60,22 @@ def draw_curves(phases):
     where a new phase begins; a thin vertical line marks it.
     """
     logged = {key for rows in phases for row in rows for key in row}
-    panels = [
-        (title, {key: style for key, style in keys.items() if key in logged})
-        for title, keys in PANELS
-        if keys.keys() & logged
-    ]
-    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    panels = [(title, keys) for title, keys in PANELS if keys.keys() & logged]
+    columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure((columns * WIDTH, rows * HEIGHT), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     for i, (title, keys) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, i)
-        _draw_panel(axes, title, keys, phases)
+        _draw_panel(axes, {key: style for key, style in keys.items() if key in logged}, phases)
+        axes.set_title(title, fontsize=10, loc="left")
+        if title in FROM_ZERO:
+            axes.set_ylim(0)
         if i > len(panels) - columns:
             axes.set_xlabel("epoch", fontsize=9)
     return figure
 
 
-def _draw_panel(axes, title, keys, phases):
-    rows = sum(phases, [])
+def _draw_panel(axes, keys, phases):
     for before, after in zip(phases, phases[1:]):
         start = (before[-1]["epoch"] + after[0]["epoch"]) / 2
         axes.axvline(start, color=COLOUR, alpha=0.6, linewidth=0.7)
@@ -99,22 +87,14 @@ def _draw_panel(axes, title, keys, phases):
                 style,
                 label=label if i == 0 else None,
                 color=COLOUR,
-                linewidth=1.4,
                 marker="o",
-                markersize=3 if len(rows) <= 40 else 0,
-                # Hollow on dashed lines, so that the two can be told apart with but one epoch.
+                markersize=3 if len(phase) <= 40 else 0,
+                # Hollow on dashed lines, so that the two can be told apart with but one epoch
                 markerfacecolor="white" if style == "--" else COLOUR,
             )
     if len(keys) > 1:
         axes.legend(fontsize=9, framealpha=1, edgecolor="none")
-    numbers = [row[key] for row in rows for key in keys if key in row]
-    if min(numbers) >= 0 and ("lr" in keys or "captions_per_second" in keys):
-        axes.set_ylim(0, 1.1 * max(numbers) or 1)  # from zero, so that heights can be compared
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlim(rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=9, length=2, color="0.6")
     axes.grid(axis="y", color="0.9", linewidth=0.7)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("0.6")

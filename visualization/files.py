@@ -3,14 +3,12 @@
 import glob
 import os
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from preprocessing.images import find_suffixes, is_url
-from utils import UserError, printable
+from utils import UserError
 from visualization import page
-from visualization.overlay import OVERLAYS
 
 OVERLAY = "_attention.png"
 ANIMATIONS = (".gif", ".mp4")
@@ -19,50 +17,28 @@ ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of severa
 
 def find_images(patterns):
     """
-    The image paths for files, web addresses, folders and globs, in this order, without
-    repetitions. A folder stands for its files with an image's suffix, sorted, without subfolders; a
-    glob for those that it matches, where ** is any number of folders. How many other files were
-    passed over is said on stderr.
+    The image paths for files, web addresses, folders and globs, in this order, without repetitions
+    and without our own overlays. A folder stands for its files with an image's suffix, without
+    subfolders; a glob for those that it matches, where ** is any number of folders.
 
-    Our own overlays are left out, even if the shell has expanded the glob.
     Raises UserError for a folder or glob without images; a file need not exist.
     """
-    paths, passed_over, suffixes = [], Counter(), tuple(find_suffixes())
+    paths, skipped = [], 0
     for pattern in patterns:
-        folder = os.path.isdir(pattern)
-        is_glob = glob.has_magic(pattern) and not os.path.exists(pattern) and not is_url(pattern)
-        if folder or is_glob:
-            wildcard = os.path.join(glob.escape(pattern), "*") if folder else pattern
-            found = [
-                path
-                for path in sorted(glob.glob(wildcard, recursive=True))
-                if not path.endswith(OVERLAY) and os.path.isfile(path)
-            ]
-            images = [path for path in found if path.lower().endswith(suffixes)]
-            passed_over.update(
-                os.path.splitext(path)[1].lower() or os.path.basename(path)
-                for path in found
-                if not path.lower().endswith(suffixes)
-            )
-            if not images:
-                raise UserError(
-                    f"no images {'in' if folder else 'match'} {pattern}"
-                    + (f", only {_count(passed_over)}" if passed_over else "")
-                )
-            paths += images
-        else:
+        wildcard = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern
+        if not glob.has_magic(wildcard) or os.path.isfile(pattern) or is_url(pattern):
             paths.append(pattern)
-    if passed_over:
-        print(f"skipped, not images: {_count(passed_over)}", file=sys.stderr)
+            continue
+        found = sorted(filter(os.path.isfile, glob.glob(wildcard, recursive=True)))
+        found = [path for path in found if not path.endswith(OVERLAY)]
+        images = [path for path in found if path.lower().endswith(tuple(find_suffixes()))]
+        if not images:
+            raise UserError(f"no images in {pattern}, only {len(found)} other files")
+        paths, skipped = paths + images, skipped + len(found) - len(images)
+    if skipped:
+        print(f"{skipped} files are not images and were skipped", file=sys.stderr)
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not path.endswith(OVERLAY)] or paths
-
-
-def _count(kinds):
-    """How many files of each kind, as in "3 .txt, 1 .mov": the most frequent five kinds"""
-    others = sum(kinds.values()) - sum(n for _, n in kinds.most_common(5))
-    shown = ", ".join(f"{n} {printable(kind)}" for kind, n in kinds.most_common(5))
-    return shown + f" and {others} others" * bool(others)
 
 
 def overlay_paths(paths, out, single):
@@ -76,14 +52,13 @@ def overlay_paths(paths, out, single):
     if out and single and os.path.basename(out) and not os.path.isdir(out):
         if os.path.realpath(out) == os.path.realpath(paths[0]):
             raise UserError(f"--out {out} is the image itself; pass another file")
-        try:
-            check_suffix(out)  # now, before all the work is done
-        except ValueError as error:
-            raise UserError(f"--out {out} cannot be written: {error}") from None
+        if not page.is_page(out) and not out.lower().endswith(ANIMATIONS):
+            from visualization import figures  # matplotlib is slow, so only for a picture
+
+            with writing(out):
+                figures.find_format(out)  # now, before all the work is done
         return [out]
-    if out and os.path.isfile(out):
-        raise UserError(f"--out {out} is a file; the overlays of several images need a folder")
-    if out and out.lower().endswith(ONE_FILE):
+    if out and (os.path.isfile(out) or out.lower().endswith(ONE_FILE)):
         raise UserError(
             f"--out {out} is one file, but there are {len(paths)} images; pass a folder or an .html"
         )
@@ -91,10 +66,10 @@ def overlay_paths(paths, out, single):
     for path in paths:
         if is_url(path):  # goes to the current folder
             path = os.path.basename(urlsplit(path).path) or "image"
-        stem, count = os.path.splitext(path)[0], 1
+        stem = os.path.splitext(path)[0]
         if out:
             stem = os.path.join(out, os.path.basename(stem))
-        overlay = stem + OVERLAY
+        overlay, count = stem + OVERLAY, 1
         while overlay in taken:  # photo.jpg and photo.png, or photo.jpg of two folders
             count += 1
             overlay = f"{stem}_{count}{OVERLAY}"
@@ -103,46 +78,22 @@ def overlay_paths(paths, out, single):
     return overlays
 
 
-# Matplotlib and imageio are imported only where they are needed, so that captions
-# without pictures start faster.
-
-
-def save_attention(captioned, path, smooth=True, overlay=OVERLAYS[0]):
+def save_attention(captioned, path, smooth=True):
     """
     Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
-    picture. smooth, overlay: as in `caption.Captioned.figure`
-
-    Raises ValueError for any other suffix or overlay, OSError if the file cannot be written.
+    picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
     """
     if page.is_page(path):
-        page.write_page(path, [captioned], captioned.text, overlay)
-    elif _is_animation(path):
+        page.write_page(path, [captioned], captioned.text)
+    elif os.fspath(path).lower().endswith(ANIMATIONS):
         from visualization.animation import write_animation
-        from visualization.overlay import Drawing
 
-        write_animation(
-            path,
-            captioned.image,
-            captioned.words,
-            captioned.attention,
-            Drawing(smooth, overlay, captioned.offset),
-        )
+        words, alphas = captioned.words, captioned.attention
+        write_animation(path, captioned.image, words, alphas, smooth, captioned.offset)
     else:
         from visualization import figures
 
-        figures.save(captioned.figure(smooth, overlay), path)
-
-
-def check_suffix(path):
-    """ValueError where `save_attention` would raise it."""
-    if not page.is_page(path) and not _is_animation(path):
-        from visualization import figures
-
-        figures.find_format(path)
-
-
-def _is_animation(path):
-    return os.fspath(path).lower().endswith(ANIMATIONS)
+        figures.save(captioned.figure(smooth), path)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from modeling.devices import Distributed
 from models import DecoderWithAttention, Encoder
 from training import pictures
 from visualization.attention import attention_grid
-from visualization.overlay import Drawing
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +83,8 @@ def test_the_pictures_have_the_photograph_and_a_panel_for_each_word(run, data):
         captioned.image,
         captioned.words,
         captioned.attention,
-        Drawing(offset=captioned.offset),
-        pictures.DPI,
+        offset=captioned.offset,
+        dpi=pictures.DPI,
     )
     figure.canvas.draw()
     expected = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
