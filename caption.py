@@ -164,18 +164,20 @@ class Captioner:
 
             def start_reading():
                 batch = islice(images, batch_size)
-                return [pool.submit(_try_read, image, self.image_size) for image in batch]
+                return [pool.submit(_read, image, self.image_size) for image in batch]
 
             reading = start_reading()
             while reading:
-                batch, reading = [future.result() for future in reading], start_reading()
-                squares = [read[2] for read in batch if not isinstance(read, UserError)]
+                batch, reading = reading, start_reading()
+                squares = [future.result()[2] for future in batch if not future.exception()]
                 captions = iter(self._search(find_captions, squares, search) if squares else [])
-                for read in batch:
-                    if isinstance(read, UserError):
-                        yield read
+                for future in batch:
+                    error = future.exception()
+                    if isinstance(error, UserError):
+                        yield error
                     else:
-                        yield self._to_words(read[0], read[1], next(captions))
+                        name, pixels, _ = future.result()
+                        yield self._to_words(name, pixels, next(captions))
 
     def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
         """
@@ -185,7 +187,7 @@ class Captioner:
         from visualization.beam_tree import build_tree
 
         search = Search(no_unk=no_unk, **options)
-        square = resize_square(load_pixels(image), self.image_size)
+        *_, square = _read(image, self.image_size)
         return self._search(build_tree, [square], search)
 
     def _search(self, find, squares, search):
@@ -218,12 +220,9 @@ def load_pixels(source):
         raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
 
 
-def _try_read(source, size):
-    """A `Captioned`'s name and pixels, and uint8 (3, size, size) for the encoder; or a UserError"""
-    try:
-        pixels = load_pixels(source)
-    except UserError as error:
-        return error
+def _read(source, size):
+    """A `Captioned`'s name and pixels, and what the encoder gets, uint8 (3, size, size)"""
+    pixels = load_pixels(source)
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
     kept = pixels if path is None or is_url(path) else None
     return path or "image", kept, resize_square(pixels, size)
