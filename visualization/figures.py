@@ -27,8 +27,10 @@ def find_font(word):
     """
     letters, path = {letter for letter in word if not letter.isspace()}, FONT_FILE
     if not letters <= _letters(path):
-        files = sorted(entry.fname for entry in font_manager.fontManager.ttflist)
-        path = max(files, key=lambda file: len(letters & _letters(file)))
+        fonts = font_manager.fontManager.ttflist
+        # Last Resort is a font of boxes for all letters.
+        files = sorted(font.fname for font in fonts if "Last Resort" not in font.name)
+        path = max([path, *files], key=lambda file: len(letters & _letters(file)))
     if not letters <= _letters(path):
         advice = (
             f"install one, such as Debian's fonts-noto-cjk, and rm -r {matplotlib.get_cachedir()}"

@@ -2,20 +2,21 @@
 
 import math
 import xml.etree.ElementTree as ET
+from collections import Counter
 
 import pytest
 import reference
 import torch
 from factories import make_case
+from matplotlib.colors import to_hex
 
 from modeling.beam_search import Search, beam_search, find_captions
 from visualization import beam_tree
-from visualization.beam_tree import build_tree, draw_tree
+from visualization.beam_tree import COLOURS, build_tree, draw_tree
 
 WORDS = ["<pad>", "a", "dog", "&", "<b>", "running", "on", "sand", "<unk>", "<start>", "<end>"]
 WORD_MAP = {word: i for i, word in enumerate(WORDS)}
 CASES = [(seed, k) for seed in range(8) for k in (1, 2, 3, 5)]
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def make_tree(seed, beam_size, **options):
@@ -60,7 +61,6 @@ def test_every_total_is_the_parents_plus_the_words_log_probability():
                 log_prob = textbook(decoder, image, before)[WORD_MAP[node.word]].item()
                 total = (before[-1].total if before else 0) + log_prob
                 assert node.total == pytest.approx(total, abs=1e-9)
-                assert node.log_prob == pytest.approx(log_prob, abs=1e-9)
 
 
 def test_the_candidates_are_the_best_of_each_open_beam():
@@ -105,149 +105,103 @@ def test_a_callback_changes_nothing():
     assert max(len(c.tokens) for c in plain) <= len(calls) <= 13  # <end> may follow
 
 
-def draw(tree, folder):
-    draw_tree(tree, folder / "tree.svg")
-    return ET.parse(folder / "tree.svg").getroot()
-
-
-def nodes_of(root):
-    """(word, score, its box or None) of each node drawn"""
-    return [
-        (*(text.text for text in group.iter(f"{SVG}text")), group.find(f"{SVG}rect"))
-        for group in root.iter(f"{SVG}g")
-    ]
-
-
-@pytest.mark.parametrize("seed, beam_size", [(0, 3), (1, 1), (3, 3), (2, 5), (6, 9)])
-def test_the_drawing_boxes_every_kept_word_and_greys_the_dropped(tmp_path, seed, beam_size):
-    tree, *_ = make_tree(seed, beam_size)
-    root = draw(tree, tmp_path)
-    boxes = [(word, score) for word, score, box in nodes_of(root) if box is not None]
-    kept = [(node.word, f"{node.total:.2f}") for nodes in tree.steps for node in nodes if node.kept]
-    assert boxes == kept
-    plain = [(word, score) for word, score, box in nodes_of(root) if box is None]
-    dropped = [
-        [(node.word, f"{node.total:.2f}") for node in nodes if not node.kept]
-        for nodes in tree.steps
-    ]
-    assert plain == [node for nodes in dropped for node in nodes[: 2 * beam_size]]
-    for group in root.iter(f"{SVG}g"):
-        grey = group.find(f"{SVG}rect") is None
-        assert {text.get("fill") for text in group.iter(f"{SVG}text")} == {
-            beam_tree.FAINT_TEXT if grey else beam_tree.TEXT
-        }
-    caption = " ".join(tree.words)
-    assert any(text.text.startswith(caption) for text in root.iter(f"{SVG}text"))
-
-
-def test_kept_words_are_linked_to_their_parents_and_the_best_path_is_highlighted(tmp_path):
-    tree, *_ = make_tree(2, 3)
-    root = draw(tree, tmp_path)
-    rects = [group.find(f"{SVG}rect") for group in root.iter(f"{SVG}g")]
-    boxes = [r for r in root.iter(f"{SVG}rect") if r.get("height") == str(beam_tree.BOX)]
-    assert [r for r in rects if r is not None] == boxes[1:]  # the first is <start>
-    kept = [node for nodes in tree.steps for node in nodes if node.kept]
-    box_of = {None: boxes[0]} | dict(zip(kept, boxes[1:]))
-
-    def edge(box, right):
-        middle = float(box.get("y")) + float(box.get("height")) / 2
-        return float(box.get("x")) + right * float(box.get("width")), middle
-
-    drawn = []
-    for path in root.iter(f"{SVG}path"):
-        numbers = path.get("d").replace("M", "").replace("C", "").replace(",", " ").split()
-        if path.get("stroke") != beam_tree.DROPPED_LINK:
-            drawn.append((path.get("stroke"), *map(float, numbers[:2] + numbers[-2:])))
-    expected = [
-        (
-            beam_tree.BEST[1] if node.is_best else beam_tree.LINK,
-            *edge(box_of[node.parent], True),
-            *edge(box_of[node], False),
-        )
-        for node in kept
-    ]
-    assert len(drawn) == len(expected)
-    for ours, wanted in zip(sorted(drawn), sorted(expected)):
-        assert ours[0] == wanted[0] and ours[1:] == pytest.approx(wanted[1:], abs=0.11)
-    winners = [box for node, box in box_of.items() if node is None or node.is_best]
-    assert {box.get("fill") for box in winners} == {beam_tree.BEST[0]}
-    assert len(winners) == len(tree.words) + 1 + tree.finished
-    finished = [box for node, box in box_of.items() if node and node.finished and not node.is_best]
-    assert finished and {box.get("fill") for box in finished} == {beam_tree.FINISHED[0]}
-
-
-@pytest.mark.parametrize("seed, beam_size", [(1, 3), (3, 1), (2, 5), (0, 9)])
-def test_nothing_is_clipped_or_overlaps(tmp_path, seed, beam_size):
-    tree, *_ = make_tree(seed, beam_size)
-    tree.words = tree.words or ["nothing"] * 40
-    root = draw(tree, tmp_path)
-    width, height = float(root.get("width")), float(root.get("height"))
-    boxes = [rectangle(r) for r in root.iter(f"{SVG}rect") if r.get("height") == "21"]
-    words, headings = [], []  # those within the boxes or without any, those outside
-    for text in root.iter(f"{SVG}text"):
-        size, x, y = (float(text.get(name)) for name in ("font-size", "x", "y"))
-        wide = beam_tree._width(text.text, size)
-        x -= wide * (text.get("text-anchor") == "end")
-        inside = text not in root[:] or text.text == "<start>"
-        (words if inside else headings).append((x, y - 0.75 * size, x + wide, y + 0.22 * size))
-    for x, y, right, bottom in boxes + words + headings:
-        assert 0 <= x and right <= width and 0 <= y and bottom <= height
-    assert len(boxes) >= 4 and len(words) >= 7
-    for group in (boxes + headings, words + headings):
-        for i, (x, y, right, bottom) in enumerate(group):
-            assert not any(
-                x < b and a < right and y < d and c < bottom for a, c, b, d in group[i + 1 :]
-            )
-
-
-def rectangle(rect):
-    """left, top, right, bottom"""
-    x, y, width, height = (float(rect.get(name)) for name in ("x", "y", "width", "height"))
-    return x, y, x + width, y + height
-
-
-def test_words_with_xml_characters_are_escaped(tmp_path):
-    strange = [
-        "<pad>",
-        "a&b",
-        '"<i>"',
-        "]]>",
-        "\x00\x1b",
-        "\ud800",
-        "𝛼 é 犬",
-        "'",
-        "<unk>",
-        "<start>",
-        "<end>",
-    ]
-    decoder, features = make_case(0, end_bias=-9)
-    tree = build_tree(
-        decoder, features[:1], {word: i for i, word in enumerate(strange)}, Search(11, 6)
-    )
-    root = draw(tree, tmp_path)
-    drawn = {word for word, *_ in nodes_of(root)}
-    assert {"a&b", '"<i>"', "]]>", "𝛼 é 犬", "'", "<unk>", "\ufffd\ufffd"} <= drawn
-
-
-def test_an_empty_caption_has_a_tree_too(tmp_path):
+def test_an_empty_caption_and_a_beam_wider_than_the_vocabulary_have_trees_too(tmp_path):
     decoder, features = make_case(0, end_bias=1e4)
     tree = build_tree(decoder, features[:1], WORD_MAP, Search(3))
     assert tree.words == [] and tree.finished and len(tree.steps) == 1
-    assert "(no words)" in "".join(draw(tree, tmp_path).itertext())
-
-
-def test_a_beam_wider_than_the_vocabulary_keeps_what_there_is():
+    draw_tree(tree, tmp_path / "tree.svg")
+    assert "(no words)" in (tmp_path / "tree.svg").read_text()
     decoder, features = make_case(1, end_bias=-9)
     tree = build_tree(decoder, features[:1], WORD_MAP, Search(20, 3))
     assert [sum(node.kept for node in nodes) for nodes in tree.steps][:2] == [11, 10]
     assert all(math.isfinite(node.total) for nodes in tree.steps for node in nodes)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "tree.svg"
-    path.write_text("old")
-    tree, *_ = make_tree(0, 3)
-    monkeypatch.setattr(beam_tree, "open", lambda *_, **__: 1 / 0, raising=False)
-    with pytest.raises(ZeroDivisionError):
-        draw_tree(tree, path)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """`draw(tree)`: the axes that were drawn and written to tree.svg"""
+    figures, save = [], beam_tree.save
+    monkeypatch.setattr(beam_tree, "save", lambda figure, path: figures.append(figure))
+
+    def draw(tree):
+        draw_tree(tree, tmp_path / "tree.svg")
+        save(figures[-1], tmp_path / "tree.svg")
+        return figures[-1].axes[0]
+
+    return draw
+
+
+def boxes_of(axes):
+    """The colour of the box at each place (column, row), below the legend"""
+    return {
+        (box.get_x(), round(box.get_y() + 0.4, 6)): to_hex(box.get_facecolor())
+        for box in axes.patches
+        if box.get_y() > -1
+    }
+
+
+@pytest.mark.parametrize("seed, beam_size", [(0, 3), (1, 1), (3, 3), (6, 9)])
+def test_the_drawing_shows_each_step_s_best_candidates_and_how_they_ended(draw, seed, beam_size):
+    tree, *_ = make_tree(seed, beam_size)
+    axes = draw(tree)
+    boxes, texts = boxes_of(axes), {text.get_position(): text.get_text() for text in axes.texts}
+    expected = {(0, 0): COLOURS["best"][1]}
+    for x, nodes in enumerate(tree.steps, 1):
+        for y, node in enumerate(nodes[: 3 * beam_size]):
+            kind = "finished" if node.finished else "kept" if node.kept else "dropped"
+            expected[x, y] = COLOURS["best" if node.is_best else kind][1]
+            word, score = texts[x + 0.03, y].rsplit(maxsplit=1)
+            assert word == node.word and score == f"{node.total:.2f}"
+        kept = sum(node.kept for node in nodes)
+        assert kept <= 3 * beam_size and texts[x, -0.75].startswith(f"step {x}: {kept} of")
+    assert boxes == expected
+    assert texts[0, -2.55] == f"{' '.join(tree.words) or '(no words)'}   {tree.score:.2f} nats"
+
+
+def test_every_word_is_linked_to_its_parent_and_the_best_path_stands_out(draw):
+    tree, *_ = make_tree(2, 3)
+    axes = draw(tree)
+    row_of = {node: y for nodes in tree.steps for y, node in enumerate(nodes)} | {None: 0}
+    expected = Counter(
+        (x - 1 + 0.75, row_of[node.parent], x, row_of[node], COLOURS[node.kind][0])
+        for x, nodes in enumerate(tree.steps, 1)
+        for node in nodes[:9]
+    )
+    links = Counter()
+    for line in axes.lines:
+        (x1, x2), (y1, y2) = line.get_xdata(), line.get_ydata()
+        links[x1, y1, x2, y2, line.get_color()] += 1
+    assert links == expected
+    best = [line.get_zorder() for line in axes.lines if line.get_color() == COLOURS["best"][0]]
+    assert len(best) == len(tree.words) + tree.finished
+    assert min(best) >= max(line.get_zorder() for line in axes.lines)
+
+
+@pytest.mark.parametrize("seed, beam_size", [(1, 3), (2, 5)])
+def test_nothing_is_clipped_or_overlaps(draw, seed, beam_size):
+    tree, *_ = make_tree(seed, beam_size)
+    axes = draw(tree)
+    axes.figure.canvas.draw()
+    page = axes.figure.bbox
+    texts = [text.get_window_extent() for text in axes.texts]
+    boxes = [box.get_window_extent() for box in axes.patches]
+    for group in (texts, boxes):
+        for i, box in enumerate(group):
+            assert page.x0 <= box.x0 and box.x1 <= page.x1
+            assert page.y0 <= box.y0 and box.y1 <= page.y1
+            assert not any(box.overlaps(other) for other in group[i + 1 :])
+
+
+def test_the_suffix_says_the_format_and_svg_has_words_that_can_be_searched(tmp_path):
+    strange = ["<pad>", "a&b", '"<i>"', "]]>", "\x00\x1b", "\ud800", "$é_", "犬", "<unk>"]
+    word_map = {word: i for i, word in enumerate([*strange, "<start>", "<end>"])}
+    decoder, features = make_case(0, end_bias=-9)
+    tree = build_tree(decoder, features[:1], word_map, Search(11, 6))
+    for name, start in [("x.svg", b"<?xml"), ("x.png", b"\x89PNG"), ("x.PDF", b"%PDF")]:
+        draw_tree(tree, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    drawn = " ".join(ET.parse(tmp_path / "x.svg").getroot().itertext())
+    assert all(word in drawn for word in ("a&b", '"<i>"', "]]>", "\\x00", "\\ud800", "$é_", "犬"))
+    with pytest.raises(ValueError, match="abc"):
+        draw_tree(tree, tmp_path / "x.abc")
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,20 +1,24 @@
 """Which images the arguments stand for, and where their overlays are written."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from utils import UserError
-from visualization import files
-from visualization.files import find_images, overlay_paths
+from visualization.files import find_images, overlay_paths, save_attention, writing
 
 
 def test_no_two_overlays_share_a_file_and_none_is_an_image():
-    paths = ["a/x.jpg", "b/x.jpg", "b/x.png"]
+    paths = ["a/x.jpg", "b/x.jpg", "b/x.png", "https://example.org/y.jpg?z"]
     assert overlay_paths(paths, None, False) == [
         "a/x_attention.png",
         "b/x_attention.png",
         "b/x_2_attention.png",
+        "y_attention.png",
     ]
-    assert overlay_paths(paths, "out", False) == [
+    assert overlay_paths(paths[:3], "out", False) == [
         "out/x_attention.png",
         "out/x_2_attention.png",
         "out/x_3_attention.png",
@@ -23,33 +27,57 @@ def test_no_two_overlays_share_a_file_and_none_is_an_image():
     assert not set(both) & set(overlay_paths(both, None, False))
 
 
-def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path):
+def test_a_single_image_may_have_any_file_of_a_known_format(tmp_path):
+    for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg", "x"):
+        assert overlay_paths(["photo.jpg"], name, True) == [name]
+    assert overlay_paths(["photo.jpg"], str(tmp_path), True) == [
+        str(tmp_path / "photo_attention.png")
+    ]
+    for paths, out, single, match in [
+        (["photo.jpg"], "x.abc", True, "x.abc cannot be written"),
+        (["photo.jpg"], "./photo.jpg", True, "photo.jpg is the image itself"),
+        (["a.jpg", "b.jpg"], "x.gif", False, "x.gif is one file, but there are 2 images"),
+        (["a.jpg", "b.jpg"], __file__, False, "is one file"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            overlay_paths(paths, out, single)
+
+
+def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path, capsys):
     for name in ("b.png", "a.JPG", "notes.txt", "a_attention.png", "c[1].gif"):
         (tmp_path / name).touch()
     (tmp_path / "d.png").mkdir()
     images = [str(tmp_path / name) for name in ("a.JPG", "b.png", "c[1].gif")]
     assert find_images([str(tmp_path)]) == images
+    assert "1 files are not images" in capsys.readouterr().err
     assert find_images([str(tmp_path / "*.png")]) == images[1:2]
-    assert find_images([images[2], str(tmp_path), "missing.jpg"]) == [
-        images[2],
-        *images[:2],
-        "missing.jpg",
-    ]
+    assert find_images([str(tmp_path / "**" / "*.gif")]) == images[2:]
+    given = [images[2], str(tmp_path), "missing.jpg", "https://x.org/[1]*.jpg"]
+    assert find_images(given) == [images[2], *images[:2], *given[2:]]
     overlay = str(tmp_path / "a_attention.png")
     assert find_images([images[0], overlay]) == images[:1]
     assert find_images([overlay]) == [overlay]  # asked for by name, and nothing else
+    for pattern in ("d.png", "*.txt", "*.bmp"):
+        with pytest.raises(UserError, match=f"no images in .*{pattern[-4:]}"):
+            find_images([str(tmp_path / pattern)])
 
 
-def test_unsupported_suffixes_are_refused_before_the_work():
-    for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg", "x"):
-        files.check_suffix(name)
-    with pytest.raises(ValueError, match="Format 'abc' is not supported"):
-        files.check_suffix("x.abc")
+def test_attention_is_saved_in_the_format_of_the_suffix(tmp_path):
+    captioned = SimpleNamespace(
+        **{"name": "x.jpg", "text": "a", "words": ["a"], "attention": np.ones((1, 4))},
+        **{"image": np.zeros((20, 20, 3), np.uint8), "offset": (0.1, 0.0)},
+        **{"score": -1.0, "n_best": [], "figure": lambda smooth: Figure()},
+    )
+    for name, start in [("x.html", b"<!DOCTYPE"), ("x.gif", b"GIF89a"), ("x.jpg", b"\xff\xd8")]:
+        save_attention(captioned, str(tmp_path / name))
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(ValueError, match="abc"):
+        save_attention(captioned, tmp_path / "x.abc")
 
 
 def test_an_error_of_writing_is_a_user_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match="none/x cannot be written: .*No such file"):
-        with files.writing("none/x"):
+        with writing("none/x"):
             open(tmp_path / "none" / "x", "w")
-    with files.writing(str(tmp_path / "new" / "x"), make_folder=True):
+    with writing(str(tmp_path / "new" / "x"), make_folder=True):
         (tmp_path / "new" / "x").touch()

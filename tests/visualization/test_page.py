@@ -1,17 +1,18 @@
+"""The page: what is in it, and in Chromium what it shows."""
+
 import base64
 import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from visualization import attention, page
-from visualization.overlay import Drawing
+from visualization import page
+from visualization.overlay import attention_overlays
 
 SIDE = 14  # locations of the attention grid along an edge
 SENTENCE = "a brown dog runs over the snow with a red ball &"
@@ -24,34 +25,33 @@ NASTY = [
     "&lt;",
     "naïve",
     "雪",
-    "-->",
     "{{x}}",
 ]
 
 
 def one_hot(*cells):
     """(T, P): for each word all attention at one location (row, column)"""
-    attention = np.zeros((len(cells), SIDE, SIDE), dtype=np.float32)
-    for alpha, cell in zip(attention, cells):
-        alpha[cell] = 1
-    return attention.reshape(len(cells), -1)
+    return np.eye(SIDE * SIDE, dtype=np.float32)[[row * SIDE + column for row, column in cells]]
 
 
 def captioned(words=None, attention=None, shape=(240, 320), **fields):
-    """A captioned photograph: mid-grey, random attention."""
+    """A captioned photograph: mid-grey, random attention"""
     words = SENTENCE.split() if words is None else words
     if attention is None:
         attention = np.random.default_rng(0).dirichlet(np.full(SIDE * SIDE, 0.3), len(words))
-    text = " ".join(words)
     usual = {
         "name": "photos/dog.jpg",
         "image": np.full((*shape, 3), 128, dtype=np.uint8),
         "words": words,
         "attention": attention,
         "score": -12.3456,
-        "n_best": [(text, -12.3456)],
+        "n_best": [(" ".join(words), -12.3456)],
     }
     return SimpleNamespace(**usual | fields)
+
+
+def document(*captioned):
+    return page.document("dogs", page.HINT, [page.view(one, "h2") for one in captioned])
 
 
 class Elements(HTMLParser):
@@ -88,55 +88,64 @@ class Elements(HTMLParser):
         ]
 
 
-def photograph_in(source):
-    [(attributes, _)] = Elements(source).of("img")
-    kind, data = attributes["src"].split(",")
-    assert kind == "data:image/jpeg;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data)))
+def pictures_in(source, kind):
+    """The PIL images of a class in a page"""
+    pictures = []
+    for attributes, _ in Elements(source).of(kind):
+        head, data = attributes["src"].split(",")
+        assert head in ("data:image/jpeg;base64", "data:image/png;base64")
+        pictures.append(Image.open(io.BytesIO(base64.b64decode(data))))
+    return pictures
 
 
 # Without a browser
 
 
-def test_page_of_twelve_words_adds_less_than_60_kb_to_the_photograph():
-    source = page.attention_page([captioned()], "dog")
-    assert len(SENTENCE.split()) == 12
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.0625, -0.03)])
+def test_the_layers_of_the_page_are_those_of_the_figure(offset):
+    y, x = np.mgrid[:336, :448] / 336
+    waves = [(np.sin(12 * x + 5 * y + phase) + 1) * 127 for phase in (0, 1, 4)]
+    image = np.stack(waves, axis=-1).astype(np.uint8)
+    one = captioned(image=image, offset=offset)
+    source = document(one)
+    [photograph], [grey] = (pictures_in(source, kind) for kind in ("sat-photograph", "sat-grey"))
+    assert abs(np.asarray(photograph).astype(int) - image).mean() < 3
+    heats = pictures_in(source, "sat-heat")
+    expected = list(attention_overlays(image, one.words, one.attention, True, offset))
+    assert len(heats) == len(expected) == 12
+    for heat, picture in zip(heats, expected):
+        ours = grey.convert("RGBA")
+        ours.alpha_composite(heat.convert("RGBA").resize(ours.size, Image.Resampling.BILINEAR))
+        assert abs(np.asarray(ours.convert("RGB")).astype(int) - picture).mean() < 3
+
+
+def test_page_of_twelve_words_adds_less_than_80_kb_to_the_photograph():
+    source = document(captioned())
     without = re.sub(r"data:image/jpeg;base64,[^\"]*", "", source)
-    assert len(without.encode()) < 60_000 and "jpeg" not in without
-
-
-def test_attention_is_kept_to_one_255th_of_each_words_maximum():
-    one = captioned()
-    [(attributes, _)] = Elements(page.attention_page([one], "dog")).of("sat")
-    cells = np.frombuffer(base64.b64decode(attributes["data-attention"]), np.uint8)
-    assert attributes["data-side"] == str(SIDE)
-    cells = cells.reshape(len(one.words), -1) / 255
-    assert (cells.max(1) == 1).all()
-    largest = one.attention.max(1, keepdims=True)
-    assert abs(cells * largest - one.attention).max() <= (largest.max() / 255) / 2 + 1e-6
+    assert len(without.encode()) < 80_000 and "jpeg" not in without
 
 
 def test_words_names_and_references_are_shown_as_they_are():
-    text = " ".join(NASTY)
-    one = captioned(
-        NASTY, name=f"a/{NASTY[3]}", references=NASTY, n_best=[(text, -1.0), (NASTY[4], -2.0)]
-    )
-    for source in (page.attention_page([one], NASTY[4]), page.fragment(one)):
+    text, references = " ".join(NASTY), [*NASTY, "-->"]
+    several = [(text, -1.0), (NASTY[4], -2.0)]
+    one = captioned(NASTY, name=f"a/{NASTY[0]}", references=references, n_best=several)
+    for source in (document(one), page.fragment(one)):
         elements = Elements(source)
         assert [text for _, text in elements.of("sat-word")] == NASTY
-        assert elements.of("sat-name")[0][1] == NASTY[3]
-        assert [text for _, text in elements.of("li")] == [
-            f"{text} −1.000",
-            f"{NASTY[4]} −2.000",
-            *NASTY,
-        ]
-        assert elements.of("img")[0][0]["alt"] == text
-        assert len(elements.of("img")) == len(elements.of("script")) == 1
-    assert Elements(page.attention_page([one], NASTY[4])).of("h1")[0][1] == NASTY[4]
+        assert elements.of("sat-name")[0][1] == NASTY[0]
+        listed = [text for _, text in elements.of("li")]
+        assert listed == [f"{text} -1.000", f"{NASTY[4]} -2.000", *references]
+        assert "open" not in elements.of("details")[0][0]
+        assert elements.of("sat-photograph")[0][0]["alt"] == text
+        assert len(elements.of("script")) == len(elements.of("style")) == 1
+    assert Elements(page.document(NASTY[4], "", [])).of("h1")[0][1] == NASTY[4]
+    elements = Elements(document(captioned()))
+    assert elements.of("ol") == [] and elements.of("details") == []
+    assert "log-probability -12.346 nats" in [text for _, text in elements.of("p")]
 
 
 def test_page_has_no_external_references():
-    source = page.attention_page([captioned()], "dog")
+    source = document(captioned())
     assert not re.search(r"https?:|@import|url\(|//\w+\.\w", re.sub(r"base64,[^\"]*", "", source))
     links = [
         attributes[key]
@@ -144,89 +153,47 @@ def test_page_has_no_external_references():
         for key in ("src", "href")
         if key in attributes
     ]
-    assert len(links) == 2 and all(link.startswith("data:") for link in links)
+    assert len(links) == 15 and all(link.startswith("data:") for link in links)
 
 
-@pytest.mark.parametrize(
-    "shape, size",
-    [((240, 320), (320, 240)), ((900, 1600), (640, 360)), ((3000, 1), (1, 640)), ((1, 1), (1, 1))],
-)
-def test_large_photographs_are_scaled_down_to_640_pixels(shape, size):
-    photograph = photograph_in(page.attention_page([captioned(shape=shape)], "dog"))
-    assert photograph.size == size
-    assert abs(np.asarray(photograph).astype(int) - 128).max() <= 2
+def test_large_photographs_are_scaled_down_to_640_pixels():
+    for shape, size in [((240, 320), (320, 240)), ((900, 1600), (640, 360)), ((3000, 1), (1, 640))]:
+        source = document(captioned(shape=shape))
+        for kind, value in (("sat-photograph", 128), ("sat-grey", 64)):
+            [picture] = pictures_in(source, kind)
+            assert picture.size == size and abs(np.asarray(picture).astype(int) - value).max() <= 2
 
 
-def test_candidates_are_listed_only_if_there_are_several():
-    elements = Elements(page.attention_page([captioned()], "dog"))
-    assert elements.of("ol") == [] and elements.of("details") == []
-    assert "log-probability −12.346 nats" in [text for _, text in elements.of("p")]
-    several = captioned(n_best=[("a dog", -3.25), ("two dogs", -4.5)], references=["Dogs."])
-    elements = Elements(page.attention_page([several], "dog"))
-    assert [text for _, text in elements.of("sat-row")] == ["a dog −3.250", "two dogs −4.500"]
-    [(attributes, text)] = elements.of("details")
-    assert "open" not in attributes and "Dogs." in text
-
-
-def test_page_of_a_folder_has_a_view_per_image_and_one_script():
-    folder = [captioned(name=f"photos/{i}.jpg") for i in range(3)]
-    elements = Elements(page.attention_page(iter(folder), "photos"))
-    assert [text for _, text in elements.of("h2")] == ["0.jpg", "1.jpg", "2.jpg"]
-    assert len(elements.of("script")) == len(elements.of("style")) == 1
-
-
-@pytest.mark.parametrize(
-    "cell, place",
-    [
-        ((0, 0), "at the upper left, 100 %"),
-        ((13, 7), "at the bottom, 100 %"),
-        ((6, 6), "in the centre, 100 %"),
-    ],
-)
-def test_position_of_the_attention_is_described(cell, place):
-    [(attributes, _)] = Elements(page.fragment(captioned(["dog"], one_hot(cell)))).of("sat-word")
-    assert attributes["data-where"] == f"most attention {place}"
-
-
-def test_the_tab_key_reaches_only_the_first_word():
-    words = Elements(page.attention_page([captioned()], "dog")).of("sat-word")
-    assert [attributes["tabindex"] for attributes, _ in words] == ["0", *["-1"] * 11]
-
-
-def test_even_attention_is_described_as_spread():
+def test_the_place_of_the_attention_is_described():
+    places = {(0, 0): "at the upper left", (13, 7): "at the bottom", (6, 6): "in the centre"}
+    source = page.fragment(captioned(["a", "big", "dog"], one_hot(*places)))
+    described = [attributes["data-where"] for attributes, _ in Elements(source).of("sat-word")]
+    assert described == [f"most attention {place}, 100 %" for place in places.values()]
     even = np.full((1, SIDE * SIDE), 1 / SIDE**2)
     [(attributes, _)] = Elements(page.fragment(captioned(["dog"], even))).of("sat-word")
     assert attributes["data-where"] == "attention spread over the photograph"
 
 
-@pytest.mark.parametrize("shape", [(11, 196), (13, 196), (12, 195), (12,)])
-def test_attention_that_does_not_match_the_words_is_an_error(shape):
-    with pytest.raises(ValueError, match=re.escape(f"12 words, but attention of shape {shape}")):
-        page.attention_page([captioned(attention=np.zeros(shape))], "dog")
+def test_a_page_is_written_completely_or_not_at_all(tmp_path):
+    path = tmp_path / "x.html"
+    with pytest.raises(ValueError, match="attention of shape"):
+        page.write_page(path, [captioned(), captioned(attention=np.zeros((1, 196)))], "dog")
+    with pytest.raises(OSError):
+        page.write_page(tmp_path / "missing" / "x.html", [captioned()], "dog")
+    assert list(tmp_path.iterdir()) == []
+    names = [f"photos/{name}.jpg" for name in ("0", "1", "\udcff\0")]
+    page.write_page(str(path), (captioned(name=name) for name in names), "photos \udcff")
+    elements = Elements(path.read_text(encoding="utf-8"))
+    headings = [text for _, text in elements.of("h2")]
+    assert headings == ["0.jpg", "1.jpg", "\\udcff\\x00.jpg"]
+    assert [text for _, text in elements.of("h1")] == ["photos \\udcff"]
+    assert len(elements.of("script")) == 1 and list(tmp_path.iterdir()) == [path]
+    assert page.is_page("x.HTM") and not page.is_page("x.png")
 
 
 def test_caption_without_words_is_a_page_too():
-    source = page.attention_page([captioned([], np.zeros((0, 196)), n_best=[("", -1.0)])], "dog")
-    assert "The caption has no words." in source
-    Elements(source)
-
-
-def test_page_is_written_completely_or_not_at_all(tmp_path):
-    path = tmp_path / "x.html"
-    with pytest.raises(ValueError):
-        page.write_page(path, [captioned(), captioned(attention=np.zeros((1, 196)))], "dog")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError):
-        page.write_page(tmp_path / "missing" / "x.html", [captioned()], "dog")
-    page.write_page(str(path), [captioned()], "dog")
-    assert path.read_bytes().decode() == page.attention_page([captioned()], "dog")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_names_with_invalid_unicode_are_escaped(tmp_path):
-    page.write_page(tmp_path / "x.html", [captioned(name="photos/\udcff\0.jpg")], "\udcff")
-    [(_, text)] = Elements((tmp_path / "x.html").read_text(encoding="utf-8")).of("h2")
-    assert text == "\\udcff\N{REPLACEMENT CHARACTER}.jpg"
+    source = document(captioned([], np.zeros((0, 196)), n_best=[("", -1.0)]))
+    assert "The caption has no words." in source and Elements(source).of("sat-heat") == []
 
 
 def test_fragment_styles_nothing_but_itself():
@@ -234,13 +201,11 @@ def test_fragment_styles_nothing_but_itself():
     assert not {tag for tag, _, _ in elements.all} & {"html", "head", "body", "meta", "h1", "h2"}
     assert not any("id" in attributes for _, attributes, _ in elements.all)
     rules = re.sub(r"/\*.*?\*/", "", elements.of("style")[0][1], flags=re.DOTALL)
-    selectors = [
-        part
-        for found in re.findall(r"([^{};]+)\{", rules)
-        for part in found.split(",")
-        if not found.strip().startswith("@")
-    ]
+    found = re.findall(r"([^{};]+)\{", rules)
+    selectors = [part for one in found if "@" not in one for part in one.split(",")]
     assert len(selectors) > 20 and all(".sat" in selector for selector in selectors)
+    words = [attributes for attributes, _ in elements.of("sat-word")]
+    assert [word["tabindex"] for word in words] == ["0", *["-1"] * 11]  # arrow keys reach these
 
 
 # In Chromium
@@ -262,7 +227,7 @@ class Browser:
         width, height: of the window, in pixels; calm: nothing fades, so what is seen is final
         """
         if not isinstance(source, str):
-            source = page.attention_page(source if isinstance(source, list) else [source], "dogs")
+            source = document(*source) if isinstance(source, list) else document(source)
         self.path.write_text(source, encoding="utf-8")
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
@@ -312,7 +277,7 @@ class Browser:
 
     def shown(self):
         """The words that are shown: at most one per photograph."""
-        return [element.text for element in self.all(".sat-shown")]
+        return [element.text for element in self.all(".sat-word.sat-shown")]
 
     def picture(self, i=0):
         """What is seen of photograph i, float (h, w, 3) from 0 to 255"""
@@ -344,88 +309,61 @@ def browser(chromium, tmp_path):
 
 
 def brightest(picture):
-    """Row and column of the brightest point, as fractions of height and width."""
+    """Row and column of the brightest point, in locations"""
     light = picture.sum(2)
     rows, columns = np.nonzero(light >= light.max() - 1)
-    return (rows.mean() + 0.5) / light.shape[0], (columns.mean() + 0.5) / light.shape[1]
+    return SIDE * (rows.mean() + 0.5) / len(light), SIDE * (columns.mean() + 0.5) / len(light[0])
 
 
+@pytest.mark.slow
 def test_requests_and_script_errors_of_a_page_are_noticed(browser):
     browser.open("<script>nothing.here</script><img src='file:///missing.png'>")
     found = "\n".join(browser.complaints())
     assert "nothing is not defined" in found and "file:///missing.png" in found
 
 
-def test_hover_over_a_word_changes_the_picture(browser):
-    browser.open(captioned(["dog", "snow"], one_hot((2, 3), (11, 12))))
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(300, 300), (120, 600), (900, 500)])
+def test_pointing_at_a_word_shows_where_the_model_looked(browser, shape):
+    cells = [(2, 11), (9, 4), (6, 7)]
+    browser.open(captioned(["one", "two", "three"], one_hot(*cells), shape))
     plain = browser.picture()
     assert abs(plain - 128).max() < 4 and browser.shown() == []
-    dog, snow = browser.all(".sat-word")
-    browser.hover(dog)
-    on_dog = browser.picture()
-    assert browser.shown() == ["dog"] and abs(on_dog - plain).mean() > 50
-    browser.hover(snow)
-    assert browser.shown() == ["snow"] and abs(browser.picture() - on_dog).max() > 50
+    for word, cell in zip(browser.all(".sat-word"), cells):
+        browser.hover(word)
+        assert browser.shown() == [word.text]
+        picture = browser.picture()
+        # The photograph keeps its shape.
+        assert abs(picture.shape[1] / picture.shape[0] / (shape[1] / shape[0]) - 1) < 0.03
+        assert abs(np.subtract(brightest(picture), cell) - 0.5).max() < 0.3
+        assert picture.max() > 200 and abs(np.median(picture) - 64) < 3
     browser.hover(browser.all("h1")[0])
     assert browser.shown() == [] and (browser.picture() == plain).all()
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (120, 600), (600, 120), (900, 1300)])
-def test_the_brightest_point_is_where_the_model_looked_for_any_shape(browser, shape):
-    cells = [(2, 11), (9, 4), (0, 0)]
-    browser.open(captioned(["one", "two", "three"], one_hot(*cells), shape))
-    for word, cell in zip(browser.all(".sat-word"), cells):
-        browser.hover(word)
-        picture = browser.picture()
-        # The photograph keeps its shape.
-        assert abs(picture.shape[1] / picture.shape[0] / (shape[1] / shape[0]) - 1) < 0.03
-        place = np.array(brightest(picture)) * SIDE - cell  # in cells, within the right one
-        assert (abs(place - 0.5) < 0.5).all()
-        # 0.72 of 255 is the mean brightness there, 0.18 far away
-        assert picture.max() > 0.72 * 255 and abs(np.median(picture) - 0.18 * 255) < 3
-
-
-@pytest.mark.parametrize("overlay", ["light", "heat"])
-@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.0625, -0.03)])
-def test_the_overlay_of_the_page_equals_that_of_the_figure(browser, overlay, offset):
-    side = 336  # pixels; at this size the figure shows a square photograph as it is
-    y, x = np.mgrid[:side, :side] / side
-    waves = [(np.sin(12 * x + 5 * y + phase) + 1) * 127 for phase in (0, 1, 4)]
-    image = np.stack(waves, axis=-1).astype(np.uint8)
-    one = captioned(["dog"], image=image, offset=offset)
-    browser.open(page.attention_page([one], "dog", overlay))
-    browser.hover(browser.all(".sat-word")[0])
-    png = browser.run("return document.querySelector('canvas').toDataURL()").split(",")[1]
-    ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) / 255
-    figure = attention.attention_grid(
-        image, one.words, one.attention, Drawing(True, overlay, offset)
-    )
-    theirs = np.asarray(figure.axes[1].images[0].get_array())
-    assert ours.shape == theirs.shape
-    assert abs(ours - theirs).mean() < 0.01 and abs(ours - theirs).max() < 0.06
-
-
-def test_arrow_keys_move_from_word_to_word(browser):
-    words = ["one", "two", "three"]
-    browser.open(captioned(words, one_hot((2, 2), (7, 7), (12, 12))))
-    browser.press("tab")
-    seen = [browser.shown()]
-    for key in ("arrow_right", "arrow_right", "arrow_right", "arrow_left", "home", "end"):
+@pytest.mark.slow
+def test_arrow_keys_move_from_word_to_word_and_escape_shows_the_photograph(browser):
+    browser.open([captioned(["one", "two", "three"], one_hot((2, 2), (7, 7), (12, 12)))] * 2)
+    plain, seen = browser.picture(), []
+    for key in ("tab", "arrow_right", "arrow_right", "arrow_right", "arrow_left", "arrow_right"):
         browser.press(key)
-        seen.append(browser.shown())
-    assert sum(seen, []) == ["one", "two", "three", "three", "two", "one", "three"]
-    assert np.allclose(brightest(browser.picture()), 12.5 / SIDE, atol=0.03)
-    selected = [word.get_attribute("aria-selected") for word in browser.all(".sat-word")]
-    assert selected == ["false", "false", "true"]
+        seen += browser.shown()
+    assert seen == ["one", "two", "three", "three", "two", "three"]
+    assert np.allclose(brightest(browser.picture()), 12.5, atol=0.3)
+    pressed = [word.get_attribute("aria-pressed") for word in browser.all(".sat-word")]
+    assert pressed == ["false", "false", "true", *["false"] * 3]
     assert "three: most attention at the lower right" in browser.all(".sat-where")[0].text
+    browser.hover(browser.all(".sat-word")[0])
+    assert browser.shown() == ["one"]
+    browser.press("arrow_left")  # keys take precedence over a resting mouse
+    assert browser.shown() == ["two"]
+    browser.press("tab")  # once for each photograph
+    assert browser.shown() == ["two", "one"]
+    browser.press("escape")
+    assert browser.shown() == [] and (browser.picture() == plain).all()
 
 
-def test_keys_do_not_scroll_the_page_away(browser):
-    browser.open([captioned(["one", "two"])] * 3, height=400)
-    browser.press("tab", "end")
-    assert browser.shown() == ["two"] and browser.run("return scrollY") == 0
-
-
+@pytest.mark.slow
 def test_arrow_keys_move_visually_in_right_to_left_text(browser):
     browser.open(captioned(["כלב", "רץ"], one_hot((2, 2), (7, 7))))
     browser.press("tab", "arrow_left")
@@ -434,70 +372,30 @@ def test_arrow_keys_move_visually_in_right_to_left_text(browser):
     assert browser.shown() == ["כלב"]
 
 
-def test_tab_visits_each_photograph_once(browser):
-    browser.open([captioned(["one", "two"]), captioned(["three", "four"])])
-    browser.press("tab", "arrow_right", "tab")
-    assert browser.shown() == ["two", "three"]
-
-
-def test_keys_take_precedence_over_a_resting_mouse(browser):
-    browser.open(captioned(["one", "two", "three"]))
-    browser.press("tab")
-    browser.hover(browser.all(".sat-word")[2])
-    assert browser.shown() == ["three"]
-    browser.press("arrow_right")
-    assert browser.shown() == ["two"]
-
-
-def test_escape_shows_the_plain_photograph(browser):
-    browser.open(captioned(["one", "two"]))
-    plain = browser.picture()
-    for show in (lambda: browser.hover(browser.all(".sat-word")[1]), lambda: browser.press("tab")):
-        show()
-        assert len(browser.shown()) == 1 and (browser.picture() != plain).any()
-        browser.press("escape")
-        assert browser.shown() == [] and (browser.picture() == plain).all()
-
-
-def test_a_tap_shows_a_word_and_a_second_one_the_photograph(browser):
+@pytest.mark.slow
+def test_a_tap_or_click_selects_a_word_and_a_second_one_shows_the_photograph(browser):
     browser.open(captioned(["one", "two"]), width=360, height=740, touch=True)
     plain = browser.picture()
     one, two = browser.all(".sat-word")
-    browser.tap(one)
-    assert browser.shown() == ["one"] and abs(browser.picture() - plain).mean() > 20
-    browser.tap(two)
-    assert browser.shown() == ["two"]
-    browser.tap(two)
-    assert browser.shown() == [] and (browser.picture() == plain).all()
+    for word, shown in [(one, ["one"]), (two, ["two"]), (two, [])]:
+        browser.tap(word)
+        assert browser.shown() == shown
+    assert (browser.picture() == plain).all()
     browser.tap(two)
     browser.tap(browser.all(".sat-picture")[0])
     assert browser.shown() == []
     assert min(word.size["height"] for word in (one, two)) >= 32  # pixels, for a finger
-
-
-def test_scrolling_by_touch_shows_nothing(browser):
-    browser.open(captioned(["one", "two"]), width=360, height=740, touch=True)
-    finger = browser.actions("touch").move_to_element(browser.all(".sat-word")[0])
-    finger.click_and_hold().perform()
-    assert browser.shown() == []
-    browser.actions("touch").release().perform()
-
-
-def test_a_clicked_word_stays_selected_when_the_mouse_leaves(browser):
     browser.open(captioned(["one", "two"]))
     browser.all(".sat-word")[1].click()
     browser.hover(browser.all("h1")[0])
     assert browser.shown() == ["two"]
 
 
+@pytest.mark.slow
 def test_nothing_overflows_sideways_on_a_phone(browser):
     long = ["w" * 90, *"a sentence that goes on and on for many more words than one line".split()]
-    one = captioned(
-        long,
-        name="n" * 200 + ".jpg",
-        references=["r" * 200],
-        n_best=[("c" * 200, -1234567.0), ("b", -2.0)],
-    )
+    names = {"name": "n" * 200 + ".jpg", "references": ["r" * 200]}
+    one = captioned(long, **names, n_best=[("c" * 200, -1234567.0), ("b", -2.0)])
     shapes = [captioned(shape=shape) for shape in ((60, 900), (900, 60))]
     browser.open([one, *shapes], width=360, height=740, touch=True)
     browser.run("document.querySelector('details').open = true")
@@ -531,42 +429,25 @@ def luminance(colour):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
+@pytest.mark.slow
 def test_text_is_readable_in_light_and_dark(browser):
+    selectors = ["h1", "header p", "h2", ".sat-word", ".sat-shown", ".sat-where", "summary", "li"]
     backgrounds = []
     for dark in (False, True):
         one = captioned(references=["A dog."], n_best=[("a dog", -1.0), ("dogs", -2.0)])
         browser.open(one, dark=dark)
         browser.all(".sat-word")[2].click()
-        for selector in (
-            "h1",
-            "header p",
-            "h2",
-            ".sat-word",
-            ".sat-shown",
-            ".sat-where",
-            "summary",
-            ".sat-label",
-            ".sat-row span",
-            ".sat-nats",
-        ):
+        for selector in selectors:
             behind, text = map(luminance, browser.run(COLOURS, browser.all(selector)[0]))
             low, high = sorted((behind, text))
             assert (high + 0.05) / (low + 0.05) >= 4.5, selector
-            if selector == "h1":
-                backgrounds.append(behind)
+            backgrounds += [behind] * (selector == "h1")
     assert backgrounds[0] > 0.9 and backgrounds[1] < 0.05
 
 
-def test_the_picture_fades_unless_reduced_motion_is_preferred(browser):
-    for calm, seconds in ((False, "0.15s"), (True, "0s")):
-        browser.open(captioned(), calm=calm)
-        assert seconds == browser.run(
-            "return getComputedStyle(document.querySelector('canvas')).transitionDuration"
-        )
-
-
+@pytest.mark.slow
 def test_a_screen_reader_finds_the_photograph_and_the_words(browser):
-    browser.open(captioned())
+    browser.open(captioned(), calm=False)
     browser.press("tab", "arrow_right")
     nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
     found = [
@@ -575,20 +456,16 @@ def test_a_screen_reader_finds_the_photograph_and_the_words(browser):
         if not node["ignored"]
     ]
     assert ("image", SENTENCE) in found and ("article", "dog.jpg") in found
-    assert ("listbox", "Words of the caption") in found
-    assert [name for role, name in found if role == "option"] == SENTENCE.split()
-    assert [
-        node["name"]["value"]
-        for node in nodes
-        if any(p["name"] == "focused" and p["value"]["value"] for p in node.get("properties", ()))
-        and node["role"]["value"] == "option"
-    ] == ["brown"]
+    assert ("toolbar", "Words of the caption") in found
+    assert [name for role, name in found if role == "button"] == SENTENCE.split()
+    assert [role for role, _ in found].count("image") == 1  # the layers are no images of their own
+    focused = "return document.activeElement.textContent"
+    assert browser.run(focused) == "brown"
 
 
-def test_words_and_names_are_never_run_as_script(browser):
-    one = captioned(
-        NASTY, name=NASTY[3], references=NASTY, n_best=[(" ".join(NASTY), -1.0), (NASTY[4], -2.0)]
-    )
+@pytest.mark.slow
+def test_words_are_never_run_as_script_and_no_script_but_ours_runs(browser):
+    one = captioned(NASTY, name=NASTY[3], references=NASTY, n_best=[(NASTY[4], -2.0)] * 2)
     for source in ([one], page.fragment(one)):
         browser.open(source)
         assert [word.text for word in browser.all(".sat-word")] == NASTY
@@ -596,10 +473,7 @@ def test_words_and_names_are_never_run_as_script(browser):
             browser.hover(word)
             assert browser.shown() == [word.text]
         assert browser.run("return window.hacked === undefined && document.scripts.length === 1")
-
-
-def test_only_the_script_of_the_page_may_run(browser):
-    browser.open(captioned())
+    browser.open(one)
     browser.run(
         "const script = document.createElement('script');"
         "script.textContent = 'window.hacked = 1'; document.body.append(script);"
@@ -610,24 +484,7 @@ def test_only_the_script_of_the_page_may_run(browser):
     assert len(complaints) >= 2 and all("Content Security Policy" in line for line in complaints)
 
 
-def test_a_caption_without_words_is_shown_with_its_photograph(browser):
-    browser.open(captioned([], np.zeros((0, SIDE * SIDE)), n_best=[("", -1.0)]))
-    assert abs(browser.picture() - 128).max() < 4 and browser.all(".sat-word") == []
-
-
-def test_a_word_selected_before_the_photograph_has_loaded_is_shown_later(browser):
-    source = page.fragment(captioned(["dog"], one_hot((2, 11))))
-    browser.open(
-        source.replace('src="data:', 'data-later="data:')
-        + "<script>document.querySelector('.sat-word').click()</script>"
-    )
-    browser.run(
-        "const img = document.querySelector('img'); img.src = img.dataset.later;return img.decode()"
-    )
-    assert browser.shown() == ["dog"]
-    assert np.allclose(brightest(browser.picture()), (2.5 / SIDE, 11.5 / SIDE), atol=0.04)
-
-
+@pytest.mark.slow
 def test_fragments_in_one_notebook_do_not_clash(browser):
     """Inserted as in JupyterLab: by innerHTML, then with each script created again."""
     one = captioned(["one", "two"], one_hot((2, 2), (11, 11)))
@@ -637,7 +494,7 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
         window.listeners = 0;
         const listen = EventTarget.prototype.addEventListener;
         EventTarget.prototype.addEventListener = function (kind, ...rest) {{
-          listeners += kind === "pointerover";
+          listeners += kind === "click";
           listen.call(this, kind, ...rest);
         }};
         for (const cell of {cells}) {{
@@ -652,18 +509,14 @@ def test_fragments_in_one_notebook_do_not_clash(browser):
         }}</script>""",
         height=1400,
     )
-    assert browser.run("return listeners") == 3  # each script has set up only its own view
+    assert browser.run("return listeners") == 1  # only the first script counts
     plain = browser.picture()
     browser.hover(browser.all(".sat-word")[3])  # the second word of the second cell
     assert browser.shown() == ["two"]
     assert (browser.picture(0) == plain).all() and (browser.picture(2) == plain).all()
-    assert np.allclose(brightest(browser.picture(1)), 11.5 / SIDE, atol=0.04)
-    browser.run("document.querySelectorAll('.sat')[2].remove()")
+    assert np.allclose(brightest(browser.picture(1)), 11.5, atol=0.3)
+    browser.all(".sat-word")[5].click()
+    browser.run("document.querySelectorAll('.sat')[1].remove()")
+    assert browser.shown() == ["two"]
     browser.press("escape")
     assert browser.shown() == []
-
-
-def test_style_and_script_are_beside_the_module():
-    folder = Path(page.__file__).parent
-    assert (folder / "page.css").read_text(encoding="utf-8") == page.STYLE
-    assert (folder / "page.js").read_text(encoding="utf-8") == page.SCRIPT
