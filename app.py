@@ -55,7 +55,6 @@ def build_page(gradio, captioner):
         gradio.Slider(1, 10, value=1, step=1, label="Captions, of a search at most the beam size"),
         gradio.Slider(0.1, 2, value=1, step=0.1, label="Temperature of words at random"),
     ]
-    # The script is passed on its own: it would not run where it stands in the view.
     outputs = [gradio.Textbox(label="Caption"), gradio.HTML(js_on_load=page.SCRIPT)]
     call = partial(caption, gradio, captioner)
     blocks = gradio.Interface(
@@ -77,22 +76,20 @@ def build_page(gradio, captioner):
 
 def main():
     args = get_args()
-    try:  # Gradio would try for minutes
+    try:
         socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
+        import gradio  # which would try a taken port or another's address for minutes
     except OSError as error:
         raise UserError(f"--host {args.host} --port {args.port} cannot be used: {error}") from None
+    except ImportError:
+        raise UserError("app.py needs Gradio: pip install -r requirements-app.txt") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it is there
-        try:
-            import gradio
-        except ImportError:
-            raise UserError("app.py needs Gradio: pip install -r requirements-app.txt") from None
         model = find_model(args.model, args.checkpoint_folder, print)
-        blocks = build_page(
-            gradio, Captioner(model, args.word_map, args.device, args.amp, args.plain)
-        )
+        captioner = Captioner(model, args.word_map, args.device, args.amp, args.plain)
+        blocks = build_page(gradio, captioner)
         address = {"server_name": args.host, "server_port": args.port, "share": False}
         blocks.launch(**address, quiet=True, prevent_thread_lock=True, max_file_size="32mb")
         print(f"Open {blocks.local_url} in a browser; Ctrl-C ends.", flush=True)

@@ -340,21 +340,18 @@ def can_write_beside(overlays):
 
 def print_captions(captioned, args, single):
     """Print a line per caption, or a JSON object. single: whether to leave out the image's path"""
+    name, several = printable(captioned.name), args.n_best > 1
     if args.json:
         n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
-        fields = {"image": captioned.name, **n_best[0]}
-        fields |= {"words": captioned.words, "finished": captioned.finished}
-        lines = [json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))]
+        fields = {"image": captioned.name, **n_best[0], "words": captioned.words}
+        fields |= {"finished": captioned.finished} | ({"n_best": n_best} if several else {})
+        tqdm.write(json.dumps(fields), sys.stdout)
     else:
-        prefix = "" if single else f"{printable(captioned.name)}\t"
-        lines = [
-            prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + printable(text)
-            for text, score in captioned.n_best
-        ]
-    tqdm.write("\n".join(lines), file=sys.stdout)
+        for text, score in captioned.n_best:
+            columns = ([] if single else [name]) + ([f"{score:.3f}"] if several else [])
+            tqdm.write("\t".join([*columns, printable(text)]), sys.stdout)
     sys.stdout.flush()
     if not captioned.words:
-        name = printable(captioned.name)
         tqdm.write(f"{name}: the caption is empty; the model may need more training", sys.stderr)
 
 

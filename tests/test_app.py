@@ -65,8 +65,6 @@ def test_what_keeps_the_page_from_starting_is_one_line(monkeypatch, capsys):
     assert "192.0.2.1" in start("--host", "192.0.2.1")
     assert "no.such.invalid" in start("--host", "no.such.invalid")
     assert "--port is 70000" in start("--port", "70000")
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install -r requirements-app.txt" in start()
 

@@ -88,8 +88,10 @@ def overlays(folder):
     return sorted(path.name for path in folder.glob("*_attention.png"))
 
 
-def test_one_file_gives_its_caption_and_an_overlay_beside_it(run, photos):
-    code, out, err = run(photos / "0.png")
+def test_one_file_gives_its_caption_and_an_overlay_beside_it(run, photos, model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    code, out, err = run(photos / "0.png", "--model=")
+    assert f"model: {model.name}, the only one in this folder" in err
     assert code == 0 and out.count("\n") == 1 and set(out.split()) <= set(WORDS)
     assert overlays(photos) == ["0_attention.png"] and "0_attention.png" in err
     assert not list(photos.glob(".*"))  # no temporary file is left
@@ -123,16 +125,12 @@ def test_batched_equals_single_and_json_holds_all_fields(run, photos):
         single = json.loads(run(line["image"], "--json", "--no_attention")[1])
         assert single.pop("score") == pytest.approx(line.pop("score"), abs=1e-4)
         assert single == line and line["caption"] == " ".join(line["words"])
-    best = json.loads(run(photos / "0.png", "--json", "--n_best=3", "--no_attention")[1])["n_best"]
-    assert len(best) == 3 and best[0]["caption"] == batched[0]["caption"]
-
-
-def test_n_best_are_printed_with_their_scores_the_best_first(run, photos):
-    _, out, _ = run(photos / "0.png", "--n_best=4", "--no_attention")
-    scores, captions = zip(*(line.split("\t") for line in out.splitlines()))
-    scores = [float(score) for score in scores]
-    assert scores == sorted(scores, reverse=True) and len(set(captions)) == len(captions) == 4
-    assert captions[0] == run(photos / "0.png", "--no_attention")[1].rstrip("\n")
+    best = json.loads(run(photos / "0.png", "--json", "--n_best=4", "--no_attention")[1])["n_best"]
+    scores = [one["score"] for one in best]
+    assert len({one["caption"] for one in best}) == 4 and scores == sorted(scores, reverse=True)
+    assert best[0]["caption"] == batched[0]["caption"]
+    out = run(photos / "0.png", "--n_best=4", "--no_attention")[1]
+    assert out == "".join(f"{one['score']:.3f}\t{one['caption']}\n" for one in best)
 
 
 def test_what_cannot_be_read_or_written_is_a_line_each_and_the_others_go_on(run, photos):
@@ -187,16 +185,9 @@ def test_an_animation_and_a_beam_tree_are_drawn_for_one_image(run, photos):
     assert b"<svg" in tree.read_bytes() and str(tree) in err
 
 
-def test_the_only_checkpoint_is_found(run, model, photos, monkeypatch, capsys):
-    monkeypatch.chdir(model.parent)
-    monkeypatch.setattr(sys, "argv", ["caption.py", "--no_attention", "-i", f"{photos}/0.png"])
-    caption.main()
-    assert f"model: {model.name}, the only one in this folder" in capsys.readouterr().err
-
-
 def test_without_a_display_all_but_the_window_is_there(run, photos, monkeypatch):
-    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     code, out, err = run(photos / "0.png", "--show")
     assert code == 2 and out and overlays(photos) == ["0_attention.png"]
     assert err.count("\n") == 1 and "--show" in err
@@ -257,10 +248,12 @@ def test_where_the_encoder_looks_is_measured_once_and_only_to_draw(captioner, ph
     monkeypatch.setattr(
         field_of_view, "measure_offset", lambda *_: measured.append(1) or (0.1, 0.2)
     )
-    monkeypatch.setattr(captioner.encoder, "offset", None)
+    monkeypatch.setattr(captioner.encoder, "offset", None, raising=False)
     first, second = captioner([photos / "0.png", photos / "1.png"])
     assert first.text and not measured
     assert first.offset == second.offset == (0.1, 0.2) and len(measured) == 1
+    monkeypatch.setattr("visualization.attention.attention_grid", lambda *given: given)
+    assert first.figure(False)[1:] == (first.words, first.attention, False, (0.1, 0.2))
 
 
 def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(captioner, photos):
@@ -300,8 +293,8 @@ def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(ca
 def test_each_reads_a_batch_ahead_of_what_is_asked_for_and_goes_on_after_errors(captioner, photos):
     asked = itertools.count()
     endless = ("nowhere.jpg" if next(asked) % 2 else photos / "0.png" for _ in itertools.repeat(0))
-    results = list(itertools.islice(captioner.each(endless, batch_size=3, max_len=6), 5))
-    assert [isinstance(result, UserError) for result in results] == [False, True] * 2 + [False]
+    results = list(itertools.islice(captioner.each(endless, batch_size=3, max_len=6), 4))
+    assert [isinstance(result, UserError) for result in results] == [False, True] * 2
     assert next(asked) == 9
 
 
@@ -340,7 +333,8 @@ def test_the_beam_tree_holds_the_caption_and_a_notebook_shows_the_view(captioner
 
 
 def test_the_library_says_unk_only_when_asked(model, photos):
-    captioner = caption.Captioner(model, device="cpu")
+    captioner = caption.Captioner(model, device="cpu", amp="bf16", plain=True)
+    assert captioner.decoder.plain and captioner.amp == "bf16"
     with torch.no_grad():
         captioner.decoder.fc.bias[WORD_MAP["<unk>"]] = 99
     path = photos / "0.png"

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -69,36 +68,23 @@ def test_every_cell_was_run_in_order_and_every_part_ends_with_an_assertion():
     assert asserted == dict.fromkeys("123456789", True)
 
 
-COLAB = """
-import subprocess, sys, types
-sys.modules |= {name: types.ModuleType(name) for name in ("google", "google.colab")}
-run, commands = subprocess.run, []
-def record(command, **options):
-    commands.append(command)
-    if "pip" not in command: return run(command, **options)
-subprocess.run = record
-exec(CELL)
-exec(CELL)
-assert [command[0] for command in commands] == ["git", sys.executable, sys.executable]
-assert commands[1][1:5] == ["-m", "pip", "install", "-q"], commands
-assert open(commands[1][-1]).read().startswith("torch")
-import models; print(models.__file__)
-"""
+def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_path, monkeypatch):
+    cell, commands = "".join(code_cells(json.loads(LESSON.read_bytes()))[0]["source"]), []
 
+    def run(command, check):
+        commands.append(command)
+        if command[0] == "git":
+            os.symlink(ROOT, command[-1])
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not shutil.which("git") or not (ROOT / ".git").exists(),
-    reason="it clones this repository, which is none here",
-)
-def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_path):
-    first = "".join(code_cells(json.loads(LESSON.read_bytes()))[0]["source"])
-    assert 'REPOSITORY = "URL"' in first
-
-    def run(cell):
-        command = [sys.executable, "-c", f"CELL = {cell!r}\n{COLAB}"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    done = run(first.replace('"URL"  #', f"{str(ROOT)!r}  #"))
-    assert done.stdout.strip().endswith("show-attend-and-tell/models.py"), done.stderr
-    assert "write the address of the repository into REPOSITORY first" in run(first).stderr
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="into REPOSITORY first"):
+        exec(cell, {})
+    for _ in range(2):
+        exec(cell.replace('"URL"  #', '"https://x"  #'), {})
+    assert commands[0] == ["git", "clone", "-q", "https://x", "show-attend-and-tell"]
+    requirements = "show-attend-and-tell/requirements.txt"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-r", requirements]
+    assert commands[1:] == [pip, pip] and sys.path[0] == "show-attend-and-tell"
