@@ -42,7 +42,7 @@ def caption(gradio, captioner, photograph, words, beam_size, captions, temperatu
     except UserError as error:
         line = str(error).replace(photograph, os.path.basename(photograph))
         raise gradio.Error(line, print_exception=False) from None
-    return captioned.text, page.fragment(captioned)
+    return captioned.text, f"<style>{page.STYLE}</style>{page.view(captioned, 'p', page.HINT)}"
 
 
 def build_page(gradio, captioner):
@@ -76,17 +76,17 @@ def build_page(gradio, captioner):
 
 def main():
     args = get_args()
-    try:
-        socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
-        import gradio  # which would try a taken port or another's address for minutes
-    except OSError as error:
-        raise UserError(f"--host {args.host} --port {args.port} cannot be used: {error}") from None
-    except ImportError:
-        raise UserError("app.py needs Gradio: pip install -r requirements-app.txt") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it is there
+        try:
+            socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
+            import gradio  # which would try a taken port or another's address for minutes
+        except OSError as error:
+            raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
+        except ImportError:
+            raise UserError("app.py needs Gradio: pip install -r requirements-app.txt") from None
         model = find_model(args.model, args.checkpoint_folder, print)
         captioner = Captioner(model, args.word_map, args.device, args.amp, args.plain)
         blocks = build_page(gradio, captioner)

@@ -51,6 +51,9 @@ def test_choices_of_the_page_are_those_of_the_search(captioner):
 
 
 def test_what_keeps_the_page_from_starting_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
         with pytest.raises(SystemExit) as end:

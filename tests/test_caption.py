@@ -107,6 +107,10 @@ def test_several_give_a_line_each_in_order_and_overlays_are_not_captioned(run, p
     assert len(overlays(photos)) == 5
     for again in ([photos], [photos / "*.png"], sorted(photos.glob("*.png"))):
         assert run(*again, "--no_attention")[1] == first
+    (photos / "lone").mkdir()
+    os.rename(photos / "4.png", photos / "lone" / "4.png")
+    out = run(photos / "lone", "--no_attention")[1]  # one image, but a folder was asked for
+    assert out.startswith(f"{photos}/lone/4.png\t")
 
 
 def test_the_tutorials_spelling_of_the_options_works_too():
