@@ -2,34 +2,29 @@
 Caption images, and draw where the model looked for each word.
 
     python caption.py --img photo.jpg                     # the caption, and photo_attention.png
-    python caption.py --img photo.jpg --beam_size 5 --n_best 3
     python caption.py --img photos --no_attention > captions.tsv
     python caption.py --img "photos/*.jpg" more.png --json --out overlays
     python caption.py --img photos --out captions.html    # one page: point at a word
     python caption.py --img photo.jpg --out photo.gif     # or .mp4: attention word by word
-    python caption.py --img photo.jpg --beam_tree tree.svg      # what the search kept and dropped
 
 Prints one line per caption to stdout, with fields separated by tabs: the path unless --img is a
 single file, the score if --n_best is above 1 (total log-probability, the best first), the caption.
-
-As a library, for paths, pictures and arrays alike:
+As a library:
 
     from caption import Captioner
-    captioner = Captioner()                     # or Captioner("BEST_checkpoint_X.pth.tar")
-    captioned = captioner("photo.jpg")          # or a PIL image, an array, a list of these
+    captioned = Captioner()("photo.jpg")        # or a PIL image, an array, a list of these
     print(captioned.text, captioned.score)
     captioned.save("photo_attention.png")       # or .html, .gif, .mp4; a notebook shows the page
 """
 
-import argparse
-import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import Caption, Search, find_captions
+from modeling.beam_search import Search, find_captions
 from modeling.devices import autocast, find_device, set_seed
 from modeling.field_of_view import find_offset
 from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
@@ -61,46 +56,33 @@ if TYPE_CHECKING:
 
     from visualization.beam_tree import Tree
 
-# The library
-
 
 @dataclass
 class Captioned:
     """An image, its caption, and where the model looked for each word."""
 
-    source: Any = field(repr=False)  # the path, PIL image or array that was passed
+    name: str  # the path or web address, else "image"
     words: list[str]  # T of them
     attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1 at most
     score: float  # total log-probability in nats
     finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
     encoder: Any = field(repr=False)  # a `models.Encoder`, for `offset`
-
-    @cached_property
-    def offset(self) -> tuple[float, float]:
-        """
-        How far to the right of and below its place in the grid a location looks, as fractions of
-        the image: see `modeling.field_of_view`. Measured only when something is to be drawn.
-        """
-        return find_offset(self.encoder)
-
-    def __getstate__(self):
-        """What is pickled: the offset instead of the encoder, which is large."""
-        return {**self.__dict__, "offset": self.offset, "encoder": None}
+    pixels: np.ndarray | None = field(repr=False)  # of `image`; None: it is read from its path
 
     @property
     def text(self) -> str:
         return " ".join(self.words)
 
     @property
-    def name(self) -> str:
-        """The path if there is one, else "image"."""
-        return os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else "image"
-
-    @property
     def image(self) -> np.ndarray:
-        """The photograph, uint8 (H, W, 3); read at each access, to save memory."""
-        return load_pixels(self.source)
+        """The upright photograph, uint8 (H, W, 3); that of a path is read at each access."""
+        return read_rgb(self.name) if self.pixels is None else self.pixels
+
+    @cached_property
+    def offset(self) -> tuple[float, float]:
+        """`modeling.field_of_view.find_offset`, measured only when something is to be drawn"""
+        return find_offset(self.encoder)
 
     def figure(self, smooth: bool = True) -> "Figure":
         """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
@@ -111,9 +93,9 @@ class Captioned:
     def save(self, path: str | os.PathLike, smooth: bool = True) -> None:
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
-        or a picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
+        or a picture. smooth: as in `figure`; pages always blend locations
 
-        smooth: as in `figure`; pages always blend locations
+        Raises ValueError for any other suffix, OSError if the file cannot be written.
         """
         save_attention(self, path, smooth)
 
@@ -124,9 +106,7 @@ class Captioned:
 
 class Captioner:
     """
-    A trained model that captions images:
-    `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`. `each` goes on after an image that
-    cannot be read; a call raises its error.
+    A trained model that captions images: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`
 
     model: a checkpoint; if not given, the one that comes with the program
     word_map: a WORDMAP file, for checkpoints without word map
@@ -153,122 +133,99 @@ class Captioner:
     def __call__(self, images: Any, **options: Any) -> "Captioned | list[Captioned]":
         """
         images: a path, a web address, bytes, an open binary file, a PIL image, an array uint8
-        (H, W), (H, W, 3) or (H, W, 4); or several of these, a list, an array (N, H, W, 3) or
-        whatever yields them
+        (H, W), (H, W, 3) or (H, W, 4); or several of these, an array (N, H, W, 3) or any iterable
         options: those of `each`
 
         Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
-        several = (
-            isinstance(images, (list, tuple, Iterator))
-            and not hasattr(images, "read")
-            or isinstance(images, (np.ndarray, torch.Tensor))
-            and images.ndim == 4
-        )
+        one = isinstance(images, (str, bytes, bytearray)) or hasattr(images, "read")
+        one = one or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
         results = []
-        for result in self.each(list(images) if several else [images], **options):
+        for result in self.each([images] if one else images, **options):
             if isinstance(result, UserError):
                 raise result
             results.append(result)
-        return results if several else results[0]
+        return results[0] if one else results
 
     def each(
-        self, images: Sequence[Any], *, batch_size: int = 32, no_unk: bool = True, **options: Any
+        self, images: Iterable[Any], *, batch_size: int = 32, no_unk: bool = True, **options: Any
     ) -> Iterator["Captioned | UserError"]:
         """
-        Yield for each of a list of images, in order, a Captioned, or a UserError if it is not
-        readable. While the model captions one batch, threads read the next.
+        Yield for each of these images, in order, a Captioned, or a UserError if it is not readable.
+        While the model captions one batch, threads read the next.
 
         batch_size: images at a time; no_unk, options: fields of a `modeling.beam_search.Search`,
         such as beam_size=5, n_best=1, or sample=True, temperature=0.7
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
-        search = Search(no_unk=no_unk, **options)
-        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        read = partial(_try_read, size=self.image_size)
+        search, images = Search(no_unk=no_unk, **options), iter(images)
         with ThreadPoolExecutor() as pool:
-            next_pixels = pool.map(read, batches[0] if batches else [])
-            for sources, next_sources in zip(batches, [*batches[1:], []]):
-                pixels, next_pixels = list(next_pixels), pool.map(read, next_sources)
-                readable = [image for image in pixels if isinstance(image, torch.Tensor)]
-                captions: Iterator[Caption] = iter(())
-                if readable:
-                    with torch.inference_mode(), autocast(self.device, self.amp):
-                        features = self.encoder.cells(torch.stack(readable).to(self.device))
-                        found = find_captions(self.decoder, features, self.word_map, search)
-                        captions = iter(found)
-                for source, image in zip(sources, pixels):
-                    yield (
-                        image
-                        if isinstance(image, UserError)
-                        else self._to_words(source, next(captions))
-                    )
+
+            def start_reading():
+                batch = islice(images, batch_size)
+                return [pool.submit(_read, image, self.image_size) for image in batch]
+
+            reading = start_reading()
+            while reading:
+                batch, reading = reading, start_reading()
+                squares = [future.result()[2] for future in batch if not future.exception()]
+                captions = iter(self._search(find_captions, squares, search) if squares else [])
+                for future in batch:
+                    error = future.exception()
+                    if isinstance(error, UserError):
+                        yield error
+                    else:
+                        name, pixels, _ = future.result()
+                        yield self._to_words(name, pixels, next(captions))
 
     def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
         """
-        What the search for an image's caption kept and dropped, as a `beam_tree.Tree`, which
-        `beam_tree.draw_tree` draws; options: as of `each`. Raises UserError if the image is not
-        readable.
+        What the search for an image's caption kept and dropped, for `beam_tree.draw_tree`; options
+        as of `each`. Raises UserError if the image is not readable.
         """
-        from visualization import beam_tree
+        from visualization.beam_tree import build_tree
 
         search = Search(no_unk=no_unk, **options)
-        with torch.inference_mode(), autocast(self.device, self.amp):
-            pixels = torch.from_numpy(resize_square(load_pixels(image), self.image_size))
-            features = self.encoder.cells(pixels[None].to(self.device))
-            return beam_tree.build_tree(self.decoder, features, self.word_map, search)
+        *_, square = _read(image, self.image_size)
+        return self._search(build_tree, [square], search)
 
-    def _to_words(self, source, caption):
+    def _search(self, find, squares, search):
+        """find(decoder, features, word map, search) of images uint8 (3, size, size)"""
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            images = torch.from_numpy(np.stack(squares)).to(self.device)
+            return find(self.decoder, self.encoder.cells(images), self.word_map, search)
+
+    def _to_words(self, name, pixels, best):
         """The Captioned of a beam_search.Caption"""
-        n_best = [
-            (" ".join(self.words[i] for i in c.tokens), c.score)
-            for c in (caption, *caption.alternatives)
-        ]
+        found = (best, *best.alternatives)
+        words = [[self.words[i] for i in caption.tokens] for caption in found]
+        n_best = [(" ".join(text), caption.score) for text, caption in zip(words, found)]
         return Captioned(
-            source,
-            [self.words[i] for i in caption.tokens],
-            caption.alphas,
-            caption.score,
-            caption.finished,
-            n_best,
-            self.encoder,
+            name, words[0], best.alphas, best.score, best.finished, n_best, self.encoder, pixels
         )
 
 
 def load_pixels(source):
     """uint8 (H, W, 3) from what `Captioner` takes; UserError if that is not possible"""
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    if isinstance(source, (str, bytes, bytearray)) or hasattr(source, "read"):
+    if isinstance(source, (str, os.PathLike, bytes, bytearray)) or hasattr(source, "read"):
         return read_rgb(source)
-    if isinstance(source, Image.Image):
-        try:
-            return to_rgb(source)
-        except (OSError, SyntaxError, ValueError) as error:  # its file is cut off
-            raise UserError(f"the image is not readable: {error}") from None
-    source = np.asarray(source)
-    if (
-        source.dtype != np.uint8
-        or source.ndim not in (2, 3)
-        or source.shape[2:] not in ((), (1,), (3,), (4,))
-        or 0 in source.shape
-    ):
-        raise UserError(
-            f"an array {source.dtype} of {source.shape} is not an image; pass uint8 of "
-            f"(H, W), (H, W, 3) or (H, W, 4)"
-        )
-    return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
-
-
-def _try_read(source, size):
-    """uint8 (3, size, size), or a UserError that says why the image is not readable"""
     try:
-        return torch.from_numpy(resize_square(load_pixels(source), size))
-    except UserError as error:
-        return error
-    except Exception as error:  # any error of a broken file: the others must be captioned
-        return UserError(f"{source} is not a readable image: {error!r}")
+        picture = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+        if 0 in picture.size:
+            raise ValueError("it has no pixels")
+        return to_rgb(picture)
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        kind = type(source).__name__
+        raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
+
+
+def _read(source, size):
+    """A `Captioned`'s name and pixels, and what the encoder gets, uint8 (3, size, size)"""
+    pixels = load_pixels(source)
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    kept = pixels if path is None or is_url(path) else None
+    return path or "image", kept, resize_square(pixels, size)
 
 
 # The script
@@ -278,8 +235,7 @@ def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
     group = parser.add_argument_group("images and model")
     group.add_argument(
-        "-i",
-        "--img",
+        *("-i", "--img"),
         nargs="+",
         required=True,
         metavar="FILE|FOLDER|GLOB|URL",
@@ -296,62 +252,36 @@ def get_args(argv=None):
     add = parser.add_argument_group("pictures").add_argument
     add(
         "--out",
-        help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), "
-        "folder for the overlays of several, or one .html for all; if not given, "
-        f"photo{OVERLAY} beside photo.jpg",
+        help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "
+        f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg",
     )
     add("--no_attention", action="store_true", help="draw no overlays")
-    add(
-        "--smooth",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="blend the locations of the attention grid",
-    )
-    add(
-        "--dont_smooth",
-        dest="smooth",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="the same as --no-smooth",
-    )
+    add("--smooth", action="store_true", default=True, help="blend the attention's locations")
+    add("--no-smooth", "--dont_smooth", dest="smooth", action="store_false", help="draw blocks")
     add("--show", action="store_true", help="also show overlays in a window")
-    add(
-        "--beam_tree",
-        metavar="FILE.svg",
-        help="draw what the search for a single image considered, kept and dropped",
-    )
+    add("--beam_tree", metavar="FILE", help="draw what the search for a single image kept, dropped")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
 
-def check_options(args):
-    """UserError for options that contradict each other."""
+def check_options(args, single):
+    """UserError for options that contradict each other; single: whether --img is one file"""
     if args.n_best > args.beam_size and not args.sample:
-        raise UserError(
-            f"--n_best {args.n_best} needs --beam_size {args.n_best} or more, "
-            f"it is {args.beam_size}"
-        )
+        raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more")
     if args.no_attention and (args.show or args.out):
         raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
-    if args.beam_tree and not args.beam_tree.lower().endswith(".svg"):
-        raise UserError(f"--beam_tree {args.beam_tree} must end in .svg")
-    if args.sample and args.beam_tree:
-        raise UserError("--beam_tree draws a search; leave --sample out")
     if args.out and page.is_page(args.out) and not args.smooth:
-        raise UserError(
-            f"--no-smooth is for pictures; HTML pages such as {args.out} always blend locations"
-        )
-    search_options(args)
-    find_device(args.device)
+        raise UserError(f"--no-smooth is for pictures; pages such as {args.out} always blend")
+    if args.beam_tree and (args.sample or not single):
+        raise UserError("--beam_tree draws the search for one file; pass one --img, no --sample")
 
 
 def main():
     args = get_args()
-    check_options(args)
     paths = find_images(args.img)
     single = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
-    if args.beam_tree and not single:
-        raise UserError("--beam_tree is for one image; pass a single file as --img")
+    check_options(args, single)
+    search = {"beam_size": args.beam_size, "n_best": args.n_best, **search_options(args)}
     one_page = args.out and page.is_page(args.out) and not single  # for all images
     overlays = overlay_paths(paths, None if one_page else args.out, single)
     if single and not is_url(paths[0]) and not os.path.exists(paths[0]):
@@ -359,94 +289,70 @@ def main():
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp, args.plain)
     set_seed(args.seed)
-    failed, for_page, read_only = 0, [], False
-    search = {"beam_size": args.beam_size, "n_best": args.n_best, **search_options(args)}
+    draws = not args.no_attention and (args.out or can_write_beside(overlays))
+    failed, for_page = 0, []
     results = captioner.each(paths, batch_size=args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
-        if isinstance(result, UserError):
-            if single:
+        try:
+            if isinstance(result, UserError):
                 raise result
-            tqdm.write(f"{os.path.basename(sys.argv[0])}: {result}", file=sys.stderr)
-            failed += 1
-            continue
-        print_captions(result, args, single)
-        if one_page:
-            for_page.append(result)
-        elif not args.no_attention and not read_only:
-            try:
+            print_captions(result, args, single)
+            if one_page:
+                for_page.append(result)
+            elif draws:
                 with writing(overlay, make_folder=True):
                     result.save(overlay, args.smooth)
-            except UserError as error:
-                if single and args.out:
-                    raise
-                # The captions go on: where photographs are read-only, without overlays.
-                read_only = (
-                    not args.out
-                    and isinstance(error.__cause__, OSError)
-                    and error.__cause__.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-                )
-                tqdm.write(
-                    f"{os.path.basename(sys.argv[0])}: {error}"
-                    + ("; captions go on without overlays, --out FOLDER takes them" * read_only),
-                    file=sys.stderr,
-                )
-                failed += not read_only
-        if args.show:
-            show(result, overlay, args)
+        except UserError as error:  # the other images are captioned
+            if single:
+                raise
+            failed += 1
+            tqdm.write(f"caption.py: {error}", file=sys.stderr)
+        else:
+            if args.show:
+                from visualization.figures import show
+
+                show(result.figure(args.smooth))
     if args.beam_tree:
-        draw_beam_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
+        from visualization.beam_tree import draw_tree
+
+        with writing(args.beam_tree, make_folder=True):
+            draw_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
+        print(f"beam tree: {args.beam_tree}", file=sys.stderr)
     if for_page:
         with writing(args.out, make_folder=True):
             page.write_page(args.out, for_page, f"{len(for_page)} captions")
-    if not args.no_attention and failed < len(paths) and not read_only:
-        where = args.out or f"*{OVERLAY} beside the images"
-        print(f"attention: {overlays[0] if single else where}", file=sys.stderr)
+    if draws and failed < len(paths):
+        where = overlays[0] if single else args.out or f"*{OVERLAY} beside the images"
+        print(f"attention: {where}", file=sys.stderr)
     if failed:
-        raise UserError(f"{failed} of {len(paths)} images could not be captioned")
+        raise UserError(f"{failed} of {len(paths)} images could not be captioned or drawn")
+
+
+def can_write_beside(overlays):
+    """Whether the images' folders take the overlays; if one is read-only, that is said once"""
+    folders = {os.path.dirname(path) or "." for path in overlays}
+    closed = [path for path in folders if os.path.isdir(path) and not os.access(path, os.W_OK)]
+    for path in closed[:1]:
+        print(f"caption.py: {path} is read-only; --out FOLDER takes the overlays", file=sys.stderr)
+    return not closed
 
 
 def print_captions(captioned, args, single):
     """Print a line per caption, or a JSON object. single: whether to leave out the image's path"""
+    name, several = printable(captioned.name), args.n_best > 1
     if args.json:
         n_best = [{"caption": text, "score": score} for text, score in captioned.n_best]
-        fields = {
-            "image": captioned.name,
-            **n_best[0],
-            "words": captioned.words,
-            "finished": captioned.finished,
-        }
-        lines = [json.dumps(fields | ({"n_best": n_best} if args.n_best > 1 else {}))]
+        fields = {"image": captioned.name, **n_best[0], "words": captioned.words}
+        fields |= {"finished": captioned.finished} | ({"n_best": n_best} if several else {})
+        tqdm.write(json.dumps(fields), sys.stdout)
     else:
-        prefix = "" if single else f"{printable(captioned.name)}\t"
-        lines = [
-            prefix + (f"{score:.3f}\t" if args.n_best > 1 else "") + printable(text)
-            for text, score in captioned.n_best
-        ]
-    tqdm.write("\n".join(lines), file=sys.stdout)
-    if not captioned.words:
-        tqdm.write(
-            f"{printable(captioned.name)}: the caption is empty; the model may need more training",
-            file=sys.stderr,
-        )
+        for text, score in captioned.n_best:
+            columns = ([] if single else [name]) + ([f"{score:.3f}"] if several else [])
+            tqdm.write("\t".join([*columns, printable(text)]), sys.stdout)
     sys.stdout.flush()
-
-
-def show(captioned, overlay, args):
-    from visualization import figures
-
-    try:
-        figures.show(captioned.figure(args.smooth))
-    except RuntimeError as error:
-        raise UserError(f"--show: {error}; open {overlay} instead") from None
-
-
-def draw_beam_tree(tree, path):
-    from visualization.beam_tree import draw_tree
-
-    with writing(path, make_folder=True):
-        draw_tree(tree, path)
-    print(f"beam tree: {path}", file=sys.stderr)
+    if not captioned.words:
+        tqdm.write(f"{name}: the caption is empty; the model may need more training", sys.stderr)
 
 
 if __name__ == "__main__":

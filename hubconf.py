@@ -1,122 +1,50 @@
 """
-The model in one line, from any folder, without installing anything:
-
-    torch.hub.load("PATH", "show_attend_tell", source="local")("photo.jpg").text
-    torch.hub.load("PATH", "show_attend_tell", "BEST_checkpoint_X.pth.tar", source="local")
-
-Entries: `show_attend_tell`, a `caption.Captioner`; `encoder`, `decoder` and `word_map`, its parts.
+A `caption.Captioner` in one line, torch.hub.load("PATH", "show_attend_tell", source="local"), from
+any folder; the other entries, `encoder`, `decoder` and `word_map`, are its parts.
 """
 
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "h5py", "filelock", "tqdm"]
+_here, _ours = Path(__file__).resolve().parent, "_show_attend_tell_"
 
-_HERE = Path(__file__).resolve().parent
-_KEPT = "_show_attend_tell"  # under this name our modules stay in sys.modules
-# With what Captioner imports only when it needs it: later this folder is not on the path any more.
-_MODULES = [
-    "caption",
-    "checkpoints",
-    "models",
-    "modeling.backbones",
-    "visualization.attention",
-    "visualization.animation",
-    "visualization.overlay",
-    "visualization.beam_tree",
-    "visualization.figures",
-    "visualization.page",
-]
-
-
-def _import_ours():
-    """
-    Import our modules, whatever else is called `utils` or `datasets` in this process. Afterwards
-    these names are free again, or those of the foreign modules that had them; ours keep each other.
-    Only our packages (modeling, visualization, ...) keep their names, for imports within functions:
-    foreign packages of these names must be imported before.
-    """
-    if _KEPT in sys.modules:
-        return sys.modules[_KEPT].modules
-    names = {path.stem for path in _HERE.glob("*.py")} | {
-        path.parent.name for path in _HERE.glob("*/__init__.py")
-    }
-    foreign = {
-        name: module
-        for name, module in sys.modules.items()
-        if name.partition(".")[0] in names and name != "hubconf" and not _is_ours(module)
-    }
-    for name in foreign:
-        del sys.modules[name]
-    sys.path.insert(0, str(_HERE))
+if f"{_ours}caption" not in sys.modules:  # else they are those of the last torch.hub.load
+    # Modules of others that are called as ours, such as `utils`, come back afterwards. Only our
+    # packages keep their names, for what they import within functions.
+    _names = {path.stem for path in _here.iterdir()}
+    _others = {key: sys.modules.pop(key) for key in [*sys.modules] if key.split(".")[0] in _names}
+    sys.path.insert(0, str(_here))
     try:
-        modules = {name: import_module(name) for name in _MODULES}
+        for _path in _here.glob("visualization/[!_]*.py"):
+            import_module(f"visualization.{_path.stem}")
+        for _name in ("models", "caption"):
+            sys.modules[_ours + _name] = import_module(_name)
     finally:
-        sys.path.remove(str(_HERE))
-        for path in _HERE.glob("*.py"):
-            if path.stem != "hubconf":
-                sys.modules.pop(path.stem, None)
-        sys.modules.update(foreign)
-    sys.modules[_KEPT] = SimpleNamespace(modules=modules)  # a second copy would not know the first
-    return modules
+        sys.path.remove(str(_here))
+        for _path in _here.glob("*.py"):
+            sys.modules.pop(_path.stem, None)
+        sys.modules.update(_others)
 
-
-def _is_ours(module):
-    file = getattr(module, "__file__", None)
-    return file is not None and _HERE in Path(file).resolve().parents
-
-
-_ours = _import_ours()
-
-
-def show_attend_tell(checkpoint=_ours["checkpoints"].PRETRAINED, **options):
-    """
-    A `caption.Captioner`; checkpoint: its `model`, a name that torch.hub has for itself; options:
-    its other ones
-    """
-    return _ours["caption"].Captioner(checkpoint, **options)
+show_attend_tell = sys.modules[f"{_ours}caption"].Captioner
 
 
 def encoder(pretrained=True, **options):
-    """
-    The `models.Encoder` of that model in evaluation mode; with pretrained=False a new one with
-    random weights, of these options (name="resnet101", stride=32, ...).
-    """
+    """Its `models.Encoder`, or a new one of these options: name="resnet101", stride=32, ..."""
     if pretrained:
-        return _load()[0]
-    return _ours["models"].Encoder(weights="none", **options).eval()
+        return show_attend_tell(device="cpu").encoder
+    return sys.modules[f"{_ours}models"].Encoder(weights="none", **options).eval()
 
 
-def decoder(
-    pretrained=True,
-    attention_dim=512,
-    embed_dim=512,
-    decoder_dim=512,
-    vocab_size=None,
-    encoder_dim=2048,
-):
-    """
-    Its `models.DecoderWithAttention` in evaluation mode; with pretrained=False a new one of these
-    sizes, by default with as many words as that one.
-    """
+def decoder(pretrained=True, **sizes):
+    """Its `models.DecoderWithAttention`, or a new one of these sizes: decoder_dim=512, ..."""
     if pretrained:
-        return _load()[1]
-    return (
-        _ours["models"]
-        .DecoderWithAttention(
-            attention_dim, embed_dim, decoder_dim, vocab_size or len(word_map()), encoder_dim
-        )
-        .eval()
-    )
+        return show_attend_tell(device="cpu").decoder
+    sizes = {"attention_dim": 512, "embed_dim": 512, "decoder_dim": 512, **sizes}
+    sizes.setdefault("vocab_size", len(word_map()))
+    return sys.modules[f"{_ours}models"].DecoderWithAttention(**sizes).eval()
 
 
 def word_map():
-    """Its word map, word -> id."""
-    return _load()[2]
-
-
-def _load():
-    checkpoints = _ours["checkpoints"]
-    return checkpoints.load_captioner(checkpoints.PRETRAINED, "cpu")
+    return show_attend_tell(device="cpu").word_map

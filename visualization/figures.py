@@ -14,7 +14,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
 
-from utils import atomic_write
+from utils import UserError, atomic_write
 
 FONT_FILE = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
@@ -68,11 +68,11 @@ def save(figure, path):
 
 
 def show(figure):
-    """Show a figure in a window until it is closed; RuntimeError where there is no display."""
+    """Show a figure in a window until it is closed; UserError where there is no display."""
     import matplotlib.pyplot as plt
 
     if plt.get_backend().lower() == "agg":  # what pyplot falls back to
-        raise RuntimeError("there is no display to show it on")
+        raise UserError("there is no display to show it on; leave --show out and open the file")
     figure.canvas.draw()
     window = plt.figure(figsize=figure.get_size_inches())
     axes = window.add_axes((0, 0, 1, 1))
