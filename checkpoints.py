@@ -10,8 +10,8 @@ A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args`
 modeling/field_of_view.py; None if it has not been measured, and older files lack it) and
 `word_map`. Those of train.py also hold what continues the run: `options`, `data` (a summary of the
 data set), `bleu4`, and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and
-`trained`. With --ema, `encoder` and `decoder` are the averaged weights, and those being trained are
-in `trained`. The tutorial's checkpoints of whole modules can be loaded as well. No code in a file is
+`trained`. With --ema, `encoder` and `decoder` are the averaged weights, those being trained are in
+`trained`. The tutorial's checkpoints of whole modules can be loaded as well. No code in a file is
 run, see modeling/legacy_checkpoints.py.
 """
 
@@ -162,7 +162,7 @@ def load(path):
     root, names = legacy_checkpoints.read(path)
     version = root.get("format") if isinstance(root, dict) else 0
     if type(version) is int and version == FORMAT:
-        if foreign := sorted(names - legacy_checkpoints.PLAIN):
+        if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
             raise UserError(
                 f"{path} is refused: it holds {foreign[0]}, but checkpoints of format {FORMAT} are "
                 f"tensors and plain values; nothing in the file was run"

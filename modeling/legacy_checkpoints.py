@@ -126,7 +126,7 @@ class InertUnpickler(pickle._Unpickler):
 
     def __init__(self, file, size):
         super().__init__(file, encoding="utf-8")
-        self.size, self.names, self.storages = size, set(), {}
+        self.size, self.names, self.storages = size, {}, {}
 
     def load(self):
         self.memo = {}
@@ -137,7 +137,7 @@ class InertUnpickler(pickle._Unpickler):
             raise Refused(f"a name of more than {MAX_NAME} letters")
         # Protocol 2, which torch uses, writes builtins under their name of Python 2.
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        self.names.add(name)
+        self.names[name] = True
         found = (FUNCTIONS | DTYPES).get(name.replace("torch.cuda.", "torch."))
         if found is None and not STUBS.fullmatch(name):
             raise Refused(ascii(name)[1:-1][:100])
@@ -259,7 +259,7 @@ def _read_zip(file, size):
         if _seek(file, entries[f"{prefix}data/{key}"]) != storage.nbytes:
             raise ValueError(f"its storage {ascii(key)} has another size than its tensors")
         _fill(storage, file)
-    return root, unpickler.names
+    return root, list(unpickler.names)
 
 
 def _seek(file, entry):
@@ -297,7 +297,7 @@ def _read_old(file, size):
         if file.read(8) != struct.pack("<q", len(storage)):
             raise ValueError(f"its storage {ascii(key)} has another size than its tensors")
         _fill(storage, file)
-    return root, unpickler.names
+    return root, list(unpickler.names)
 
 
 def find_tensors(root):
