@@ -308,7 +308,7 @@ def find_tensors(root):
     tensors, todo, parts = {}, [("", root)], 0
     while todo:
         prefix, module = todo.pop()
-        children, direct = {}, module
+        children, direct = {}, module if isinstance(module, dict) else {}
         if isinstance(module, Stub):
             children = module.dict_attribute("_modules")
             direct = module.dict_attribute("_parameters") | module.dict_attribute("_buffers")
