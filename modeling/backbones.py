@@ -49,15 +49,15 @@ def load_backbone(name, weights, stride=32):
     if name in efficientnet_lite.SCALES and weights != "imagenet":  # timm downloads them
         model = efficientnet_lite.EfficientNetLite(name, stride)
         mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD
-    elif name in _torchvision_names():
-        model, mean, std = _from_torchvision(name, weights, stride)
     else:
-        model, mean, std = _from_timm(name, weights, stride)
-    encoder_name, state = None, None
+        found = _from_torchvision(name, weights, stride) or _from_timm(name, weights, stride)
+        model, mean, std = found
+    encoder_name, state = None, {}
     if weights not in ("imagenet", "none", None):
         encoder_name, state = _read_weights(weights, name)
     if state and not encoder_name:
-        _load_classifier(model, state, name, weights)
+        with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
+            _load_classifier(model, state)
 
     body = nn.Sequential()
     for child, module in model.named_children():
@@ -91,7 +91,9 @@ def load_backbone(name, weights, stride=32):
         with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
             body.load_state_dict({key.removeprefix("resnet."): t for key, t in state.items()})
     if weights == "none":
-        calibrate_batchnorm(body)
+        # Statistics of noise images for random networks' BatchNorms: with the initial ones,
+        # activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
+        torch.optim.swa_utils.update_bn([torch.randn(4, 3, 128, 128)], body)
     return Backbone(body, channels, fine_tuned, mean, std)
 
 
@@ -111,15 +113,11 @@ class TokenGrid(nn.Module):
         return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
 
-def _torchvision_names():
-    import torchvision
-
-    return torchvision.models.list_models(module=torchvision.models)
-
-
 def _from_torchvision(name, weights, stride):
     import torchvision
 
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return None
     pretrained = None
     if weights == "imagenet":
         # The tutorial used V1; V2 classifies better, but its features transfer worse.
@@ -217,7 +215,7 @@ def _read_weights(path, name):
         return found, tensors
 
 
-def _load_classifier(model, state, name, path):
+def _load_classifier(model, state):
     """
     Load a state dict with the classifier's own keys. Those of the head, which is thrown away, may
     be missing, or of another number of classes.
@@ -226,30 +224,12 @@ def _load_classifier(model, state, name, path):
     def in_head(key):
         return _HEADS.fullmatch(key.partition(".")[0])
 
-    sizes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    state = {k: t for k, t in state.items() if not in_head(k) or sizes.get(k) == t.shape}
-    with legacy_checkpoints.one_line_errors(path, f"does not hold weights of {name}"):
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not in_head(k) and not k.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        key, verb = (missing[0], "lacks") if missing else (unexpected[0], "also has")
-        raise UserError(f"{path} does not fit {name}: it {verb} {key}")
-
-
-@torch.no_grad()
-def calibrate_batchnorm(body):
-    """
-    Set the statistics of a random network's BatchNorms to those of noise images. With the initial
-    ones, activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
-    """
-    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # this batch only
-    body.train()(torch.randn(4, 3, 128, 128))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    body.eval()
+    own = model.state_dict()
+    found = {
+        k: t for k, t in state.items() if not in_head(k) or k in own and own[k].shape == t.shape
+    }
+    optional = {k: t for k, t in own.items() if in_head(k) or k.endswith("num_batches_tracked")}
+    model.load_state_dict(optional | found)
 
 
 def _probe(body):

@@ -148,16 +148,13 @@ class InertUnpickler(pickle._Unpickler):
         match saved:
             case "module", cls, _, _ if cls is Stub:
                 return cls
-            case "storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view if (
-                numel >= 0 and view in ([], [None])
-            ):
-                if key not in self.storages:
-                    self.size -= numel * dtype.itemsize
-                    if self.size < 0:
-                        raise Refused("tensors that are larger than the file")
-                    self.storages[key] = torch.empty(numel, dtype=dtype)
-                if self.storages[key].shape == (numel,) and self.storages[key].dtype == dtype:
-                    return self.storages[key]
+            case "storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view:
+                self.size -= 0 if key in self.storages else numel * dtype.itemsize
+                if self.size < 0:
+                    raise Refused("tensors that are larger than the file")
+                storage = self.storages.setdefault(key, torch.empty(numel, dtype=dtype))
+                if (len(storage), storage.dtype, *view) in ((numel, dtype), (numel, dtype, None)):
+                    return storage
         raise Refused("a persistent id of another kind than torch's")
 
     def call(self):
