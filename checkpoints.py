@@ -23,10 +23,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE, check_word_map, read_word_map
-from modeling import legacy_checkpoints
+from modeling import legacy_checkpoints, tutorial_checkpoints
 from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset, known_offset
-from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
+from models import DECODERS, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
@@ -37,9 +37,8 @@ MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "o
 
 
 def get_args(argv=None):
-    parser = Parser(
-        description="Convert an old checkpoint, make a smaller one, or the mean of several."
-    )
+    description = "Convert an old checkpoint, make a smaller one, or the mean of several."
+    parser = Parser(description=description)
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
@@ -169,7 +168,7 @@ def load(path):
             )
         checkpoint = root
     elif version is None and not root.keys().isdisjoint(("encoder", "decoder")):
-        checkpoint = {"format": FORMAT, **legacy_checkpoints.convert(root, path)}
+        checkpoint = {"format": FORMAT, **tutorial_checkpoints.convert(root, path)}
     else:
         raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
     check_model(checkpoint, path)
@@ -200,18 +199,16 @@ def check_model(checkpoint, path):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = build_decoder(checkpoint["decoder_args"])
         _check_sizes("decoder", decoder, checkpoint)
-        encoder_args, offset = checkpoint["encoder_args"], checkpoint.get("offset")
-        grids, sides = range(1, MAX_ENCODED_IMAGE_SIZE + 1), range(LEAST_SIZE, LARGEST_SIZE + 1)
+        args = {"stride": 32, "image_size": IMAGE_SIZE, **checkpoint["encoder_args"]}
+        grids = {decoder.args["encoded_image_size"], args.get("encoded_image_size", 1)}
+        x, y = checkpoint.get("offset") or (0.0, 0.0)
         for name, valid in {
-            "encoder's name": isinstance(encoder_args["name"], str),
-            "encoder's stride": encoder_args.get("stride", 32) in (16, 32),
-            "image_size": encoder_args.get("image_size", IMAGE_SIZE) in sides,
-            "encoded_image_size": decoder.args["encoded_image_size"] in grids
-            and encoder_args.get("encoded_image_size", ENCODED_IMAGE_SIZE) in grids,
+            "encoder's name": isinstance(args["name"], str),
+            "encoder's stride": args["stride"] in (16, 32),
+            "image_size": args["image_size"] in range(LEAST_SIZE, LARGEST_SIZE + 1),
+            "encoded_image_size": grids <= set(range(1, MAX_ENCODED_IMAGE_SIZE + 1)),
             "dropout": 0 <= decoder.args["dropout"] <= 1,
-            "offset": offset is None
-            or len(offset) == 2
-            and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset),
+            "offset": abs(x) <= 0.5 and abs(y) <= 0.5,  # false for NaN too
         }.items():
             if not valid:
                 raise ValueError(f"its {name} is not a possible one")
@@ -231,11 +228,11 @@ def _check_sizes(part, model, checkpoint):
 
 
 def _check_vocab_size(word_map, checkpoint, path):
-    size = checkpoint["decoder_args"]["vocab_size"]
-    if len(word_map) != size:
+    size, found = checkpoint["decoder_args"]["vocab_size"], len(word_map)
+    if found != size:
         raise UserError(
-            f"{path} was trained on {size} words, but the word map has {len(word_map)}; pass the "
-            f"WORDMAP file it was trained with"
+            f"{path} was trained on {size} words, but the word map has {found}; pass the WORDMAP "
+            f"file it was trained with"
         )
 
 

@@ -1,12 +1,12 @@
 """
 Reads files of torch.save without running their code: our checkpoints, state dicts, and whole
-modules as in the tutorial's checkpoints, which `convert` turns into the parts of our format.
+modules as in the tutorial's checkpoints.
 
 Such a file contains a pickle, a program that can call any function it names. It is run by Python's
 own `pickle._Unpickler`, where each instruction is a method: those that torch.save does not write
-are refused, those that could do harm are replaced. A name stands for a function of this file or for
-`Stub`, never for what it names. torch's restricted unpickler (weights_only=True) does not read the
-whole modules of torch before 1.6, nor limit what colliding keys or strides of 0 cost.
+are refused, those that could do harm are replaced, and a name stands for a function of this file or
+for `Stub`. torch's own restricted unpickler (weights_only=True) does not read whole modules of
+torch before 1.6, nor limit what colliding keys or strides of 0 cost.
 """
 
 import io
@@ -24,15 +24,15 @@ from utils import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the start of a file in the format before zip
 # A ResNet-152 with its optimizers has a pickle of 0.3 MB and 2000 parts, a word of a word map takes
-# 20 bytes. With these limits no file takes more than seconds, and 1 GB beside its tensors.
+# 20 bytes. With these limits no file takes more than seconds and 1 GB beside its tensors.
 MAX_PICKLE, MAX_NAME, MAX_ARGUMENTS, MAX_PARTS = 6 << 20, 500, 100, 100_000
 
-INSTRUCTIONS = """
+SAFE = """
     PROTO STOP MARK GLOBAL BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT NONE NEWTRUE NEWFALSE
     BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE
     TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT FRAME MEMOIZE STACK_GLOBAL
     SHORT_BINUNICODE BINBYTES SHORT_BINBYTES
-    """  # safe as they are
+    """.split()  # instructions that are run as Python runs them
 KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
 DTYPES = {f"torch.{kind}Storage": getattr(torch, f"{kind}Tensor").dtype for kind in KINDS}
 PLAIN = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict", *DTYPES}  # as in format 1
@@ -46,17 +46,6 @@ STUBS = re.compile(
     r"|numpy\.(?:dtype|_?core\.multiarray\.scalar)|_codecs\.encode",  # NumPy scalars
     re.ASCII,
 )
-BACKBONES = {  # by whether a layer has three convolutions, and the number of layers in block 3
-    False: {2: "resnet18", 6: "resnet34"},
-    True: {6: "resnet50", 23: "resnet101", 36: "resnet152"},
-}
-DECODER_ARGS = {  # the decoder's matrix, and which of its sizes this argument is
-    "attention_dim": ("attention.encoder_att.weight", 0),
-    "embed_dim": ("embedding.weight", 1),
-    "decoder_dim": ("decode_step.weight_hh", 1),
-    "vocab_size": ("embedding.weight", 0),
-    "encoder_dim": ("attention.encoder_att.weight", 1),
-}
 
 
 class Refused(Exception):
@@ -76,14 +65,10 @@ class Stub:
 
 
 def _tensor(storage, offset, shape, stride, *options):
-    """A view of a storage, which torch checks for its bounds; strides of 0 allow any size."""
+    """torch checks that it lies within the storage; with strides of 0 it could have any size."""
     tensor = storage.as_strided(shape, stride, offset)
     if tensor.dim() > 8 or math.prod(tensor.shape) > storage.numel():
         raise Refused("a tensor that is larger than its storage")
-    return tensor
-
-
-def _parameter(tensor, *options):
     return tensor
 
 
@@ -112,16 +97,16 @@ FUNCTIONS = {
     "collections.defaultdict": lambda *arguments: {},
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.nn.parameter.Parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, *options: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *options: tensor,
+    "torch.nn.parameter.Parameter": lambda tensor, *options: tensor,
 }
 
 
 class InertUnpickler(pickle._Unpickler):
     """
-    Reads the pickles of a file of `size` bytes. names: of functions and classes in it; storages: by
-    key, of the right size but not yet filled, together no larger than the file
+    Reads the pickles of a file of `size` bytes. names: of the functions and classes in it;
+    storages: by key, not yet filled, together no larger than the file
     """
 
     def __init__(self, file, size):
@@ -183,19 +168,15 @@ class InertUnpickler(pickle._Unpickler):
     def refuse(self):
         raise Refused("a pickle instruction that torch.save does not write")
 
-    standard = pickle._Unpickler.dispatch
     dispatch = dict.fromkeys(range(256), refuse)
-    for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS.split()):
-        dispatch[code] = standard[code]
-    dispatch |= {
-        pickle.REDUCE[0]: call,
-        pickle.NEWOBJ[0]: call,
-        pickle.BUILD[0]: build,
-        pickle.SETITEM[0]: set_item,
-        pickle.SETITEMS[0]: set_items,
-        pickle.EMPTY_SET[0]: standard[pickle.EMPTY_LIST[0]],  # so that nothing in it is hashed
-        pickle.ADDITEMS[0]: standard[pickle.APPENDS[0]],
-    }
+    for code in (getattr(pickle, name)[0] for name in SAFE):
+        dispatch[code] = pickle._Unpickler.dispatch[code]
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = call
+    dispatch[pickle.BUILD[0]] = build
+    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = set_item, set_items
+    # A set is read as a list, so that nothing in it is hashed.
+    dispatch[pickle.EMPTY_SET[0]] = pickle._Unpickler.load_empty_list
+    dispatch[pickle.ADDITEMS[0]] = pickle._Unpickler.load_appends
 
 
 @contextmanager
@@ -203,18 +184,18 @@ def one_line_errors(path, problem="is damaged or not a checkpoint"):
     """Turn any error into a one-line UserError about the file."""
     try:
         yield
+        return
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} not found; train a model first or pass another file") from None
+        problem = "not found; train a model first or pass another file"
     except Refused as error:
-        raise UserError(
-            f"{path} is refused: it holds {error}, which does not belong in a checkpoint; nothing "
-            f"in the file was run"
-        ) from None
+        problem = f"is refused: it holds {error}, which does not belong in a checkpoint; nothing "
+        problem += "in the file was run"
     except Exception as error:  # invalid pickles fail in many ways
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{path} {problem}: {reason or type(error).__name__}") from None
+        problem += f": {reason or type(error).__name__}"
+    raise UserError(f"{path} {problem}")
 
 
 def read(path):
@@ -243,13 +224,10 @@ def _read_zip(file, size):
     if len(found) != 1:
         raise ValueError(f"it is a zip file with {len(found)} data.pkl")
     prefix = found[0]
-    if f"{prefix}byteorder" in entries:
-        _seek(file, entries[f"{prefix}byteorder"])
-        if file.read(6) != b"little":
-            raise ValueError("it was written on a big-endian machine")
-    length = _seek(file, entries[f"{prefix}data.pkl"])
-    if length > MAX_PICKLE:
-        raise Refused(f"a pickle of more than {MAX_PICKLE} bytes")
+    order = entries.get(f"{prefix}byteorder")
+    if order and _seek(file, order) and file.read(6) != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    length = min(_seek(file, entries[f"{prefix}data.pkl"]), MAX_PICKLE)
     unpickler = InertUnpickler(io.BytesIO(file.read(length)), size)
     root = unpickler.load()
     for key, storage in unpickler.storages.items():
@@ -276,8 +254,8 @@ def _fill(storage, file):
 
 def _read_old(file, size):
     """
-    The format before zip: five pickles (a magic number, the protocol, the machine's properties,
-    the object, the keys of the storages), then per key its number of elements and its bytes.
+    The format before zip: pickles of a magic number, the protocol, the machine's properties, the
+    object and the keys of its storages, then for each key its number of elements and its bytes.
     """
     pickles = io.BytesIO(file.read(MAX_PICKLE))
     unpickler = InertUnpickler(pickles, size)
@@ -318,55 +296,3 @@ def find_tensors(root):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def convert(root, path):
-    """
-    The entries of our format from `root`, the content of one of the tutorial's checkpoints, whose
-    encoder and decoder are whole modules or state dicts. It has no word map, and its optimizers are
-    left out. UserError that names the module or tensor that is missing.
-    """
-    with one_line_errors(path):
-        parts = {}
-        for part in ("encoder", "decoder"):
-            known = isinstance(root.get(part), Stub | dict)
-            parts[part] = find_tensors(root[part]) if known else {}
-            if not parts[part]:
-                raise UserError(
-                    f"{path} has no module {part}: it is not a checkpoint of whole modules or of "
-                    f"their state dicts"
-                )
-        encoder, decoder = parts.values()
-        layers = len({name.split(".")[2] for name in encoder if name.startswith("resnet.6.")})
-        backbone = BACKBONES["resnet.6.0.conv3.weight" in encoder].get(layers)
-        if backbone is None:
-            raise UserError(
-                f"{path} has an encoder that is not a ResNet of torchvision: resnet.6 has "
-                f"{layers} layers"
-            )
-        size = _attribute(root["encoder"], "adaptive_pool", "output_size")
-        size = size[0] if isinstance(size, tuple) and size else size
-        size = size if type(size) is int and 0 < size <= 64 else 14
-        dropout = _attribute(root["decoder"], "dropout", "p")
-        dropout = dropout if type(dropout) is float and 0 <= dropout < 1 else 0.5
-        decoder_args = {"dropout": dropout, "encoded_image_size": size}
-        for argument, (name, axis) in DECODER_ARGS.items():
-            if name not in decoder or decoder[name].dim() != 2:
-                raise UserError(f"{path} lacks the decoder's matrix {name}")
-            decoder_args[argument] = decoder[name].shape[axis]
-        known = {"epoch": root.get("epoch"), "bleu4": root.get("bleu-4")}
-        return {
-            "word_map": None,
-            "encoder_args": {"name": backbone, "encoded_image_size": size},
-            "decoder_args": decoder_args,
-            **{k: x for k, x in known.items() if type(x) in (int, float) and math.isfinite(x)},
-            **parts,
-        }
-
-
-def _attribute(module, child, name):
-    """An attribute of a child of a module; None where there is none, as in a state dict."""
-    modules = module.dict_attribute("_modules") if isinstance(module, Stub) else {}
-    if isinstance(modules.get("module"), Stub):  # in DataParallel
-        modules = modules["module"].dict_attribute("_modules")
-    return modules[child].state.get(name) if isinstance(modules.get(child), Stub) else None

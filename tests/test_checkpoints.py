@@ -200,9 +200,7 @@ def test_incomplete_or_impossible_model_is_named(path):
                 torch.save({**whole, part: wrong}, path)
                 refused(path, name)
     args, sizes = whole["decoder_args"], ("vocab_size", "attention_dim", "decoder_dim", "embed_dim")
-    changes = [
-        ("decoder_args", {**args, size: 1 << 40}, "") for size in sizes
-    ]  # no memory is taken
+    changes = [("decoder_args", {**args, size: 1 << 40}, "") for size in sizes]  # no memory
     changes += [
         ("decoder_args", {**args, "encoded_image_size": 1 << 20}, "encoded_image_size"),
         ("decoder_args", {**args, "dropout": float("nan")}, "dropout"),
@@ -213,7 +211,7 @@ def test_incomplete_or_impossible_model_is_named(path):
         ("encoder_args", {"name": "x", "encoded_image_size": 0}, "encoded_image_size"),
         ("offset", [0.1, float("nan")], "offset"),
         ("offset", [0.1, 0.6], "offset"),
-        ("offset", [0.1], "offset"),
+        ("offset", [0.1], ""),
         ("offset", 0.1, ""),
     ]
     for part, value, named in changes:
