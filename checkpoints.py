@@ -23,7 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE, check_word_map, read_word_map
-from modeling import legacy_checkpoints, tutorial_checkpoints
+from modeling import legacy_checkpoints, tutorial_models
 from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset, known_offset
 from models import DECODERS, Encoder
@@ -168,7 +168,7 @@ def load(path):
             )
         checkpoint = root
     elif version is None and not root.keys().isdisjoint(("encoder", "decoder")):
-        checkpoint = {"format": FORMAT, **tutorial_checkpoints.convert(root, path)}
+        checkpoint = {"format": FORMAT, **tutorial_models.convert(root, path)}
     else:
         raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
     check_model(checkpoint, path)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from modeling import efficientnet_lite, legacy_checkpoints, tutorial_checkpoints
+from modeling import efficientnet_lite, legacy_checkpoints, tutorial_models
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -199,7 +199,7 @@ def _read_weights(path, name):
         root, _ = legacy_checkpoints.read(path)
         parts = set(root) if isinstance(root, dict) else set()
         if {"encoder", "decoder"} <= parts and "encoder_args" not in parts:
-            root = tutorial_checkpoints.convert(root, path)
+            root = tutorial_models.convert(root, path)
         if isinstance(root, dict) and "encoder_args" in root:
             found, root = root["encoder_args"]["name"], root["encoder"]
             if found != name:
