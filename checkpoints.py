@@ -8,47 +8,37 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
 (their constructors' arguments), `offset` (where the encoder's cells look, see
 modeling/field_of_view.py; None if it has not been measured, and older files lack it) and
-`word_map`. Those of
-train.py also hold what continues the run: `options`, `data` (a summary of the data set), `bleu4`,
-and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and `trained`. With --ema,
-`encoder` and `decoder` are the averaged weights, and those being trained are in `trained`.
-
-Checkpoints of whole modules, as the tutorial wrote them, can be loaded as well, without running
-their code (see modeling/legacy_checkpoints.py).
+`word_map`. Those of train.py also hold what continues the run: `options`, `data` (a summary of the
+data set), `bleu4`, and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and
+`trained`. With --ema, `encoder` and `decoder` are the averaged weights, those being trained are in
+`trained`. The tutorial's checkpoints of whole modules can be loaded as well. No code in a file is
+run, see modeling/legacy_checkpoints.py.
 """
 
 import os
-import pickle
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from datasets import (
-    IMAGE_SIZE,
-    LARGEST_SIZE,
-    LEAST_SIZE,
-    check_word_map,
-    read_word_map,
-)
-from modeling import legacy_checkpoints
+from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE, check_word_map, read_word_map
+from modeling import legacy_checkpoints, tutorial_models
 from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset, known_offset
-from models import DECODERS, ENCODED_IMAGE_SIZE, Encoder
+from models import DECODERS, Encoder
 from utils import Parser, UserError, atomic_write, run_script
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained/everyday_efficientnet_lite2.pth.tar"
 MAX_ENCODED_IMAGE_SIZE = 256  # a larger value can only be an attempt to fill the memory
+INCOMPLETE = "does not hold a complete model"
 MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "offset", "word_map")
 
 
 def get_args(argv=None):
-    parser = Parser(
-        description="Convert an old checkpoint, make a smaller one, or the mean of several."
-    )
+    description = "Convert an old checkpoint, make a smaller one, or the mean of several."
+    parser = Parser(description=description)
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
@@ -56,15 +46,14 @@ def get_args(argv=None):
         "--average",
         metavar="OTHER",
         nargs="+",
-        help="average its weights with "
-        "those of these checkpoints, of other phases or of the same phase with another --seed: "
-        "often better than each",
+        help="average its weights with those of these checkpoints, of other phases or of the same "
+        "phase with another --seed: often better than each",
     )
     parser.add_argument(
         "--half",
         action="store_true",
-        help="store matrices and convolutions in "
-        "float16, and leave out what only --resume needs: for passing a model on",
+        help="store matrices and convolutions in float16, and leave out what only --resume needs: "
+        "for passing a model on",
     )
     return parser.parse_args(argv)
 
@@ -81,27 +70,20 @@ def main(argv=None):
         _average(encoder, decoder, word_map, args)
         extra = {"options": extra.get("options", {})}  # a run cannot continue from these weights
         encoder.offset = None  # that of other weights
-    # So that nobody who gets the file has to measure it. Now, since with weights in float16 the
-    # encoder cannot run.
-    find_offset(encoder)
+    find_offset(encoder)  # now: with weights in float16 the encoder cannot run
     if args.half:
-        # Paths among the options are reduced to file names, without the folders of this machine.
-        extra = {
-            "options": {
-                option: _file_names(value) for option, value in extra.get("options", {}).items()
-            }
-        }
-        for model in (encoder, decoder):
-            for weight in model.parameters():
-                if weight.dim() > 1:  # the others are small, and may exceed float16's range
-                    weight.data = weight.data.half()
+        options = extra.get("options", {})
+        extra = {"options": {option: _file_names(value) for option, value in options.items()}}
+        for weight in (*encoder.parameters(), *decoder.parameters()):
+            if weight.dim() > 1:  # the others are small, and may exceed float16's range
+                weight.data = weight.data.half()
     save(args.new, encoder, decoder, word_map, **extra)
     words = f"{len(word_map)} words" if word_map else "no word map: it needs --word_map each time"
     print(f"wrote {args.new} ({encoder.args['name']}, {words})")
 
 
 def _file_names(value):
-    """A path without its folders, or a list of such; any other value as it is."""
+    """Paths among an option's values without the folders of this machine"""
     if isinstance(value, list):
         return [_file_names(item) for item in value]
     return os.path.basename(value) if isinstance(value, str) else value
@@ -117,13 +99,11 @@ def _average(encoder, decoder, word_map, args):
         other = load(path)
         other_word_map = find_word_map(other, path, args.word_map, required=False)
         for ours, theirs in zip((encoder, decoder), build(other, path)):
-            if word_map != other_word_map or {**ours.args, "dropout": 0} != {
-                **theirs.args,
-                "dropout": 0,
-            }:
+            same = {**ours.args, "dropout": 0} == {**theirs.args, "dropout": 0}
+            if not same or word_map != other_word_map:
                 raise UserError(
-                    f"{path} has another model or word map than {args.old}; pass a "
-                    f"phase of the same training"
+                    f"{path} has another model or word map than {args.old}; pass a phase of the "
+                    f"same training"
                 )
             theirs = theirs.state_dict()
             for name, weight in ours.state_dict().items():
@@ -163,12 +143,11 @@ def save(path, encoder, decoder, word_map, **extra):
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors only
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
-        folder = os.path.dirname(path) or "."
-        if isinstance(error, RuntimeError) and os.path.isdir(folder):
-            # usually the disk is full, which torch does not say
-            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB of the disk are free)"
+        if isinstance(error, RuntimeError):  # of torch, which does not say that the disk is full
+            free = shutil.disk_usage(os.path.dirname(path) or ".").free
+            reason += f" ({free / 1e9:.2f} GB of the disk are free)"
         raise UserError(f"{path} cannot be written: {reason}") from None
 
 
@@ -177,65 +156,29 @@ def load(path):
     Read a checkpoint: a dictionary with tensors on the CPU that holds a valid model. One of the
     tutorial has only the entries that `build` needs, epoch and bleu4 if known, and word_map None.
 
-    `legacy_checkpoints.read` checks the file before torch reads it, since torch neither names what
-    it refuses nor limits the memory for tensors of stride 0 or the time for colliding keys.
-
     Raises UserError if the file is missing, damaged or not a checkpoint.
     """
     root, names = legacy_checkpoints.read(path)
-    if not isinstance(root, dict):
-        root = {}
-    if root.get("format") == FORMAT:
-        del root  # it may be large if the file is hostile
-        checkpoint = _load_plain(path, names)
-    elif "format" not in root and not root.keys().isdisjoint(("encoder", "decoder")):
-        checkpoint = {"format": FORMAT, **legacy_checkpoints.convert(root, path)}
+    version = root.get("format") if isinstance(root, dict) else 0
+    if type(version) is int and version == FORMAT:
+        if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
+            raise UserError(
+                f"{path} is refused: it holds {foreign[0]}, but checkpoints of format {FORMAT} are "
+                f"tensors and plain values; nothing in the file was run"
+            )
+        checkpoint = root
+    elif version is None and not root.keys().isdisjoint(("encoder", "decoder")):
+        checkpoint = {"format": FORMAT, **tutorial_models.convert(root, path)}
     else:
         raise UserError(f"{path} is not a checkpoint of this program's format {FORMAT}")
     check_model(checkpoint, path)
     return checkpoint
 
 
-def _load_plain(path, names):
-    """The content of a file of format 1; names: the functions and classes in it."""
-    if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
-        raise UserError(
-            f"{path} is refused: it holds {foreign[0][:100]}, but checkpoints of "
-            f"format {FORMAT} are tensors and plain values; nothing in the file was "
-            f"run"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's message suggests weights_only=False
-        raise UserError(
-            f"{path} is damaged or not a checkpoint: it does not hold only tensors and plain values"
-        ) from None
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
-
-
-@contextmanager
-def _one_line_errors(path):
-    """Turn errors from missing parts, wrong types or sizes of a checkpoint into a UserError."""
-    try:
-        yield
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        AttributeError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold a complete model: {reason}") from None
-
-
 class _NoInitialWeights(TorchFunctionMode):
     """
-    A context in which new modules leave their weights as they find them, for those of a file. To
-    draw random numbers only to overwrite them takes as long as to read them.
+    A context in which new modules leave their weights as they find them, for those of a file: to
+    draw random numbers takes as long as to read it.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -252,49 +195,44 @@ def check_model(checkpoint, path):
 
     This protects memory: tensors are not larger than the file, but arguments can say any size.
     """
-    with _one_line_errors(path):
+    with legacy_checkpoints.one_line_errors(path, INCOMPLETE):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = build_decoder(checkpoint["decoder_args"])
-        encoder_args = checkpoint.get("encoder_args", {})
-        for size in (
-            decoder.args["encoded_image_size"],
-            encoder_args.get("encoded_image_size", ENCODED_IMAGE_SIZE),
-        ):
-            if type(size) is not int or not 1 <= size <= MAX_ENCODED_IMAGE_SIZE:
-                raise ValueError(f"encoded_image_size is not from 1 to {MAX_ENCODED_IMAGE_SIZE}")
-        if not 0 <= decoder.args["dropout"] <= 1:  # false for NaN too
-            raise ValueError(f"its dropout is {decoder.args['dropout']}")
-        for name, tensor in decoder.state_dict().items():
-            found = checkpoint["decoder"].get(name)
-            if found is None:
-                raise ValueError(f"the decoder lacks {name}")
-            if found.shape != tensor.shape:
-                raise ValueError(
-                    f"the decoder's {name} has size {tuple(found.shape)}, not {tuple(tensor.shape)}"
-                )
-        if not isinstance(checkpoint["encoder_args"]["name"], str):
-            raise TypeError("its encoder has no name")
-        if encoder_args.get("stride", 32) not in (16, 32):
-            raise ValueError("the encoder's stride is not 16 or 32")
-        size = encoder_args.get("image_size", IMAGE_SIZE)
-        if type(size) is not int or not LEAST_SIZE <= size <= LARGEST_SIZE:
-            raise ValueError(f"image_size is not from {LEAST_SIZE} to {LARGEST_SIZE}")
-        if (offset := checkpoint.get("offset")) is not None and not (
-            isinstance(offset, list)
-            and len(offset) == 2
-            and all(isinstance(part, float) and abs(part) <= 0.5 for part in offset)
-        ):
-            raise ValueError("offset is not two fractions of an image")
+        _check_sizes("decoder", decoder, checkpoint)
+        args = {"stride": 32, "image_size": IMAGE_SIZE, **checkpoint["encoder_args"]}
+        grids = {decoder.args["encoded_image_size"], args.get("encoded_image_size", 1)}
+        x, y = checkpoint.get("offset") or (0.0, 0.0)
+        for name, valid in {
+            "encoder's name": isinstance(args["name"], str),
+            "encoder's stride": args["stride"] in (16, 32),
+            "image_size": args["image_size"] in range(LEAST_SIZE, LARGEST_SIZE + 1),
+            "encoded_image_size": grids <= set(range(1, MAX_ENCODED_IMAGE_SIZE + 1)),
+            "dropout": 0 <= decoder.args["dropout"] <= 1,
+            "offset": abs(x) <= 0.5 and abs(y) <= 0.5,  # false for NaN too
+        }.items():
+            if not valid:
+                raise ValueError(f"its {name} is not a possible one")
     if checkpoint.get("word_map") is not None:
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 
 
+def _check_sizes(part, model, checkpoint):
+    """ValueError unless a checkpoint has all tensors of its encoder or decoder in their sizes"""
+    for name, tensor in model.state_dict().items():
+        found = checkpoint[part].get(name)
+        if found is None:
+            raise ValueError(f"the {part} lacks {name}")
+        if found.shape != tensor.shape:
+            sizes = f"{tuple(found.shape)}, not {tuple(tensor.shape)}"
+            raise ValueError(f"the {part}'s {name} has size {sizes}")
+
+
 def _check_vocab_size(word_map, checkpoint, path):
-    size = checkpoint["decoder_args"]["vocab_size"]
-    if len(word_map) != size:
+    size, found = checkpoint["decoder_args"]["vocab_size"], len(word_map)
+    if found != size:
         raise UserError(
-            f"{path} was trained on {size} words, but the word map has "
-            f"{len(word_map)}; pass the WORDMAP file it was trained with"
+            f"{path} was trained on {size} words, but the word map has {found}; pass the WORDMAP "
+            f"file it was trained with"
         )
 
 
@@ -305,42 +243,28 @@ def build_decoder(arguments):
 
 def build(checkpoint, path):
     """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
-    with _one_line_errors(path), _NoInitialWeights():
+    with legacy_checkpoints.one_line_errors(path, INCOMPLETE), _NoInitialWeights():
         with torch.device("meta"):  # sizes only: a small file may claim any encoder
             encoder = Encoder(**checkpoint["encoder_args"], weights=None)
-        _check_encoder(encoder.state_dict(), checkpoint["encoder"])
+        _check_sizes("encoder", encoder, checkpoint)
         encoder = Encoder(**checkpoint["encoder_args"], weights=None)
         decoder = build_decoder(checkpoint["decoder_args"])
         if encoder.encoder_dim != decoder.args["encoder_dim"]:
             raise ValueError(
-                f"its encoder returns vectors of {encoder.encoder_dim} numbers, its "
-                f"decoder takes {decoder.args['encoder_dim']}"
+                f"its encoder returns vectors of {encoder.encoder_dim} numbers, its decoder takes "
+                f"{decoder.args['encoder_dim']}"
             )
         encoder.load_state_dict(checkpoint["encoder"])
+        decoder.load_state_dict(checkpoint["decoder"])
         if checkpoint.get("offset") is not None:
             encoder.offset = tuple(checkpoint["offset"])
-        decoder.load_state_dict(checkpoint["decoder"])
     return encoder, decoder
-
-
-def _check_encoder(expected, found):
-    """ValueError unless the tensors in the file, by name, have the sizes that are expected"""
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(f"the encoder lacks {name}")
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"the encoder's {name} has size {tuple(found[name].shape)}, not "
-                f"{tuple(tensor.shape)}"
-            )
 
 
 def find_word_map(checkpoint, path, word_map_path, required=True):
     """
-    The checkpoint's word map, or that of the file word_map_path if the checkpoint has none. None if
-    there is neither and it is not required.
-
-    Raises UserError if the file is not a word map or not of the decoder's vocabulary size.
+    The checkpoint's word map, else that of the file word_map_path. None if there is neither and it
+    is not required. UserError if it is not a word map or not of the decoder's vocabulary size.
     """
     word_map = checkpoint.get("word_map")
     if word_map is None and word_map_path is not None:
@@ -367,29 +291,27 @@ def load_captioner(path, device, word_map_path=None):
 
 def find_model(model, folder, print_line):
     """
-    The path of the checkpoint to use: `model`, else the only BEST one in `folder`.
-    If neither is given, the only BEST one in the current folder, else the one that comes with
-    the program; print_line, a function like print, then gets a line that says which.
+    The path of the checkpoint to use: `model`, else the only BEST one in `folder`. If neither is
+    given, the only BEST one in the current folder, else the one that comes with the program;
+    print_line, a function like print, then gets a line that says which.
     """
     if model:
         return model
     if folder:
         return find_checkpoint(folder)
+    found, what = str(PRETRAINED), "which comes with the program"
     if any(Path().glob("BEST_checkpoint_*.pth.tar")):
-        found = find_checkpoint(".")
-        print_line(f"model: {found}, the only one in this folder; --model takes another")
-        return found
-    print_line(f"model: {PRETRAINED}, which comes with the program; --model takes another")
-    return str(PRETRAINED)
+        found, what = find_checkpoint("."), "the only one in this folder"
+    print_line(f"model: {found}, {what}; --model takes another")
+    return found
 
 
 def find_checkpoint(folder):
     """The only BEST_checkpoint_*.pth.tar in a folder; UserError if there are none or several."""
     found = _checkpoints(folder, "BEST_", "--model")
     if len(found) > 1:
-        raise UserError(
-            f"several checkpoints in {folder}; pass --model, one of: " + ", ".join(map(str, found))
-        )
+        listed = ", ".join(map(str, found))
+        raise UserError(f"several checkpoints in {folder}; pass --model, one of: {listed}")
     return str(found[0])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from modeling import efficientnet_lite, legacy_checkpoints
+from modeling import efficientnet_lite, legacy_checkpoints, tutorial_models
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,49 +49,52 @@ def load_backbone(name, weights, stride=32):
     if name in efficientnet_lite.SCALES and weights != "imagenet":  # timm downloads them
         model = efficientnet_lite.EfficientNetLite(name, stride)
         mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD
-    elif _is_torchvision(name):
-        model, mean, std = _from_torchvision(name, weights, stride)
     else:
-        model, mean, std = _from_timm(name, weights, stride)
-    state = None if weights in ("imagenet", "none", None) else _read_file(weights, name)
-    is_captioner = isinstance(state, dict) and "encoder_args" in state
-    if state is not None and not is_captioner:
-        _load_classifier(model, state, name, weights)
+        found = _from_torchvision(name, weights, stride) or _from_timm(name, weights, stride)
+        model, mean, std = found
+    encoder_name, state = None, {}
+    if weights not in ("imagenet", "none", None):
+        encoder_name, state = _read_weights(weights, name)
+    if state and not encoder_name:
+        with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
+            _load_classifier(model, state)
 
-    body = []
+    body = nn.Sequential()
     for child, module in model.named_children():
         if _HEADS.fullmatch(child):
             break
         if not _AUXILIARY.fullmatch(child):
             body.append(module)
-    body = nn.Sequential(*body)
     if isinstance(last := body[-1], nn.Sequential) and isinstance(last[-1], nn.MaxPool2d):
         last[-1] = nn.Identity()  # VGG: section 4.3 takes the map before the last max pooling
-    probed = getattr(model, "feature_map", None) or _probe(body)
-    if probed is None and hasattr(model, "forward_features"):
+    found = getattr(model, "feature_map", None) or _probe(body)
+    if found is None and hasattr(model, "forward_features"):
         # A timm model that is not a sequence of its children: HRNet, DLA and similar ones.
         model.reset_classifier(0, "")
         body = nn.Sequential(model)
-        probed = _probe(body)
-    if probed is None and hasattr(model, "forward_features"):
-        body = nn.Sequential(TokenGrid(model))
-        probed = _probe_tokens(body, model)
-    if probed is None:
+        found = _probe(body)
+        if found is None:
+            body = nn.Sequential(TokenGrid(model))
+            found = _probe_tokens(body, model)
+    if found is None:
         raise UserError(
             f"{name} makes neither one feature map nor a square grid of tokens; try "
             f"resnet101, vgg19, tf_efficientnet_lite0 or vit_small_patch16_224"
         )
-    *probed, found = probed
-    if stride < found:
+    channels, fine_tuned, found_stride = found
+    if stride < found_stride:
         raise UserError(
-            f"--encoder_stride {stride}: {name} has {found} and cannot be dilated; try "
+            f"--encoder_stride {stride}: {name} has {found_stride} and cannot be dilated; try "
             f"resnet50, resnet101 or tf_efficientnet_lite2, or leave it out"
         )
-    if is_captioner:
-        _load_encoder(body, state, name, weights)
+    if encoder_name:
+        with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
+            body.load_state_dict({key.removeprefix("resnet."): t for key, t in state.items()})
     if weights == "none":
-        calibrate_batchnorm(body)
-    return Backbone(body, *probed, mean, std)
+        # Statistics of noise images for random networks' BatchNorms: with the initial ones,
+        # activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
+        torch.optim.swa_utils.update_bn([torch.randn(4, 3, 128, 128)], body)
+    return Backbone(body, channels, fine_tuned, mean, std)
 
 
 class TokenGrid(nn.Module):
@@ -110,65 +113,26 @@ class TokenGrid(nn.Module):
         return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
 
-@torch.no_grad()
-def _probe_tokens(body, model):
-    """As `_probe`, for a `TokenGrid`: all blocks are fine-tuned, but not how patches are cut."""
-    side = 256
-    try:
-        out = body.eval()(torch.zeros(1, 3, side, side))
-    except Exception:
-        return None  # networks of many kinds fail in many ways
-    if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
-        return None
-    blocks = [
-        module
-        for name, module in model.named_children()
-        if name in ("blocks", "layers", "stages", "norm")
-    ]
-    return (out.shape[1], blocks, round(side / out.shape[2])) if blocks else None
-
-
-def _is_torchvision(name):
-    import torchvision
-
-    return name in torchvision.models.list_models(module=torchvision.models)
-
-
 def _from_torchvision(name, weights, stride):
     import torchvision
 
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return None
     pretrained = None
     if weights == "imagenet":
         # The tutorial used V1; V2 classifies better, but its features transfer worse.
         available = torchvision.models.get_model_weights(name)
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
+    create = partial(torchvision.models.get_model, name, weights=pretrained)
     try:
-        model = _create(
-            partial(torchvision.models.get_model, name, weights=pretrained),
-            stride,
-            replace_stride_with_dilation=[False, False, True],
-        )
+        model = _dilated(create, stride, replace_stride_with_dilation=[False, False, True])
     except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash
         if pretrained is None:
             raise
-        raise UserError(
-            f"could not download {pretrained.url} ({error}); fetch that file and pass "
-            f"--encoder_weights FILE, or --encoder_weights none"
-        ) from None
+        raise _download_error(pretrained.url, error) from None
     if name in ("googlenet", "inception_v3"):  # torchvision's weights expect -1..1
         return model, (0.5,) * 3, (0.5,) * 3
     return model, IMAGENET_MEAN, IMAGENET_STD
-
-
-def _create(create, stride, **dilation):
-    """
-    The model that the function `create` returns, at stride 16 with these options if it takes them.
-    Whether they had the effect is seen in its output, see `load_backbone`.
-    """
-    if stride == 16:
-        with suppress(TypeError, ValueError, NotImplementedError, AssertionError):
-            return create(**dilation)
-    return create()
 
 
 def _from_timm(name, weights, stride):
@@ -182,155 +146,101 @@ def _from_timm(name, weights, stride):
         )
     config = timm.get_pretrained_cfg(name)
     create = partial(timm.create_model, name, pretrained=weights == "imagenet")
+    model = None
     try:
-        # Transformers are made for one size of images, unless they are told otherwise; others do
-        # not take the option.
-        try:
-            model = create(dynamic_img_size=True, dynamic_img_pad=True)
-        except TypeError:
-            try:
-                model = create(img_size=256, strict_img_size=False)
-            except TypeError:
-                model = _create(create, stride, output_stride=16)
-    except Exception as error:
+        # Transformers are made for one size of images, unless they are told otherwise.
+        for options in (
+            {"dynamic_img_size": True, "dynamic_img_pad": True},
+            {"img_size": 256, "strict_img_size": False},
+        ):
+            with suppress(TypeError):  # others do not take the option
+                model = model or create(**options)
+        model = model or _dilated(create, stride, output_stride=16)
+    except Exception as error:  # huggingface_hub raises many kinds
         if weights != "imagenet":
             raise
-        # huggingface_hub raises many kinds of errors; all mean that there are no weights.
         url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"could not download {url} ({reason}); fetch that file and pass "
-            f"--encoder_weights FILE, or --encoder_weights none"
-        ) from None
+        raise _download_error(url, error) from None
     return model, config.mean, config.std
 
 
-def _read_file(path, name):
+def _dilated(create, stride, **options):
     """
-    A state dict, or a captioner's checkpoint, ours or the tutorial's. No code in the file is run:
-    of whole modules only the tensors are read.
+    The model that the function `create` returns, at stride 16 with these options if it takes them.
+    Whether they had the effect is seen in its output, see `load_backbone`.
+    """
+    if stride == 16:
+        with suppress(TypeError, ValueError, NotImplementedError, AssertionError):
+            return create(**options)
+    return create()
+
+
+def _download_error(url, error):
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"could not download {url} ({reason}); fetch that file and pass --encoder_weights FILE, or "
+        f"--encoder_weights none"
+    )
+
+
+def _read_weights(path, name):
+    """
+    The tensors of a weights file by name; before them, if it is a captioner's checkpoint, ours or
+    the tutorial's, the name of its encoder, which must be `name`, else None. No code in it is run.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file  # timm's download format; timm requires it
+    found = None
+    with legacy_checkpoints.one_line_errors(path, f"does not hold weights of {name}"):
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file  # timm's download format; timm requires it
 
-        try:
-            return load_file(path)
-        except Exception as error:
-            raise _weights_error(path, name, error) from None
-    try:
-        return _read_untrusted(path)
-    except UserError as error:
-        reason = str(error).partition(" is damaged or not a checkpoint: ")[2]
-        if not reason:  # it names what is refused
-            raise
-        raise _weights_error(path, name, reason) from None
-
-
-def _read_untrusted(path):
-    """The content of a file of torch.save, as `_read_file` returns it"""
-    root, _ = legacy_checkpoints.read(path)
-    if (
-        isinstance(root, dict)
-        and {"encoder", "decoder"} <= root.keys()
-        and "encoder_args" not in root
-    ):
-        return legacy_checkpoints.convert(root, path)
-    with legacy_checkpoints.one_line_errors(path):
+            return None, load_file(path)
+        root, _ = legacy_checkpoints.read(path)
+        parts = set(root) if isinstance(root, dict) else set()
+        if {"encoder", "decoder"} <= parts and "encoder_args" not in parts:
+            root = tutorial_models.convert(root, path)
         if isinstance(root, dict) and "encoder_args" in root:
-            return {
-                "encoder_args": root["encoder_args"],
-                "encoder": _read_tensors(root["encoder"], path),
-            }
+            found, root = root["encoder_args"]["name"], root["encoder"]
+            if found != name:
+                raise UserError(
+                    f"{path} has the encoder {found}, not {name}; pass --encoder {found}"
+                )
         for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
             if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
                 root = root[key]
-        return _read_tensors(root, path)
+        tensors = legacy_checkpoints.find_tensors(root)
+        if not tensors:
+            raise ValueError("it holds no weights")
+        return found, tensors
 
 
-def _read_tensors(root, path):
-    """Name -> tensor, of a state dict or a whole module; ValueError if there is none"""
-    found = legacy_checkpoints.find_tensors(root)
-    if not found:
-        raise ValueError("it holds no weights")
-    return {name: tensor.read(path) for name, tensor in found.items()}
-
-
-def _load_encoder(body, checkpoint, name, path):
-    """Load the encoder of a trained captioner."""
-    try:
-        found = checkpoint["encoder_args"]["name"]
-        if found != name:
-            raise UserError(f"{path} has the encoder {found}, not {name}; pass --encoder {found}")
-        body.load_state_dict(
-            {key.removeprefix("resnet."): tensor for key, tensor in checkpoint["encoder"].items()}
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _weights_error(path, name, error) from None
-
-
-def _load_classifier(model, state, name, path):
+def _load_classifier(model, state):
     """
     Load a state dict with the classifier's own keys. Those of the head, which is thrown away, may
     be missing, or of another number of classes.
     """
-    sizes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    state = {
-        key: tensor
-        for key, tensor in state.items()
-        if not (
-            _HEADS.fullmatch(key.partition(".")[0])
-            and sizes.get(key) != getattr(tensor, "shape", None)
-        )
+
+    def in_head(key):
+        return _HEADS.fullmatch(key.partition(".")[0])
+
+    own = model.state_dict()
+    found = {
+        k: t for k, t in state.items() if not in_head(k) or k in own and own[k].shape == t.shape
     }
-    try:
-        report = model.load_state_dict(state, strict=False)
-    except Exception as error:
-        raise _weights_error(path, name, error) from None
-    missing = [
-        key
-        for key in report.missing_keys
-        if not _HEADS.fullmatch(key.partition(".")[0]) and not key.endswith("num_batches_tracked")
-    ]
-    if missing or report.unexpected_keys:
-        key, verb = (missing[0], "lacks") if missing else (report.unexpected_keys[0], "also has")
-        raise UserError(f"{path} does not fit {name}: it {verb} {key}")
+    optional = {k: t for k, t in own.items() if in_head(k) or k.endswith("num_batches_tracked")}
+    model.load_state_dict(optional | found)
 
 
-def _weights_error(path, name, error):
-    reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
-    return UserError(f"{path} does not hold weights of {name}: {reason}")
-
-
-@torch.no_grad()
-def calibrate_batchnorm(body):
-    """
-    Set the statistics of a random network's BatchNorms to those of noise images. With the initial
-    ones, activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
-    """
-    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # this batch only
-    body.train()(torch.randn(4, 3, 128, 128))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    body.eval()
-
-
-@torch.no_grad()
 def _probe(body):
     """
     Run one small image. Returns the channels of the feature map, the modules whose output is beyond
     stride 4, and the stride of the feature map; None if the output is not a feature map.
     """
-    side, beyond_stride_4, hooks = 128, [], []
+    beyond_stride_4, hooks = [], []
 
-    def check_output(module, _, out):
-        if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[3] < side // 4:
+    def check_output(module, inputs, out):
+        if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[3] < 128 // 4:
             beyond_stride_4.append(module)
 
     def register_hooks(module):
@@ -341,20 +251,32 @@ def _probe(body):
             hooks.append(module.register_forward_hook(check_output))
 
     register_hooks(body)
+    found = _channels_and_stride(body, 128)
+    for hook in hooks:
+        hook.remove()
+    weights = sum(p.numel() for p in body.parameters())
+    beyond = sum(p.numel() for module in beyond_stride_4 for p in module.parameters())
+    if found is None or beyond < weights / 2:  # a transformer whose tokens become a map at its end
+        return None
+    return found[0], beyond_stride_4, found[1]
+
+
+def _probe_tokens(body, model):
+    """As `_probe`, for a `TokenGrid`: all blocks are fine-tuned, but not how patches are cut."""
+    found, names = _channels_and_stride(body, 256), ("blocks", "layers", "stages", "norm")
+    blocks = [module for name, module in model.named_children() if name in names]
+    return (found[0], blocks, found[1]) if found and blocks else None
+
+
+@torch.no_grad()
+def _channels_and_stride(body, side):
+    """Of the feature map of an image; None unless it is square and beyond stride 4"""
     try:
-        out = body.eval()(torch.zeros(1, 3, side, side))
-        channels = out.shape[1]
-        if out.dim() != 4 or not 1 < out.shape[2] == out.shape[3] < side // 4:
-            return None
+        shape = body.eval()(torch.zeros(1, 3, side, side)).shape
     except Exception:
         return None  # children that are not a sequence fail in many ways
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = sum(p.numel() for p in body.parameters())
-    if sum(p.numel() for module in beyond_stride_4 for p in module.parameters()) < weights / 2:
-        return None  # a transformer that turns tokens into a map only at its end
-    return channels, beyond_stride_4, round(side / out.shape[2])
+    is_map = len(shape) == 4 and 1 < shape[2] == shape[3] < side // 4
+    return (shape[1], round(side / shape[2])) if is_map else None
 
 
 def fold_batchnorm(network):

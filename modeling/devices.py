@@ -24,19 +24,13 @@ def set_seed(seed):
 
 
 def autocast(device, amp):
-    """
-    A context in which matrix products on this device are in half precision: amp is "bf16", "fp16"
-    or None, which changes nothing. Weights stay in float32.
-    """
+    """Matrix products on this device in half precision: amp is "bf16", "fp16" or None (float32)."""
     dtype = None if amp is None else getattr(torch, AMP[amp])
     return torch.autocast(device.type, dtype, enabled=amp is not None)
 
 
 def find_device(name=None):
-    """
-    The torch.device of this name, by default the GPU if there is one; UserError if it is not
-    available.
-    """
+    """The torch.device, by default the GPU if there is one; UserError if it is not available."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
@@ -85,30 +79,22 @@ class Distributed(NamedTuple):
 @contextmanager
 def distributed(device=None):
     """
-    `with distributed(device) as processes:` join the processes that torchrun started, if it did.
-
-    device: as in `find_device`; under torchrun each process takes its own GPU
-    Yields a `Distributed`.
+    `with distributed(device) as processes:` a `Distributed`, of the processes that torchrun started
+    if it did. device: as in `find_device`; under torchrun each process takes its own GPU
     """
     device = find_device(device)
-    variables = {name: os.environ.get(name) for name in TORCHRUN_VARIABLES}
-    missing = [name for name, value in variables.items() if not value]
-    if missing and variables["WORLD_SIZE"] not in (None, "", "1"):  # batch systems set some of them
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in TORCHRUN_VARIABLES if not os.environ.get(name)]
+    if missing and world_size != "1":  # batch systems set some of them
         print(
-            f"WORLD_SIZE is {variables['WORLD_SIZE']}, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not set: this is a single process; for "
-            f"several start torchrun",
+            f"WORLD_SIZE is {world_size}, but not {', '.join(missing)}: this is a single process; "
+            f"for several start torchrun",
             file=sys.stderr,
         )
-    if missing or variables["WORLD_SIZE"] == "1":
+    if missing or world_size == "1":
         yield Distributed(device)
         return
-    try:
-        world_size, rank, local_rank = (int(variables[name]) for name in TORCHRUN_VARIABLES[:3])
-    except ValueError:
-        raise UserError(
-            "WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them; unset them"
-        ) from None
+    world_size, rank, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -42,29 +42,17 @@ class Conv2dSame(nn.Conv2d):
     right and the bottom get one more than the left and the top.
 
     To copy x into a larger tensor takes longer than the convolution. Instead all sides are padded
-    alike, and the weights get a row and a column of zeros for the cells too many.
+    alike, and where a side of x is even, the weights get a row or column of zeros before them.
     """
 
-    def widen(self, weight, x):
-        """The weights to use with `padding` for x, whose sides are even (then one is odd) or odd"""
-        return F.pad(weight, (1 - x.shape[3] % 2, 0, 1 - x.shape[2] % 2, 0))
-
     def forward(self, x):
-        return self._conv_forward(x, self.widen(self.weight, x), self.bias)
+        weight = F.pad(self.weight, (1 - x.shape[3] % 2, 0, 1 - x.shape[2] % 2, 0))
+        return self._conv_forward(x, weight, self.bias)
 
 
 def _convolution(channels, out_channels, kernel_size, stride=1, dilation=1, groups=1):
-    cls = Conv2dSame if stride > 1 else nn.Conv2d
-    return cls(
-        channels,
-        out_channels,
-        kernel_size,
-        stride,
-        kernel_size // 2 * dilation,
-        dilation,
-        groups,
-        bias=False,
-    )
+    cls, padding = Conv2dSame if stride > 1 else nn.Conv2d, kernel_size // 2 * dilation
+    return cls(channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
 
 
 class NormAct(nn.BatchNorm2d):
@@ -128,9 +116,8 @@ class EfficientNetLite(nn.Sequential):
             reached *= stage_stride
             stage = []
             for _ in range(blocks):
-                stage.append(
-                    Block(channels, out_channels, kernel_size, stage_stride, dilation, expansion)
-                )
+                sizes = (channels, out_channels, kernel_size, stage_stride, dilation, expansion)
+                stage.append(Block(*sizes))
                 channels, stage_stride, dilation = out_channels, 1, next_dilation
             stages.append(nn.Sequential(*stage))
             beyond_stride_4 += stage * (reached > 4)

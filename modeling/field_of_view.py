@@ -17,8 +17,8 @@ NOISE_IMAGES = 8  # the more, the more exact: with 8, about 0.01 of the image
 
 def known_offset(encoder):
     """
-    The offset of a `models.Encoder` as it was measured before or came with a checkpoint; None if
-    there is none, or while the encoder is trained: its fields move.
+    The offset of a `models.Encoder` as measured before or stored with a checkpoint; None if there
+    is none, or while the encoder is trained: its fields move.
     """
     trained = any(weight.requires_grad for weight in encoder.parameters())
     return None if trained else getattr(encoder, "offset", None)
@@ -29,10 +29,9 @@ def find_offset(encoder):
     `known_offset`, or else `measure_offset`, which is kept as `encoder.offset`. Who changes a
     frozen encoder's weights or its image size sets that to None.
     """
-    offset = known_offset(encoder)
-    if offset is None:
-        offset = encoder.offset = measure_offset(encoder, encoder.args["image_size"])
-    return offset
+    if known_offset(encoder) is None:
+        encoder.offset = measure_offset(encoder, encoder.args["image_size"])
+    return encoder.offset
 
 
 def measure_offset(encoder, side):
@@ -40,8 +39,7 @@ def measure_offset(encoder, side):
     How far the field of view of a central cell lies to the right of and below the place at which
     the cell is drawn: (x, y) as fractions of the image.
 
-    encoder: a module, normalised images (N, 3, side, side) -> features (N, G, E), row by row of a
-    square grid; side: in pixels
+    encoder: normalised images (N, 3, side, side) -> features (N, G, E), rows of a square grid
 
     The field is where a change of a pixel changes the cell's features: the squared gradient of
     random projections of them, on noise images. Its centroid is its place.

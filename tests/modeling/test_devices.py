@@ -2,29 +2,34 @@
 
 import pytest
 
-from modeling import devices
-from modeling.devices import distributed
+from modeling.devices import TORCHRUN_VARIABLES, distributed, find_device
+from utils import UserError
 
 
-@pytest.mark.parametrize(
-    "variables, said",
-    [
+def test_world_size_without_torchruns_other_variables_is_a_single_process(monkeypatch, capsys):
+    for variables, is_said in (
         ({}, False),
         ({"WORLD_SIZE": ""}, False),
         ({"WORLD_SIZE": "1"}, False),
+        (dict.fromkeys(TORCHRUN_VARIABLES, "1"), False),
         ({"WORLD_SIZE": "4"}, True),
         ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": ""}, True),
-    ],
-)
-def test_world_size_without_torchruns_other_variables_is_a_single_process(
-    monkeypatch, capsys, variables, said
-):
-    for name in devices.TORCHRUN_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with distributed("cpu") as processes:
-        assert processes.world_size == 1 and processes.is_main
-    assert (
-        "this is a single process; for several start torchrun" in capsys.readouterr().err
-    ) == said
+    ):
+        for name in TORCHRUN_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with distributed("cpu") as processes:
+            assert processes.world_size == 1 and processes.is_main
+            assert processes.all_gather((1, 2)) == [1, 2] and processes.all_reduce(3, 0.5) == (
+                3,
+                0.5,
+            )
+        assert ("LOCAL_RANK" in capsys.readouterr().err) == is_said
+
+
+def test_device_that_does_not_exist_is_named():
+    assert find_device("cpu").type == "cpu"
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here: .*"):
+            find_device(name)

@@ -3,14 +3,19 @@
 import pytest
 import timm
 import torch
-from torch import nn
 
-from modeling.backbones import _probe, load_backbone
+from modeling import backbones
+from modeling.backbones import load_backbone
 from modeling.efficientnet_lite import MEAN, SCALES, STD, EfficientNetLite
+from utils import UserError
+
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("stride", [32, 16])
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[slow] * (name[-1] in "34")) for name in SCALES]
+)
 @torch.no_grad()
 def test_network_is_that_of_timm(name, stride):
     torch.manual_seed(0)
@@ -35,18 +40,27 @@ def test_initial_weights_are_spread_as_those_of_timm():
 
 
 @pytest.mark.parametrize("stride", [32, 16])
-def test_facts_of_its_feature_map_are_those_found_by_encoding_an_image(stride):
-    body = load_backbone("tf_efficientnet_lite1", "none", stride)
-    channels, fine_tuned, found = _probe(body.body)
-    assert (body.channels, stride) == (channels, found)
-    assert body.fine_tuned == fine_tuned
+def test_facts_of_its_feature_map_are_those_found_by_encoding_an_image(monkeypatch, stride):
+    """Without them `load_backbone` looks for the channels, the stride and what is fine-tuned."""
+    known = load_backbone("tf_efficientnet_lite2", None, stride)
+    made = EfficientNetLite("tf_efficientnet_lite2", stride)
+    del made.feature_map
+    monkeypatch.setattr(backbones.efficientnet_lite, "EfficientNetLite", lambda *_: made)
+    found = load_backbone("tf_efficientnet_lite2", None, stride)
+    with pytest.raises(UserError, match=f"has {stride}"):
+        load_backbone("tf_efficientnet_lite2", None, 8)
+    assert known.channels == found.channels
+    names = [
+        [name for name, module in backbone.body.named_modules() if module in backbone.fine_tuned]
+        for backbone in (known, found)
+    ]
+    assert names[0] == names[1] != []
 
 
-def test_the_same_weights_are_fine_tuned_as_with_timm():
-    ours = load_backbone("tf_efficientnet_lite2", "none")
-    model = timm.create_model("tf_efficientnet_lite2")
-    body = nn.Sequential(model.conv_stem, model.bn1, model.blocks, model.conv_head, model.bn2)
-    _, theirs, _ = _probe(body)
+def test_the_same_weights_are_fine_tuned_as_with_timm(monkeypatch):
+    ours = load_backbone("tf_efficientnet_lite2", None)
+    monkeypatch.setattr(backbones.efficientnet_lite, "SCALES", {})
+    theirs = load_backbone("tf_efficientnet_lite2", None)
     assert [[p.shape for p in module.parameters()] for module in ours.fine_tuned] == [
-        [p.shape for p in module.parameters()] for module in theirs
+        [p.shape for p in module.parameters()] for module in theirs.fine_tuned
     ]

@@ -34,27 +34,21 @@ def noise_images(monkeypatch):
 # Left, right, top, bottom. A cell is drawn in the middle of the 2 ** layers pixels that it stands
 # for. The window of 3 reaches one beyond a pixel's pair on one side, so its middle is half a pixel
 # from the pair's; the next layer's pixels are 2 wide, and so on: (2 ** layers - 1) / 2 pixels.
-@pytest.mark.parametrize(
-    "padding, x, y",
-    [((0, 1, 0, 1), 1, 1), ((1, 0, 1, 0), -1, -1), ((1, 1, 1, 1), -1, -1), ((0, 1, 1, 0), 1, -1)],
-)
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_offset_is_what_the_padding_says(padding, x, y, layers):
-    encoder, side = Windows(layers, padding), 128
-    pixels = (2**layers - 1) / 2
-    # The squared gradients of neighbouring cells' projections overlap and are random there.
-    found = measure_offset(encoder, side)
-    assert found == pytest.approx((x * pixels / side, y * pixels / side), abs=0.004 * layers)
+def test_offset_is_what_the_padding_says():
+    side, signs = 128, {(0, 1, 0, 1): (1, 1), (1, 1, 1, 1): (-1, -1), (0, 1, 1, 0): (1, -1)}
+    for layers in (1, 3, 4):
+        for padding, (x, y) in signs.items():
+            pixels = (2**layers - 1) / 2 / side
+            # The squared gradients of neighbouring cells' projections overlap, are random there.
+            found = measure_offset(Windows(layers, padding), side)
+            assert found == pytest.approx((x * pixels, y * pixels), abs=0.004 * layers)
 
 
 def test_a_symmetric_encoder_has_no_offset():
     class Patches(Windows):
         def forward(self, images):
-            return (
-                nn.functional.avg_pool2d(self.convolution.weight[0, 0, 0, 0] * images, 16)
-                .flatten(2)
-                .transpose(1, 2)
-            )
+            images = self.convolution.weight[0, 0, 0, 0] * images
+            return nn.functional.avg_pool2d(images, 16).flatten(2).transpose(1, 2)
 
     assert measure_offset(Patches(1, 0), 128) == pytest.approx((0, 0), abs=0.03)
     assert measure_offset(Patches(1, 0), 112) == pytest.approx((0, 0), abs=1e-9)  # one middle cell
