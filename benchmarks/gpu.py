@@ -16,7 +16,7 @@ from training.losses import SelfCritical
 
 # Images in the training steps and in the others, their pixels, and the textbook's search
 ON_GPU = Namespace(batches=(16, 32, 128), encoded=128, tuned=16, side=256, searched=1000, alone=20)
-ON_CPU = Namespace(batches=(1, 2, 4), encoded=2, tuned=1, side=64, searched=4, alone=2)
+ON_CPU = Namespace(batches=(1, 2, 4), encoded=2, tuned=1, side=32, searched=4, alone=2)
 
 
 def gpu(args):

@@ -4,8 +4,8 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from factories import make_captions, make_decoder
-from torch import nn
 
 from modeling import autograd
 from modeling.autograd import attention_energy, deferred_embedding, deferred_linear
@@ -55,9 +55,7 @@ def test_deferred_linear_and_its_gradients_in_float32_equal_those_in_float64():
         def expect_close(found, expected):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, check_dtype=False)
 
-        exact = run(
-            lambda weight, bias: lambda x: nn.functional.linear(x, weight, bias), torch.float64
-        )
+        exact = run(lambda *parameters: lambda y: F.linear(y, *parameters), torch.float64)
         expect_close(run(deferred_linear, torch.float32), exact)
         with torch.no_grad():
             layer = deferred_linear(whole[:, 40:], bias if has_bias else None)
@@ -75,7 +73,7 @@ def test_frozen_inputs_of_deferred_linear_get_no_gradient():
 def test_products_without_onednns_private_operators_are_torchs(monkeypatch):
     """Another version of PyTorch may lack them."""
     x, weight, bias = torch.randn(7, 60), torch.randn(50, 60), torch.randn(50)
-    exact = nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = F.linear(x.double(), weight.double(), bias.double())
 
     def products():
         layer = deferred_linear(weight, bias)

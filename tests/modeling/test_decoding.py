@@ -1,6 +1,7 @@
 """The fast steps against the plain ones, in float64, and the plain ones against loops in NumPy."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -94,19 +95,12 @@ def expect_both_equal(run, decoder):
     torch.testing.assert_close(run(plain(decoder)), fast, rtol=1e-9, atol=1e-11)
 
 
-@pytest.fixture(params=[autograd.CPU_CHUNK, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
-def chunks(request, monkeypatch):
-    """Large tensors are processed in chunks: here of the usual size, of some items, and of one."""
-    monkeypatch.setattr(autograd, "CPU_CHUNK", request.param)
-
-
-@pytest.mark.parametrize("kind", DECODER_KINDS)
 @pytest.mark.parametrize("options", [{}, {"hard_fraction": 0.5}, {"sampling_prob": 0.7}], ids=str)
 @pytest.mark.parametrize(
     "n, r, cells", [(1, 1, 64), (5, 1, 64), (4, 5, 64), (3, 2, 196), (2, 3, 1), (5, 5, 49)]
 )
-def test_teacher_forcing_and_every_gradient_are_equal(kind, options, n, r, cells, chunks):
-    decoder = make_decoder(seed=n, dropout=0.5, kind=kind)
+def test_teacher_forcing_and_every_gradient_are_equal(n, r, cells, options, monkeypatch):
+    """Large tensors are processed in chunks: of the usual size, of some items, and of one."""
     captions, lengths = make_captions(n, r, seed=n)
     lengths[0, -1] = 1 if r > 1 else lengths[0, -1]  # a caption of which nothing is predicted
     data = torch.randn(n, cells, 9, dtype=torch.float64)
@@ -120,79 +114,83 @@ def test_teacher_forcing_and_every_gradient_are_equal(kind, options, n, r, cells
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         return *output, loss, *gradients
 
-    expect_both_equal(run, decoder)
+    for kind in DECODER_KINDS:
+        for chunk in (autograd.CPU_CHUNK, 20_000, 1):
+            monkeypatch.setattr(autograd, "CPU_CHUNK", chunk)
+            expect_both_equal(run, make_decoder(seed=n, dropout=0.5, kind=kind))
 
 
-@pytest.mark.parametrize("kind", DECODER_KINDS)
-@pytest.mark.parametrize("beam_size", range(1, 11))
-@pytest.mark.parametrize("hard_attention", [False, True])
-def test_searches_are_equal(kind, beam_size, hard_attention):
-    for seed in range(4):
+@pytest.mark.parametrize("options", [{}, {"hard_attention": True}, {"sample": True}], ids=str)
+def test_searches_and_samples_are_equal(options):
+    if "sample" in options:
+        options = options | dict(n_best=3, temperature=0.8, top_p=0.95)
+    for kind, seed, beam_size in itertools.product(DECODER_KINDS, range(4), (1, 2, 5, 10)):
         decoder, _ = make_case(seed, end_bias=(-9, -4, -1, 1)[seed], kind=kind)
-        features = torch.randn(8, 196 if hard_attention else 4, 9, dtype=torch.float64)
-        found = [
-            beam_search(x, features, WORD_MAP, beam_size, max_len=12, hard_attention=hard_attention)
-            for x in (decoder, plain(decoder))
-        ]
+        features = torch.randn(8, 196 if "hard_attention" in options else 4, 9).double()
+        found = []
+        for x in (decoder, plain(decoder)):
+            torch.manual_seed(0)
+            found.append(beam_search(x, features, WORD_MAP, beam_size, max_len=12, **options))
         for fast, slow in zip(*found):
             assert fast.tokens == slow.tokens
             assert fast.score == pytest.approx(slow.score, abs=1e-9)
             np.testing.assert_allclose(fast.alphas, slow.alphas, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", DECODER_KINDS)
-def test_sampled_captions_are_equal(kind):
-    decoder, features = make_case(0, end_bias=-1, kind=kind)
-    options = dict(max_len=12, n_best=3, sample=True, temperature=0.8, top_p=0.95)
-    found = []
-    for x in (decoder, plain(decoder)):
-        torch.manual_seed(0)
-        found.append(beam_search(x, features, WORD_MAP, **options))
-    assert [c.tokens for c in found[0]] == [c.tokens for c in found[1]]
-    assert [c.score for c in found[0]] == pytest.approx([c.score for c in found[1]])
-
-
 @pytest.mark.parametrize("is_plain", [False, True])
-@pytest.mark.parametrize("sample", [False, True])
-def test_half_precision_searches_and_trains_in_both(is_plain, sample):
+def test_half_precision_searches_and_trains_in_both(is_plain):
     decoder, features = make_case(0, end_bias=-1)
     decoder, features = decoder.float(), features.float()
     decoder.plain = is_plain
     captions, lengths = make_captions(8, 2, len(WORD_MAP) + 7)
     with autocast(torch.device("cpu"), "bf16"):
-        found = beam_search(decoder, features, WORD_MAP, 3, max_len=12, sample=sample)
+        for sample in (False, True):
+            found = beam_search(decoder, features, WORD_MAP, 3, max_len=12, sample=sample)
+            assert all(np.isfinite(c.score) and c.alphas.dtype == np.float32 for c in found)
         output = decoder.train()(features, captions, lengths, hard_fraction=0.5)
         loss = doubly_stochastic_loss(output, lengths)
     loss.backward()
-    assert all(np.isfinite(c.score) and c.alphas.dtype == np.float32 for c in found)
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in decoder.parameters())
 
 
-@pytest.mark.parametrize("stride, height, width", [(16, 64, 64), (32, 288, 512), (32, 64, 448)])
-def test_cells_and_pooled_annotations_of_any_image_give_the_same(stride, height, width):
-    torch.manual_seed(0)
-    encoder = Encoder(
-        name="resnet50" if stride == 16 else "resnet18", weights="none", stride=stride
-    )
-    decoder = DecoderWithAttention(7, 5, 6, 23, encoder.double().encoder_dim, dropout=0.0).double()
+def test_bfloat16_gradients_have_the_direction_of_float32_gradients(monkeypatch):
+    decoder, (captions, lengths) = make_decoder(scale=1.0).float(), make_captions(6, 3)
+    features = torch.randn(6, 64, 9)
+    for chunk in (autograd.CPU_CHUNK, 20_000, 1):
+        monkeypatch.setattr(autograd, "CPU_CHUNK", chunk)
+        gradients = []
+        for amp in (None, "bf16"):
+            with autocast(torch.device("cpu"), amp):
+                loss = doubly_stochastic_loss(decoder(features, captions, lengths), lengths)
+            found = torch.autograd.grad(loss, list(decoder.parameters()))
+            gradients.append(torch.cat([g.flatten() for g in found]))
+        assert not torch.equal(*gradients)
+        assert nn.functional.cosine_similarity(*gradients, 0) > 0.999
+
+
+def test_cells_and_pooled_annotations_of_any_image_give_the_same():
     captions, lengths = make_captions(2, 2)
-    images = torch.randn(2, 3, height, width, dtype=torch.float64)
-    with torch.no_grad():
-        fast = decoder(encoder.cells(images), captions, lengths)
-        for features in (encoder(images), encoder(images).unflatten(1, (14, 14))):
-            slow = plain(decoder)(features, captions, lengths)
-            torch.testing.assert_close(tuple(slow), tuple(fast), rtol=1e-9, atol=1e-11)
+    for stride, height, width in ((16, 64, 64), (32, 96, 160), (32, 64, 448)):
+        torch.manual_seed(0)
+        name = "resnet50" if stride == 16 else "resnet18"
+        encoder = Encoder(name=name, weights="none", stride=stride).double()
+        decoder = DecoderWithAttention(7, 5, 6, 23, encoder.encoder_dim, dropout=0.0).double()
+        images = torch.randn(2, 3, height, width, dtype=torch.float64)
+        with torch.no_grad():
+            fast = decoder(encoder.cells(images), captions, lengths)
+            for features in (encoder(images), encoder(images).unflatten(1, (14, 14))):
+                slow = plain(decoder)(features, captions, lengths)
+                torch.testing.assert_close(tuple(slow), tuple(fast), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("cells", [1, 49, 64, 100, 196, 256])
-def test_pooling_matrix_equals_adaptive_average_pooling(cells):
-    side = int(cells**0.5)
-    grid = torch.randn(2, 3, side, side, dtype=torch.float64)
-    pool = pooling_matrix(cells, 14, grid.device, grid.dtype)
-    torch.testing.assert_close(
-        nn.AdaptiveAvgPool2d(14)(grid).flatten(2), grid.flatten(2) @ pool.t()
-    )
-    torch.testing.assert_close(pool.sum(1), torch.ones(196, dtype=torch.float64))
+def test_pooling_matrix_equals_adaptive_average_pooling():
+    for side in (1, 7, 8, 10, 14, 16):
+        grid = torch.randn(2, 3, side, side, dtype=torch.float64)
+        pool = pooling_matrix(side**2, 14, grid.device, grid.dtype)
+        expected = nn.AdaptiveAvgPool2d(14)(grid).flatten(2)
+        torch.testing.assert_close(expected, grid.flatten(2) @ pool.t())
+    with pytest.raises(ValueError, match="60"):
+        make_decoder().steps(torch.randn(1, 60, 9).double())
 
 
 # Who gets which
@@ -247,11 +245,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_decoder_is_run_as_it_is(change):
-    decoder = make_decoder()
-    CHANGES[change](decoder)
-    assert isinstance(decoder.steps(torch.randn(1, 4, 9).double()), PlainSteps)
+def test_a_changed_decoder_is_run_as_it_is():
+    features = torch.randn(1, 4, 9).double()
+    for what, change in CHANGES.items():
+        decoder = make_decoder()
+        change(decoder)
+        assert isinstance(decoder.steps(features), PlainSteps), what
 
 
 def test_the_gate_may_be_a_scalar_as_in_the_paper():
@@ -270,19 +269,19 @@ class WithRoom(FastSteps):
         return len(self.features), self.per_image
 
 
-@pytest.mark.parametrize("kind", [FastSteps, WithRoom])
-def test_rows_need_not_be_sorted_nor_fill_a_grid(kind):
+def test_rows_need_not_be_sorted_nor_fill_a_grid():
     decoder, features = make_decoder().eval(), torch.randn(4, 64, 9, dtype=torch.float64)
     rows, tokens = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 2, 3, 4])
-    steps, expected = kind(decoder, features, per_image=5), PlainSteps(decoder, features)
-    for _ in range(2):
-        state = steps.initial_state(rows)
-        torch.testing.assert_close(state, expected.initial_state(rows))
-        found = steps.step(tokens, state, rows)
-        torch.testing.assert_close(found, expected.step(tokens, state, rows))
-        for x in (steps, expected):  # without gradients, as in a search
-            with torch.no_grad():
-                x.keep(torch.tensor([1, 0, 2]))
+    for kind in (FastSteps, WithRoom):
+        steps, expected = kind(decoder, features, per_image=5), PlainSteps(decoder, features)
+        for _ in range(2):
+            state = steps.initial_state(rows)
+            torch.testing.assert_close(state, expected.initial_state(rows))
+            found = steps.step(tokens, state, rows)
+            torch.testing.assert_close(found, expected.step(tokens, state, rows))
+            for x in (steps, expected):  # without gradients, as in a search
+                with torch.no_grad():
+                    x.keep(torch.tensor([1, 0, 2]))
 
 
 def test_hard_attention_sees_one_location_in_both():
