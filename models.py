@@ -201,7 +201,7 @@ class DecoderWithAttention(nn.Module):
             tokens, state = inputs[:m, t], tuple(x[:m] for x in state)
             if sampling_prob and t > 0:
                 tokens = scheduled_sampling(tokens, state[0], steps.logits, sampling_prob)
-            state, alpha, weight = steps.step(tokens, state, order.rows[:m], hard(m))
+            state, alpha, weight = steps.step(tokens, state, order.rows[:m], hard)
             history.append((state[0], alpha, weight))
         hidden, alphas, weights = zip(*history)
         logits = steps.logits(self.dropout(order.by_caption(hidden)))

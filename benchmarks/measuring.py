@@ -1,49 +1,45 @@
-"""Measures time and memory, of two functions in turns or of a separate process."""
+"""Time and memory of two functions, in turns."""
 
-import json
 import statistics
-import subprocess
-import sys
-import textwrap
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import DeviceType, ProfilerActivity, profile
 from tqdm import tqdm
-
-from modeling.autograd import linear
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(function, device):
-    synchronise(device)
+    """What one call takes, until a GPU has finished too"""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
     start = time.perf_counter()
     function()
-    synchronise(device)
+    synchronise()
     return time.perf_counter() - start
 
 
 def compare(stage, textbook, ours, args, memory=True):
-    """A row of the table; both versions run in turns, so that other load affects them equally."""
-    textbook(), ours()
+    """
+    A row of the table: medians of args.repeats calls after a first one, in turns, so that other
+    load affects both alike. textbook may be None, and is left out where a GPU lacks the memory.
+    """
+    functions = {"textbook": textbook, "ours": ours} if textbook else {"ours": ours}
+    try:
+        functions.get("textbook", ours)()
+    except torch.OutOfMemoryError:
+        del functions["textbook"]
+    ours()
     times = [
-        [seconds(function, args.device) for function in (textbook, ours)]
+        [seconds(function, args.device) for function in functions.values()]
         for _ in tqdm(range(args.repeats), stage, disable=None, leave=False)
     ]
-    row = {"stage": stage} | dict(zip(("textbook", "ours"), map(statistics.median, zip(*times))))
-    if memory:
-        row |= {
-            "textbook_bytes": peak_memory(textbook, args.device),
-            "ours_bytes": peak_memory(ours, args.device),
-        }
+    row = {"stage": stage} | dict(zip(functions, map(statistics.median, zip(*times))))
+    for name, function in functions.items() if memory else ():
+        row[f"{name}_bytes"] = peak_memory(function, args.device)
     return row
 
 
@@ -54,62 +50,21 @@ def peak_memory(function, device):
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     changes = sorted(
         (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
+        for event in profiled.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
     return int(np.cumsum([size for _, size in changes]).max(initial=0))
 
 
-def matmul_rate(device):
-    """
-    FLOP/s of a float32 matrix product that is large enough to reach the machine's full speed, by
-    the faster of PyTorch's library and `linear`'s.
-    """
-    a = torch.rand(2048, 2048, device=device)
-    times = [
-        seconds(partial(product, a, a), device)
-        for product in (torch.matmul, linear)
-        for _ in range(20)
-    ]
-    return 2 * 2048**3 / min(times)
-
-
-def exponent(sizes, times):
-    """The slope of log time over log size: 1 is linear."""
-    return np.polyfit(np.log(sizes), np.log(times), 1)[0]
-
-
-def measure_process(code):
-    """
-    Run Python code in a separate process (on Linux only, which reports peak memory). Returns a
-    dictionary: `seconds` after the imports, `bytes`, the peak of the process plus that of its
-    largest child, `bytes_beyond_imports`, and whatever the code adds to its variable `result`.
-    """
-    imports, code = [], textwrap.dedent(code).strip().split("\n")
-    while code and code[0].startswith(("from ", "import ")):
-        imports.append(code.pop(0))
-    program = "\n".join(
-        [
-            "import json, resource, sys, time",
-            *imports,
-            "status = lambda: open('/proc/self/status').read()",
-            "peak = lambda: 1024 * int(status().split('VmHWM:')[1].split()[0])",
-            "result, before = {}, peak()",
-            "start = time.perf_counter()",
-            *code,
-            "result['seconds'] = time.perf_counter() - start",
-            "children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss",
-            "result |= {'bytes': peak() + children, 'bytes_beyond_imports': peak() - before}",
-            "print(json.dumps(result))",
-        ]
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    return json.loads(process.stdout.splitlines()[-1])
+def busy_seconds(function, device):
+    """How long a GPU computes during a call, the sum over its kernels; None on a CPU"""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        seconds(function, device)
+    kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in kernels) / 1e6

@@ -1,12 +1,14 @@
 """
-Autograd functions for `modeling.decoding.FastSteps`: the same numbers as the plain expressions,
-faster and in less memory.
+The layers of `modeling.decoding.FastSteps`: the same numbers as the plain expressions, faster and
+in less memory.
 
 A layer that runs once per time step has one weight gradient per step, and autograd adds them up
 one by one. Here each step only stores the factors of its gradient; after the last step's backward
-pass, one large matrix product computes the sum (`DeferredGradients`).
+pass, one large matrix product computes the sum. `deferred_linear`, `deferred_embedding` and
+`attention_energy` are called once per batch; what they return is called once per time step.
 """
 
+import math
 from functools import lru_cache, partial, reduce
 
 import torch
@@ -20,19 +22,14 @@ CPU_CHUNK, GPU_CHUNK = 4 << 20, 1 << 30
 @lru_cache
 def find_onednn():
     """
-    oneDNN's operators for inference, `linear` and `pack`, or None. They are private to PyTorch, so
-    they are tried: another version may lack them or call them differently.
+    oneDNN's operators for inference, `linear` and `pack`. They are private to PyTorch, and another
+    version may lack them or call them differently: they are tried, and then this is None.
     """
     x = torch.eye(2)
     try:
-        pack, pointwise = (
-            torch.ops.mkldnn._reorder_linear_weight,
-            torch.ops.mkldnn._linear_pointwise,
-        )
-
-        def linear(x, weight, bias):
-            return pointwise(x, weight, bias, "none", [], "")
-
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        linear = partial(pointwise, attr="none", scalars=[], algorithm="")
         return (linear, pack) if torch.equal(linear(x, pack(x), None), x) else None
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -48,24 +45,6 @@ def uses_onednn(*tensors):
     )
 
 
-class DeferredGradients(torch.autograd.Function):
-    """
-    `anchor = DeferredGradients.apply(make_gradients, *tensors)`: once the backward pass of every
-    function that takes the anchor as an input has run, make_gradients() is called and returns the
-    gradients of the tensors.
-    """
-
-    @staticmethod
-    def forward(ctx, make_gradients, *tensors):
-        ctx.make_gradients = make_gradients
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _):
-        return None, *ctx.make_gradients()
-
-
 def linear(x, weight, bias=None):
     """
     F.linear, by oneDNN where it takes the tensors: on processors with AVX-512 it is up to 2.5 times
@@ -76,32 +55,69 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-class DeferredLinear:
+class _Anchor(torch.autograd.Function):
     """
-    `layer = DeferredLinear(weight, bias)` for one batch, then `layer(x)` once per time step.
-
-    weight (O, I), bias (O,) or None, x (M, I), where M may differ from call to call. Under autocast
-    the weight is cast once, not at every step; on a CPU it is laid out once as oneDNN reads it.
+    An input of all steps of a layer: its backward pass runs after theirs, and layer.gradients()
+    returns the gradients of the tensors.
     """
 
+    @staticmethod
+    def forward(ctx, layer, *tensors):
+        ctx.layer = layer
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return None, *ctx.layer.gradients()
+
+
+class _Step(torch.autograd.Function):
+    """One time step of a layer. A layer does not hold its anchor: a cycle would keep memory."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()  # not a view that keeps more
+        return ctx.layer.backward(*ctx.saved_tensors, grad, ctx.needs_input_grad[0]), None, None
+
+
+def deferred_linear(weight, bias=None):
+    """
+    A function like F.linear(x, weight, bias), weight (O, I), bias (O,) or None, x (M, I), where M
+    may differ from call to call. Under autocast the weight is cast once, not at every step; on a
+    CPU it is laid out once as oneDNN reads it.
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
+    layer = _Linear(weight, bias)
+    anchor = _Anchor.apply(layer, weight, bias)
+    return lambda x: _Step.apply(x.to(weight.dtype), anchor, layer)
+
+
+class _Linear:
     def __init__(self, weight, bias=None):
-        device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.inputs, self.grads = [], []  # one entry per step
-        # The weight and its transpose as `linear` reads them fastest, from the first use on, until
-        # the gradient is made: not attributes, which would make a cycle with the anchor.
-        self.packed = {}
-        self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.inputs, self.grads, self.packed, bias is not None),
-            weight,
-            bias,
-        )
+        self.weight, self.bias, self.inputs, self.grads = weight, bias, [], []
+        self.packed = {}  # the weight or its transpose, until the gradient is made
+
+    def forward(self, x):
+        return linear(x, self.pack(transposed=False), self.bias)
+
+    def backward(self, x, grad, needs_input_grad):
+        self.inputs.append(x)
+        self.grads.append(grad)
+        return linear(grad, self.pack(transposed=True)) if needs_input_grad else None
 
     def pack(self, transposed):
-        """The weight, or its transpose, for `linear`"""
+        """The weight, or its transpose, as `linear` reads it fastest"""
         if transposed not in self.packed:
             self.packed.clear()  # the backward pass does not need the forward's
             weight = self.weight.t() if transposed else self.weight
@@ -110,161 +126,79 @@ class DeferredLinear:
             self.packed[transposed] = weight
         return self.packed[transposed]
 
-    @staticmethod
-    def _make_gradients(inputs, grads, packed, has_bias):
-        packed.clear()
-        x, grad = (torch.cat(y) if len(y) > 1 else y[0] for y in (inputs, grads))
-        inputs.clear()
-        grads.clear()
-        # The transposed copies of some rows at a time, since large new tensors are slow. In half
-        # precision all at once: the sum of rounded parts would lose digits.
+    def gradients(self):
+        self.packed.clear()
+        x, grad = _join(self.inputs), _join(self.grads)
+        # Some rows at a time, since large new tensors, as of a transposed copy, are slow; in half
+        # precision all at once, since the sum of rounded parts would lose digits.
         half = x.element_size() < 4
         rows = len(x) if half else _chunk_size(x, min(x.shape[1], grad.shape[1]))
-        d_weight = reduce(
-            torch.Tensor.add_,
-            (linear(a.t(), b.t()) for a, b in zip(grad.split(rows), x.split(rows))),
-        )
-        return d_weight, grad.sum(0) if has_bias else None
-
-    def __call__(self, x):
-        return _Linear.apply(x.to(self.weight.dtype), self.anchor, self)
+        parts = zip(grad.split(rows), x.split(rows))
+        d_weight = reduce(torch.Tensor.add_, (linear(a.t(), b.t()) for a, b in parts))
+        return d_weight, None if self.bias is None else grad.sum(0)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, anchor, layer):
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return linear(x, layer.pack(transposed=False), layer.bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        [x], layer = ctx.saved_tensors, ctx.layer
-        layer.inputs.append(x)
-        layer.grads.append(grad)
-        d_x = linear(grad, layer.pack(transposed=True)) if ctx.needs_input_grad[0] else None
-        return d_x, None, None
+def _join(steps):
+    """The tensors of all steps in one; the list is emptied."""
+    joined = torch.cat(steps) if len(steps) > 1 else steps[0]
+    steps.clear()
+    return joined
 
 
-class DeferredEmbedding:
-    """
-    `embedding = DeferredEmbedding(weight)` for one batch, then `embedding(tokens)` once per time
-    step: F.embedding, whose gradient, of the size of the vocabulary, is made once. weight (V, D)
-    """
+def deferred_embedding(weight):
+    """A function like F.embedding(tokens, weight), weight (V, D)"""
+    layer = _Embedding(weight)
+    anchor = _Anchor.apply(layer, weight)
+    return lambda tokens: _Step.apply(tokens, anchor, layer)
 
-    def __init__(self, weight):
-        self.weight, self.tokens, self.grads = weight.detach(), [], []
-        self.anchor = DeferredGradients.apply(
-            partial(self._make_gradient, self.weight, self.tokens, self.grads), weight
-        )
 
-    @staticmethod
-    def _make_gradient(weight, tokens, grads):
-        all_tokens, grad = torch.cat(tokens), torch.cat(grads)
-        tokens.clear()
-        grads.clear()
+class _Embedding(_Linear):  # its inputs stand for vectors that are 1 at the token and else 0
+    def forward(self, tokens):
+        return F.embedding(tokens, self.weight)
+
+    def gradients(self):
+        tokens, grad = _join(self.inputs), _join(self.grads)
         with torch.enable_grad():
-            weight = weight.detach().requires_grad_()
-            return torch.autograd.grad(F.embedding(all_tokens, weight), weight, grad)
-
-    def __call__(self, tokens):
-        return _Embedding.apply(tokens, self.anchor, self)
+            weight = self.weight.detach().requires_grad_()
+            return torch.autograd.grad(F.embedding(tokens, weight), weight, grad)
 
 
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tokens, anchor, layer):
-        ctx.save_for_backward(tokens)
-        ctx.layer = layer
-        return F.embedding(tokens, layer.weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        [tokens] = ctx.saved_tensors
-        ctx.layer.tokens.append(tokens)
-        ctx.layer.grads.append(grad.contiguous())  # not a view that keeps more
-        return None, None, None
-
-
-class AttentionEnergy:
+def attention_energy(keys, weight):
     """
-    `energy = AttentionEnergy(keys, weight)` for one batch, then energy(query) once per time step:
+    A function of query (n, R, A), for the first n <= N images; keys (N, P, A), weight (A,):
 
         energy[n, r, p] = sum_a weight[a] * relu(keys[n, p, a] + query[n, r, a])
 
-    keys (N, P, A), weight (A,), query (n, R, A) for the first n <= N images; returns (n, R, P).
-
-    keys + query, (n, R, P, A), would be the decoder's largest tensor by far. It is never stored:
-    it is computed for a few images at a time, small enough for the processor's cache, and computed
-    again in the backward pass.
+    keys + query, (n, R, P, A), would be the decoder's largest tensor by far. It is computed for as
+    few images at a time as fit the processor's cache, and again in the backward pass.
     """
+    weight = weight.to(keys.dtype)
+    layer = _Energy(keys, weight)
+    anchor = _Anchor.apply(layer, keys, weight)
+    return lambda query: _Step.apply(query.to(keys.dtype), anchor, layer)
 
+
+class _Energy:
     def __init__(self, keys, weight):
-        weight = weight.to(keys.dtype)
-        self.keys, self.weight = keys.detach(), weight
-        self.d_keys = []  # one tensor after the first backward, without the factor `weight`
-        self.anchor = DeferredGradients.apply(
-            partial(self._make_gradients, self.keys, weight.detach(), self.d_keys), keys, weight
-        )
+        self.keys, self.weight = keys, weight
+        self.d_keys = self.d_weight = None  # sums over the steps; d_keys without the factor weight
 
-    @staticmethod
-    def _make_gradients(keys, weight, d_keys):
-        # relu(x) = x where x > 0, so the gradient of the weight follows from those of keys
-        # (here) and query (in _Energy), and needs no pass over the large tensor.
-        total = d_keys.pop()
-        images = _chunk_size(total, total[0].numel())
-        d_weight = sum((a * b).sum((0, 1)) for a, b in zip(total.split(images), keys.split(images)))
-        return total.mul_(weight), d_weight
-
-    def __call__(self, query):
-        query = query.to(self.keys.dtype)
-        return _Energy.apply(query, self.weight, self.anchor, self.keys, self.d_keys)
-
-
-def _chunk_size(tensor, numel):
-    """How many items of `numel` elements each to process at a time, at least 1."""
-    budget = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
-    return max(1, budget // max(1, numel * tensor.element_size()))
-
-
-def _blocks(keys, query):
-    """Yield slices of a few images each, and a buffer (images, R, P, A) for them."""
-    shape = query.shape[1], *keys.shape[1:]
-    step = min(len(query), _chunk_size(keys, shape[0] * shape[1] * shape[2]))
-    buffer = keys.new_empty(step, *shape)
-    for i in range(0, len(query), max(1, step)):
-        block = slice(i, min(i + step, len(query)))
-        yield block, buffer[: block.stop - i]
-
-
-class _Energy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, weight, anchor, keys, d_keys):
-        ctx.save_for_backward(query, keys, weight)
-        ctx.d_keys = d_keys
-        energy = keys.new_empty(*query.shape[:2], keys.shape[1])
+    def forward(self, query):
+        energy = self.keys.new_empty(*query.shape[:2], self.keys.shape[1])
         opposite = (-query).unsqueeze(2)
-        for block, buffer in _blocks(keys, query):
+        for block, buffer in self.blocks(query):
             # relu(k + q) = max(k, -q) + q: one pass over the block instead of two
-            torch.maximum(keys[block, None], opposite[block], out=buffer)
-            torch.matmul(buffer, weight, out=energy[block])
-        return energy + (query @ weight).unsqueeze(2)
+            torch.maximum(self.keys[block, None], opposite[block], out=buffer)
+            torch.matmul(buffer, self.weight, out=energy[block])
+        return energy + (query @ self.weight).unsqueeze(2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        query, keys, weight = ctx.saved_tensors
-        grad, d_query = grad.contiguous(), torch.empty_like(query)
-        if not ctx.d_keys:
-            # At least float32: it is a sum over all steps.
-            ctx.d_keys.append(
-                keys.new_zeros(keys.shape, dtype=torch.promote_types(keys.dtype, torch.float32))
-            )
-        [d_keys] = ctx.d_keys
+    def backward(self, query, grad, _):
+        keys, d_query = self.keys, torch.empty_like(query)
+        if self.d_keys is None:  # at least float32: it is a sum over all steps
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            self.d_keys, self.d_weight = torch.zeros_like(keys, dtype=dtype), 0
         ones = keys.new_ones(1, 1, query.shape[1])
-        for block, buffer in _blocks(keys, query):
+        for block, buffer in self.blocks(query):
             torch.add(keys[block, None], query[block].unsqueeze(2), out=buffer)
             # grad where the ReLU's input is positive, 0 elsewhere
             relu_grad = torch.ops.aten.threshold_backward(
@@ -272,10 +206,31 @@ class _Energy(torch.autograd.Function):
             )
             torch.sum(relu_grad, 2, out=d_query[block])
             n, r, p, a = relu_grad.shape
-            if r == 1:
-                d_keys[block] += relu_grad.squeeze(1)
-            else:
-                d_keys[block] += torch.bmm(ones.expand(n, 1, r), relu_grad.view(n, r, p * a)).view(
-                    n, p, a
-                )
-        return d_query * weight, (d_query * query).sum((0, 1)), None, None, None
+            if r > 1:  # faster than a sum over r
+                relu_grad = torch.bmm(ones.expand(n, 1, r), relu_grad.view(n, r, p * a))
+            self.d_keys[block] += relu_grad.view(n, p, a)
+        # relu(x) = x where x > 0, so the weight's gradient follows from these of queries and keys
+        self.d_weight = self.d_weight + (d_query * query).sum((0, 1))
+        return d_query * self.weight
+
+    def gradients(self):
+        d_keys, self.d_keys = self.d_keys, None
+        images = _chunk_size(d_keys, d_keys[0].numel())
+        parts = zip(d_keys.split(images), self.keys.split(images))
+        of_keys = sum((a * b).sum((0, 1)) for a, b in parts)
+        return d_keys.mul_(self.weight), self.d_weight + of_keys.to(self.weight.dtype)
+
+    def blocks(self, query):
+        """Yield slices of a few images each, and a buffer (images, R, P, A) for them."""
+        shape = query.shape[1], *self.keys.shape[1:]
+        step = min(len(query), _chunk_size(self.keys, math.prod(shape)))
+        buffer = self.keys.new_empty(step, *shape)
+        for i in range(0, len(query), step):
+            block = slice(i, min(i + step, len(query)))
+            yield block, buffer[: block.stop - i]
+
+
+def _chunk_size(tensor, numel):
+    """How many items of `numel` elements each to process at a time, at least 1."""
+    budget = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+    return max(1, budget // max(1, numel * tensor.element_size()))

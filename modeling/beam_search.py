@@ -1,6 +1,5 @@
 """
-`find_captions`: the most probable captions of a batch of images, by beam search on the decoder's
-device, or captions sampled at random.
+`find_captions`: the most probable captions of a batch of images, by beam search, or sampled ones.
 
 The search's index spaces, N images and K beams:
 
@@ -50,16 +49,12 @@ class Search:
     top_p: float = 1.0
 
     def __post_init__(self):
-        most = math.inf if self.sample else self.beam_size
+        max_n_best, max_penalty = math.inf if self.sample else self.beam_size, MAX_LENGTH_PENALTY
         for name, holds, rule in (
             ("beam_size", self.beam_size >= 1, "at least 1"),
             ("max_len", self.max_len >= 1, "at least 1"),
-            ("n_best", 1 <= self.n_best <= most, "1 to beam_size, or with sample at least 1"),
-            (
-                "length_penalty",
-                0 <= self.length_penalty <= MAX_LENGTH_PENALTY,
-                f"0 to {MAX_LENGTH_PENALTY}",
-            ),
+            ("n_best", 1 <= self.n_best <= max_n_best, f"1 to {max_n_best}"),
+            ("length_penalty", 0 <= self.length_penalty <= max_penalty, f"0 to {max_penalty}"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0"),
             ("temperature", self.temperature > 0, "above 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -100,17 +95,14 @@ def find_captions(
     callback: Callable | None = None,
 ) -> list[Caption]:
     """
-    Caption a batch of images.
-
     decoder: in evaluation mode; features: (N, G, E) annotation vectors
     callback: called after each step of a search, for n rows, with five tensors: scores and tokens
     of each beam's best continuations, (n, K, C), scores -inf for closed beams; and scores, tokens
     and parents of the beams kept from them, (n, K), scores -inf beyond the row's width
 
     The rule is the tutorial's: a beam that reaches <end> is set aside, and the search continues
-    with one beam less; of those set aside, the best total log-probability wins. A caption has at
-    most max_len words, and <end> may follow them; if none has finished, the best unfinished one of
-    max_len words is returned.
+    with one beam less; of those set aside, the best total log-probability wins. At most max_len
+    words and <end>; if none has finished, the best unfinished one of max_len words.
 
     Returns N Captions. Raises UserError if the decoder's logits are not finite.
     """
@@ -123,10 +115,7 @@ def find_captions(
 
 
 def _search(decoder, features, word_map, search, callback):
-    """
-    Returns for each step its rows (n,), and of their beams tokens, parents and scores, (n, K), and
-    alphas (n, K, P).
-    """
+    """Returns for each step rows (n,), and tokens, parents, scores (n, K) and alphas (n, K, P)"""
     n, k, device = len(features), search.beam_size, features.device
     end, hard = word_map["<end>"], most_likely_location if search.hard_attention else None
     steps = decoder.steps(features, k)
@@ -136,8 +125,7 @@ def _search(decoder, features, word_map, search, callback):
     # A closed beam has score -inf. At first only beam 0 is open, since all would be equal.
     dtype = torch.promote_types(state[0].dtype, torch.float32)
     scores = torch.full((n, k), -torch.inf, device=device, dtype=dtype)
-    scores[:, 0] = 0
-    lines = torch.arange(0, n * k, k, device=device)
+    scores[:, 0], lines = 0, torch.arange(0, n * k, k, device=device)
     width = torch.full((n, 1), k, device=device)  # beams left for each row
     best_finished = scores.new_full((n, search.n_best), -torch.inf)
     paths = tokens.new_zeros(n, k, 0)  # each beam's tokens so far, with no_repeat_ngram
@@ -166,20 +154,18 @@ def _search(decoder, features, word_map, search, callback):
         # favourable length, ranks below the n_best-th finished one.
         bound = scores.amax(1) / (search.max_len + 1) ** search.length_penalty
         active = bound > best_finished[:, -1]
-        parent_lines = _parent_lines(lines, parents)
         is_open = ((scores > -torch.inf) & active.unsqueeze(1)).flatten()
         # The search's only transfer from the device in a step:
         num_open, num_active = torch.stack([is_open.sum(), active.sum()]).tolist()
         if num_open == 0:
             break
-        lines = _true_indices(is_open, num_open)
-        state = tuple(x.index_select(0, parent_lines[lines]) for x in state)
+        lines, before = _true_indices(is_open, num_open), lines
+        # Each open beam continues the state of its parent.
+        parent_lines = torch.searchsorted(before, lines // k * k + parents.flatten()[lines])
+        state = tuple(x.index_select(0, parent_lines) for x in state)
         if num_active <= len(rows) // 2:  # rarely, since it copies
             kept = _true_indices(active, num_active)
-            new_row = torch.zeros_like(rows).index_copy(
-                0, kept, torch.arange(num_active, device=device)
-            )
-            lines = new_row[lines // k] * k + lines % k
+            lines = torch.searchsorted(kept, lines // k) * k + lines % k
             rows, tokens, scores = rows[kept], tokens[kept], scores[kept]
             best_finished, width, paths = best_finished[kept], width[kept], paths[kept]
             steps.keep(kept)
@@ -188,40 +174,26 @@ def _search(decoder, features, word_map, search, callback):
 
 def _extend(scores, log_probs, lines, width, callback):
     """
-    The `width` best continuations of each row's open beams.
-
-    scores (n, K), log_probs (M, V) of the open beams, width (n, 1)
-    Returns scores (-inf beyond the width), tokens and parents (beams), each (n, K)
+    scores (n, K), log_probs (M, V) of the open beams, width (n, 1) -> of each row's best
+    continuations scores, -inf beyond the width, tokens and parents (beams), each (n, K)
     """
     n, k = scores.shape
     # The K best of a row are among the K best of each of its beams.
-    best, tokens = log_probs.topk(min(k, log_probs.shape[1]))  # (M, min(K, V))
-    per_beam = best.shape[1]
+    best, tokens = log_probs.topk(min(k, log_probs.shape[1]))  # (M, C), C = min(K, V)
     total = scores.flatten()[lines].unsqueeze(1) + best
-    total = scores.new_full((n * k, per_beam), -torch.inf).index_copy(
-        0, lines, total.to(scores.dtype)
-    )
-    tokens = _to_beams(tokens, lines, (n, k))
-    top, index = total.view(n, -1).topk(k)
+    total, tokens = _to_beams(total, lines, (n, k), -torch.inf), _to_beams(tokens, lines, (n, k))
+    top, index = total.flatten(1).topk(k)
     top = top.masked_fill(torch.arange(k, device=top.device) >= width, -torch.inf)
-    kept = top, tokens.flatten(1).gather(1, index), index // per_beam
+    kept = top, tokens.flatten(1).gather(1, index), index // total.shape[2]
     if callback:
-        callback(total.view(n, k, per_beam), tokens, *kept)
+        callback(total, tokens, *kept)
     return kept
 
 
-def _to_beams(x, lines, shape):
-    """(M, ...) of the open beams -> (n, K, ...), zero where a beam is closed"""
-    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, lines, x).view(*shape, -1)
-
-
-def _parent_lines(lines, parents):
-    """The line in the state of each beam's parent: parents (n, K) -> (n K,)"""
-    n, k = parents.shape
-    line = lines.new_zeros(n * k).index_copy(
-        0, lines, torch.arange(len(lines), device=lines.device)
-    )
-    return line[torch.arange(0, n * k, k, device=lines.device).unsqueeze(1) + parents].flatten()
+def _to_beams(x, lines, shape, value=0):
+    """x (M, C) of the open beams -> (n, K, C), this value where a beam is closed; shape (n, K)"""
+    full = x.new_full((math.prod(shape), x.shape[1]), value)
+    return full.index_copy(0, lines, x).view(*shape, -1)
 
 
 def _true_indices(mask, count):
@@ -240,16 +212,13 @@ def _backtrack(history, n, end, search):
         for full, part in zip((tokens, parents, scores, alphas), columns):
             full[t, rows] = part
 
-    finished = (tokens == end) & (scores > -np.inf)
+    last, is_end = min(steps, search.max_len) - 1, (tokens == end) & (scores > -np.inf)
+    unfinished = ~is_end.any((0, 2))
+    is_end[last, unfinished] = scores[last, unfinished] > -np.inf
+    _check_finite(is_end.any((0, 2)).all())
     captions = []
     for i in range(n):
-        ends = np.argwhere(finished[:, i])  # (step, beam) of every finished beam
-        if not len(ends):
-            last = min(steps, search.max_len) - 1
-            ends = np.array(
-                [(last, beam) for beam in range(tokens.shape[2]) if scores[last, i, beam] > -np.inf]
-            )
-        _check_finite(len(ends) > 0)
+        ends = np.argwhere(is_end[:, i])  # (step, beam)
         ranks = scores[ends[:, 0], i, ends[:, 1]] / (ends[:, 0] + 1.0) ** search.length_penalty
         best = ends[np.argsort(-ranks, kind="stable")[: search.n_best]]
         columns = tokens[:, i], parents[:, i], scores[:, i], alphas[:, i]
@@ -259,44 +228,36 @@ def _backtrack(history, n, end, search):
 
 
 def _path(columns, end, step, beam):
-    """
-    The Caption that ends in this beam after this step; columns: an image's tokens, parents and
-    scores, (T, K), and alphas (T, K, P)
-    """
+    """The Caption that ends here; columns: tokens, parents, scores (T, K) and alphas (T, K, P)"""
     tokens, parents, scores, alphas = columns
     score, finished = float(scores[step, beam]), bool(tokens[step, beam] == end)
     path, attention = [], []
     for t in range(step, -1, -1):
-        path.append(int(tokens[t, beam]))
+        path.insert(0, int(tokens[t, beam]))
         beam = parents[t, beam]  # attention is kept by the beams before the step
-        attention.append(alphas[t, beam])
+        attention.insert(0, alphas[t, beam])
     length = len(path) - finished  # without <end>
-    attention = np.array(attention[::-1][:length], alphas.dtype).reshape(length, alphas.shape[2])
-    return Caption(path[::-1][:length], attention, score, finished, [])
+    return Caption(path[:length], np.stack(attention)[:length], score, finished, [])
 
 
 def _sampled(decoder, features, word_map, search):
-    """
-    search.n_best captions sampled for each image, the most probable one first, the others as its
-    alternatives. Scores are the model's own log-probabilities, whatever the temperature.
-    """
+    """The most probable of n_best samples of an image, by the model's own scores, and the others"""
     captions, lengths = sample_captions(decoder, features, word_map, search)
     output = decoder(features, captions, lengths)
     log_probs = output.logits.double().log_softmax(-1).gather(1, output.targets.unsqueeze(1))
-    _check_finite(bool(log_probs.isfinite().all()))
-    scores = iter(log_probs.squeeze(1).split((lengths - 1).flatten().tolist()))
-    captions, weights = captions.tolist(), output.weights.float().cpu().numpy()
+    _check_finite(log_probs.isfinite().all())
+    token_scores = iter(log_probs.squeeze(1).split((lengths - 1).flatten().tolist()))
     found = []
-    for i in range(len(features)):
+    for paths, weights in zip(captions.tolist(), output.weights.float().cpu().numpy()):
         of_image = []
-        for r, length in enumerate(lengths[i].tolist()):
-            path, token_scores = captions[i][r][1:length], next(scores)
-            finished = path[-1] == word_map["<end>"]
+        for path, attention in zip(paths, weights):
+            scores = next(token_scores)
+            finished = path[len(scores)] == word_map["<end>"]
             if not finished:  # what follows max_len words only shows that it did not end
-                token_scores = token_scores[: search.max_len]
-            path = path[: len(token_scores) - finished]
-            score = float(token_scores.sum())
-            of_image.append(Caption(path, weights[i, r, : len(path)], score, finished, []))
+                scores = scores[: search.max_len]
+            length = len(scores) - finished
+            score, tokens = float(scores.sum()), path[1 : length + 1]
+            of_image.append(Caption(tokens, attention[:length], score, finished, []))
         first, *others = sorted(of_image, key=lambda caption: -caption.score)
         found.append(first._replace(alternatives=others))
     return found

@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.autograd import AttentionEnergy, DeferredEmbedding, DeferredLinear
+from modeling.autograd import attention_energy, deferred_embedding, deferred_linear
 
 State = tuple[Tensor, ...]  # the LSTM's h and c, each (M, H)
 HardAttention = Callable[[Tensor], Tensor]  # alpha (M, P) -> weights (M, P): modeling/sampling.py
 
-# What FastSteps compute: the methods of models.py whose `source_digest` this is, and these layers,
-# each with a bias.
+# What FastSteps compute: methods of models.py with this `source_digest`, and layers with biases
 KNOWN_SOURCE = 2077254964
 KNOWN_LAYERS = {"embedding": nn.Embedding, "dropout": nn.Dropout, "decode_step": nn.LSTMCell}
 KNOWN_LAYERS |= dict.fromkeys(("init_h", "init_c", "f_beta", "fc"), nn.Linear)
@@ -36,45 +35,31 @@ KNOWN_PARAMETERS = 19
 
 
 def make_steps(decoder, features, per_image):
-    """PlainSteps if the decoder is to be plain or its step is not known, else FastSteps."""
-    if decoder.plain:
-        return PlainSteps(decoder, features)
-    if not is_known(decoder):
+    """FastSteps, unless the decoder is to be plain or they would not compute what it does"""
+    if not decoder.plain:
+        if is_known(decoder):
+            return FastSteps(decoder, features, per_image)
         _say_plain(type(decoder).__name__)
-        return PlainSteps(decoder, features)
-    return FastSteps(decoder, features, per_image)
+    return PlainSteps(decoder, features)
 
 
 @lru_cache
 def _say_plain(name):
     """Once for each kind of decoder"""
-    print(
-        f"the step of {name} is not the one that modeling/decoding.py makes fast: it runs as it is "
-        f"written",
-        file=sys.stderr,
-    )
+    message = f"the step of {name} is not the one that modeling/decoding.py makes fast: it runs as"
+    print(message, "it is written", file=sys.stderr)
 
 
 def is_known(decoder):
-    """
-    Whether FastSteps compute what this decoder would. Hooks of its layers, which they would not
-    call, count as a change.
-    """
-    methods = (
-        decoder.init_hidden_state,
-        decoder.step,
-        decoder.logits,
-        decoder.attention.forward,
-    )
+    """Whether FastSteps compute what this decoder would; they would not call its layers' hooks."""
+    methods = decoder.init_hidden_state, decoder.step, decoder.logits, decoder.attention.forward
     layers = {name: type(x) for name, x in decoder.named_modules() if not any(x.children())}
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    inner = list(decoder.modules())[1:]
+    inner = [vars(module).items() for module in list(decoder.modules())[1:]]
     return (
         layers == KNOWN_LAYERS
         and len(decoder.state_dict()) == KNOWN_PARAMETERS
-        and not any(getattr(module, kind, None) for module in inner for kind in kinds)
-        and source_digest(*(getattr(method, "__func__", method) for method in methods))
-        == KNOWN_SOURCE
+        and not any(hooks for items in inner for name, hooks in items if name.endswith("_hooks"))
+        and source_digest(*(getattr(x, "__func__", x) for x in methods)) == KNOWN_SOURCE
     )
 
 
@@ -85,7 +70,7 @@ def source_digest(*functions):
         text = "".join(map(inspect.getsource, functions))
     except OSError:  # typed at a prompt, for example
         return None
-    wrapped = [function for function in functions if hasattr(function, "__wrapped__")]
+    wrapped = any(hasattr(function, "__wrapped__") for function in functions)
     return None if wrapped else zlib.crc32(text.encode())
 
 
@@ -133,47 +118,44 @@ class FastSteps:
     - Weight gradients are summed over all steps by one product, see modeling/autograd.py, where
       the ReLU and full_att are computed in blocks that fit the processor's cache.
 
-    The captions of a step lie in a grid (n, R), at most R of each of the first n images; `slots`
-    (M,) are their places in the flattened grid.
+    A step's captions lie in a grid (n, R), at most R of each of the first n images, at `slots` (M,)
+    of the flattened grid.
     """
 
     def __init__(self, decoder, features, per_image):
-        features = features.reshape(len(features), -1, features.shape[-1])
         attention, lstm = decoder.attention, decoder.decode_step
         size = decoder.args["encoded_image_size"]
+        features = features.reshape(len(features), -1, features.shape[-1])
         self.decoder, self.features, self.per_image = decoder, features, per_image
+        encoder_att = deferred_linear(attention.encoder_att.weight, attention.encoder_att.bias)
+        keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
         self.pool = None  # (P, G); each row sums to 1, so that biases pass through it unchanged
         if features.shape[1] != size**2:
             self.pool = pooling_matrix(features.shape[1], size, features.device, features.dtype)
-        encoder_att = DeferredLinear(attention.encoder_att.weight, attention.encoder_att.bias)
-        keys = encoder_att(features.flatten(0, 1)).view(*features.shape[:2], -1)
-        if self.pool is not None:
             keys = self.pool @ keys
-        self.energy = AttentionEnergy(keys, attention.full_att.weight.squeeze(0))
+        self._set_keys(keys)
         of_h = attention.decoder_att, decoder.f_beta
-        self._of_h = DeferredLinear(
-            torch.cat([layer.weight for layer in of_h] + [lstm.weight_hh]),
-            torch.cat([layer.bias for layer in of_h] + [lstm.bias_hh]),
-        )
+        weight = torch.cat([*(layer.weight for layer in of_h), lstm.weight_hh])
+        bias = torch.cat([*(layer.bias for layer in of_h), lstm.bias_hh])
+        self._of_h = deferred_linear(weight, bias)
         self._sizes = *(layer.out_features for layer in of_h), 4 * lstm.hidden_size
-        self._embedding = DeferredEmbedding(decoder.embedding.weight)
-        self._to_gates = DeferredLinear(lstm.weight_ih, lstm.bias_ih)
-        self.logits = DeferredLinear(decoder.fc.weight, decoder.fc.bias)
+        self._embedding = deferred_embedding(decoder.embedding.weight)
+        self._to_gates = deferred_linear(lstm.weight_ih, lstm.bias_ih)
+        self.logits = deferred_linear(decoder.fc.weight, decoder.fc.bias)
+
+    def _set_keys(self, keys):
+        self.keys = keys  # (N, P, A), encoder_att of the annotation vectors
+        self._energy = attention_energy(keys, self.decoder.attention.full_att.weight.squeeze(0))
 
     def initial_state(self, rows: Tensor) -> State:
         """As in `PlainSteps`"""
-        if self.pool is None:
-            mean = self.features.mean(1)  # (N, E)
-        else:
-            mean = self.pool.mean(0) @ self.features
+        mean = self.features.mean(1) if self.pool is None else self.pool.mean(0) @ self.features
         rows = rows.to(mean.device, non_blocking=True)
         # c is a sum over many steps, so it is never in half precision.
         layers = self.decoder.init_h, self.decoder.init_c
         return tuple(layer(mean).to(layer.weight.dtype).index_select(0, rows) for layer in layers)
 
-    def step(
-        self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
-    ) -> tuple[State, Tensor, Tensor]:
+    def step(self, tokens, state, rows, hard=None):
         """As in `PlainSteps`"""
         h, c = state
         query, beta_logits, gates = self._of_h(h).split(self._sizes, 1)
@@ -197,16 +179,15 @@ class FastSteps:
             return x if slots is None else x.index_select(0, slots)
 
         # softmax does not see the bias, which so gets a gradient of 0, as the plain one does
-        energy = self.energy(to_grid(query)) + self.decoder.attention.full_att.bias
-        grid_weights = energy.softmax(-1)
-        alpha = weights = from_grid(grid_weights)
+        energy = self._energy(to_grid(query)) + self.decoder.attention.full_att.bias
+        on_grid = energy.softmax(-1)
+        alpha = weights = from_grid(on_grid)
         if hard is not None:
             weights = hard(alpha)
-            grid_weights = to_grid(weights)
+            on_grid = to_grid(weights)
         if self.pool is not None:
-            grid_weights = grid_weights @ self.pool
-        context = grid_weights @ self.features[:n]
-        return from_grid(context), alpha, weights
+            on_grid = on_grid @ self.pool
+        return from_grid(on_grid @ self.features[:n]), alpha, weights
 
     def _arrange(self, rows):
         """The grid's shape (n, R), and the slots, or None where the captions fill it in order"""
@@ -229,7 +210,7 @@ class FastSteps:
     def keep(self, images: Tensor) -> None:
         """As in `PlainSteps`, without gradients"""
         self.features = self.features[images]
-        self.energy = AttentionEnergy(self.energy.keys[images], self.energy.weight)
+        self._set_keys(self.keys[images])
 
 
 def _square(cells):

@@ -11,8 +11,8 @@ class LongestFirst:
     Captions sorted by length, so that those that go on at step t are the first ones, and so are
     their images. W is the number of tokens to predict, all except <start>.
 
-    lengths: (N, R), <start> and <end> counted. The order is computed on the CPU, so that the loop
-    over time steps never waits for a GPU to know how many captions go on.
+    lengths: (N, R), <start> and <end> counted. The order is computed on the CPU: the loop over
+    time steps never waits for a GPU to know how many captions go on.
 
     images (N,)    the image with the longest caption first, on the device
     rows (N R,)    of each caption, longest first: the index in `images` of its image, on the CPU
@@ -20,20 +20,17 @@ class LongestFirst:
     """
 
     def __init__(self, lengths: Tensor, device: torch.device):
-        self.shape = lengths.shape  # (N, R)
         to_predict = lengths.cpu() - 1
         images = to_predict.amax(1).argsort(descending=True, stable=True)
         captions = to_predict.flatten().argsort(descending=True, stable=True)
         going_on = to_predict.flatten()[captions] > torch.arange(int(to_predict.max()))[:, None]
         step, caption = going_on.nonzero(as_tuple=True)  # (W,) each, step by step
         places = captions[caption] * len(going_on) + step  # of each token in (N, R, T)
-        # argsort of a permutation is its inverse
-        self.rows = images.argsort()[captions // lengths.shape[1]]
-        self.batch_sizes = going_on.sum(1).tolist()
-        self.images = images.to(device, non_blocking=True)
-        self._captions = captions.to(device, non_blocking=True)
-        self._places = places.to(device, non_blocking=True)
-        self._by_caption = places.argsort().to(device, non_blocking=True)
+        self.shape, self.batch_sizes = (*lengths.shape, len(going_on)), going_on.sum(1).tolist()
+        self.rows = images.argsort()[captions // lengths.shape[1]]  # argsort inverts a permutation
+        self.images, self._captions, self._places, self._by_caption = (
+            x.to(device, non_blocking=True) for x in (images, captions, places, places.argsort())
+        )
 
     def inputs(self, captions: Tensor) -> Tensor:
         """(N, R, L) -> (N R, L), longest first"""
@@ -41,7 +38,7 @@ class LongestFirst:
 
     def targets(self, captions: Tensor) -> Tensor:
         """(N, R, L) -> (W,) the tokens to predict, image by image, caption by caption"""
-        tokens = captions[..., 1 : len(self.batch_sizes) + 1].flatten()
+        tokens = captions[..., 1 : self.shape[2] + 1].flatten()
         return tokens.index_select(0, self._places[self._by_caption])
 
     def by_caption(self, values: Sequence[Tensor]) -> Tensor:
@@ -51,6 +48,5 @@ class LongestFirst:
     def padded(self, values: Sequence[Tensor]) -> Tensor:
         """T tensors (M, P), one per step -> (N, R, T, P), zero after a caption's end"""
         joined = torch.cat(tuple(values))
-        n, r, steps = *self.shape, len(self.batch_sizes)
-        zeros = joined.new_zeros(n * r * steps, joined.shape[1])
-        return zeros.index_copy(0, self._places, joined).view(n, r, steps, -1)
+        zeros = joined.new_zeros(*self.shape, joined.shape[1])
+        return zeros.flatten(0, 2).index_copy(0, self._places, joined).view_as(zeros)

@@ -3,49 +3,41 @@ Random choices: tokens sampled from the decoder's distribution, and the location
 hard attention (paper section 4.1).
 """
 
-from functools import partial
-
 import torch
 
 
 def sample_categorical(probabilities):
     """
-    Sample one index per row of probabilities (..., K): (...) int64.
-
-    It is the index of the smallest of K exponential waiting times with these rates, which unlike
-    torch.multinomial does not make the CPU wait for a GPU. Probabilities that are not finite give
-    an arbitrary index; training reports them, since its loss is not finite either.
+    Sample an index per row of probabilities (..., K): (...) int64. It is the first of K events with
+    these rates; unlike torch.multinomial, that does not make the CPU wait for a GPU.
     """
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
-def one_hot_locations(alpha, locations):
-    """Attention weights like alpha (..., P) that are 1 at the locations (...) and 0 elsewhere."""
-    return torch.zeros_like(alpha).scatter(-1, locations.unsqueeze(-1), 1)
-
-
 def most_likely_location(alpha):
     """Hard attention at test time: all the weight (..., P) is on the most attended location."""
-    return one_hot_locations(alpha, alpha.argmax(-1))
+    return _one_hot(alpha, alpha.argmax(-1))
+
+
+def _one_hot(alpha, locations):
+    return torch.zeros_like(alpha).scatter(-1, locations.unsqueeze(-1), 1)
 
 
 def locations_sampler(count, fraction, device):
     """
-    Hard attention in training, for this fraction of `count` captions.
-
-    Returns a function: of the number M of captions that go on -> None if the fraction is 0, or a
-    function alpha (M, P) -> weights (M, P), which are 1 at a location sampled from alpha (equation
-    8) for the captions that were chosen, and alpha, the expectation, for the others.
+    Hard attention in training, for this fraction of `count` captions: a function of alpha (M, P) of
+    the first M -> weights (M, P), 1 at a location sampled from alpha (equation 8) for the captions
+    that were chosen, alpha itself, the expectation, for the others. None if the fraction is 0.
     """
     if not fraction:
-        return lambda m: None
+        return None
     is_hard = torch.rand(count, 1, device=device) < fraction
 
-    def sample_locations(m, alpha):
-        sampled = one_hot_locations(alpha, sample_categorical(alpha.detach()))
-        return torch.where(is_hard[:m], sampled, alpha)
+    def sample_locations(alpha):
+        sampled = _one_hot(alpha, sample_categorical(alpha.detach()))
+        return torch.where(is_hard[: len(alpha)], sampled, alpha)
 
-    return lambda m: partial(sample_locations, m)
+    return sample_locations
 
 
 @torch.no_grad()
@@ -78,28 +70,24 @@ def ban_repeated_ngrams(logits, captions, n):
     Set to -inf, in place, the logits (M, V) of tokens that would repeat an n-gram of their caption.
     captions: (M, t) the tokens so far, after <start>
     """
-    t = captions.shape[1]
-    if t < n:
+    if captions.shape[1] < n:
         return
-    ends = captions[:, n - 1 :]  # (M, W), the last token of each n-gram so far
-    same = torch.ones_like(ends, dtype=torch.bool)  # whether it begins as the caption ends
-    for i in range(n - 1):
-        same &= captions[:, i : t - n + 1 + i] == captions[:, t - n + 1 + i, None]
-    banned = torch.zeros_like(logits).scatter_add(1, ends, same.to(logits.dtype))
+    ngrams = captions.unfold(1, n, 1)  # (M, t - n + 1, n)
+    beginning = captions[:, None, captions.shape[1] - n + 1 :]  # of the n-gram that comes next
+    same = (ngrams[..., :-1] == beginning).all(2).to(logits.dtype)
+    banned = torch.zeros_like(logits).scatter_add(1, ngrams[..., -1], same)
     logits.masked_fill_(banned > 0, -torch.inf)
 
 
 @torch.no_grad()
 def sample_captions(decoder, features, word_map, search):
     """
-    Sample captions from the decoder's distribution, token by token: R = search.n_best an image.
+    R = search.n_best captions of each image, sampled token by token from the decoder, in evaluation
+    mode; features: as in its `steps`; search: a `beam_search.Search`
 
-    decoder: in evaluation mode; features: as in its `steps`; search: a `beam_search.Search`
-
-    Returns captions (N, R, L) int64, <start> ... <end> <pad>, and their lengths (N, R) on the CPU,
-    <start> and <end> counted, as the decoder's forward takes them. As in beam search, <end> may
-    follow max_len words; a caption that has not ended with the next token is cut off after it,
-    without <end>.
+    Returns captions (N, R, L), <start> ... <end> <pad>, and their lengths (N, R) on the CPU, as the
+    decoder's forward takes them. <end> may follow max_len words; a caption that has not ended with
+    the next token is cut off after it, without <end>.
     """
     n, r, device = len(features), search.n_best, features.device
     steps = decoder.steps(features, r)
@@ -117,8 +105,7 @@ def sample_captions(decoder, features, word_map, search):
         tokens = sample_categorical(token_probabilities(logits, search.temperature, search.top_p))
         captions[going_on, t] = tokens
         unfinished = (tokens != word_map["<end>"]).nonzero().squeeze(1)
-        going_on = going_on[unfinished]
-        state = tuple(x[unfinished] for x in state)
+        going_on, state = going_on[unfinished], tuple(x[unfinished] for x in state)
         if len(going_on) == 0:
             break
     ended = captions == word_map["<end>"]

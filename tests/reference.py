@@ -50,24 +50,16 @@ def loss(decoder, features, captions, lengths, alpha_c=1.0):
 
 
 @torch.no_grad()
-def search(
-    decoder,
-    annotations,
-    word_map,
-    beam_size,
-    max_len=50,
-    length_penalty=0,
-    no_unk=False,
-    no_repeat_ngram=0,
-    hard=None,
-):
+def search(decoder, annotations, word_map, beam_size, max_len=50, hard=None, **options):
     """
-    Beam search for one image; its beams are a batch that shrinks as they end. annotations (1, P, E)
+    Beam search for one image; its beams are a batch that shrinks as they end. annotations
+    (1, P, E); options: length_penalty, no_unk and no_repeat_ngram of a `Search`
 
     Returns all finished beams, or the unfinished ones if there are none, best first by
     score / length ** length_penalty: (words with <start> and <end>, weights, score).
     """
-    start, end = word_map["<start>"], word_map["<end>"]
+    start, end, n = word_map["<start>"], word_map["<end>"], options.get("no_repeat_ngram", 0)
+    length_penalty = options.get("length_penalty", 0)
     state = decoder.init_hidden_state(annotations)
     beams, total = [([start], [])], annotations.new_zeros(1)  # words and weights, log-probabilities
     complete, unfinished, k = [], [], beam_size
@@ -76,15 +68,12 @@ def search(
         repeated = annotations.expand(len(beams), -1, -1)
         state, _, weights = decoder.step(words, state, repeated, hard)
         scores = total.unsqueeze(1) + torch.log_softmax(decoder.logits(state[0]), dim=1)  # (k, V)
-        if no_unk:
+        if options.get("no_unk"):
             scores[:, word_map["<unk>"]] = -torch.inf
         for row, (path, _) in zip(scores, beams):
-            for word in range(len(row)) if no_repeat_ngram else ():
+            for word in range(len(row)) if n else ():
                 longer = [*path[1:], word]
-                found = [
-                    tuple(longer[i : i + no_repeat_ngram])
-                    for i in range(len(longer) - no_repeat_ngram + 1)
-                ]
+                found = [tuple(longer[i : i + n]) for i in range(len(longer) - n + 1)]
                 if len(found) > len(set(found)):
                     row[word] = -torch.inf
         total, best = scores.flatten().topk(min(k, scores.numel()))

@@ -1,40 +1,33 @@
 """benchmark.py: what it counts, and that it runs; nothing here is timed."""
 
-import copy
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmarks import encoder as encoder_stages
-from benchmarks import end_to_end, measuring, model, scale
-from datasets import CaptionDataset
+from benchmarks import measuring, model, scripts
 from modeling.beam_search import beam_search
-from models import DecoderWithAttention, Encoder
-from training.losses import doubly_stochastic_loss
+from models import DecoderWithAttention
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 
 
-def test_flops_of_a_step_equal_the_count_of_torch():
-    """
-    With one caption per image, where nothing is padded; in float64, since torch does not count
-    oneDNN's products.
-    """
-    captions, lengths = model.random_captions(8, 1)
-    decoder = DecoderWithAttention(model.SIZE, model.SIZE, model.SIZE, model.VOCAB).double()
-    features = torch.rand(8, model.CELLS, model.ENCODER_DIM).double()
-    with FlopCounterMode(display=False) as counter:
-        doubly_stochastic_loss(decoder(features, captions, lengths), lengths).backward()
-    # torch does not count products with a vector, such as attention's energies.
-    energies = 3 * 2 * model.PIXELS * model.SIZE * int((lengths - 1).sum())
-    assert model.step_flops(8, lengths) - energies == pytest.approx(
-        counter.get_total_flops(), rel=0.03
-    )
+@pytest.fixture
+def small(monkeypatch):
+    for name, size in (("SIZE", 8), ("ENCODER_DIM", 16), ("VOCAB", 50)):
+        monkeypatch.setattr(model, name, size)
+    monkeypatch.setattr(model, "WORD_MAP", {"<pad>": 0, "<unk>": 47, "<start>": 48, "<end>": 49})
+
+
+def run_stages(tmp_path, *stages):
+    """The rows that a run writes; they are those that it prints, which the caller can read."""
+    path = tmp_path / "figures.json"
+    options = ["--device", "cpu", "--repeats", "1", "--json", str(path)]
+    benchmark.main(["--stages", *stages, *options])
+    return json.loads(path.read_text())["rows"]
 
 
 def test_random_captions_are_as_long_as_cocos():
@@ -44,15 +37,14 @@ def test_random_captions_are_as_long_as_cocos():
     assert torch.equal((captions > 0).sum(2), lengths)
 
 
-@pytest.mark.parametrize("beam_size", [1, 3, 5])
-def test_captions_of_the_benchmark_decoder_are_as_long_as_real_ones(beam_size):
-    decoder = model.decoder_with_realistic_lengths(torch.device("cpu"))
-    captions = beam_search(
-        decoder, torch.rand(60, model.CELLS, model.ENCODER_DIM), model.WORD_MAP, beam_size
-    )
-    lengths = [len(caption.tokens) for caption in captions]
-    assert 9 < statistics.mean(lengths) < 12.5 and statistics.stdev(lengths) > 2
-    assert all(caption.finished for caption in captions)
+def test_captions_of_the_benchmark_decoder_are_as_long_as_real_ones():
+    decoder = model.decoder_with_realistic_lengths(CPU)
+    features = torch.rand(30, model.CELLS, model.ENCODER_DIM)
+    for beam_size in (1, 5):
+        captions = beam_search(decoder, features, model.WORD_MAP, beam_size)
+        lengths = [len(caption.tokens) for caption in captions]
+        assert 9 < statistics.mean(lengths) < 12.5 and statistics.stdev(lengths) > 2
+        assert all(caption.finished for caption in captions)
 
 
 def test_peak_memory_is_that_of_tensors_alive_at_the_same_time():
@@ -64,97 +56,62 @@ def test_peak_memory_is_that_of_tensors_alive_at_the_same_time():
             b.sum()
 
     # The second round's a and b exist together with the first round's b.
-    assert 24000 <= measuring.peak_memory(work, torch.device("cpu")) < 25000
+    assert 24000 <= measuring.peak_memory(work, CPU) < 25000
 
 
-def test_exponent_of_a_square_is_two():
-    assert measuring.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    for name, size in (("SIZE", 8), ("ENCODER_DIM", 16), ("VOCAB", 50)):
-        monkeypatch.setattr(model, name, size)
-    monkeypatch.setattr(model, "WORD_MAP", {"<pad>": 0, "<unk>": 47, "<start>": 48, "<end>": 49})
-
-
-def test_table_and_json_hold_the_same_rows(small, tmp_path, capsys):
-    path = tmp_path / "figures.json"
-    benchmark.main(
-        ["--stages", "training", "search", "--device", "cpu", "--repeats", "1", "--json", str(path)]
-    )
-    written, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert len(written["rows"]) == 6 and written["machine"] in printed
-    for row in written["rows"]:
+def test_table_and_json_hold_the_same_rows(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(benchmark.STAGES, "search", lambda args: model.search(args, 12, 6))
+    rows, printed = run_stages(tmp_path, "training", "search"), capsys.readouterr().out
+    assert len(rows) == 6
+    for row in rows:
         assert row["stage"] in printed and row["ours"] > 0 and row["textbook"] > 0
         assert f"{row['textbook'] / row['ours']:.1f}x" in printed
+        assert row["ours_bytes"] > 0 and row["textbook_bytes"] > 0
+    assert all(row["identical"] == 6 for row in rows[3:])
 
 
-def test_textbook_and_ours_compute_the_same(small):
+def test_textbook_and_ours_compute_the_same_and_an_update_trains(small):
     """Otherwise their times could not be compared."""
     torch.manual_seed(0)
     decoder = DecoderWithAttention(8, 8, 8, 50, 16, dropout=0)
-    args = benchmark.get_args([])
-    args.device = torch.device("cpu")
-    textbook, ours, _ = model.training_step(decoder, 4, 5, args)
-    textbook()
-    expected = [p.grad.clone() for p in decoder.parameters()]
-    ours()
-    torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
+    batch, found = model.random_batch(4, 5, CPU), []
+    for version in (model.plain(decoder), decoder):
+        loss = model.make_step(version, batch)()
+        found.append([loss, *(p.grad.clone() for p in decoder.parameters())])
+    torch.testing.assert_close(*found)
+    before = decoder.fc.weight.clone()
+    optimizer = torch.optim.Adam(decoder.parameters(), 1e-3)
+    model.make_step(decoder, batch, optimizer=optimizer)()
+    assert not torch.equal(decoder.fc.weight, before)
 
 
-@pytest.mark.parametrize("fine_tune, cached", [(False, False), (True, False), (False, True)])
-def test_epochs_train_the_same_parameters_as_train_py(fine_tune, cached, tmp_path):
-    """They train the decoder, and the encoder only if asked to, on every batch."""
-    end_to_end.write_data_set(tmp_path, TRAIN=20)
-    args = benchmark.get_args([])
-    args.device = torch.device("cpu")
-    encoder = Encoder(name="resnet18", weights="none")
-    encoder.fine_tune(fine_tune)
-    data = CaptionDataset(tmp_path, "x", "TRAIN")
-    if cached:
-        data.use_features(torch.rand(20, model.CELLS, encoder.encoder_dim).half())
-    runner = end_to_end.EpochRunner(encoder, data, args, fine_tune, preload=cached)
-    before = [copy.deepcopy(model.state_dict()) for model in (encoder, runner.state.decoder)]
-    runner.run()
-    for model_before, model_after, trained in zip(
-        before, (encoder, runner.state.decoder), (fine_tune, True)
-    ):
-        changed = [
-            not torch.equal(model_before[name], weight)
-            for name, weight in model_after.state_dict().items()
-        ]
-        assert any(changed) == trained
-    assert {int(state["step"]) for state in runner.state.optimizer.state.values()} == {2}
+def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "ENCODER_DIM", 2048)
+    rows = {row["stage"]: row for row in run_stages(tmp_path, "gpu")}
+    for name in ("TF32", "bf16"):
+        for stage in (
+            *(f"step of {n} captions" for n in (5, 10, 20)),
+            "self-critical step of 5 samples",
+            "fine-tuning step of 5 captions",
+            *(f"beam search, {name}, beam {k}, 4 images" for k in (1, 3, 5)),
+        ):
+            row = rows[stage if name in stage else f"{stage}, {name}"]
+            assert min(row["ours"], row["textbook"], row["ours_bytes"]) > 0
+    step = rows["step of 10 captions, TF32"]
+    assert step["epoch"] == pytest.approx(step["ours"] * 113_287 / 2)
+    exact = rows["float32 against float64 on the CPU"]
+    assert exact["loss_error"] < 1e-5 and exact["gradient_error"] < 1e-2
+    assert rows["bf16 against float64 on the CPU"]["gradient_error"] > exact["gradient_error"]
 
 
-def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(tmp_path, capsys):
-    path = tmp_path / "figures.json"
-    benchmark.main(["--stages", "gpu", "--device", "cpu", "--repeats", "1", "--json", str(path)])
-    rows = {row["stage"]: row for row in json.loads(path.read_text())["rows"]}
-    assert [stage for stage in rows if stage.startswith("frozen epoch")] == [
-        "frozen epoch of COCO from the cache, batch 10",
-        "frozen epoch of COCO from the cache, batch 20",
+def test_stages_of_files_and_scripts_are_rows_of_the_table(monkeypatch, tmp_path, small):
+    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: encoder_stages.folder(args, n=2))
+    monkeypatch.setitem(benchmark.STAGES, "files", lambda args: scripts.files(args, 5, 20))
+    rows = run_stages(tmp_path, "folder", "files")
+    assert [row["stage"].partition(",")[0].partition(";")[0] for row in rows] == [
+        "captions of a folder",
+        "a feature cache",
+        "preprocessing 5 photographs",
+        "opening 100 captions",
     ]
-    timed = [row for row in rows.values() if "ours" in row]
-    assert len(timed) == 5 and all(row["ours"] > 0 for row in timed)
-    exact = rows["float32 against float64"]
-    assert exact["loss_error"] < 1e-5 and exact["gradient_error"] < 1e-2 and exact["identical"] > 4
-    assert rows["bf16 against float64"]["loss_error"] > exact["loss_error"]
-
-
-def test_the_scale_stage_counts_the_files_of_each_script(tmp_path):
-    args = benchmark.get_args(["--device", "cpu"])
-    runs = scale.run_scripts(tmp_path, 200, args)
-    pixels, features = 200 * 3 * 32 * 32, 200 * 512 * 2  # one cell of ResNet-18 in float16
-    created, cached, trained = (size for _, _, size in runs.values())
-    assert pixels < created < pixels + 300_000 and features < cached < features + 100_000
-    assert trained == 0
-    assert all(seconds > 0.1 and memory > 100e6 for seconds, memory, _ in runs.values())
-
-
-def test_cache_and_captions_of_a_folder_are_rows_of_the_table(monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: encoder_stages.folder(args, n=30))
-    benchmark.main(["--stages", "folder", "--device", "cpu", "--repeats", "1"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if "30 images" in line]
-    assert len(rows) == 2 and all("of the encoder's" in row for row in rows)
+    assert all(row["ours"] > 0 for row in rows) and "images/s" in rows[2]["note"]

@@ -3,27 +3,18 @@
 import pytest
 import reference
 import torch
-from factories import DECODER_KINDS, make_captions, make_decoder
+from factories import make_captions, make_decoder
 from torch import nn
 
-from modeling import autograd
-from modeling.devices import autocast
 from models import DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
 
 
-@pytest.fixture(params=[autograd.CPU_CHUNK, 20_000, 1], ids=lambda size: f"chunks of {size} bytes")
-def chunks(request, monkeypatch):
-    """Large tensors are processed in chunks: here of the usual size, of some items, and of one."""
-    monkeypatch.setattr(autograd, "CPU_CHUNK", request.param)
-
-
-@pytest.mark.parametrize("kind", DECODER_KINDS)
 @pytest.mark.parametrize("is_plain", [True, False])
 @pytest.mark.parametrize("n, r, cells", [(1, 1, 64), (4, 5, 64), (3, 2, 196), (5, 5, 49)])
-def test_a_batch_equals_its_captions_one_by_one(kind, is_plain, n, r, cells):
+def test_a_batch_equals_its_captions_one_by_one(is_plain, n, r, cells):
     """Logits, alphas, loss and the gradient of every parameter."""
-    decoder, (captions, lengths) = make_decoder(seed=n, kind=kind), make_captions(n, r, seed=n)
+    decoder, (captions, lengths) = make_decoder(seed=n), make_captions(n, r, seed=n)
     decoder.plain = is_plain
     features = torch.randn(n, cells, 9, dtype=torch.float64, requires_grad=True)
     wanted = [features, *decoder.parameters()]
@@ -48,27 +39,21 @@ def test_a_batch_equals_its_captions_one_by_one(kind, is_plain, n, r, cells):
 
 def test_parameter_names_and_sizes_are_those_of_the_tutorial():
     decoder = DecoderWithAttention(512, 512, 512, 9490)
-    assert {name: tuple(p.shape) for name, p in decoder.state_dict().items()} == {
-        "attention.encoder_att.weight": (512, 2048),
-        "attention.encoder_att.bias": (512,),
-        "attention.decoder_att.weight": (512, 512),
-        "attention.decoder_att.bias": (512,),
-        "attention.full_att.weight": (1, 512),
-        "attention.full_att.bias": (1,),
-        "embedding.weight": (9490, 512),
-        "decode_step.weight_ih": (2048, 2560),
-        "decode_step.weight_hh": (2048, 512),
-        "decode_step.bias_ih": (2048,),
-        "decode_step.bias_hh": (2048,),
-        "init_h.weight": (512, 2048),
-        "init_h.bias": (512,),
-        "init_c.weight": (512, 2048),
-        "init_c.bias": (512,),
-        "f_beta.weight": (2048, 512),
-        "f_beta.bias": (2048,),
-        "fc.weight": (9490, 512),
-        "fc.bias": (9490,),
+    sizes = {
+        "attention.encoder_att": (512, 2048),
+        "attention.decoder_att": (512, 512),
+        "attention.full_att": (1, 512),
+        "init_h": (512, 2048),
+        "init_c": (512, 2048),
+        "f_beta": (2048, 512),
+        "fc": (9490, 512),
     }
+    expected = {f"{name}.weight": size for name, size in sizes.items()}
+    expected |= {f"{name}.bias": size[:1] for name, size in sizes.items()}
+    expected |= {"embedding.weight": (9490, 512), "decode_step.weight_ih": (2048, 2560)}
+    expected |= {"decode_step.weight_hh": (2048, 512), "decode_step.bias_ih": (2048,)}
+    expected |= {"decode_step.bias_hh": (2048,)}
+    assert {name: tuple(p.shape) for name, p in decoder.state_dict().items()} == expected
 
 
 def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_2_to_4():
@@ -111,17 +96,3 @@ def test_uint8_images_are_normalised_like_imagenet():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(encoder(images), encoder(normal))
-
-
-def test_bfloat16_gradients_have_the_direction_of_float32_gradients(chunks):
-    decoder, (captions, lengths) = make_decoder(scale=1.0).float(), make_captions(6, 3)
-    features = torch.randn(6, 64, 9)
-    gradients = []
-    for amp in (None, "bf16"):
-        with autocast(torch.device("cpu"), amp):
-            loss = doubly_stochastic_loss(decoder(features, captions, lengths), lengths)
-        gradients.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(decoder.parameters()))])
-        )
-    assert not torch.equal(*gradients)
-    assert torch.nn.functional.cosine_similarity(*gradients, 0) > 0.999
