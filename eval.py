@@ -49,25 +49,25 @@ def get_args(argv=None):
     add("--beam_sizes", type=positive_int, nargs="+", default=[1, 3, 5], help=text)
     text = f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given"
     add("--metrics", nargs="+", metavar="NAME", help=text)
-    text = "ptb: words from the PTB tokenizer, the default for --metrics if there is Java; data: "
-    add("--tokens", choices=("ptb", "data"), help=text + "the data set's words")
+    text = "the PTB tokenizer's words (default for --metrics if there is Java) or the data set's"
+    add("--tokens", choices=("ptb", "data"), help=text)
     text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
     add("--bootstrap", type=positive_int, metavar="N", help=text)
     add("--seed", type=non_negative_int, default=0, help="for the resamples")
     add = parser.add_argument_group("output").add_argument
-    text = "write the captions of the last beam size as JSON, with each image's scores if "
-    add("--results", metavar="FILE", help=text + "--metrics is given")
+    text = "write captions of the last beam size as JSON, with --metrics also each image's scores"
+    add("--results", metavar="FILE", help=text)
     text = "write the table, or that of --compare, for a paper: .tex (booktabs) or .md"
     add("--table", metavar="FILE", help=text)
     text = (
-        "write an HTML page with metrics and intervals, caption lengths, and the best, worst and "
+        "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap 1000), "
+        "caption lengths, and the best, worst and random images at the last beam size"
     )
-    text += "random images at the last beam size; unless given, with --metrics all --bootstrap 1000"
     add("--report", metavar="FILE", help=text)
-    text = "for --report: where the photographs are; without it they are shown as the model sees "
-    add("--image_folder", help=text + "them, resized to a square")
-    text = "compare two files of --results, which needs neither model nor data; with --metrics all "
-    add("--compare", nargs=2, metavar=("A.json", "B.json"), help=text + "unless given")
+    text = "for --report: the photographs; without it squares are shown, as the model sees them"
+    add("--image_folder", help=text)
+    text = "compare two files of --results, without model or data; with --metrics all unless given"
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help=text)
     args = parser.parse_args(argv)
     if args.compare and (args.report or args.results):
         parser.error("--compare prints a table; leave --report and --results out")
@@ -141,12 +141,13 @@ def evaluate(args, processes):
     if args.table:
         write_table(args.table, table_rows(evaluation), [title, *evaluation.notes])
     print_evaluation(evaluation)
-    if args.table:
-        print(f"the table is {args.table}")
-    if args.results:
-        print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
-    if args.report:
-        print(f"the report is {args.report}")
+    for what, file in (
+        ("the table is", args.table),
+        (f"captions at beam {args.beam_sizes[-1]} are in", args.results),
+        ("the report is", args.report),
+    ):
+        if file:
+            print(what, file)
 
 
 if __name__ == "__main__":
