@@ -34,14 +34,13 @@ def compare(path_a, path_b, args):
         if name in missing:
             continue
         first, second = (metrics[name].total for metrics in measured)
-        values, higher = [first, second, first - second, None, None], cell(name, None, 10)
+        values, higher = [first, second, first - second, None, None], "–"
         if name in draws[0]:
             first, second = (drawn[name] for drawn in draws)
             values[3:] = scores.interval(first - second)
-            higher = f"{100 * np.mean((first > second) + (first == second) / 2):8.1f} %"
-        cells = [*(cell(name, value, 10) for value in values), higher]
-        print(f"{name:10}" + "".join(cells))
-        rows.append([name, *(text.strip() for text in cells)])
+            higher = f"{100 * np.mean((first > second) + (first == second) / 2):.1f} %"
+        rows.append([name, *(cell(name, value) for value in values), higher])
+        print(f"{name:10}" + "".join(text.rjust(10) for text in rows[-1][1:]))
     notes = [
         *footnotes(args.names, tokens, missing),
         *bootstrap_notes(args.names, args.bootstrap, args.seed),

@@ -34,10 +34,9 @@ class BeamResult(NamedTuple):
     attention: tuple  # two texts of `attention_accuracy`; None if the data have no boxes of objects
 
     def texts(self, name):
-        """A metric and its interval as texts: a dash if it is missing, "" without an interval"""
-        ends = (self.intervals or {}).get(name, ())
+        """A metric and the ends of its interval as texts, dashes for what there is not"""
         value = self.metrics[name].total if name in self.metrics else None
-        return cell(name, value).strip(), "–".join(cell(name, end).strip() for end in ends)
+        return [cell(name, x) for x in (value, *(self.intervals or {}).get(name, (None, None)))]
 
 
 class Evaluation(NamedTuple):
@@ -102,22 +101,19 @@ def _images_by_source(data):
 
 def print_evaluation(evaluation):
     names, beams = evaluation.names, evaluation.beams
-    longest = max((len(beam.source) for beam in beams if beam.source), default=0)
-    width = max(longest, len("source")) + 2 if longest else 0
+    sources = ["source", *(beam.source for beam in beams if beam.source)]
+    width = 4 if len(sources) == 1 else 6 + max(map(len, sources))
+    heading = "beam  source".ljust(width)[:width] + "".join(f"  {name}" for name in names)
     print(evaluation.title)
-    line = "beam" + ("  source" if width else "").ljust(width)
-    line += "".join(f"  {name}" for name in names)
-    print(line + ("          attention" if beams[0].attention else ""))
+    print(heading + ("          attention" if beams[0].attention else ""))
     for beam in beams:
-        source = (f"  {beam.source or 'all'}" if width else "").ljust(width)
-        line = f"{beam.beam_size:4d}{source}"
+        label = f"{beam.beam_size:4d}  {beam.source or 'all'}".ljust(width)[:width]
+        lines = [f"{start:{width}}" for start in (label, " low", "high")]
         for name in names:
-            line += cell(name, beam.metrics[name].total if name in beam.metrics else None)
-        print(line + (f"{'  '.join(beam.attention):>19}" if beam.attention else ""))
-        for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
-            ends = {name: interval[i] for name, interval in beam.intervals.items()}
-            line = f"{end:>4}" + " " * width
-            print(line + "".join(cell(name, ends.get(name)) for name in names))
+            texts = beam.texts(name)
+            lines = [line + text.rjust(len(name) + 2) for line, text in zip(lines, texts)]
+        lines[0] += f"{'  '.join(beam.attention):>19}" if beam.attention else ""
+        print(*lines[: 1 if beam.intervals is None else 3], sep="\n")
     for note in evaluation.notes:
         print(note)
 
@@ -129,8 +125,8 @@ def table_rows(evaluation):
     rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
     for beam in evaluation.beams:
         row = [str(beam.beam_size), *[beam.source or "all"] * sources]
-        for value, interval in map(beam.texts, evaluation.names):
-            row.append(f"{value} ({interval})" if interval else value)
+        for value, low, high in map(beam.texts, evaluation.names):
+            row.append(value if low == "–" else f"{value} ({low}–{high})")
         rows.append([*row, *(beam.attention or ())])
     return rows
 
@@ -157,12 +153,11 @@ def _to_latex(text):
     return re.sub(r" (\([\d.-]+\))$", r" {\\scriptsize \1}", text)
 
 
-def cell(name, value, width=None):
-    """A number as text of its column's width; a dash for None"""
-    width = width or len(name) + 2
+def cell(name, value):
+    """A number as text, a dash for None"""
     if value is None:
-        return f"{'–':>{width}}"
-    return f"{value:{width}.0f}" if name == "vocabulary" else f"{value:{width}.2f}"
+        return "–"
+    return f"{value:.0f}" if name == "vocabulary" else f"{value:.2f}"
 
 
 def attention_accuracy(captions):
