@@ -148,45 +148,38 @@ def test_a_closed_pipe_ends_a_script_without_a_word():
 
 
 # The settings that belong to a process, and so to the program that imports our modules.
-SETTINGS = """
-def settings():
-    handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
-    streams = [(id(s), s.encoding, s.errors) for s in (sys.stdout, sys.stderr)]
-    return {
-        "matmul": torch.get_float32_matmul_precision(),
-        "denormals": bool(torch.tensor([1e-40]) * 1 != 0),
-        "warnings": [str(entry) for entry in warnings.filters],
-        "excepthook": sys.excepthook is sys.__excepthook__,
-        "signals": list(map(str, handlers)),
-        "Pillow": [PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS],
-        "streams": streams,
-    }
-"""
 PREAMBLE = f"""
 import contextlib, importlib, signal, sys, warnings
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from PIL import Image, PngImagePlugin
-{SETTINGS}
+
+def settings():
+    return {{
+        "matmul": torch.get_float32_matmul_precision(),
+        "denormals": bool(torch.tensor([1e-40]) * 1 != 0),
+        "warnings": [str(entry) for entry in warnings.filters],
+        "excepthook": sys.excepthook is sys.__excepthook__,
+        "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
+        "Pillow": [PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS],
+        "streams": [(id(s), s.encoding, s.errors) for s in (sys.stdout, sys.stderr)],
+    }}
 """
 
 
 def run_code(code):
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
-    )
+    command = [sys.executable, "-c", PREAMBLE + code]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_every_module_and_captioning_changes_no_setting_of_the_process():
-    folders = ("", "modeling", "preprocessing", "training", "evaluation", "visualization")
+    folders = ("", "modeling.", "preprocessing.", "training.", "evaluation.", "visualization.")
     names = [
-        ".".join([*filter(None, [folder]), path.stem])
+        folder + path.stem
         for folder in folders
-        for path in sorted((ROOT / folder).glob("*.py"))
+        for path in sorted((ROOT / folder.rstrip(".")).glob("*.py"))
         if path.stem not in ("__init__", "hubconf")
     ]
     assert {"train", "utils", "preprocessing.images", "visualization.figures"} <= set(names)
