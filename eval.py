@@ -45,63 +45,29 @@ def get_args(argv=None):
     add_device_options(parser.add_argument_group("device"))
     add_search_options(parser)
     add = parser.add_argument_group("scores").add_argument
-    add(
-        "--beam_sizes",
-        type=positive_int,
-        nargs="+",
-        default=[1, 3, 5],
-        help="one row of the table for each; 1 is greedy decoding",
-    )
-    add(
-        "--metrics",
-        nargs="+",
-        metavar="NAME",
-        help=f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given",
-    )
-    add(
-        "--tokens",
-        choices=("ptb", "data"),
-        help="ptb: words from the PTB tokenizer, which is the default for --metrics if Java is "
-        "installed; data: the data set's words",
-    )
-    add(
-        "--bootstrap",
-        type=positive_int,
-        metavar="N",
-        help="95 %% intervals from N resamples of the images; --compare: 1000 if not given",
-    )
+    text = "one row of the table for each; 1 is greedy decoding"
+    add("--beam_sizes", type=positive_int, nargs="+", default=[1, 3, 5], help=text)
+    text = f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given"
+    add("--metrics", nargs="+", metavar="NAME", help=text)
+    text = "the PTB tokenizer's words (default for --metrics if there is Java) or the data set's"
+    add("--tokens", choices=("ptb", "data"), help=text)
+    text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
+    add("--bootstrap", type=positive_int, metavar="N", help=text)
     add("--seed", type=non_negative_int, default=0, help="for the resamples")
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--results",
-        metavar="FILE",
-        help="write the captions of the last beam size as JSON, with "
-        "each image's scores if --metrics is given",
+    text = "write captions of the last beam size as JSON, with --metrics also each image's scores"
+    add("--results", metavar="FILE", help=text)
+    text = "write the table, or that of --compare, for a paper: .tex (booktabs) or .md"
+    add("--table", metavar="FILE", help=text)
+    text = (
+        "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap 1000), "
+        "caption lengths, and the best, worst and random images at the last beam size"
     )
-    add(
-        "--table",
-        metavar="FILE",
-        help="write the table, or that of --compare, for a paper: .tex (booktabs) or .md",
-    )
-    add(
-        "--report",
-        metavar="FILE",
-        help="write an HTML page with metrics and intervals, caption "
-        "lengths, and the best, worst and random images at the last beam size; unless given, with "
-        "--metrics all --bootstrap 1000",
-    )
-    add(
-        "--image_folder",
-        help="for --report: where the photographs are; without it they are "
-        "shown as the model sees them, resized to a square",
-    )
-    add(
-        "--compare",
-        nargs=2,
-        metavar=("A.json", "B.json"),
-        help="compare two files of --results, which needs neither model nor data; "
-        "with --metrics all unless given",
-    )
+    add("--report", metavar="FILE", help=text)
+    text = "for --report: the photographs; without it squares are shown, as the model sees them"
+    add("--image_folder", help=text)
+    text = "compare two files of --results, without model or data; with --metrics all unless given"
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help=text)
     args = parser.parse_args(argv)
     if args.compare and (args.report or args.results):
         parser.error("--compare prints a table; leave --report and --results out")
@@ -134,26 +100,17 @@ def main(argv=None):
 def check_outputs(args):
     """UserError if an output file cannot be written; checked before any work."""
     for option in ("results", "report", "table"):
-        file = getattr(args, option)
-        if file and not Path(file).resolve().parent.is_dir():
-            raise UserError(f"the folder of --{option} {file} does not exist; make it first")
-        if file and Path(file).is_dir():
-            raise UserError(f"--{option} {file} is a folder; pass a file in it")
-        if file and Path(file).exists() and not Path(file).is_file():
+        if (file := getattr(args, option)) is None:
+            continue
+        folder = Path(file).resolve().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"--{option} {file}: {folder} is no folder to write to; pass another")
+        if Path(file).exists() and not Path(file).is_file():
             raise UserError(f"--{option} {file} is not a file; pass another name")
-        if file and not os.access(Path(file).resolve().parent, os.W_OK):
-            raise UserError(
-                f"--{option} {file} cannot be written: its folder is read-only; pass another"
-            )
     if args.table and not args.table.lower().endswith((".tex", ".md")):
         raise UserError(f"--table {args.table} must end in .tex or .md")
-    if args.report:
-        from visualization import page  # only where needed: --help need not wait for Jinja
-
-        if not page.is_page(args.report):
-            raise UserError(
-                f"--report {args.report}: the report is a web page, its name must end in .html"
-            )
+    if args.report and not args.report.lower().endswith((".html", ".htm")):
+        raise UserError(f"--report {args.report} is a web page, its name must end in .html")
 
 
 def evaluate(args, processes):
@@ -184,12 +141,13 @@ def evaluate(args, processes):
     if args.table:
         write_table(args.table, table_rows(evaluation), [title, *evaluation.notes])
     print_evaluation(evaluation)
-    if args.table:
-        print(f"the table is {args.table}")
-    if args.results:
-        print(f"captions at beam {args.beam_sizes[-1]} are in {args.results}")
-    if args.report:
-        print(f"the report is {args.report}")
+    for what, file in (
+        ("the table is", args.table),
+        (f"captions at beam {args.beam_sizes[-1]} are in", args.results),
+        ("the report is", args.report),
+    ):
+        if file:
+            print(what, file)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,20 @@ written whole. Imports no other module of this repository.
 
 import argparse
 import ctypes
-import errno
 import io
-import itertools
 import json
+import operator
 import os
 import re
 import sys
 import warnings
 from contextlib import contextmanager, suppress
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 MAX_INT = 2**31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def printable(text):
@@ -53,38 +47,38 @@ class UserError(Exception):
 def run_script(main):
     """Call a script's main(); a mistake of the user ends it with one line and exit code 2."""
     set_up_process()
+    code = 2
     try:
         main()
+        return
     except BrokenPipeError:  # as in `| head`: Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt as error:
+        message, code = str(error) or "interrupted", getattr(error, "code", 130)
+    except (UserError, OSError) as error:  # OSError: a full disk, for example
+        message = str(error) if isinstance(error, UserError) else printable(str(error))
     except RuntimeError as error:
         import torch
 
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        print(
-            f"{os.path.basename(sys.argv[0])}: the memory is full; pass a smaller --batch_size "
-            f"(train.py: or a larger --accumulate, which takes the same steps in parts)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, for example
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = str(error) if isinstance(error, UserError) else printable(str(error))
-        message = message or "interrupted"
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 130) if interrupted else 2)
+        message = "the memory is full; pass a smaller --batch_size (train.py: or a larger "
+        message += "--accumulate, which takes the same steps in parts)"
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def set_up_process():
     """
-    The settings of a script that hold for its whole process: its output, torch, memory, Pillow and
-    warnings. Nothing else in this repository changes them, so that a program which imports its
-    modules keeps its own.
+    The settings that hold for a script's whole process. Nothing else in this repository changes
+    them, so that a program which imports its modules keeps its own.
     """
-    for name in ("stdout", "stderr"):
-        _prepare_stream(name)
+    for stream in (sys.stdout, sys.stderr):
+        # Any text can be printed: files and pipes get UTF-8, a terminal escapes for what it lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     if "torch" in sys.modules:  # else nothing will be computed, and to import it takes a second
         import torch
 
@@ -103,29 +97,15 @@ def set_up_process():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
-def _prepare_stream(name):
-    """
-    Let sys.stdout or sys.stderr take any text: a file or a pipe gets UTF-8 wherever it is written;
-    a terminal gets escapes for what it cannot show; what is written to a closed one, as by >&-, is
-    dropped.
-    """
-    stream = getattr(sys, name)
-    if stream is None:
-        setattr(sys, name, open(os.devnull, "w"))
-    elif isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
-
-
 def _keep_freed_memory():
     """
-    Ask the C library, where it is glibc, to keep memory that was freed for what is allocated next.
-    By default it gives large blocks back to the system, which clears each page again when it is
-    touched: that was found to take an eighth to a quarter of a training step on a CPU.
+    Let glibc keep memory that was freed for what is allocated next. By default it gives large
+    blocks back to the system, which clears each page again when it is touched: that was found to
+    take an eighth to a quarter of a training step on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_MMAP_MAX, 0)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_MMAP_MAX, 0)
 
 
 # Options
@@ -135,31 +115,26 @@ class Number:
     """
     An argparse type: an int or a float within bounds. NaN is rejected.
 
-    least, most: inclusive bounds; above, below: exclusive ones
+    bounds: least and most, inclusive; above and below, exclusive
     """
 
-    def __init__(self, kind, least=None, most=None, above=None, below=None):
-        self.kind, self.__name__ = kind, kind.__name__  # argparse names it in "invalid int value"
-        self.bounds = [
-            (text, bound, is_met)
-            for text, bound, is_met in (
-                ("at least", least, lambda value: value >= least),
-                ("above", above, lambda value: value > above),
-                ("at most", most, lambda value: value <= most),
-                ("below", below, lambda value: value < below),
-            )
-            if bound is not None
-        ]
+    CHECKS = {
+        "least": ("at least", operator.ge),
+        "above": ("above", operator.gt),
+        "most": ("at most", operator.le),
+        "below": ("below", operator.lt),
+    }
+
+    def __init__(self, kind, **bounds):
+        self.kind, self.bounds = kind, bounds
+        self.__name__ = kind.__name__  # argparse names it in "invalid int value"
 
     def __call__(self, text):
-        return self.check(self.kind(text))
-
-    def check(self, value):
-        """The value; argparse.ArgumentTypeError if it is out of bounds."""
-        if self.kind is int and abs(value) > MAX_INT:
-            raise argparse.ArgumentTypeError(f"is {value}, it must be at most {MAX_INT}")
-        if not all(is_met(value) for _, _, is_met in self.bounds):
-            allowed = " and ".join(f"{text} {bound}" for text, bound, _ in self.bounds)
+        value = self.kind(text)
+        too_large = self.kind is int and value > MAX_INT
+        bounds = {"most": MAX_INT} if too_large else self.bounds
+        if not all(self.CHECKS[name][1](value, bound) for name, bound in bounds.items()):
+            allowed = " and ".join(f"{self.CHECKS[name][0]} {bounds[name]}" for name in bounds)
             raise argparse.ArgumentTypeError(f"is {value}, it must be {allowed}")
         return value
 
@@ -205,51 +180,25 @@ class Parser(argparse.ArgumentParser):
     def set_options_from(self, source, values):
         """
         Take these values, by option name, as defaults; unknown names are ignored. Raises UserError,
-        which names the file `source`, for a value that is not of its option's type or range.
+        which names the file `source`, for a choice that its option does not have.
         """
-        known = {action.dest: action for action in self._actions if action.dest in values}
-        for name, action in known.items():
-            try:
-                _check_option(action, values[name])
-            except argparse.ArgumentTypeError as error:
-                raise UserError(f"{source} is damaged: its option {name} {error}") from None
-        self.set_defaults(**{name: values[name] for name in known})
-
-
-def _check_option(action, value):
-    """argparse.ArgumentTypeError unless this value, which was not parsed, suits the option"""
-    if value is not None and action.nargs == "+":
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise argparse.ArgumentTypeError(f"is {ascii(value)[:50]}")
-        return
-    kinds = str if action.nargs != 0 else bool  # flags take no argument
-    if isinstance(action.type, Number):
-        kinds = (int, float) if action.type.kind is float else int
-    valid = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
-    if value is None and action.default is None:
-        return
-    if not valid or action.choices and value not in action.choices:
-        raise argparse.ArgumentTypeError(f"is {ascii(value)[:50]}")
-    if isinstance(action.type, Number):
-        action.type.check(value)
+        for action in self._actions:
+            value = values.get(action.dest)
+            if action.choices and value not in (None, *action.choices):
+                raise UserError(f"{source} is damaged: its option {action.dest} is {value!r}")
+        known = self.options()
+        self.set_defaults(**{name: value for name, value in values.items() if name in known})
 
 
 def add_device_options(parser):
     """
     --device and --amp, which `find_device` and `autocast` of modeling/devices.py take, and --plain
     """
-    parser.add_argument(
-        "--device",
-        help="cuda, cuda:1, cpu, mps; if not given, CUDA's GPU where there is one, else the CPU",
-    )
-    parser.add_argument(
-        "--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given"
-    )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="run the decoder's equations as models.py states them, which is slower",
-    )
+    add = parser.add_argument
+    add("--device", help="cuda, cuda:1, cpu, mps; if not given, a GPU of CUDA, else the CPU")
+    add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
+    plain = "run the decoder's equations as models.py states them, which is slower"
+    add("--plain", action="store_true", help=plain)
 
 
 def add_search_options(parser, no_unk=False):
@@ -265,45 +214,18 @@ def add_search_options(parser, no_unk=False):
         help="rank captions by their score over length to this power; 1: mean per word",
     )
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
-    add(
-        "--no_repeat_ngram",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="say no N words twice in the same order; 0: allowed",
-    )
-    add(
-        "--sample",
-        action="store_true",
-        help="sample captions at random, the same ones with the same --seed, instead of searching "
-        "for the most probable one",
-    )
-    add(
-        "--temperature",
-        type=Number(float, above=0, most=100),
-        default=1.0,
-        help="--sample: above 1 more varied, below 1 safer",
-    )
-    add(
-        "--top_p",
-        type=Number(float, above=0, most=1),
-        default=1.0,
-        help="--sample: only from the likeliest words that together have this probability",
-    )
-    add(
-        "--unk",
-        dest="no_unk",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="say <unk> where no known word is as likely, as in the tutorial",
-    )
-    add(
-        "--attention",
-        choices=("soft", "hard"),
-        default="soft",
-        help="hard: look at the most attended location alone; for models that were trained with "
-        "--attention hard",
-    )
+    text = "say <unk> where no known word is as likely, as in the tutorial"
+    add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS, help=text)
+    text = "say no N words twice in the same order; 0: allowed"
+    add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N", help=text)
+    text = "hard: look at the most attended location alone; for models trained with it"
+    add("--attention", choices=("soft", "hard"), default="soft", help=text)
+    text = "sample captions at random, the same ones with the same --seed, instead of searching"
+    add("--sample", action="store_true", help=text)
+    text = "--sample: above 1 more varied, below 1 safer"
+    add("--temperature", type=Number(float, above=0, most=100), default=1.0, help=text)
+    text = "--sample: only from the likeliest words that together have this probability"
+    add("--top_p", type=Number(float, above=0, most=1), default=1.0, help=text)
 
 
 def search_options(args):
@@ -313,14 +235,10 @@ def search_options(args):
     """
     hard = args.attention == "hard"
     if args.sample and (args.length_penalty or hard):
-        raise UserError(
-            "--length_penalty and --attention hard are for the search, not for --sample; leave one "
-            "out"
-        )
+        raise UserError("--length_penalty and --attention hard are not for --sample; leave one out")
     if not args.sample and (args.temperature, args.top_p) != (1, 1):
         raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
-    names = ("max_len", "length_penalty", "no_unk", "no_repeat_ngram")
-    names += ("sample", "temperature", "top_p")
+    names = "max_len length_penalty no_unk no_repeat_ngram sample temperature top_p".split()
     return {"hard_attention": hard} | {name: getattr(args, name) for name in names}
 
 
@@ -330,67 +248,25 @@ def search_options(args):
 @contextmanager
 def atomic_write(path):
     """
-    `with atomic_write(path) as temporary:` write to `temporary`. The complete file then replaces
-    `path`, safe even after a power failure; if an error is raised, `path` is left as it was.
+    `with atomic_write(path) as temporary:` write to `temporary`, a name in the same folder, whose
+    file then replaces `path`; after an error it is removed, and `path` is as it was. What a killed
+    process leaves behind is overwritten by the next. Not for two processes that write one file.
 
     Raises UserError if `path` is a folder, a device or the like.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a file; pass another name")
-    with _temporary_file(path) as temporary:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
-
-
-@contextmanager
-def _temporary_file(path):
-    """
-    A context with the name of an empty file in the folder of `path` (os.replace stays within a file
-    system), which is removed after an error. No other process has it: it is locked where the system
-    has such locks. One that a killed process left behind is used again.
-    """
     folder, name = os.path.split(path)
-    if fcntl is None:
-        temporary, file = os.path.join(folder, f".{os.urandom(8).hex()}.tmp"), None
-    else:
-        # The name is cut off, since file systems limit its length.
-        start = os.path.join(folder, "." + os.fsdecode(os.fsencode(name)[:200]))
-        for i in itertools.count():
-            temporary = f"{start}.{i}.unfinished"
-            if file := _lock(temporary):
-                break
+    temporary = os.path.join(folder, f".{name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a power failure could leave an empty file in its place
+        os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
-    finally:  # once it has been moved, another process may have a file of this name
-        if file:
-            file.close()
-
-
-def _lock(path):
-    """The file, open and empty, if no other process has locked it, else None"""
-    file = open(path, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # not just moved to its place
-            file.truncate(0)
-            return file
-    except BlockingIOError:
-        pass
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # a disk without locks
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return file
-        raise
-    file.close()
-    return None
 
 
 def sync_folder(folder):
@@ -424,7 +300,7 @@ def read_text(path, next_step=""):
         raise UserError(f"{path} not found" + f"; {next_step}" * bool(next_step)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
+    except (OSError, ValueError) as error:  # no permission, a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}") from None
 
@@ -440,9 +316,9 @@ def read_json(path, next_step=""):
 
 def broken_json(path, error, line=None):
     """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
-    deep, line = isinstance(error, RecursionError), line or getattr(error, "lineno", None)
-    reason = "nested too deeply" if deep else getattr(error, "msg", error)
-    return UserError(f"{path}" + f", line {line}" * bool(line) + f": broken JSON: {reason}")
+    line = line or getattr(error, "lineno", None)
+    place = f"{path}, line {line}" if line else path
+    return UserError(f"{place}: broken JSON: {getattr(error, 'msg', error)}")
 
 
 def write_json(path, content):
@@ -453,9 +329,8 @@ def write_json(path, content):
 @contextmanager
 def exclusive_lock(path, busy, timeout=0.5):
     """
-    Hold the lock file `path` while the block runs; the system releases it if the process dies.
-    Raises UserError with the message `busy` if another process still holds it after `timeout`
-    seconds.
+    Hold the lock file `path` while the block runs; UserError with the message `busy` if another
+    process still holds it after `timeout` seconds. The system releases that of a killed process.
     """
     from filelock import FileLock, Timeout  # only here: most commands lock nothing
 
@@ -464,25 +339,11 @@ def exclusive_lock(path, busy, timeout=0.5):
         lock.acquire(timeout=timeout)  # workers of a killed run hold it a moment longer
     except Timeout:
         raise UserError(busy) from None
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) not in (
-            None,
-            errno.ENOLCK,
-            errno.ENOSYS,
-            errno.EOPNOTSUPP,
-        ):
-            raise
-        raise UserError(
-            f"{path} cannot be locked, as on some network disks ({error}); pass a "
-            f"folder on another disk"
-        ) from None
+    except (NotImplementedError, OSError) as error:  # some network disks have no locks
+        raise UserError(f"{path} cannot be locked ({error}); pass a folder elsewhere") from None
     try:
         yield
     finally:
-        if os.name == "posix":  # before the release: afterwards it may belong to another process
-            with suppress(FileNotFoundError):
-                os.remove(path)
+        with suppress(OSError):  # before the release, since another process may lock it afterwards
+            os.remove(path)
         lock.release()
-        if os.name != "posix":  # Windows does not remove an open file
-            with suppress(OSError):
-                os.remove(path)

@@ -57,21 +57,13 @@ def caption_split(model, data, args, processes):
     batches = ResumableBatchSampler(
         len(data), args.batch_size, False, 0, processes.rank, processes.world_size
     )
+    pinned = processes.device.type == "cuda"
     loader = DataLoader(
-        data,
-        sampler=batches,
-        batch_size=None,
-        num_workers=args.workers,
-        pin_memory=processes.device.type == "cuda",
+        data, sampler=batches, batch_size=None, num_workers=args.workers, pin_memory=pinned
     )
+    hidden = None if processes.is_main else True
+    bar = tqdm(load_batches(loader), args.split, len(batches), unit="batch", disable=hidden)
     found = []
-    bar = tqdm(
-        load_batches(loader),
-        total=len(batches),
-        desc=args.split,
-        unit="batch",
-        disable=None if processes.is_main else True,
-    )
     for images, _, _, indices in bar:
         with autocast(processes.device, args.amp):
             features = encoder.cells(images.to(processes.device, non_blocking=True))
@@ -80,24 +72,18 @@ def caption_split(model, data, args, processes):
                 for beam_size in args.beam_sizes
             ]
         for i, captions in zip(indices.tolist(), zip(*searches)):
-            objects = data.entry(i).get("objects", [])
-            by_beam = [
-                _image_caption(caption, words_of, objects, nouns, offset) for caption in captions
-            ]
+            objects, by_beam = data.entry(i).get("objects", []), []
+            for caption in captions:
+                words = [words_of[token] for token in caption.tokens]
+                shown = words, caption.alphas, objects, nouns
+                hits, total = attention_hits(*shown, 0, offset)
+                near_hits, _ = attention_hits(*shown, MARGIN, offset)
+                by_beam.append(ImageCaption(words, caption.score, total, hits, near_hits, offset))
             if args.report:
                 by_beam[-1] = by_beam[-1]._replace(attention=captions[-1].alphas.astype(np.float16))
             found.append((i, by_beam))
     found = sorted(processes.all_gather(found), key=lambda item: item[0])
     return [list(captions) for captions in zip(*(by_beam for _, by_beam in found))]
-
-
-def _image_caption(caption, words_of, objects, nouns, offset):
-    words = [words_of[token] for token in caption.tokens]
-    (hits, total), (near_hits, _) = (
-        attention_hits(words, caption.alphas, objects, nouns, margin, offset)
-        for margin in (0, MARGIN)
-    )
-    return ImageCaption(words, caption.score, total, hits, near_hits, offset)
 
 
 def object_nouns(data):

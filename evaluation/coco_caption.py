@@ -5,33 +5,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pycocoevalcap
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 from tqdm import tqdm
 
-# As in pycocoevalcap. The tokenizer writes -lrb- and so on in lower case, so brackets are kept.
-PUNCTUATION = {
-    "''",
-    "'",
-    "``",
-    "`",
-    "-LRB-",
-    "-RRB-",
-    "-LCB-",
-    "-RCB-",
-    ".",
-    "?",
-    "!",
-    ",",
-    ":",
-    "-",
-    "--",
-    "...",
-    ";",
-}
 UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # Java's default is the locale's
 
 
@@ -50,7 +29,7 @@ def java_missing():
     return "" if works else "java -version fails"
 
 
-def _folder(name):
+def program_folder(name):
     """The folder of pycocoevalcap with the program `name`; JavaError if that cannot run here."""
     if reason := java_missing():
         raise JavaError(reason)
@@ -65,22 +44,17 @@ def tokenize(captions):
     its input to its installation folder. Raises JavaError.
     """
     lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
-    command = [
-        "java",
-        *UTF8,
-        "-cp",
-        "stanford-corenlp-3.4.1.jar",
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-    ]
+    program = ("-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer")
     done = subprocess.run(
-        command, cwd=_folder("tokenizer"), input=lines.encode(), capture_output=True
+        ["java", *UTF8, *program, "-preserveLines", "-lowerCase"],
+        cwd=program_folder("tokenizer"),
+        input=lines.encode(),
+        capture_output=True,
     )
     found = done.stdout.decode(errors="replace").split("\n")[:-1]
     if done.returncode or len(found) != len(captions):
         raise JavaError(f"the PTB tokenizer failed ({_last_line(done.stderr)})")
-    return [[word for word in line.split() if word not in PUNCTUATION] for line in found]
+    return [[word for word in line.split() if word not in PUNCTUATIONS] for line in found]
 
 
 def meteor(references, systems):
@@ -90,91 +64,52 @@ def meteor(references, systems):
 
     METEOR takes 2 GB of memory and some seconds to load its paraphrases. Raises JavaError.
     """
-    n = len(references)
-    lines = [
-        _meteor_line("SCORE", [" ".join(words) for words in (*(captions or [[]]), hypothesis)])
-        for hypotheses in systems
-        for captions, hypothesis in zip(references, hypotheses)
-    ]
-    with (
-        _plain_path(_folder("meteor")) as folder,
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [
-                "java",
-                *UTF8,
-                "-Xmx2G",
-                "-jar",
-                f"{folder}/meteor-1.5.jar",
-                "-",
-                "-",
-                "-stdio",
-                "-l",
-                "en",
-                "-norm",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        ) as process,
-    ):
-        writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
-        writer.start()  # concurrently, since the pipes' buffers cannot hold all lines
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, errors = program_folder("meteor"), Path(scratch, "errors")
+        # METEOR takes the path of its program from a URL without decoding it, so it would not find
+        # its data under a path with a space, % or é.
+        if not re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
+            folder = shutil.copytree(folder, Path(scratch, "meteor"))
+        program = ("-Xmx2G", "-jar", f"{folder}/meteor-1.5.jar", *"- - -stdio -l en -norm".split())
+        with open(errors, "wb") as file:
+            process = subprocess.Popen(
+                ["java", *UTF8, *program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
         try:
-            matches = [  # per caption the statistics that METEOR sums over images
-                process.stdout.readline().decode()
-                for _ in tqdm(
-                    lines, desc="METEOR", unit="caption", delay=2, leave=False, disable=None
-                )
-            ]
-            writer.join()
-            scores = []
-            for i in range(len(systems)):
-                _write(process.stdin, [_meteor_line("EVAL", matches[i * n : (i + 1) * n])])
-                *each, total = [float(process.stdout.readline()) for _ in range(n + 1)]
-                scores.append((total, each))
-        except ValueError:  # no number: it has exited, or complains
-            scores = None
+            return [_meteor_of(process, references, captions) for captions in systems]
+        except (OSError, ValueError):  # it has exited, or answers with no number
+            process.kill()
+            process.wait()
+            reason = _last_line(errors.read_bytes())
+            raise JavaError(f"METEOR failed ({reason}); it needs 2 GB of memory") from None
         finally:
             process.kill()
-            writer.join()
-            with suppress(OSError):
-                process.stdin.close()
-        if scores is None:
-            errors.seek(0)
-            raise JavaError(f"METEOR failed ({_last_line(errors.read())}); it needs 2 GB of memory")
-    return scores
+            process.communicate()
 
 
-def _meteor_line(command, texts):
-    texts = [" ".join(text.replace("|||", "").split()) for text in texts]
-    return (" ||| ".join([command, *texts]) + "\n").encode(errors="replace")
+def _meteor_of(process, references, captions):
+    """The METEOR of one set of captions, and of each caption, from the running program"""
 
+    def send(command, *texts):
+        # Neither breaks of a line nor the program's separator may occur in a text.
+        texts = [" ".join(text.replace("|||", "").split()) for text in texts]
+        process.stdin.write((" ||| ".join([command, *texts]) + "\n").encode(errors="replace"))
+        process.stdin.flush()
 
-@contextmanager
-def _plain_path(folder):
-    """
-    The folder, or a copy of it, under a path where METEOR finds its data: it takes the path of its
-    program from a URL without decoding it, so that a space, % or é in it would be wrong.
-    """
-    if re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as parent:
-        yield shutil.copytree(folder, Path(parent, "meteor"))
-
-
-def _write(pipe, lines):
-    with suppress(OSError):  # Java has exited, which the reader notices
-        pipe.writelines(lines)
-        pipe.flush()
+    statistics = []  # of each caption, which METEOR sums over the images
+    pairs = list(zip(references, captions))
+    for texts, words in tqdm(pairs, "METEOR", delay=2, leave=False, disable=None):
+        send("SCORE", *(" ".join(text) for text in (*(texts or [[]]), words)))
+        statistics.append(process.stdout.readline().decode())
+    send("EVAL", *statistics)
+    *each, total = [float(process.stdout.readline()) for _ in range(len(pairs) + 1)]
+    return total, each
 
 
 def _last_line(text):
     """What a Java program said last, without the places in its code."""
-    lines = [
-        line
-        for line in text.decode(errors="replace").strip().splitlines()
-        if not line.startswith("\tat ")
-    ]
-    return lines[-1] if lines else "no message"
+    lines = text.decode(errors="replace").strip().splitlines()
+    return next((line for line in lines[::-1] if not line.startswith("\tat ")), "no message")

@@ -19,24 +19,28 @@ def compare(path_a, path_b, args):
     """
     a, b = read_results(path_a), read_results(path_b)
     check_same_images(path_a, a, path_b, b)
-    systems = [[found[image][0].split() for image in a] for found in (a, b)]
-    references = [[text.split() for text in texts] for _, texts in a.values()]
+    systems = [[found[image][0] for image in a] for found in (a, b)]
+    references = [texts for _, texts in a.values()]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
-    (first, second), missing = scores.measure(systems, references, args.names)
+    measured, missing = scores.measure(systems, references, args.names)
     if "unseen" in missing:
         missing["unseen"] = "it needs the training captions; run eval.py on the model"
-    draws = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in (first, second)]
+    draws = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in measured]
     rows = [["metric", "A", "B", "A - B", "low", "high", "A higher"]]
-    print(f"A {path_a}, B {path_b}: {len(a)} images")
+    title = f"A {path_a}, B {path_b}: {len(a)} images"
+    print(title)
     print("metric             A         B     A - B       low      high  A higher")
     for name in args.names:
         if name in missing:
             continue
-        values = [first[name].total, second[name].total, first[name].total - second[name].total]
-        cells = [cell(name, value, 10) for value in values]
-        cells += _difference(name, *(drawn.get(name) for drawn in draws))
-        print(f"{name:10}" + "".join(cells))
-        rows.append([name, *(text.strip() for text in cells)])
+        first, second = (metrics[name].total for metrics in measured)
+        values, higher = [first, second, first - second, None, None], "–"
+        if name in draws[0]:
+            first, second = (drawn[name] for drawn in draws)
+            values[3:] = scores.interval(first - second)
+            higher = f"{100 * np.mean((first > second) + (first == second) / 2):.1f} %"
+        rows.append([name, *(cell(name, value) for value in values), higher])
+        print(f"{name:10}" + "".join(text.rjust(10) for text in rows[-1][1:]))
     notes = [
         *footnotes(args.names, tokens, missing),
         *bootstrap_notes(args.names, args.bootstrap, args.seed),
@@ -44,17 +48,17 @@ def compare(path_a, path_b, args):
     ]
     print(*notes, sep="\n")
     if args.table:
-        write_table(args.table, rows, [f"A {path_a}, B {path_b}: {len(a)} images", *notes])
+        write_table(args.table, rows, [title, *notes])
 
 
 def check_same_images(path_a, a, path_b, b):
     """UserError unless both files have the same images with the same references."""
     if unshared := a.keys() ^ b.keys():
         image = min(unshared, key=str)
-        path = path_a if image in a else path_b
         raise UserError(
             f"{path_a} and {path_b} have different images: {image} is only in "
-            f"{path}, one of {len(unshared)}; caption the same split with both models"
+            f"{path_a if image in a else path_b}, one of {len(unshared)}; caption the same split "
+            f"with both models"
         )
     for image in a:
         if sorted(a[image][1]) != sorted(b[image][1]):
@@ -62,11 +66,3 @@ def check_same_images(path_a, a, path_b, b):
                 f"image {image} has other references in {path_a} than in {path_b}; "
                 f"caption the same data set with both models"
             )
-
-
-def _difference(name, a, b):
-    """The interval of a - b and how often it is above 0: three cells, dashes without resamples"""
-    if a is None:
-        return [cell(name, None, 10) for _ in range(3)]
-    ends, higher = scores.interval(a - b), np.mean((a > b) + (a == b) / 2)
-    return [*(cell(name, end, 10) for end in ends), f"{100 * higher:8.1f} %"]

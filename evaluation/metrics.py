@@ -25,13 +25,9 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
     references: per image a list of captions, hypotheses: per image one caption; a caption is
     a list of words (or ids). Empty references are ignored.
     """
-    sums = sum(
-        (
-            np.array(bleu_sums(captions, hypothesis))
-            for captions, hypothesis in zip(references, hypotheses)
-        ),
-        np.zeros(10),
-    )
+    sums = np.zeros(10)
+    for captions, hypothesis in zip(references, hypotheses):
+        sums += bleu_sums(captions, hypothesis)
     # What NLTK puts in place of a precision of 0: BLEU-4 is then about 1e-75, so early epochs in
     # which no 4-gram matches are still ranked by their shorter n-grams.
     tiny = sys.float_info.min
@@ -46,31 +42,28 @@ def bleu_sums(references, hypothesis):
 
     references: captions of one image; hypothesis: a caption
     """
-    from nltk.translate.bleu_score import (  # only here: it takes as long as half of torch
-        closest_ref_length,
-        modified_precision,
-    )
+    from nltk.translate import bleu_score  # only here: it takes as long as half of torch
 
     references = [caption for caption in references if caption] or [[]]
-    precisions = [modified_precision(references, hypothesis, n) for n in (1, 2, 3, 4)]
+    precisions = [bleu_score.modified_precision(references, hypothesis, n) for n in (1, 2, 3, 4)]
     return [
         *(p.numerator for p in precisions),
         *(p.denominator for p in precisions),
         len(hypothesis),
-        closest_ref_length(references, len(hypothesis)),
+        bleu_score.closest_ref_length(references, len(hypothesis)),
     ]
 
 
-def bleu_from_sums(sums, order, least_precision=0.0):
+def bleu_from_sums(sums, order, min_precision=0.0):
     """
-    BLEU-`order`, 0..100, from summed `bleu_sums` (..., 10). least_precision: the precision of
-    n-grams of which none match, if any word does
+    BLEU-`order`, 0..100, from summed `bleu_sums` (..., 10). min_precision: the precision of n-grams
+    of which none match, if any word does
     """
     matches, totals = sums[..., :order], sums[..., 4 : 4 + order]
     length, closest = sums[..., 8], sums[..., 9]
     with np.errstate(divide="ignore", invalid="ignore"):  # log 0 where nothing matches
         brevity_penalty = np.minimum(0, 1 - closest / length)
-        precisions = np.maximum(matches / totals, least_precision)
+        precisions = np.maximum(matches / totals, min_precision)
         value = np.exp(brevity_penalty + np.log(precisions).mean(-1))
     return 100 * np.where(matches[..., 0] > 0, value, 0)
 
@@ -100,48 +93,42 @@ class TfIdf:
             raise ValueError("CIDEr needs captions to count document frequencies in")
         found = Counter()
         for captions in documents:
-            found.update(
-                {gram for caption in captions for counts in ngrams(caption) for gram in counts}
-            )
-        # An n-gram of one image has the same weight as one of none, so these, which are most, need
-        # not be stored.
+            found.update({gram for words in captions for part in ngrams(words) for gram in part})
+        # An n-gram of one image has the same weight as one of none, so most need not be stored.
         self._max_idf = math.log(len(documents))
-        self._idf = {
-            gram: self._max_idf - math.log(count) for gram, count in found.items() if count > 1
-        }
+        self._idf = {gram: self._max_idf - math.log(n) for gram, n in found.items() if n > 1}
 
-    def vector(self, counts):
-        """The `TfIdfVector` of a caption's `ngrams`"""
+    def vector(self, words):
+        """The `TfIdfVector` of a caption, a list of words"""
         weights = [
-            {gram: count * self._idf.get(gram, self._max_idf) for gram, count in found.items()}
-            for found in counts
+            {gram: count * self._idf.get(gram, self._max_idf) for gram, count in part.items()}
+            for part in ngrams(words)
         ]
         norms = [math.sqrt(sum([x * x for x in part.values()])) for part in weights]
-        return TfIdfVector(weights, norms, counts[0].total())
+        return TfIdfVector(weights, norms, len(words))
 
 
-def cider(candidate: "TfIdfVector", references: list["TfIdfVector"]) -> float:
+def cider(candidate: TfIdfVector, references: list[TfIdfVector]) -> float:
     """
     CIDEr of one caption, 0..10 (Vedantam et al. 2015, equations 1 to 3, times 10 as in its authors'
     code): the cosine between caption and reference, averaged over n = 1..4 and the references.
-    All are `TfIdfVector`s.
     """
-    return _mean_over_references([sum(_cosines(candidate, reference)) for reference in references])
+    cosines = [sum(_cosines(candidate, reference)) for reference in references]
+    return 10 * sum(cosines) / 4 / max(1, len(references))
 
 
-def cider_d(candidate: "TfIdfVector", references: list["TfIdfVector"], sigma: float = 6.0) -> float:
+def cider_d(candidate: TfIdfVector, references: list[TfIdfVector], sigma: float = 6.0) -> float:
     """
     CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): the caption's weights are
     clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
     the score (a Gaussian; sigma in words). coco-caption prints this as "CIDEr".
     """
-    return _mean_over_references(
-        [
-            sum(_cosines(candidate, reference, clip=True))
-            * math.exp(-((candidate.length - reference.length) ** 2) / (2 * sigma**2))
-            for reference in references
-        ]
-    )
+    cosines = [
+        sum(_cosines(candidate, reference, clip=True))
+        * math.exp(-((candidate.length - reference.length) ** 2) / (2 * sigma**2))
+        for reference in references
+    ]
+    return 10 * sum(cosines) / 4 / max(1, len(references))
 
 
 def _cosines(a, b, clip=False):
@@ -150,20 +137,13 @@ def _cosines(a, b, clip=False):
     for x, y, norm_x, norm_y in zip(a.weights, b.weights, a.norms, b.norms):
         # Summed in the order of words; a set's order differs between processes, and a resumed run
         # must have the same rewards to the last bit.
-        products = (
-            [min(weight, y[gram]) * y[gram] for gram, weight in x.items() if gram in y]
-            if clip
-            else [weight * y[gram] for gram, weight in x.items() if gram in y]
-        )
-        if not products:
+        common = [(weight, y[gram]) for gram, weight in x.items() if gram in y]
+        if not common:
             break  # then they have no longer n-grams in common either
         if norm_x and norm_y:
-            cosines.append(sum(products) / (norm_x * norm_y))
+            dot = sum([(min(p, q) if clip else p) * q for p, q in common])
+            cosines.append(dot / (norm_x * norm_y))
     return cosines
-
-
-def _mean_over_references(sums):
-    return 10 * sum(sums) / 4 / len(sums) if sums else 0.0
 
 
 class CiderD:
@@ -182,20 +162,13 @@ class CiderD:
 
         Returns float64 (C,), 0..10.
         """
-        vectors = {}
+        vector, vectors = self._tf_idf.vector, {}
         for captions in references:
             if id(captions) not in vectors:
-                vectors[id(captions)] = [self._vector(caption) for caption in captions if caption]
-        return np.array(
-            [
-                cider_d(self._vector(candidate), vectors[id(captions)])
-                for candidate, captions in zip(candidates, references)
-            ],
-            dtype=np.float64,
-        )
-
-    def _vector(self, caption):
-        return self._tf_idf.vector(ngrams(caption))
+                vectors[id(captions)] = [vector(caption) for caption in captions if caption]
+        pairs = zip(candidates, references)
+        scores = [cider_d(vector(words), vectors[id(captions)]) for words, captions in pairs]
+        return np.array(scores, dtype=np.float64)
 
 
 # Top-5 accuracy and attention accuracy
@@ -235,9 +208,8 @@ def attention_hits(
         total += 1
         side = round(len(alpha) ** 0.5)
         row, column = divmod(int(np.argmax(alpha)), side)
-        x, y = (
-            min(max((at + 0.5) / side + shift, 0), 1) for at, shift in zip((column, row), offset)
-        )
+        x = min(max((column + 0.5) / side + offset[0], 0), 1)
+        y = min(max((row + 0.5) / side + offset[1], 0), 1)
         boxes = [obj["box"] for obj in objects if word in obj["words"]]
         hits += any(
             left - margin <= x <= right + margin and top - margin <= y <= bottom + margin

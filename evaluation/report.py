@@ -6,10 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 from jinja2 import FileSystemLoader
-from markupsafe import Markup
 
 from evaluation.scores import scores_by_image
-from evaluation.table import cell
 from preprocessing.images import read_rgb
 from utils import UserError, atomic_write
 from visualization import page
@@ -40,7 +38,12 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
         )
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
-    drawn = random.Random(seed).sample(range(len(scores)), min(IMAGES_PER_SECTION, len(scores)))
+    number = min(IMAGES_PER_SECTION, len(scores))
+    chosen = {
+        f"Best by {by}": order[:number],
+        f"Worst by {by}": order[::-1][:number],
+        "At random": random.Random(seed).sample(range(len(scores)), number),
+    }
     sections = [
         (
             heading,
@@ -49,15 +52,12 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
                 for i in images
             ],
         )
-        for heading, images in (
-            (f"Best by {by}", order[:IMAGES_PER_SECTION]),
-            (f"Worst by {by}", order[: -IMAGES_PER_SECTION - 1 : -1]),
-            ("At random", drawn),
-        )
+        for heading, images in chosen.items()
     ]
     body = ENVIRONMENT.get_template("report.html").render(
-        columns=["beam", *evaluation.names],
-        rows=[_row(evaluation.names, beam) for beam in evaluation.beams],
+        names=evaluation.names,
+        beams=evaluation.beams,
+        map=map,
         notes=list(map(page.escape, evaluation.notes)),
         lengths=_lengths(captions, data),
         sections=sections,
@@ -75,48 +75,23 @@ def check_photographs(data, folder):
             raise UserError(f"{path} not found; pass the --image_folder of create_input_files.py")
 
 
-def _view(data, i, caption, score, image_folder):
+def _view(data, i, caption, score, folder):
     """One image with its caption, attention and references, as HTML. score: text after its name"""
     entry = data.entry(i)
-    return Markup(
-        page.view(
-            SimpleNamespace(
-                name=" · ".join(
-                    filter(
-                        None,
-                        (str(entry["filename"] or entry["image_id"]), entry.get("source"), score),
-                    )
-                ),
-                image=_photograph(data, i, image_folder),
-                words=caption.words,
-                attention=caption.attention,
-                offset=caption.offset,
-                score=caption.score,
-                n_best=[],
-                references=[" ".join(words) for words in entry["references"]],
-            ),
-            "h3",
-        )
+    filename = entry["filename"]
+    if folder is None or filename is None:
+        image = np.ascontiguousarray(data[i].images.numpy().transpose(1, 2, 0))
+    else:
+        image = read_rgb(Path(folder) / filename)
+    name = (str(filename or entry["image_id"]), entry.get("source"), score)
+    captioned = SimpleNamespace(
+        **caption._asdict(),
+        name=" · ".join(filter(None, name)),
+        image=image,
+        n_best=[],
+        references=[" ".join(words) for words in entry["references"]],
     )
-
-
-def _photograph(data, i, folder):
-    """uint8 (H, W, 3)"""
-    name = data.entry(i)["filename"]
-    if folder is None or name is None:
-        return np.ascontiguousarray(data[i].images.numpy().transpose(1, 2, 0))
-    return read_rgb(Path(folder) / name)
-
-
-def _row(names, beam):
-    """A beam size's row of the table: the texts of its cells and intervals"""
-    cells = []
-    for name in names:
-        value = cell(name, beam.metrics[name].total if name in beam.metrics else None).strip()
-        ends = (beam.intervals or {}).get(name, ())
-        cells.append((value, "–".join(f"{end:.2f}" for end in ends)))
-    label = f"{beam.beam_size} {beam.source}" if beam.source else beam.beam_size
-    return {"label": label, "cells": cells, "attention": beam.attention}
+    return page.view(captioned, "h3")
 
 
 def _lengths(captions, data):
@@ -124,16 +99,13 @@ def _lengths(captions, data):
     For the histogram, of the captions and of the references: the mean number of words, and the
     share of those with 0, 1, 2, … words.
     """
-    counts = [
-        np.bincount([len(caption.words) for caption in captions]),
-        np.bincount(
-            [len(words) for i in range(len(data)) for words in data.entry(i)["references"]] or [0]
-        ),
-    ]
-    longest = max(map(len, counts))
-    shares = [np.pad(count, (0, longest - len(count))) / max(1, count.sum()) for count in counts]
+    references = [words for i in range(len(data)) for words in data.entry(i)["references"]]
+    lengths = [len(caption.words) for caption in captions], [len(words) for words in references]
+    longest = max(max(of_one, default=0) for of_one in lengths)
+    counts = [np.bincount(np.array(of_one, int), minlength=longest + 1) for of_one in lengths]
+    shares = [count / max(1, count.sum()) for count in counts]
     return {
         "shares": np.stack(shares, 1).tolist(),
         "highest": np.max(shares),
-        "means": [share @ np.arange(longest) for share in shares],
+        "means": [share @ np.arange(longest + 1) for share in shares],
     }

@@ -1,6 +1,7 @@
 """Computes all metrics of sets of captions in one call, and their bootstrap intervals."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,18 +9,13 @@ from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
 from evaluation import coco_caption
-from evaluation.metrics import (
-    TfIdf,
-    bleu_from_sums,
-    bleu_sums,
-    cider,
-    cider_d,
-    ngrams,
-)
+from evaluation.metrics import TfIdf, bleu_from_sums, bleu_sums, cider, cider_d
 from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
-NAMES = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "vocabulary", "unseen", "length")
+CIDER = {"CIDEr": cider, "CIDEr-D": cider_d}
+UNSUMMED = ("METEOR", "vocabulary", "unseen")  # not computed from scores of single images
+NAMES = (*BLEU, "METEOR", "ROUGE-L", *CIDER, "vocabulary", "unseen", "length")
 
 
 class Metric(NamedTuple):
@@ -79,76 +75,64 @@ def measure(systems, references, names, novel=None):
     Returns per system {name: Metric}, and {name: reason} for the metrics that are missing.
     """
     references = [[words for words in captions if words] for captions in references]
-    found, missing = _score_images(systems, references, names), {}
+    rows, missing = _score(systems, references, names), {}
+    found = [{name: _metric(name, row) for name in names if name not in UNSUMMED} for row in rows]
     if "METEOR" in names:
         try:
-            for system, (total, each) in zip(found, coco_caption.meteor(references, systems)):
-                system["METEOR"] = Metric(100 * total, 100 * np.array(each))
+            for metrics, (total, each) in zip(found, coco_caption.meteor(references, systems)):
+                metrics["METEOR"] = Metric(100 * total, 100 * np.array(each))
         except coco_caption.JavaError as error:
             missing["METEOR"] = str(error)
     if "unseen" in names and novel is None:
         missing["unseen"] = "the training captions are not known"
-    for i, (system, captions) in enumerate(zip(found, systems)):
-        system["vocabulary"] = Metric(len({word for words in captions for word in words}))
-        system["length"] = _mean([len(words) for words in captions], 1)
+    for i, (metrics, captions) in enumerate(zip(found, systems)):
+        metrics["vocabulary"] = Metric(len({word for words in captions for word in words}))
         if novel is not None:
-            system["unseen"] = _mean(novel[i], 100)
-    return [{name: system[name] for name in names if name in system} for system in found], missing
+            metrics["unseen"] = _mean(novel[i], 100)
+    return [{name: one[name] for name in names if name in one} for one in found], missing
 
 
-def _from_sums(sums, value):
-    return Metric(float(value(sums.sum(0))), value(sums), sums, value)
+def _score(systems, references, names):
+    """
+    Per system and image {name: score} of ROUGE-L, CIDEr and CIDEr-D where they are in names, of the
+    length, and for BLEU its `bleu_sums`
+    """
+    rows = [[] for _ in systems]
+    tf_idf = TfIdf(references) if set(CIDER) & set(names) else None
+    images = list(zip(references, *systems))
+    for captions, *candidates in tqdm(images, "scoring", delay=2, leave=False, disable=None):
+        # What depends on the references alone is computed once for all systems.
+        vectors = [tf_idf.vector(words) for words in captions] if tf_idf else []
+        texts = [" ".join(words) for words in captions]
+        for row, words in zip(rows, candidates):
+            scores = {"length": len(words)}
+            if set(BLEU) & set(names):
+                scores["BLEU"] = bleu_sums(captions, words)
+            if "ROUGE-L" in names:
+                scores["ROUGE-L"] = Rouge().calc_score([" ".join(words)], texts) if texts else 0
+            vector = tf_idf.vector(words) if tf_idf else None
+            for name in set(CIDER) & set(names):
+                scores[name] = CIDER[name](vector, vectors)
+            row.append(scores)
+    return rows
+
+
+def _metric(name, rows):
+    if name not in BLEU:
+        return _mean([scores[name] for scores in rows], 1 if name == "length" else 100)
+    sums = np.array([scores["BLEU"] for scores in rows], dtype=np.float64)
+    return _from_sums(sums, partial(bleu_from_sums, order=BLEU.index(name) + 1))
 
 
 def _mean(values, scale):
     """The Metric that is the mean over images of these values, times scale"""
     values = np.array(values, dtype=np.float64)
-    return _from_sums(
-        np.stack([values, np.ones_like(values)], 1),
-        lambda sums: scale * sums[..., 0] / sums[..., 1],
-    )
+    sums = np.stack([values, np.ones_like(values)], 1)
+    return _from_sums(sums, lambda sums: scale * sums[..., 0] / sums[..., 1])
 
 
-def _score_images(systems, references, names):
-    """Per system {name: Metric} for those of BLEU, ROUGE-L, CIDEr and CIDEr-D in names"""
-    bleu = [name for name in BLEU if name in names]
-    ciders = {
-        name: function
-        for name, function in (("CIDEr", cider), ("CIDEr-D", cider_d))
-        if name in names
-    }
-    tf_idf = TfIdf(references) if ciders else None
-    rows = [{name: [] for name in ("BLEU", "ROUGE-L", *ciders)} for _ in systems]
-    for captions, *candidates in tqdm(
-        list(zip(references, *systems)),
-        desc="scoring",
-        unit="image",
-        delay=2,
-        leave=False,
-        disable=None,
-    ):
-        # What depends on the references alone is computed once for all systems.
-        vectors = [tf_idf.vector(ngrams(words)) for words in captions] if ciders else []
-        texts = [" ".join(words) for words in captions]
-        for row, words in zip(rows, candidates):
-            if bleu:
-                row["BLEU"].append(bleu_sums(captions, words))
-            if "ROUGE-L" in names:
-                row["ROUGE-L"].append(Rouge().calc_score([" ".join(words)], texts) if texts else 0)
-            vector = tf_idf.vector(ngrams(words)) if ciders else None
-            for name, function in ciders.items():
-                row[name].append(function(vector, vectors))
-    metrics = []
-    for row in rows:
-        sums = np.array(row.pop("BLEU"), dtype=np.float64)
-        metrics.append(
-            {
-                name: _from_sums(sums, lambda sums, n=int(name[-1]): bleu_from_sums(sums, n))
-                for name in bleu
-            }
-            | {name: _mean(values, 100) for name, values in row.items() if values}
-        )
-    return metrics
+def _from_sums(sums, value):
+    return Metric(float(value(sums.sum(0))), value(sums), sums, value)
 
 
 def scores_by_image(metrics, num_images):
@@ -170,19 +154,13 @@ def resample(metrics, resamples, seed=0):
     images, so it would always be too small.
     """
     metrics = {name: metric for name, metric in metrics.items() if metric.sums is not None}
-    if not metrics:
-        return {}
-    n, rng = len(next(iter(metrics.values())).sums), np.random.default_rng(seed)
-    parts = []
-    for start in range(0, resamples, 100):  # 100 at a time, to limit memory
-        counts = np.stack(
-            [
-                np.bincount(rng.integers(n, size=n), minlength=n)
-                for _ in range(min(100, resamples - start))
-            ]
-        ).astype(np.float64)
-        parts.append({name: metric.value(counts @ metric.sums) for name, metric in metrics.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in metrics}
+    drawn, rng = {name: [] for name in metrics}, np.random.default_rng(seed)
+    n = max((len(metric.sums) for metric in metrics.values()), default=0)
+    for _ in range(resamples if metrics else 0):
+        counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+        for name, metric in metrics.items():
+            drawn[name].append(counts @ metric.sums)
+    return {name: metric.value(np.array(drawn[name])) for name, metric in metrics.items()}
 
 
 def interval(values):
@@ -191,5 +169,6 @@ def interval(values):
 
 
 def intervals(metrics, resamples, seed):
-    """{name: (low, high)}, the 95 % interval of each metric that has one"""
-    return {name: interval(values) for name, values in resample(metrics, resamples, seed).items()}
+    """{name: (low, high)}, the 95 % interval of each metric that has one; None for no resamples"""
+    drawn = resample(metrics, resamples, seed) if resamples else None
+    return drawn and {name: interval(values) for name, values in drawn.items()}

@@ -33,6 +33,11 @@ class BeamResult(NamedTuple):
     intervals: dict  # {name: (low, high)}; None without --bootstrap
     attention: tuple  # two texts of `attention_accuracy`; None if the data have no boxes of objects
 
+    def texts(self, name):
+        """A metric and the ends of its interval as texts, dashes for what there is not"""
+        value = self.metrics[name].total if name in self.metrics else None
+        return [cell(name, x) for x in (value, *(self.intervals or {}).get(name, (None, None)))]
+
 
 class Evaluation(NamedTuple):
     """What eval.py prints and `report.write_report` shows"""
@@ -55,36 +60,27 @@ def evaluate_captions(title, by_beam, data, training, args):
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
     # Before the PTB tokenizer, since training captions have the data set's own words.
-    novel = (
-        None
-        if training is None
-        else [[tuple(words) not in training for words in captions] for captions in systems]
-    )
+    novel = None
+    if training is not None:
+        novel = [[tuple(words) not in training for words in captions] for captions in systems]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
-    has_objects, rows = bool(object_nouns(data)), [[] for _ in by_beam]
+    has_objects, beams = bool(object_nouns(data)), [[] for _ in by_beam]
     for source, images in _images_by_source(data).items():
-        parts = [[captions[i] for i in images] for captions in (*systems, references, *by_beam)]
+
+        def of_source(items, images=images):
+            return [items[i] for i in images]
+
         measured, missing = scores.measure(
-            parts[: len(systems)],
-            parts[len(systems)],
+            [of_source(captions) for captions in systems],
+            of_source(references),
             args.names,
-            novel and [[captions[i] for i in images] for captions in novel],
+            novel and [of_source(flags) for flags in novel],
         )
-        for beam, beam_size, captions, metrics in zip(
-            rows, args.beam_sizes, parts[len(systems) + 1 :], measured
-        ):
-            beam.append(
-                BeamResult(
-                    beam_size,
-                    source,
-                    captions,
-                    metrics,
-                    scores.intervals(metrics, args.bootstrap, args.seed)
-                    if args.bootstrap
-                    else None,
-                    attention_accuracy(captions) if has_objects else None,
-                )
-            )
+        for i, (beam_size, metrics) in enumerate(zip(args.beam_sizes, measured)):
+            captions = of_source(by_beam[i])
+            intervals = scores.intervals(metrics, args.bootstrap, args.seed)
+            attention = attention_accuracy(captions) if has_objects else None
+            beams[i].append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
     notes = [ATTENTION] if has_objects else []
@@ -92,7 +88,7 @@ def evaluate_captions(title, by_beam, data, training, args):
         notes += footnotes(args.names, tokens, missing)
     if args.bootstrap:
         notes += bootstrap_notes(args.names, args.bootstrap, args.seed)
-    return Evaluation(title, args.names, sum(rows, []), notes)
+    return Evaluation(title, args.names, sum(beams, []), notes)
 
 
 def _images_by_source(data):
@@ -104,28 +100,20 @@ def _images_by_source(data):
 
 
 def print_evaluation(evaluation):
-    names, has_attention = evaluation.names, evaluation.beams[0].attention is not None
-    width = max(max(len(beam.source), 6) + 2 if beam.source else 0 for beam in evaluation.beams)
+    names, beams = evaluation.names, evaluation.beams
+    sources = ["source", *(beam.source for beam in beams if beam.source)]
+    width = 4 if len(sources) == 1 else 6 + max(map(len, sources))
+    heading = "beam  source".ljust(width)[:width] + "".join(f"  {name}" for name in names)
     print(evaluation.title)
-    print(
-        "beam"
-        + ("  source" * bool(width)).ljust(width)
-        + heading(names)
-        + "          attention" * has_attention
-    )
-    for beam in evaluation.beams:
-        values = {name: metric.total for name, metric in beam.metrics.items()}
-        source = f"  {beam.source or 'all'}".ljust(width) if width else ""
-        print(
-            f"{beam.beam_size:4d}{source}{row(names, values)}"
-            + (f"{'  '.join(beam.attention):>19}" if has_attention else "")
-        )
-        for i, end in enumerate(("low", "high") if beam.intervals is not None else ()):
-            print(
-                f"{end:>4}"
-                + " " * width
-                + row(names, {name: ends[i] for name, ends in beam.intervals.items()})
-            )
+    print(heading + ("          attention" if beams[0].attention else ""))
+    for beam in beams:
+        label = f"{beam.beam_size:4d}  {beam.source or 'all'}".ljust(width)[:width]
+        lines = [f"{start:{width}}" for start in (label, " low", "high")]
+        for name in names:
+            texts = beam.texts(name)
+            lines = [line + text.rjust(len(name) + 2) for line, text in zip(lines, texts)]
+        lines[0] += f"{'  '.join(beam.attention):>19}" if beam.attention else ""
+        print(*lines[: 1 if beam.intervals is None else 3], sep="\n")
     for note in evaluation.notes:
         print(note)
 
@@ -136,29 +124,11 @@ def table_rows(evaluation):
     attention = ["attention", "attention near"] if evaluation.beams[0].attention else []
     rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
     for beam in evaluation.beams:
-        cells = [
-            _with_interval(name, beam.metrics.get(name), beam.intervals)
-            for name in evaluation.names
-        ]
-        rows.append(
-            [
-                str(beam.beam_size),
-                *[beam.source or "all"] * sources,
-                *cells,
-                *(beam.attention or ()),
-            ]
-        )
+        row = [str(beam.beam_size), *[beam.source or "all"] * sources]
+        for value, low, high in map(beam.texts, evaluation.names):
+            row.append(value if low == "–" else f"{value} ({low}–{high})")
+        rows.append([*row, *(beam.attention or ())])
     return rows
-
-
-def _with_interval(name, metric, intervals):
-    if metric is None:
-        return "–"
-    text = cell(name, metric.total).strip()
-    if not intervals or name not in intervals:
-        return text
-    low, high = (cell(name, end).strip() for end in intervals[name])
-    return f"{text} ({low}–{high})"
 
 
 def write_table(path, rows, notes):
@@ -167,12 +137,10 @@ def write_table(path, rows, notes):
     tabular of the package booktabs; notes, lines that explain it, become comments there.
     """
     if str(path).lower().endswith(".tex"):
+        heading, *others = [" & ".join(map(_to_latex, cells)) + r" \\" for cells in rows]
         lines = [f"% {note}" for note in ["needs \\usepackage{booktabs}", *notes]]
-        lines += [f"\\begin{{tabular}}{{{'l' + 'r' * (len(rows[0]) - 1)}}}", "\\toprule"]
-        for i, cells in enumerate(rows):
-            lines.append(" & ".join(map(_to_latex, cells)) + r" \\")
-            lines += ["\\midrule"] * (i == 0)
-        lines += ["\\bottomrule", "\\end{tabular}"]
+        lines.append(f"\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}")
+        lines += ["\\toprule", heading, "\\midrule", *others, "\\bottomrule", "\\end{tabular}"]
     else:
         heading, *others = [f"| {' | '.join(cells)} |" for cells in rows]
         lines = [heading, "|" + "---|" * len(rows[0]), *others, "", *(f"* {n}" for n in notes)]
@@ -185,21 +153,11 @@ def _to_latex(text):
     return re.sub(r" (\([\d.-]+\))$", r" {\\scriptsize \1}", text)
 
 
-def cell(name, value, width=None):
-    """A number as text of its column's width; a dash for None"""
-    width = width or len(name) + 2
+def cell(name, value):
+    """A number as text, a dash for None"""
     if value is None:
-        return f"{'–':>{width}}"
-    return f"{value:{width}.0f}" if name == "vocabulary" else f"{value:{width}.2f}"
-
-
-def heading(names):
-    return "".join(f"  {name}" for name in names)
-
-
-def row(names, values):
-    """The values of {name: value}, each under its name in `heading`; dashes for missing ones"""
-    return "".join(cell(name, values.get(name)) for name in names)
+        return "–"
+    return f"{value:.0f}" if name == "vocabulary" else f"{value:.2f}"
 
 
 def attention_accuracy(captions):

@@ -1,12 +1,15 @@
 """eval.py with a stand-in for the model, since only its captions matter here."""
 
+import json
+
 import numpy as np
 import pytest
-from factories import write_scenes
+from factories import karpathy_entry, write_karpathy, write_scenes
 
 import eval as eval_script
 from evaluation import coco_caption
 from evaluation.captions import ImageCaption
+from preprocessing.input_files import create_input_files
 
 # The stand-in's captions of the 8 test scenes: the first 2, 3, … 9 of these words
 WORDS = "there is a red circle above a blue square".split()
@@ -21,40 +24,50 @@ def data(tmp_path_factory):
 @pytest.fixture
 def stub_captions():
     """The stand-in's captions of the test scenes, at every beam size"""
-    return [
-        ImageCaption(
-            WORDS[: i + 2],
-            score=-1.0,
-            object_words=3,
-            hits=1,
-            near_hits=2,
-            attention=np.eye(196)[: i + 2],
-        )
-        for i in range(8)
-    ]
+    return [ImageCaption(WORDS[:n], -1.0, 3, 1, 2, attention=np.eye(196)[:n]) for n in range(2, 10)]
 
 
 @pytest.fixture
-def stub_options(data, stub_captions, monkeypatch):
-    """Options for eval.py, whose model is a stand-in"""
-    monkeypatch.setattr(
-        eval_script,
-        "caption_split",
-        lambda model, data, args, processes: [stub_captions for _ in args.beam_sizes],
-    )
-    monkeypatch.setattr(eval_script, "load_captioner", lambda *_: None)
-    return [
-        "--data_folder",
-        str(data),
-        "--model",
-        "m.pth.tar",
-        "--device",
-        "cpu",
-        "--beam_sizes",
-        "1",
-    ]
+def evaluate(data, stub_captions, monkeypatch, no_java):
+    """Call eval.py without a model and without Java: evaluate(*options, data=…, captions=…)"""
+
+    def call(*options, data=data, captions=stub_captions):
+        monkeypatch.setattr(
+            eval_script,
+            "caption_split",
+            lambda _, data, args, __: [captions] * len(args.beam_sizes),
+        )
+        monkeypatch.setattr(eval_script, "load_captioner", lambda *_: None)
+        model = ["--model", "m.pth.tar", "--device", "cpu", "--beam_sizes", "1"]
+        eval_script.main(["--data_folder", str(data), *model, *map(str, options)])
+
+    return call
 
 
 @pytest.fixture
 def no_java(monkeypatch):
     monkeypatch.setattr(coco_caption, "java_missing", lambda: "java is not in the PATH")
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory):
+    """A data set joined from two, which have the same image ids; 3 and 2 test images"""
+    folder, paths, folders = tmp_path_factory.mktemp("joined"), [], []
+    sources = {
+        "street": ["a red bus on a wet street", "a dog runs in a park", "two men sit at a table"],
+        "kitchen": ["a white oven in a small kitchen", "a bowl of red apples"],
+    }
+    for source, captions in sources.items():
+        entries = [
+            karpathy_entry(f"{source}{i}.png", split, [caption, caption + " today"])
+            for split in ("train", "val", "test")
+            for i, caption in enumerate(captions)
+        ]
+        for i, entry in enumerate(entries):
+            entry["filename"], entry["imgid"] = f"{i}.png", i + 10 - len(entries)
+        path = write_karpathy(folder / source, entries)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": source}))
+        paths.append(str(path))
+        folders.append(str(folder / source / "images"))
+    create_input_files("both", paths, folders, 2, 0, str(folder / "data"), workers=0)
+    return folder / "data"

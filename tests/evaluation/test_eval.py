@@ -1,4 +1,4 @@
-"""eval.py as a user runs it, with a stand-in for the model: tables, results, mistakes."""
+"""eval.py as a user runs it, with a stand-in for the model: tables, results, sources, mistakes."""
 
 import json
 
@@ -9,21 +9,19 @@ from factories import NAME
 import eval as eval_script
 from evaluation import coco_caption
 from evaluation.captions import ImageCaption, read_training_captions
-from evaluation.metrics import bleu
+from evaluation.metrics import CiderD, bleu
 from evaluation.scores import NAMES
 from evaluation.table import attention_accuracy
 from utils import UserError
 
 
-def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(stub_options, tmp_path, capsys):
-    eval_script.main([*stub_options, "--results", str(tmp_path / "r.json")])
+def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(evaluate, tmp_path, capsys):
+    evaluate("--results", tmp_path / "r.json")
     _, heading, row, *_ = capsys.readouterr().out.splitlines()
     assert heading == "beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4          attention"
     rows = json.loads((tmp_path / "r.json").read_text())
-    expected = bleu(
-        [[text.split() for text in row["references"]] for row in rows],
-        [row["caption"].split() for row in rows],
-    )
+    references = [[text.split() for text in row["references"]] for row in rows]
+    expected = bleu(references, [row["caption"].split() for row in rows])
     assert row == "   1" + "".join(f"{value:8.2f}" for value in expected) + "   33.33 %  66.67 %"
     assert rows[0].keys() == {"image_id", "filename", "caption", "score", "references"}
 
@@ -36,9 +34,9 @@ def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
 
 
 def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
-    stub_options, no_java, tmp_path, capsys
+    evaluate, data, stub_captions, tmp_path, capsys
 ):
-    eval_script.main([*stub_options, "--metrics", "all", "--results", str(tmp_path / "r.json")])
+    evaluate("--metrics", "all", "--results", tmp_path / "r.json")
     _, heading, row, *notes = capsys.readouterr().out.splitlines()
     assert heading.split()[1:-1] == list(NAMES)
     cells = dict(zip(heading.split(), row.split()))
@@ -48,76 +46,40 @@ def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
     assert "tokens: the data set's, not PTB's: java is not in the PATH" in notes
     scores = [row["scores"] for row in json.loads((tmp_path / "r.json").read_text())]
     assert scores[0].keys() == set(NAMES) - {"METEOR", "vocabulary"}
-    assert np.mean([s["CIDEr-D"] for s in scores]) == pytest.approx(
-        float(cells["CIDEr-D"]), abs=0.01
-    )
+    for name in ("CIDEr-D", "ROUGE-L", "unseen"):
+        mean = np.mean([s[name] for s in scores])
+        assert mean == pytest.approx(float(cells[name]), abs=0.01)
+    training = json.loads((data / f"TRAIN_REFERENCES_{NAME}.json").read_text())
+    known = [words for entry in training for words in entry["references"]]
+    assert [s["unseen"] for s in scores] == [100 * (c.words not in known) for c in stub_captions]
 
 
-def test_meteor_has_no_interval(stub_options, tmp_path, capsys, no_java, monkeypatch):
+def test_meteor_has_no_interval(evaluate, tmp_path, capsys, monkeypatch):
     def meteor(references, systems):
         return [(0.25, [0.5] * len(references)) for _ in systems]
 
     monkeypatch.setattr(coco_caption, "meteor", meteor)
     metrics = ["--metrics", "METEOR", "length", "--bootstrap", "5"]
-    files = {name: str(tmp_path / name) for name in ("r.json", "t.md", "r.html")}
-    outputs = ["--results", files["r.json"], "--table", files["t.md"], "--report", files["r.html"]]
-    eval_script.main([*stub_options, *metrics, *outputs])
+    results, table, report = (tmp_path / name for name in ("r.json", "t.md", "r.html"))
+    evaluate(*metrics, "--results", results, "--table", table, "--report", report)
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in rows[:3]] == ["25.00", "–", "–"]
-    assert json.loads((tmp_path / "r.json").read_text())[0]["scores"]["METEOR"] == 50
-    assert "| 1 | 25.00 | 5.50 (" in (tmp_path / "t.md").read_text()
-    assert '<td>25.00<br><span class="sat-quiet"></span></td>' in (tmp_path / "r.html").read_text()
-    eval_script.main(["--compare", files["r.json"], files["r.json"], *metrics])
+    assert json.loads(results.read_text())[0]["scores"]["METEOR"] == 50
+    assert "| 1 | 25.00 | 5.50 (" in table.read_text()
+    assert '<td>25.00<br><span class="sat-quiet"></span></td>' in report.read_text()
+    eval_script.main(["--compare", str(results), str(results), *metrics])
     line = capsys.readouterr().out.splitlines()[2]
     assert line.split() == ["METEOR", "25.00", "25.00", "0.00", "–", "–", "–"]
 
 
-def test_unseen_counts_captions_that_no_training_image_has(
-    stub_options, data, capsys, no_java, stub_captions
-):
-    training = json.loads((data / f"TRAIN_REFERENCES_{NAME}.json").read_text())
-    known = {tuple(words) for entry in training for words in entry["references"]}
-    eval_script.main([*stub_options, "--metrics", "unseen"])
-    row = capsys.readouterr().out.splitlines()[2].split()
-    assert float(row[1]) == 100 * np.mean(
-        [tuple(caption.words) not in known for caption in stub_captions]
-    )
-
-
-def test_unseen_is_a_dash_without_the_training_captions(stub_options, data, capsys, no_java):
-    file = data / f"TRAIN_REFERENCES_{NAME}.json"
-    file.rename(data / "away")
-    try:
-        eval_script.main([*stub_options, "--metrics", "unseen", "--bootstrap", "5"])
-    finally:
-        (data / "away").rename(file)
+def test_unseen_is_a_dash_without_the_training_captions(evaluate, data, tmp_path, capsys):
+    for file in data.iterdir():
+        if not file.name.startswith("TRAIN_"):
+            (tmp_path / file.name).symlink_to(file)
+    evaluate("--metrics", "unseen", "--bootstrap", "5", data=tmp_path)
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in rows[:3]] == [["1", "–"], ["low", "–"], ["high", "–"]]
-    assert f"unseen: –, {data} has no TRAIN_REFERENCES file" in rows
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--metrics", "WER"], "unknown metric WER; valid ones: all, BLEU, BLEU-1, BLEU-2"),
-        (["--bootstrap", "0"], "--bootstrap is 0"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--workers", "-1"], "--workers is -1"),
-        (["--beam_sizes", "3", "0"], "--beam_sizes is 0"),
-        (["--batch_size", "0"], "--batch_size is 0"),
-        (["--results", "nowhere/r.json"], "folder of --results nowhere/r.json does not exist"),
-        (["--compare", "none.json", "none.json"], "none.json not found; write it with eval.py"),
-        (["--compare", "none.json"], "expected 2 arguments"),
-        (
-            ["--compare", "a.json", "b.json", "--report", "r.html"],
-            "leave --report and --results out",
-        ),
-        (["--image_folder", "photos"], "--image_folder is for --report"),
-    ],
-)
-def test_contradicting_options_are_user_errors(args, message):
-    with pytest.raises(UserError, match=message):
-        eval_script.main(args)
+    assert f"unseen: –, {tmp_path} has no TRAIN_REFERENCES file" in rows
 
 
 def test_damaged_training_captions_are_named_with_the_next_step(tmp_path):
@@ -129,47 +91,63 @@ def test_damaged_training_captions_are_named_with_the_next_step(tmp_path):
             read_training_captions(tmp_path, NAME)
 
 
-def test_ptb_tokens_without_java_are_refused(stub_options, no_java):
+def test_ptb_tokens_without_java_are_refused(evaluate):
     with pytest.raises(UserError, match="--tokens ptb: java is not in the PATH"):
-        eval_script.main([*stub_options, "--tokens", "ptb"])
+        evaluate("--tokens", "ptb")
 
 
-def test_table_for_a_paper_holds_what_is_printed(stub_options, tmp_path, capsys, no_java):
-    names = ["bleu", "length"]
-    for suffix in ("md", "tex"):
-        eval_script.main(
-            [
-                *stub_options,
-                "--metrics",
-                *names,
-                "--bootstrap",
-                "50",
-                "--table",
-                str(tmp_path / f"t.{suffix}"),
-            ]
-        )
-    _, heading, row, low, high, *_ = capsys.readouterr().out.splitlines()
-    values, lows, highs = row.split()[1:6], low.split()[1:6], high.split()[1:6]
-    heading, rule, cells, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
-    assert heading == (
-        "| beam | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | length | attention | attention near |"
-    )
+def test_table_for_a_paper_holds_what_is_printed(evaluate, tmp_path, capsys):
+    for name in ("t.md", "t.tex"):
+        options = ["--metrics", "bleu", "length", "--bootstrap", "50"]
+        evaluate(*options, "--table", tmp_path / name)
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    cells = list(zip(*(line.split()[1:6] for line in lines[:3])))  # (value, low, high)
+    heading, rule, row, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
+    names = "beam BLEU-1 BLEU-2 BLEU-3 BLEU-4 length attention".split()
+    assert heading == f"| {' | '.join(names)} | attention near |"
     assert rule == "|" + "---|" * 8 and empty == ""
-    assert (
-        cells
-        == "| 1 | "
-        + " | ".join(f"{v} ({a}–{b})" for v, a, b in zip(values, lows, highs))
-        + " | 33.33 % | 66.67 % |"
-    )
+    texts = " | ".join(f"{value} ({low}–{high})" for value, low, high in cells)
+    assert row == f"| 1 | {texts} | 33.33 % | 66.67 % |"
     assert any("50 resamples" in note for note in notes)
     tex = (tmp_path / "t.tex").read_text().splitlines()
     assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrrr}" in tex
     [line] = [line for line in tex if line.startswith("1 & ")]
-    assert (
-        line
-        == "1 & "
-        + " & ".join(f"{v} {{\\scriptsize ({a}--{b})}}" for v, a, b in zip(values, lows, highs))
-        + " & 33.33 \\% & 66.67 \\% \\\\"
-    )
-    with pytest.raises(UserError, match="must end in .tex or .md"):
-        eval_script.main([*stub_options, "--table", "t.csv"])
+    texts = " & ".join(f"{value} {{\\scriptsize ({low}--{high})}}" for value, low, high in cells)
+    assert line == f"1 & {texts} & 33.33 \\% & 66.67 \\% \\\\"
+
+
+def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsys, tmp_path):
+    texts = ["a red bus on a street", "a dog runs in the park", "two men eat"]
+    texts += ["a white oven in a kitchen", "a bowl of apples"]
+    captions = [
+        ImageCaption(text.split(), -1.0, 0, 0, 0, attention=np.eye(196)[: len(text.split())])
+        for text in texts
+    ]
+    options = ["--tokens", "data", "--metrics", "BLEU", "CIDEr-D", "--beam_sizes", "1", "3"]
+    path = str(tmp_path / "r.json")
+    outputs = ["--results", path, "--report", tmp_path / "r.html", "--bootstrap", "5"]
+    evaluate(*options, *outputs, data=joined, captions=captions)
+    _, heading, *rows = capsys.readouterr().out.splitlines()
+    rows = rows[: 6 * 3 : 3]  # without those of the intervals
+    assert heading.split()[:2] == ["beam", "source"]
+    assert [row.split()[:2] for row in rows] == [
+        [beam, source] for beam in "13" for source in ("street", "kitchen", "all")
+    ]
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert [row["source"] for row in results] == ["street"] * 3 + ["kitchen"] * 2
+    assert len({row["image_id"] for row in results}) == 3  # ids alone clash
+    for row, part in zip(rows, (results[:3], results[3:], results)):
+        references = [[text.split() for text in one["references"]] for one in part]
+        words = [one["caption"].split() for one in part]
+        cider_d = 100 * CiderD(references).score(words, references).mean()
+        expected = [*bleu(references, words), cider_d]
+        assert row.split()[2:] == [f"{value:.2f}" for value in expected]
+    html = (tmp_path / "r.html").read_text()
+    assert all(f'<th scope="row">{label}</th>' in html for label in ("3 street", "3 kitchen", "3"))
+    assert ".png · kitchen · CIDEr-D" in html
+    compared = ["--compare", path, path, "--tokens", "data", "--metrics", "BLEU-1"]
+    eval_script.main(compared)
+    assert "5 images" in capsys.readouterr().out
+    (tmp_path / "r.json").write_text(json.dumps([*results, results[0]]))
+    with pytest.raises(UserError, match="r.json has image street 7 twice"):
+        eval_script.main(compared)
