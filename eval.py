@@ -60,7 +60,7 @@ def get_args(argv=None):
     text = "write the table, or that of --compare, for a paper: .tex (booktabs) or .md"
     add("--table", metavar="FILE", help=text)
     text = (
-        "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap 1000), "
+        "write an HTML page: metrics with intervals (by default --metrics all --bootstrap 1000), "
         "caption lengths, and the best, worst and random images at the last beam size"
     )
     add("--report", metavar="FILE", help=text)
