@@ -64,13 +64,16 @@ def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path, c
 
 def test_attention_is_saved_in_the_format_of_the_suffix(tmp_path):
     captioned = SimpleNamespace(
-        **{"name": "x.jpg", "text": "a", "words": ["a"], "attention": np.ones((1, 4))},
+        **{"name": "x.jpg", "text": "a", "words": ["a"], "attention": np.eye(4)[:1]},
         **{"image": np.zeros((20, 20, 3), np.uint8), "offset": (0.1, 0.0)},
         **{"score": -1.0, "n_best": [], "figure": lambda smooth: Figure()},
     )
     for name, start in [("x.html", b"<!DOCTYPE"), ("x.gif", b"GIF89a"), ("x.jpg", b"\xff\xd8")]:
         save_attention(captioned, str(tmp_path / name))
         assert (tmp_path / name).read_bytes().startswith(start)
+    captioned.offset = (0.0, 0.0)
+    save_attention(captioned, tmp_path / "centred.gif")
+    assert (tmp_path / "centred.gif").read_bytes() != (tmp_path / "x.gif").read_bytes()
     with pytest.raises(ValueError, match="abc"):
         save_attention(captioned, tmp_path / "x.abc")
 
