@@ -89,10 +89,11 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_step(data, tmp_path, m
 
 
 def test_augmented_images_are_crops_mirrored_only_where_no_caption_names_a_side():
-    word_map = {"<pad>": 0, "left": 1, "dog": 2}
+    word_map = {"<pad>": 0, "left": 1, "dog": 2, "right": 3}
     rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     image = torch.stack([rows, columns, columns]).to(torch.uint8)
-    captions = torch.tensor([[[2, 2], [2, 0]], [[2, 0], [2, 1]]]).repeat(200, 1, 1)
+    neutral, left, right = [[2, 2], [2, 0]], [[2, 0], [2, 1]], [[3, 0], [2, 2]]
+    captions = torch.tensor([neutral, left, neutral, right]).repeat(100, 1, 1)
     torch.manual_seed(0)
     crops = engine.augment(image.expand(400, -1, -1, -1), captions, word_map)
     assert crops.shape == (400, 3, 224, 224) and crops.dtype == torch.uint8
