@@ -60,8 +60,8 @@ def get_args(argv=None):
     text = "write the table, or that of --compare, for a paper: .tex (booktabs) or .md"
     add("--table", metavar="FILE", help=text)
     text = (
-        "write an HTML page: metrics with intervals (by default --metrics all --bootstrap 1000), "
-        "caption lengths, and the best, worst and random images at the last beam size"
+        "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
+        "1000), caption lengths, and the best, worst and random images at the last beam size"
     )
     add("--report", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"

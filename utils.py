@@ -318,7 +318,9 @@ def broken_json(path, error, line=None):
     """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
     line = line or getattr(error, "lineno", None)
     place = f"{path}, line {line}" if line else path
-    return UserError(f"{place}: broken JSON: {getattr(error, 'msg', error)}")
+    deep = isinstance(error, RecursionError)
+    reason = "nested too deeply" if deep else getattr(error, "msg", error)
+    return UserError(f"{place}: broken JSON: {reason}")
 
 
 def write_json(path, content):

@@ -29,14 +29,13 @@ def stub_captions():
 
 @pytest.fixture
 def evaluate(data, stub_captions, monkeypatch, no_java):
-    """Call eval.py without a model and without Java: evaluate(*options, data=…, captions=…)"""
+    """Call eval.py without a model and without Java: evaluate(*options, data=…, by_beam=…)"""
 
-    def call(*options, data=data, captions=stub_captions):
-        monkeypatch.setattr(
-            eval_script,
-            "caption_split",
-            lambda _, data, args, __: [captions] * len(args.beam_sizes),
-        )
+    def call(*options, data=data, by_beam=None):
+        def found(model, data, args, processes):
+            return by_beam or [stub_captions for _ in args.beam_sizes]
+
+        monkeypatch.setattr(eval_script, "caption_split", found)
         monkeypatch.setattr(eval_script, "load_captioner", lambda *_: None)
         model = ["--model", "m.pth.tar", "--device", "cpu", "--beam_sizes", "1"]
         eval_script.main(["--data_folder", str(data), *model, *map(str, options)])

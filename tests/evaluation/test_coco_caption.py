@@ -20,6 +20,7 @@ def test_meteor_equals_pycocoevalcap():
     meteor = Meteor()  # loads while ours works
     sets = list(caption_sets(40, 8))
     sets[0][1][0] = []
+    sets[2][0][0], sets[2][1][0] = [["a", "dog's", "ball-like", "u.s."]], ["a", "dog", "'s", "us"]
     sets[1] = sets[1][0], [texts[0] for texts in sets[1][0]]  # all as a reference is
     references, captions = (sum(part, []) for part in zip(*sets))
     firsts = [texts[0] for texts in references]  # a second system

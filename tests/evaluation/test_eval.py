@@ -119,14 +119,14 @@ def test_table_for_a_paper_holds_what_is_printed(evaluate, tmp_path, capsys):
 def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsys, tmp_path):
     texts = ["a red bus on a street", "a dog runs in the park", "two men eat"]
     texts += ["a white oven in a kitchen", "a bowl of apples"]
-    captions = [
-        ImageCaption(text.split(), -1.0, 0, 0, 0, attention=np.eye(196)[: len(text.split())])
-        for text in texts
+    by_beam = [
+        [ImageCaption(words, -1.0, 0, 0, 0, attention=np.eye(196)[: len(words)]) for words in found]
+        for found in ([text.split()[1:] for text in texts], [text.split() for text in texts])
     ]
     options = ["--tokens", "data", "--metrics", "BLEU", "CIDEr-D", "--beam_sizes", "1", "3"]
     path = str(tmp_path / "r.json")
     outputs = ["--results", path, "--report", tmp_path / "r.html", "--bootstrap", "5"]
-    evaluate(*options, *outputs, data=joined, captions=captions)
+    evaluate(*options, *outputs, data=joined, by_beam=by_beam)
     _, heading, *rows = capsys.readouterr().out.splitlines()
     rows = rows[: 6 * 3 : 3]  # without those of the intervals
     assert heading.split()[:2] == ["beam", "source"]
@@ -136,18 +136,22 @@ def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsy
     results = json.loads((tmp_path / "r.json").read_text())
     assert [row["source"] for row in results] == ["street"] * 3 + ["kitchen"] * 2
     assert len({row["image_id"] for row in results}) == 3  # ids alone clash
-    for row, part in zip(rows, (results[:3], results[3:], results)):
-        references = [[text.split() for text in one["references"]] for one in part]
-        words = [one["caption"].split() for one in part]
+    parts = (results[:3], results[3:], results)
+    for k, row in enumerate(rows):
+        references = [[text.split() for text in one["references"]] for one in parts[k % 3]]
+        words = [
+            one["caption"].split()[k < 3 :] for one in parts[k % 3]
+        ]  # beam 1: the first is off
         cider_d = 100 * CiderD(references).score(words, references).mean()
         expected = [*bleu(references, words), cider_d]
         assert row.split()[2:] == [f"{value:.2f}" for value in expected]
     html = (tmp_path / "r.html").read_text()
     assert all(f'<th scope="row">{label}</th>' in html for label in ("3 street", "3 kitchen", "3"))
     assert ".png · kitchen · CIDEr-D" in html
-    compared = ["--compare", path, path, "--tokens", "data", "--metrics", "BLEU-1"]
+    compared = ["--compare", path, path, "--tokens", "data", "--metrics", "CIDEr-D"]
     eval_script.main(compared)
-    assert "5 images" in capsys.readouterr().out
+    title, _, line, *_ = capsys.readouterr().out.splitlines()
+    assert "5 images" in title and line.split()[1] == rows[-1].split()[-1]
     (tmp_path / "r.json").write_text(json.dumps([*results, results[0]]))
     with pytest.raises(UserError, match="r.json has image street 7 twice"):
         eval_script.main(compared)

@@ -58,7 +58,7 @@ def test_the_report_shows_the_photographs_themselves_with_image_folder(
         evaluate("--report", path, "--bootstrap", "5", *options)
         assert set(re.findall("--ratio:([0-9.]+)", path.read_text())) == {ratio}
     with pytest.raises(UserError, match="demo_.*not found; pass the --image_folder"):
-        evaluate("--report", path, "--image_folder", tmp_path, captions=None)  # before any work
+        evaluate("--report", path, "--image_folder", tmp_path, by_beam=[None])  # before any work
     for wrong in ("r.txt", str(tmp_path)):
         with pytest.raises(UserError, match=f"--report {wrong}"):
             eval_script.main(["--report", wrong])

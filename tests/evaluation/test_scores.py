@@ -39,15 +39,15 @@ def test_500_caption_sets_score_as_pycocoevalcap_scores_them():
 
 def test_several_systems_are_measured_as_each_alone():
     [(references, captions)] = caption_sets(1, 9)
-    names = [name for name in NAMES if name not in ("METEOR", "unseen")]
+    names = [name for name in NAMES if name != "METEOR"]
     systems = [captions, [texts[0] for texts in references], [[] for _ in captions]]
-    together, missing = measure(systems, references, names)
+    novel = [[i % 3 == k for i in range(len(captions))] for k in range(3)]
+    together, missing = measure(systems, references, names, novel)
     assert missing == {}
-    for metrics, system in zip(together, systems):
-        [alone], _ = measure([system], references, names)
-        assert {name: metric.total for name, metric in metrics.items()} == {
-            name: metric.total for name, metric in alone.items()
-        }
+    for metrics, system, flags in zip(together, systems, novel):
+        [alone], _ = measure([system], references, names, [flags])
+        assert [m.total for m in metrics.values()] == [m.total for m in alone.values()]
+        assert metrics["unseen"].total == 100 * np.mean(flags) and [*metrics] == names
 
 
 def rouge_l(references, caption):
