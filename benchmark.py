@@ -6,10 +6,9 @@ and searches of one image at a time.
     python benchmark.py --stages training search --device cpu --json figures.json
     python benchmark.py --device cuda --stages gpu    # COCO's sizes in float32 and bf16, in minutes
 
-Sizes are the tutorial's on COCO: 2048-wide features of 256 x 256 images on an 8 x 8 grid (the
-textbook version pools them to 14 x 14), 9490 words, captions of 12.5 words on average with <start>
-and <end>, all layers 512 wide. Weights, features and captions are random. Times are medians, after
-one warm-up run. Memory is the peak beyond features, parameters and their gradients.
+Sizes are the tutorial's on COCO: features of 8 x 8 cells, 9490 words, captions of 12.5 words on
+average with <start> and <end>, layers 512 wide. Weights, features and captions are random. Times
+are medians; memory is the peak beyond features, parameters and their gradients.
 """
 
 import os
@@ -18,10 +17,9 @@ import os
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 
-from benchmarks.encoder import encoder, folder
 from benchmarks.gpu import gpu
 from benchmarks.model import search, training
-from benchmarks.scripts import files, start
+from benchmarks.scripts import encoder, files, folder, start
 from modeling.devices import find_device
 from utils import AMP, Parser, positive_int, run_script, write_json
 
@@ -59,7 +57,7 @@ def main(argv=None):
 def format_row(row):
     line = f"{row['stage']:52}"
     for version in ("textbook", "ours"):
-        line += f"{row[version]:9.3f} s" if row.get(version) is not None else f"{'–':>11}"
+        line += f"{row[version]:9.3f} s" if version in row else f"{'–':>11}"
     line += f"{row['textbook'] / row['ours']:7.1f}x" if row.get("textbook") else " " * 8
     sizes = [f"{row[key] / 1e6:.0f}" for key in ("textbook_bytes", "ours_bytes") if key in row]
     line += f"   {' -> '.join(sizes)} MB" if sizes else ""

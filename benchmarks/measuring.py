@@ -2,14 +2,10 @@
 
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import DeviceType, ProfilerActivity, profile
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
+from torch.profiler import ProfilerActivity, profile
 
 
 def seconds(function, device):
@@ -25,19 +21,19 @@ def seconds(function, device):
 def compare(stage, textbook, ours, args, memory=True):
     """
     A row of the table: medians of args.repeats calls after a first one, in turns, so that other
-    load affects both alike. textbook may be None, and is left out where a GPU lacks the memory.
+    load affects both alike. textbook may be None; it is left out where a GPU lacks the memory.
     """
+    ours()
     functions = {"textbook": textbook, "ours": ours} if textbook else {"ours": ours}
     try:
         functions.get("textbook", ours)()
     except torch.OutOfMemoryError:
         del functions["textbook"]
-    ours()
-    times = [
-        [seconds(function, args.device) for function in functions.values()]
-        for _ in tqdm(range(args.repeats), stage, disable=None, leave=False)
-    ]
-    row = {"stage": stage} | dict(zip(functions, map(statistics.median, zip(*times))))
+    calls = list(functions.values()) * args.repeats
+    times = [seconds(function, args.device) for function in calls]
+    row = {"stage": stage}
+    for i, name in enumerate(functions):
+        row[name] = statistics.median(times[i :: len(functions)])
     for name, function in functions.items() if memory else ():
         row[f"{name}_bytes"] = peak_memory(function, args.device)
     return row
@@ -58,13 +54,3 @@ def peak_memory(function, device):
         if event.name() == "[memory]"
     )
     return int(np.cumsum([size for _, size in changes]).max(initial=0))
-
-
-def busy_seconds(function, device):
-    """How long a GPU computes during a call, the sum over its kernels; None on a CPU"""
-    if device.type != "cuda":
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        seconds(function, device)
-    kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in kernels) / 1e6

@@ -59,15 +59,16 @@ def random_batch(n, r, device):
     return Batch(features, captions.to(device), lengths, np.arange(n), tokens, n * r)
 
 
-def make_step(decoder, batch, amp=None, criterion=None, encoder=None, optimizer=None):
+def make_step(decoder, batch, amp=None, criterion=None, encoder=None, lr=None):
     """
-    A function: forward and backward, and the update if there is an optimizer; it returns the loss.
-    With an encoder, the batch has images instead of features.
+    A function: forward and backward, and Adam's update if there is a learning rate. With an
+    encoder, the batch has images instead of features.
     """
     criterion = criterion or TeacherForcing()
     parameters = [p for x in (decoder, encoder) if x for p in x.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.Adam(parameters, lr, fused=True) if lr else None
 
     def step():
         for parameter in parameters:
@@ -79,7 +80,6 @@ def make_step(decoder, batch, amp=None, criterion=None, encoder=None, optimizer=
         if optimizer:
             torch.nn.utils.clip_grad_value_(parameters, 5)
             optimizer.step()
-        return loss.detach()
 
     return step
 
@@ -96,10 +96,8 @@ def training(args):
 
 def decoder_with_realistic_lengths(device):
     """
-    A random decoder whose captions are as long as real ones, 11 words on average.
-
-    Unit 0 of the LSTM serves as a clock: it rises at each step, from a value that depends on the
-    image, and raises the logit of <end>. The other logits are scaled to those of a trained model.
+    A random decoder whose captions are as long as real ones, 11 words on average: unit 0 of the
+    LSTM rises at each step, from a value that depends on the image, and raises the logit of <end>.
     """
     torch.manual_seed(0)
     decoder = DecoderWithAttention(SIZE, SIZE, SIZE, VOCAB, ENCODER_DIM)
@@ -111,8 +109,7 @@ def decoder_with_realistic_lengths(device):
             row = gate * SIZE
             lstm.weight_ih[row] = lstm.weight_hh[row] = lstm.bias_hh[row] = 0
             lstm.bias_ih[row] = bias
-        decoder.init_c.weight[0] -= decoder.init_c.weight[0].mean()
-        decoder.init_c.weight[0] *= 12
+        decoder.init_c.weight[0].sub_(decoder.init_c.weight[0].mean()).mul_(12)
         decoder.init_c.bias[0] = 0
         decoder.fc.weight[:, 0] = decoder.fc.weight[end] = 0
         decoder.fc.weight[end, 0], decoder.fc.bias[end] = 60, -33
@@ -124,22 +121,18 @@ def search(args, images=100, one_by_one=100, precision=""):
     decoder = decoder_with_realistic_lengths(args.device)
     features = torch.rand(images, CELLS, ENCODER_DIM, device=args.device)
     for beam_size in (1, 3, 5):
-        found = {}
 
-        def run(name, decoder, parts, amp, beam_size=beam_size, found=found):
+        def run(decoder, parts, amp, beam_size=beam_size):
             with autocast(args.device, amp):
-                found[name] = [
-                    caption
-                    for part in parts
-                    for caption in beam_search(decoder, part, WORD_MAP, beam_size)
-                ]
+                batches = [beam_search(decoder, part, WORD_MAP, beam_size) for part in parts]
+            return [caption.tokens for batch in batches for caption in batch]
 
-        textbook = partial(run, "textbook", plain(decoder), features[:one_by_one].split(1), None)
-        ours = partial(run, "ours", decoder, [features], args.amp)
+        textbook = partial(run, plain(decoder), features[:one_by_one].split(1), None)
+        ours = partial(run, decoder, [features], args.amp)
         stage = f"beam search{precision}, beam {beam_size}, {images} images"
-        row = compare(stage, textbook, ours, args)
+        row, found = compare(stage, textbook, ours, args), ours()
         row["textbook"] *= images / one_by_one
-        same = sum(a.tokens == b.tokens for a, b in zip(found["ours"], found["textbook"]))
-        length = statistics.mean(len(caption.tokens) for caption in found["ours"])
-        note = f"{same} of {one_by_one} captions identical, {length:.1f} words"
-        yield row | {"identical": same, "words": length, "note": note}
+        row["identical"] = sum(a == b for a, b in zip(found, textbook()))
+        words = statistics.mean(map(len, found))
+        note = f"{row['identical']} of {one_by_one} captions identical, {words:.1f} words"
+        yield row | {"note": note}

@@ -1,5 +1,7 @@
-"""What people wait for: the start of scripts, and files of images and captions."""
+"""What people wait for: the start of scripts, files, the encoder alone and with its folder."""
 
+import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,23 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from benchmarks.encoder import write_photographs
-from benchmarks.measuring import ROOT, compare
+import torch
+from PIL import Image
+
+from benchmarks.measuring import compare
 from benchmarks.model import COCO_IMAGES, write_data_set
+from caption import Captioner
 from datasets import CaptionDataset
+from modeling.backbones import fold_batchnorm
+from modeling.devices import autocast
+from models import Encoder
+from preprocessing.feature_cache import cache_features
 from preprocessing.input_files import create_input_files
 from utils import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+# Name, stride, pixels: the paper's kind of encoder, and that of the model we ship
+ENCODERS = (("resnet101", 32, 256), ("tf_efficientnet_lite2", 16, 320))
 
 
 def start(args):
@@ -29,20 +42,26 @@ def start(args):
             "caption.py, with the overlay": caption,
             "Captioner()": ["-c", "from caption import Captioner; Captioner()"],
             "train.py --help": ["train.py", "--help"],
-            "eval.py --help": ["eval.py", "--help"],
         }.items():
             script = partial(run, [sys.executable, *command])
             row = compare(f"{name}; textbook: import torch", import_torch, script, args, False)
-            row["share"] = row["ours"] / row["textbook"]
-            yield row | {"note": f"{row['share']:.2f} times import torch"}
+            yield row | {"note": f"{row['ours'] / row['textbook']:.2f} times import torch"}
+
+
+def write_photographs(folder, n):
+    """The paths of n JPEG files of Flickr8k's usual size, links to one photograph"""
+    first, *others = paths = [folder / f"{i:06d}.jpg" for i in range(n)]
+    Image.open(ROOT / "docs/photo.jpg").convert("RGB").resize((500, 375)).save(first)
+    for path in others:
+        os.link(first, path)
+    return paths
 
 
 def files(args, photographs=1000, captioned=COCO_IMAGES):
     """Photographs to HDF5, and opening the captions of COCO's training split."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, sentences = Path(name), [{"tokens": f"photograph {i}".split()} for i in range(5)]
         paths = write_photographs(folder, photographs)
-        sentences = [{"tokens": f"a photograph number {i} of something".split()} for i in range(5)]
         entries = [{"filename": x.name, "split": "train", "sentences": sentences} for x in paths]
         write_json(folder / "k.json", {"images": entries})
 
@@ -54,5 +73,49 @@ def files(args, photographs=1000, captioned=COCO_IMAGES):
         row = compare(f"preprocessing {photographs} photographs", None, create, args, False)
         yield row | {"note": f"{photographs / row['ours']:.0f} images/s"}
         write_data_set(folder, captioned)
-        stage, load = f"opening {5 * captioned:,} captions", partial(CaptionDataset, folder, "x")
-        yield compare(stage, None, partial(load, "TRAIN"), args, False)
+        load = partial(CaptionDataset, folder, "x", "TRAIN")
+        yield compare(f"opening {5 * captioned:,} captions", None, load, args, False)
+
+
+@torch.inference_mode()
+def encode(encoder, pixels, amp, device, batches=1):
+    with autocast(device, amp):
+        for _ in range(batches):
+            encoder.cells(pixels.to(device))
+
+
+def encoder(args, encoders=ENCODERS, images=16):
+    """Features of images, by the network as it is and with its BatchNorms folded."""
+    for name, stride, size in encoders:
+        torch.manual_seed(0)
+        plain = Encoder(name=name, weights="none", stride=stride).to(args.device)
+        folded = copy.deepcopy(plain)
+        fold_batchnorm(folded.resnet)
+        pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=args.device)
+        for amp in (None, "bf16"):
+            versions = [partial(encode, x, pixels, amp, args.device) for x in (plain, folded)]
+            stage = f"{name}, {size} pixels, stride {stride}, {amp or 'float32'}"
+            row = compare(stage, *versions, args)
+            yield row | {"note": f"{images / row['ours']:.1f} images/s"}
+
+
+def folder(args, n=300):
+    """A folder's captions at beam 5, and a feature cache, beside the encoder alone."""
+    captioner, batch = Captioner(device=str(args.device), amp=args.amp), min(n, 30)
+    pixels = torch.zeros(batch, 3, *[captioner.image_size] * 2, dtype=torch.uint8)
+    alone = partial(encode, captioner.encoder, pixels, args.amp, args.device, n // batch)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder), n)
+        write_data_set(folder, n, captioner.image_size)
+        data = CaptionDataset(folder, "x", "TRAIN")
+
+        def cache():
+            with autocast(args.device, args.amp):
+                os.remove(cache_features(data, captioner.encoder, args.device, args.amp))
+
+        whole = {"captions of a folder": lambda: list(captioner.each(paths)), "its cache": cache}
+        for what, function in whole.items():
+            stage = f"{what}, {n} images; textbook: the encoder"
+            row = compare(stage, alone, function, args, memory=False)
+            share = row["textbook"] / row["ours"]
+            yield row | {"note": f"{n / row['ours']:.1f} images/s, {share:.2f} of the encoder's"}

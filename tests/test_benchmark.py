@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import encoder as encoder_stages
 from benchmarks import measuring, model, scripts
 from modeling.beam_search import beam_search
 from models import DecoderWithAttention
@@ -76,12 +75,11 @@ def test_textbook_and_ours_compute_the_same_and_an_update_trains(small):
     decoder = DecoderWithAttention(8, 8, 8, 50, 16, dropout=0)
     batch, found = model.random_batch(4, 5, CPU), []
     for version in (model.plain(decoder), decoder):
-        loss = model.make_step(version, batch)()
-        found.append([loss, *(p.grad.clone() for p in decoder.parameters())])
+        model.make_step(version, batch)()
+        found.append([p.grad.clone() for p in decoder.parameters()])
     torch.testing.assert_close(*found)
     before = decoder.fc.weight.clone()
-    optimizer = torch.optim.Adam(decoder.parameters(), 1e-3)
-    model.make_step(decoder, batch, optimizer=optimizer)()
+    model.make_step(decoder, batch, lr=1e-3)()
     assert not torch.equal(decoder.fc.weight, before)
 
 
@@ -100,17 +98,17 @@ def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(small, monkeypatch, tmp_
     step = rows["step of 10 captions, TF32"]
     assert step["epoch"] == pytest.approx(step["ours"] * 113_287 / 2)
     exact = rows["float32 against float64 on the CPU"]
-    assert exact["loss_error"] < 1e-5 and exact["gradient_error"] < 1e-2
-    assert rows["bf16 against float64 on the CPU"]["gradient_error"] > exact["gradient_error"]
+    assert 0 < exact["error"] < 1e-4 and exact["identical"] > 4
+    assert rows["bf16 against float64 on the CPU"]["error"] > 10 * exact["error"]
 
 
 def test_stages_of_files_and_scripts_are_rows_of_the_table(monkeypatch, tmp_path, small):
-    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: encoder_stages.folder(args, n=2))
+    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: scripts.folder(args, n=2))
     monkeypatch.setitem(benchmark.STAGES, "files", lambda args: scripts.files(args, 5, 20))
     rows = run_stages(tmp_path, "folder", "files")
     assert [row["stage"].partition(",")[0].partition(";")[0] for row in rows] == [
         "captions of a folder",
-        "a feature cache",
+        "its cache",
         "preprocessing 5 photographs",
         "opening 100 captions",
     ]
