@@ -90,7 +90,7 @@ def test_a_repeated_caption_has_nothing_to_predict_and_is_no_item(tmp_path):
     assert read(tmp_path).entry(1)["references"] == [["a", "cat", "sits"]]
     by_caption = read(tmp_path, by_image=False)
     assert len(by_caption) == IMAGES * R - 1
-    assert by_caption[3].captions.tolist() == [captions[4]]
+    assert by_caption[4].captions.tolist() == [captions[5]] != [captions[4]]
 
 
 @pytest.mark.parametrize("by_image", [True, False])

@@ -278,6 +278,21 @@ def test_a_run_that_fails_leaves_the_files_of_an_earlier_one_and_no_others(
     assert contents(tmp_path / "out") == before
 
 
+def test_no_word_map_stands_beside_files_that_were_not_all_moved(tmp_path, monkeypatch):
+    create(tmp_path, ONE_PER_SPLIT)
+
+    def fail(source, target, replace=os.replace):
+        if Path(target).name.startswith("TEST_CAPTIONS") and Path(target).parent.name == "out":
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        create(tmp_path, many_entries(), overwrite=True)
+    left = set(contents(tmp_path / "out"))
+    assert f"TRAIN_IMAGES_{NAME}.hdf5" in left and f"WORDMAP_{NAME}.json" not in left
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path):
     create(tmp_path, ONE_PER_SPLIT, "whole")
     for left in (f".unfinished_{NAME}_abc", f".unfinished_{NAME}"):  # the second: of older versions
