@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from preprocessing.feature_cache import cache_features
 
 from benchmarks.measuring import compare
 from benchmarks.model import COCO_IMAGES, write_data_set
@@ -21,7 +22,6 @@ from datasets import CaptionDataset
 from modeling.backbones import fold_batchnorm
 from modeling.devices import autocast
 from models import Encoder
-from preprocessing.feature_cache import cache_features
 from preprocessing.input_files import create_input_files
 from utils import write_json
 
