@@ -288,8 +288,8 @@ def test_weights_that_do_not_fit_or_are_none_end_in_one_line(tmp_path, classifie
     state, path = classifier.state_dict(), tmp_path / "w.pth"
     lacking = {key: tensor for key, tensor in state.items() if key != KEY}
     for content, message in (
-        (lacking, f"lacks {KEY}"),
-        ({**state, "decoder.fc": torch.zeros(1)}, "also has decoder.fc"),
+        (lacking, KEY),
+        ({**state, "decoder.fc": torch.zeros(1)}, "decoder.fc"),
         ({**state, KEY: torch.zeros(3)}, KEY),
         ({"encoder_args": 3, "encoder": 4}, ""),
         ({"encoder_args": {}}, ""),
