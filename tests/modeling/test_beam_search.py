@@ -100,7 +100,7 @@ def test_captions_may_be_empty_beams_wider_than_the_vocabulary_and_batches_witho
     decoder, features = make_case(0, end_bias=1e4)
     for caption in run(decoder, features):
         assert caption.tokens == [] and caption.finished and caption.alphas.shape == (0, 196)
-    assert len(run(*make_case(1, end_bias=0), beam_size=20, max_len=4)) == 8
+    assert len(run_both(*make_case(1, end_bias=0), beam_size=20, n_best=3)) == 8
     assert run(decoder, features[:0]) == []
 
 
@@ -135,10 +135,10 @@ def test_scores_that_are_not_finite_are_an_error():
 
 
 def test_sampled_captions_have_the_models_own_scores_and_attention():
-    decoder, features = make_case(0, end_bias=-1)
+    decoder, features = make_case(0, end_bias=-8)
     torch.manual_seed(0)
     captions = run(decoder, features, sample=True, temperature=0.8, top_p=0.95, n_best=3)
-    lengths = set()
+    lengths, finished = set(), set()
     for caption, image in zip(captions, reference.encode(features).split(1)):
         scores = [c.score for c in (caption, *caption.alternatives)]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
@@ -152,7 +152,8 @@ def test_sampled_captions_have_the_models_own_scores_and_attention():
             expected = alphas[: len(sampled.tokens)].detach()
             np.testing.assert_allclose(sampled.alphas, expected, atol=1e-6)
             lengths.add(len(words))
-    assert len(lengths) > 3
+            finished.add(sampled.finished)
+    assert len(lengths) > 3 and finished == {False, True}
 
 
 def test_sampling_only_from_the_likeliest_word_is_greedy_search():
