@@ -127,6 +127,10 @@ def test_dropped_photographs_get_their_captions_and_their_words_light_up(
     def elements(selector):
         return chromium.find_elements("css selector", selector)
 
+    def wait_for_words(words):
+        wait_for(lambda: [word.text for word in elements(".sat-word")] == words)
+        wait_for(lambda: elements("textarea")[0].get_property("value") == " ".join(words))
+
     def point_at(word):
         """The address of the heat map that is then shown"""
         ActionChains(chromium).move_to_element(word).perform()
@@ -143,10 +147,9 @@ def test_dropped_photographs_get_their_captions_and_their_words_light_up(
         for button in elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
             button.click()  # the photograph before
         box = wait_for(lambda: elements("button:has(> input[type=file])"))[0]
-        content, words = base64.b64encode(path.read_bytes()).decode(), captioner(path).words
+        content = base64.b64encode(path.read_bytes()).decode()
         chromium.execute_script(DROP, box, path.name, content)
-        wait_for(lambda: [word.text for word in elements(".sat-word")] == words)
-        wait_for(lambda: elements("textarea")[0].get_property("value") == " ".join(words))
+        wait_for_words(captioner(path).words)
         assert elements(".sat-where")[0].text.startswith("Point at a word")
         seen.append(tuple(map(point_at, elements(".sat-word")[:2])))
     assert len({*seen[0], *seen[1]}) == 4 and seen[2] == seen[0]
