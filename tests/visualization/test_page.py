@@ -47,6 +47,7 @@ def test_the_layers_of_the_page_are_those_of_the_figure(offset):
 def test_large_photographs_are_scaled_down_to_640_pixels_and_a_word_takes_few_bytes():
     for shape, size in [((240, 320), (320, 240)), ((900, 1600), (640, 360)), ((3000, 1), (1, 640))]:
         source = document(captioned(shape=shape))
+        assert f"--ratio:{shape[1] / shape[0]:.5f}" in source
         for kind, value in (("photograph", 128), ("grey", 64)):
             [picture] = pictures(source, kind)
             assert picture.size == size and abs(np.asarray(picture).astype(int) - value).max() <= 2
