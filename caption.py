@@ -93,14 +93,11 @@ class Captioned:
     def save(self, path: str | os.PathLike, smooth: bool = True) -> None:
         """
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
-        or a picture. smooth: as in `figure`; pages always blend locations
-
-        Raises ValueError for any other suffix, OSError if the file cannot be written.
+        or a picture; ValueError for any other. smooth: as in `figure`; pages always blend locations
         """
         save_attention(self, path, smooth)
 
-    def _repr_html_(self):
-        """The view in a notebook: the photograph, and where the model looked for each word."""
+    def _repr_html_(self):  # in a notebook
         return page.fragment(self)
 
 
@@ -108,7 +105,7 @@ class Captioner:
     """
     A trained model that captions images: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`
 
-    model: a checkpoint; if not given, the one that comes with the program
+    model: a checkpoint, by default the one that comes with the program
     word_map: a WORDMAP file, for checkpoints without word map
     device, amp, plain: as the options of caption.py
     Raises UserError if the checkpoint is missing or not valid.
@@ -152,10 +149,8 @@ class Captioner:
     ) -> Iterator["Captioned | UserError"]:
         """
         Yield for each of these images, in order, a Captioned, or a UserError if it is not readable.
-        While the model captions one batch, threads read the next.
-
-        batch_size: images at a time; no_unk, options: fields of a `modeling.beam_search.Search`,
-        such as beam_size=5, n_best=1, or sample=True, temperature=0.7
+        While the model captions one batch, threads read the next. no_unk, options: fields of a
+        `modeling.beam_search.Search`, as beam_size=5, n_best=1, or sample=True, temperature=0.7
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
@@ -172,23 +167,18 @@ class Captioner:
                 squares = [future.result()[2] for future in batch if not future.exception()]
                 captions = iter(self._search(find_captions, squares, search) if squares else [])
                 for future in batch:
-                    error = future.exception()
-                    if isinstance(error, UserError):
-                        yield error
+                    if isinstance(future.exception(), UserError):
+                        yield future.exception()
                     else:
                         name, pixels, _ = future.result()
                         yield self._to_words(name, pixels, next(captions))
 
     def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
-        """
-        What the search for an image's caption kept and dropped, for `beam_tree.draw_tree`; options
-        as of `each`. Raises UserError if the image is not readable.
-        """
+        """What the search for an image's caption kept and dropped; options: those of `each`"""
         from visualization.beam_tree import build_tree
 
-        search = Search(no_unk=no_unk, **options)
         *_, square = _read(image, self.image_size)
-        return self._search(build_tree, [square], search)
+        return self._search(build_tree, [square], Search(no_unk=no_unk, **options))
 
     def _search(self, find, squares, search):
         """find(decoder, features, word map, search) of images uint8 (3, size, size)"""
@@ -201,31 +191,30 @@ class Captioner:
         found = (best, *best.alternatives)
         words = [[self.words[i] for i in caption.tokens] for caption in found]
         n_best = [(" ".join(text), caption.score) for text, caption in zip(words, found)]
-        return Captioned(
-            name, words[0], best.alphas, best.score, best.finished, n_best, self.encoder, pixels
-        )
-
-
-def load_pixels(source):
-    """uint8 (H, W, 3) from what `Captioner` takes; UserError if that is not possible"""
-    if isinstance(source, (str, os.PathLike, bytes, bytearray)) or hasattr(source, "read"):
-        return read_rgb(source)
-    try:
-        picture = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-        if 0 in picture.size:
-            raise ValueError("it has no pixels")
-        return to_rgb(picture)
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
-        kind = type(source).__name__
-        raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
+        rest = (n_best, self.encoder, pixels)
+        return Captioned(name, words[0], best.alphas, best.score, best.finished, *rest)
 
 
 def _read(source, size):
-    """A `Captioned`'s name and pixels, and what the encoder gets, uint8 (3, size, size)"""
-    pixels = load_pixels(source)
-    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-    kept = pixels if path is None or is_url(path) else None
-    return path or "image", kept, resize_square(pixels, size)
+    """
+    The name and pixels of a `Captioned`, and uint8 (3, size, size) for the encoder; UserError if
+    what `Captioner` was given cannot be read
+    """
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
+        pixels = read_rgb(source)
+    else:
+        try:
+            is_picture = isinstance(source, Image.Image)
+            picture = source if is_picture else Image.fromarray(np.asarray(source))
+            if 0 in picture.size:
+                raise ValueError("it has no pixels")
+            pixels = to_rgb(picture)
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
+            kind = type(source).__name__
+            raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
+    kept = None if is_path and not is_url(source) else pixels
+    return os.fspath(source) if is_path else "image", kept, resize_square(pixels, size)
 
 
 # The script
@@ -234,13 +223,9 @@ def _read(source, size):
 def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
     group = parser.add_argument_group("images and model")
-    group.add_argument(
-        *("-i", "--img"),
-        nargs="+",
-        required=True,
-        metavar="FILE|FOLDER|GLOB|URL",
-        help="what to caption; folders without their subfolders, ** is any of them",
-    )
+    text = "what to caption; folders without their subfolders, ** is any of them"
+    several = {"nargs": "+", "metavar": "FILE|FOLDER|GLOB|URL", "help": text}
+    group.add_argument("-i", "--img", required=True, **several)
     add_model_options(group)
     add = parser.add_argument_group("captions").add_argument
     add("-b", "--beam_size", type=positive_int, default=5, help="1 is greedy decoding")
@@ -250,11 +235,9 @@ def get_args(argv=None):
     add_search_options(parser, no_unk=True)
     add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
-    add(
-        "--out",
-        help="file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "
-        f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg",
-    )
+    text = "file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "
+    text += f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg"
+    add("--out", help=text)
     add("--no_attention", action="store_true", help="draw no overlays")
     add("--smooth", action="store_true", default=True, help="blend the attention's locations")
     add("--no-smooth", "--dont_smooth", dest="smooth", action="store_false", help="draw blocks")
@@ -301,26 +284,26 @@ def main():
             if one_page:
                 for_page.append(result)
             elif draws:
-                with writing(overlay, make_folder=True):
+                with writing(overlay):
                     result.save(overlay, args.smooth)
         except UserError as error:  # the other images are captioned
             if single:
                 raise
             failed += 1
             tqdm.write(f"caption.py: {error}", file=sys.stderr)
-        else:
-            if args.show:
-                from visualization.figures import show
+            continue
+        if args.show:
+            from visualization.figures import show
 
-                show(result.figure(args.smooth))
+            show(result.figure(args.smooth))
     if args.beam_tree:
         from visualization.beam_tree import draw_tree
 
-        with writing(args.beam_tree, make_folder=True):
+        with writing(args.beam_tree):
             draw_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
         print(f"beam tree: {args.beam_tree}", file=sys.stderr)
     if for_page:
-        with writing(args.out, make_folder=True):
+        with writing(args.out):
             page.write_page(args.out, for_page, f"{len(for_page)} captions")
     if draws and failed < len(paths):
         where = overlays[0] if single else args.out or f"*{OVERLAY} beside the images"
@@ -331,11 +314,12 @@ def main():
 
 def can_write_beside(overlays):
     """Whether the images' folders take the overlays; if one is read-only, that is said once"""
-    folders = {os.path.dirname(path) or "." for path in overlays}
-    closed = [path for path in folders if os.path.isdir(path) and not os.access(path, os.W_OK)]
-    for path in closed[:1]:
-        print(f"caption.py: {path} is read-only; --out FOLDER takes the overlays", file=sys.stderr)
-    return not closed
+    for folder in {os.path.dirname(path) or "." for path in overlays}:
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            advice = "is read-only; --out FOLDER takes the overlays"
+            print(f"caption.py: {folder} {advice}", file=sys.stderr)
+            return False
+    return True
 
 
 def print_captions(captioned, args, single):

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -104,20 +103,6 @@ def ask(server):
     return ask
 
 
-def wait_for(condition, seconds=60):
-    from selenium.common.exceptions import WebDriverException
-
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if value := condition():
-                return value
-        except WebDriverException:  # the page is changing
-            pass
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
 DROP = """
 const [box, name, base64] = arguments;
 const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
@@ -127,63 +112,56 @@ box.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true }
 """
 
 
-class Visitor:
-    """Somebody at the page, in Chromium."""
-
-    def __init__(self, chromium, server):
-        self.chromium = chromium
-        chromium.get_log("browser"), chromium.get_log("performance")  # clears them
-        chromium.get(server.address)
-        wait_for(lambda: self.elements("input[type=file]"))
-
-    def elements(self, selector):
-        return self.chromium.find_elements("css selector", selector)
-
-    def drop(self, path, words):
-        """Drop a photograph and wait for its words."""
-        for button in self.elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
-            button.click()  # the photograph before
-        box = wait_for(lambda: self.elements("button:has(> input[type=file])"))[0]
-        content = base64.b64encode(path.read_bytes()).decode()
-        self.chromium.execute_script(DROP, box, path.name, content)
-        wait_for(lambda: [word.text for word in self.elements(".sat-word")] == words)
-        wait_for(lambda: self.elements("textarea")[0].get_property("value") == " ".join(words))
-
-    def point_at(self, index):
-        """Point at a word; the address of the heat map that is then shown"""
-        from selenium.webdriver import ActionChains
-
-        word = self.elements(".sat-word")[index]
-        ActionChains(self.chromium).move_to_element(word).perform()
-        wait_for(lambda: "sat-shown" in word.get_attribute("class"))
-        [heat] = self.elements(".sat-looking .sat-heat.sat-shown")
-        wait_for(lambda: heat.value_of_css_property("opacity") == "1")
-        return heat.get_attribute("src")
-
-    def check_requests(self, server):
-        """No error in the log, and no request that leaves this computer"""
-        errors = self.chromium.get_log("browser")
-        assert not [entry for entry in errors if entry["level"] == "SEVERE"]
-        entries = self.chromium.get_log("performance")
-        messages = [json.loads(entry["message"])["message"] for entry in entries]
-        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        addresses = [params["request"]["url"] for params in sent]
-        ours = [url for url in addresses if url.startswith(server.address)]
-        assert len(ours) > 3  # the page, its script, the photograph, the question
-        assert {url.partition(":")[0] for url in addresses if url not in ours} <= {"data", "blob"}
-
-
 @pytest.mark.slow
 def test_dropped_photographs_get_their_captions_and_their_words_light_up(
     server, chromium, captioner
 ):
-    visitor, seen = Visitor(chromium, server), []
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def wait_for(condition):  # errors: while the page is changing
+        waiting = WebDriverWait(chromium, 60, 0.05, ignored_exceptions=[WebDriverException])
+        return waiting.until(lambda _: condition())
+
+    def elements(selector):
+        return chromium.find_elements("css selector", selector)
+
+    def wait_for_words(words):
+        wait_for(lambda: [word.text for word in elements(".sat-word")] == words)
+        wait_for(lambda: elements("textarea")[0].get_property("value") == " ".join(words))
+
+    def point_at(word):
+        """The address of the heat map that is then shown"""
+        ActionChains(chromium).move_to_element(word).perform()
+        wait_for(lambda: "sat-shown" in word.get_attribute("class"))
+        [heat] = elements(".sat-looking .sat-heat.sat-shown")
+        wait_for(lambda: heat.value_of_css_property("opacity") == "1")
+        return heat.get_attribute("src")
+
+    chromium.get_log("browser"), chromium.get_log("performance")  # clears them
+    chromium.get(server.address)
+    wait_for(lambda: elements("input[type=file]"))
+    seen = []
     for path in (*PHOTOGRAPHS[:2], PHOTOGRAPHS[0]):
-        visitor.drop(path, captioner(path).words)
-        assert visitor.elements(".sat-where")[0].text.startswith("Point at a word")
-        seen.append((visitor.point_at(0), visitor.point_at(1)))
+        for button in elements("button[aria-label*='Remove'], button[aria-label*='Clear']"):
+            button.click()  # the photograph before
+        box = wait_for(lambda: elements("button:has(> input[type=file])"))[0]
+        content = base64.b64encode(path.read_bytes()).decode()
+        chromium.execute_script(DROP, box, path.name, content)
+        wait_for_words(captioner(path).words)
+        assert elements(".sat-where")[0].text.startswith("Point at a word")
+        seen.append(tuple(map(point_at, elements(".sat-word")[:2])))
     assert len({*seen[0], *seen[1]}) == 4 and seen[2] == seen[0]
-    visitor.check_requests(server)
+    assert all(entry["level"] != "SEVERE" for entry in chromium.get_log("browser"))
+    messages = [
+        json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")
+    ]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    addresses = [params["request"]["url"] for params in sent]
+    ours = [url for url in addresses if url.startswith(server.address)]
+    assert len(ours) > 3  # the page, its script, the photograph, the question
+    assert {url.partition(":")[0] for url in addresses if url not in ours} <= {"data", "blob"}
 
 
 @pytest.mark.slow

@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import deque
-from functools import cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
 
 import numpy as np
 import pytest
@@ -88,15 +86,6 @@ def overlays(folder):
     return sorted(path.name for path in folder.glob("*_attention.png"))
 
 
-def test_one_file_gives_its_caption_and_an_overlay_beside_it(run, photos, model, monkeypatch):
-    monkeypatch.chdir(model.parent)
-    code, out, err = run(photos / "0.png", "--model=")
-    assert f"model: {model.name}, the only one in this folder" in err
-    assert code == 0 and out.count("\n") == 1 and set(out.split()) <= set(WORDS)
-    assert overlays(photos) == ["0_attention.png"] and "0_attention.png" in err
-    assert not list(photos.glob(".*"))  # no temporary file is left
-
-
 def test_several_give_a_line_each_in_order_and_overlays_are_not_captioned(run, photos):
     name = "0\n\t\x1b[31m.png"  # would break lines and steer a terminal
     os.rename(photos / "0.png", photos / name)
@@ -105,7 +94,7 @@ def test_several_give_a_line_each_in_order_and_overlays_are_not_captioned(run, p
     paths = [line.split("\t")[0] for line in first.splitlines()]
     assert paths[1:] == [str(photos / f"{i}.png") for i in range(1, 5)]
     assert len(overlays(photos)) == 5
-    for again in ([photos], [photos / "*.png"], sorted(photos.glob("*.png"))):
+    for again in ([photos], [photos / "*.png"]):
         assert run(*again, "--no_attention")[1] == first
     (photos / "lone").mkdir()
     os.rename(photos / "4.png", photos / "lone" / "4.png")
@@ -153,10 +142,9 @@ def test_what_cannot_be_read_or_written_is_a_line_each_and_the_others_go_on(run,
 
 def test_captions_come_without_overlays_where_photographs_are_read_only(run, photos, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, _: os.fspath(path) != str(photos))
-    for images, lines in ((photos, 5), (photos / "0.png", 1)):
-        code, out, err = run(images)
-        assert code == 0 and out.count("\n") == lines and overlays(photos) == []
-        assert err.count("is read-only") == 1 and str(photos) in err and "--out FOLDER" in err
+    code, out, err = run(photos)
+    assert code == 0 and out.count("\n") == 5 and overlays(photos) == []
+    assert err.count("is read-only") == 1 and str(photos) in err and "--out FOLDER" in err
     assert run(photos, "--out", photos / "new")[0] == 0 and len(overlays(photos / "new")) == 5
 
 
@@ -167,36 +155,37 @@ def test_out_is_a_file_for_one_image_and_a_folder_or_a_page_for_several(run, pho
     assert (new / "one.png").read_bytes() != (new / "smooth.png").read_bytes()
     run(photos / "0.png", photos / "1.png", "--out", photos / "several")
     assert overlays(photos / "several") == ["0_attention.png", "1_attention.png"]
-    code, _, err = run(photos / "0.png", "--out", new / "one.html")
-    assert code == 0 and f"attention: {new / 'one.html'}" in err
-    assert (new / "one.html").read_text().count("<article") == 1
     (photos / "1.png").write_bytes(b"no image at all")
     assert run(photos, "--out", photos / "all.html")[0] == 2
     page = (photos / "all.html").read_text()
     assert page.count("<article") == 4 and "<title>4 captions</title>" in page
+    tree = new / "new" / "tree.svg"
+    options = ["--out", photos / "x.gif", "--beam_size=2", "--beam_tree", tree]
+    code, _, err = run(photos / "0.png", *options)
+    assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
+    assert b"<svg" in tree.read_bytes() and str(tree) in err and str(photos / "x.gif") in err
     assert overlays(photos) == []
     monkeypatch.setattr(caption, "Captioner", None)  # the next one is refused before it is needed
     code, _, err = run(photos / "0.png", "--out", photos / "x.abc")
     assert code == 2 and "x.abc cannot be written" in err and err.count("\n") == 1
 
 
-def test_an_animation_and_a_beam_tree_are_drawn_for_one_image(run, photos):
-    tree = photos / "new" / "tree.svg"
-    code, _, err = run(
-        photos / "0.png", "--out", photos / "x.gif", "--beam_size=2", "--beam_tree", tree
-    )
-    assert code == 0 and (photos / "x.gif").read_bytes()[:4] == b"GIF8"
-    assert b"<svg" in tree.read_bytes() and str(tree) in err
-
-
-def test_without_a_display_all_but_the_window_is_there(run, photos, monkeypatch):
+def test_one_file_gives_its_caption_and_an_overlay_but_no_window_without_a_display(
+    run, photos, model, monkeypatch
+):
+    monkeypatch.chdir(model.parent)
+    code, caption_line, err = run(photos / "0.png", "--model=")
+    assert f"model: {model.name}, the only one in this folder" in err
+    assert code == 0 and caption_line.count("\n") == 1 and set(caption_line.split()) <= set(WORDS)
+    assert overlays(photos) == ["0_attention.png"] and "0_attention.png" in err
+    assert not list(photos.glob(".*"))  # no temporary file is left
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     code, out, err = run(photos / "0.png", "--show")
-    assert code == 2 and out and overlays(photos) == ["0_attention.png"]
-    assert err.count("\n") == 1 and "--show" in err
+    assert (code, out, err.count("\n")) == (2, caption_line, 1) and "--show" in err
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_without_a_traceback(model, photos):
     """As in `caption.py ... | head -1`."""
     command = [sys.executable, "caption.py", f"--img={photos}", f"--model={model}"]
@@ -228,14 +217,12 @@ def test_sampling_is_repeated_by_its_seed(run, photos):
 def test_options_that_contradict_each_other_are_errors_of_one_line(run, photos):
     for options, names in (
         ("--temperature 2", "--temperature --sample"),
-        ("--sample --length_penalty 1", "--length_penalty --sample"),
         ("--sample --beam_tree x.svg", "--beam_tree --sample"),
         ("--beam_tree x.svg --img 1.png 2.png", "--beam_tree --img"),
         ("--n_best 6", "--n_best --beam_size"),
         ("--no_attention --out x.png", "--no_attention --out"),
         ("--no_attention --show", "--no_attention --show"),
         ("--out x.html --no-smooth", "--no-smooth x.html"),
-        ("--top_p 1.5", "--top_p 1.5"),
         ("--beam_size 0", "--beam_size 0"),
         ("--img nowhere.jpg", "nowhere.jpg"),
     ):
@@ -266,14 +253,13 @@ def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(ca
     assert [one.name for one in expected] == [str(path) for path in paths]
     assert len({one.text for one in expected}) > 1
     arrays = [np.asarray(Image.open(path)).copy() for path in paths]
-    files = [open(path, "rb") for path in paths]
     for images in (
         deque(map(str, paths)),
         tuple(Image.open(path) for path in paths),
         dict(enumerate(arrays)).values(),
         [torch.from_numpy(array) for array in arrays],
         (path.read_bytes() for path in paths),
-        files,
+        [io.BytesIO(path.read_bytes()) for path in paths],
     ):
         for found, one in zip(captioner(images, max_len=6), expected, strict=True):
             assert (found.text, found.words, found.finished) == (one.text, one.words, one.finished)
@@ -285,13 +271,10 @@ def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(ca
         alone = captioner(one_image, max_len=6)
         assert alone.text == expected[3].text and alone.attention.shape == (len(alone.words), 196)
     arrays[3][:] = 0  # the caption was for the pixels before
-    np.testing.assert_array_equal(captioner(arrays[3]).image, arrays[3])
     np.testing.assert_array_equal(alone.image, expected[3].image)
     batch = captioner(np.stack([np.zeros((40, 50, 3), np.uint8)] * 2), max_len=6)
     assert len(batch) == 2 and batch[0].image.shape == (40, 50, 3) and captioner([]) == []
     assert captioner(np.zeros((20, 30), np.uint8)).image.shape == (20, 30, 3)
-    for file in files:
-        file.close()
 
 
 def test_each_reads_a_batch_ahead_of_what_is_asked_for_and_goes_on_after_errors(captioner, photos):
@@ -302,28 +285,22 @@ def test_each_reads_a_batch_ahead_of_what_is_asked_for_and_goes_on_after_errors(
     assert next(asked) == 9
 
 
-def test_a_picture_of_a_web_address_is_read_once(captioner, photos):
-    handler = partial(SimpleHTTPRequestHandler, directory=photos)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/1.png"
-        found = captioner(url, max_len=6)
-        server.shutdown()
-    assert found.name == url and found.text == captioner(photos / "1.png", max_len=6).text
-    np.testing.assert_array_equal(found.image, np.asarray(Image.open(photos / "1.png")))
+def test_a_picture_of_a_web_address_is_read_once(captioner, monkeypatch):
+    pixels, read = np.zeros((30, 40, 3), np.uint8), []
+    monkeypatch.setattr(caption, "read_rgb", lambda url: read.append(url) or pixels)
+    found = captioner("http://x.org/1.png", max_len=6)
+    assert found.image is pixels and read == [found.name] == ["http://x.org/1.png"]
 
 
 def test_what_it_cannot_read_or_search_for_is_named(captioner, photos):
     with pytest.raises(UserError, match="nowhere.jpg not found"):
         captioner([photos / "0.png", "nowhere.jpg"])
     cut_off = Image.open(io.BytesIO((photos / "1.png").read_bytes()[:100]))
-    empty, floats = np.zeros((0, 3), np.uint8), np.zeros((20, 30, 3))
-    for image in (cut_off, empty, floats, torch.zeros(3, 8, 9, dtype=torch.uint8), None):
-        with pytest.raises(UserError, match="is not a readable image"):
-            captioner(image)
-        with pytest.raises(UserError, match="is not a readable image"):
-            captioner.grow_tree(image)
-    for options in ({"batch_size": -1}, {"batch_size": 0}, {"max_len": 0}, {"beam_size": 0}):
+    for image in (cut_off, np.zeros((0, 3), np.uint8), np.zeros((20, 30, 3)), None):
+        for function in (captioner, captioner.grow_tree):
+            with pytest.raises(UserError, match="is not a readable image"):
+                function(image)
+    for options in ({"batch_size": 0}, {"max_len": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             captioner(photos / "0.png", **options)
 

@@ -21,18 +21,13 @@ BACKGROUND, TEXT, CURRENT_TEXT = "#111111", "#9a9a9a", "#ffc53d"
 
 def write_animation(path, image, words, alphas, smooth=True, offset=(0.0, 0.0)):
     """
-    Write a GIF or MP4, according to the path's suffix, with `atomic_write`.
+    Write a GIF or MP4, according to the path's suffix, with `atomic_write`: the overlays of
+    `attention.attention_grid`, whose arguments these are, each fading into the next, and at the end
+    the photograph with the complete sentence.
 
-    image, words, alphas, smooth, offset: as in `attention.attention_grid`. The overlays are the
-    same, and each word's fades into the next. The animation ends with the photograph and the
-    complete sentence.
-
-    Raises ValueError for another suffix, or unless there is one alpha per word on a square grid;
-    UserError for an MP4 without the package imageio-ffmpeg; OSError if it can't be written.
+    Raises ValueError for alphas as there, UserError for an MP4 without the package imageio-ffmpeg.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (".gif", ".mp4"):
-        raise ValueError(f"{path} must end in .gif or .mp4")
     frames, ticks = make_frames(image, words, alphas, smooth, offset)
     if suffix == ".gif":
         durations = [round(1000 * TICK) * count for count in ticks]

@@ -42,12 +42,23 @@ def attention_grid(image, words, alphas, smooth=True, offset=(0.0, 0.0), dpi=DPI
     longest = max(map(len, titles)) * 0.65 / 72  # inches per point of its font
     cell_width = GAP + max(width, MIN_COLUMN, min(longest * SMALLEST, MAX_COLUMN))
     cell_height = TITLE + height + GAP
-    columns = _num_columns(len(panels), cell_width / cell_height)
+    shapes = {  # the figure's width over height for each number of columns
+        n: n * cell_width / (math.ceil(len(panels) / n) * cell_height)
+        for n in range(1, len(panels) + 1)
+    }
+    columns = min(shapes, key=lambda n: abs(math.log(shapes[n] / ASPECT)))
     rows = math.ceil(len(panels) / columns)
     total_width, total_height = columns * cell_width + GAP, rows * cell_height + GAP
     figure = Figure(figsize=(total_width, total_height), dpi=dpi)
     FigureCanvasAgg(figure)  # becomes figure.canvas
-    families, letters = font_families(titles), (cell_width - GAP) * 72 / (0.65 * FONT)
+    letters = (cell_width - GAP) * 72 / (0.65 * FONT)  # of a title that fits at full size
+    style = {
+        "fontfamily": font_families(titles),
+        "parse_math": False,  # a dollar sign is not a formula
+        "pad": 6,
+        "y": 1,  # faster: matplotlib need not compute it from the ticks
+        "bbox": {"boxstyle": "round,pad=0.25", "facecolor": "0.92", "edgecolor": "none"},
+    }
     for i, (panel, title) in enumerate(zip(panels, titles)):
         row, column = divmod(i, columns)
         left = (GAP + column * cell_width + (cell_width - GAP - width) / 2) / total_width
@@ -55,24 +66,10 @@ def attention_grid(image, words, alphas, smooth=True, offset=(0.0, 0.0), dpi=DPI
         axes = figure.add_axes((left, bottom, width / total_width, height / total_height))
         axes.imshow(panel, aspect="auto")  # the axes have the photograph's shape already
         axes.set_axis_off()
-        axes.set_title(
-            title,
-            fontsize=FONT * min(1, letters / max(1, len(title))),
-            fontfamily=families,
-            parse_math=False,  # a dollar sign is not a formula
-            pad=6,
-            y=1,  # faster: matplotlib need not compute it from the ticks
-            bbox={"boxstyle": "round,pad=0.25", "facecolor": "0.92", "edgecolor": "none"},
-        )
+        axes.set_title(title, fontsize=FONT * min(1, letters / max(1, len(title))), **style)
     return figure
 
 
 def resize_image(image, width, height):
     """uint8 (H, W, 3) -> (height, width, 3), at least one pixel each"""
     return np.asarray(Image.fromarray(image).resize((max(1, width), max(1, height))))
-
-
-def _num_columns(count, ratio):
-    """The number of columns with which `count` panels of this ratio come closest to ASPECT."""
-    shapes = {n: n * ratio / math.ceil(count / n) for n in range(1, count + 1)}
-    return min(shapes, key=lambda n: abs(math.log(shapes[n] / ASPECT)))

@@ -14,7 +14,7 @@ from visualization.figures import font_families, save
 COLUMN, ROW = 1.9, 0.3  # inches, of a step and of a candidate
 BOX = 0.75  # of a column's width
 SHOWN = 3  # candidates of a step for each beam; those kept are among them
-# Border and fill of nodes that are dropped, kept, finished, and on the path of the best caption
+# Border and fill of nodes by their kind; "best" is on the path of the caption that was found
 COLOURS = {
     "dropped": ("#dddddd", "#ffffff"),
     "kept": ("#8fa9c9", "#e9f0f9"),
@@ -30,15 +30,7 @@ class Node:
     word: str
     total: float  # log-probability in nats of the caption up to this word
     parent: "Node | None"  # a node kept in the previous step; None for <start>
-    kept: bool = False
-    is_best: bool = False  # on the path of the caption that the search returned
-
-    @property
-    def kind(self):
-        """Which of COLOURS it is drawn in"""
-        if not self.kept or self.is_best:
-            return "best" if self.is_best else "dropped"
-        return "finished" if self.word == "<end>" else "kept"
+    kind: str = "dropped"  # a key of COLOURS
 
     def path(self):
         """The nodes from the first word up to this one."""
@@ -51,7 +43,6 @@ class Tree:
     steps: list  # per step a list of Nodes, the best total first
     words: list  # of the best caption
     score: float  # its total log-probability in nats, <end> included
-    finished: bool  # whether it has reached <end>
 
 
 def build_tree(decoder, features, word_map, search):
@@ -74,26 +65,26 @@ def build_tree(decoder, features, word_map, search):
         kept = zip(parents[0].tolist(), kept_tokens[0].tolist())
         for beam, (key, score) in enumerate(zip(kept, scores[0].tolist())):
             if score > -math.inf:
-                nodes[key].kept = True
-                beams[beam] = nodes[key]
-        steps.append(sorted(nodes.values(), key=lambda node: (-node.total, not node.kept)))
+                beams[beam] = node = nodes[key]
+                node.kind = "finished" if node.word == "<end>" else "kept"
+        order = sorted(nodes.values(), key=lambda node: (-node.total, node.kind == "dropped"))
+        steps.append(order)
 
     [best] = find_captions(decoder, features, word_map, search, callback=record_step)
-    tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score, best.finished)
+    tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score)
     best_words = tree.words + ["<end>"] * best.finished
     for last in steps[len(best_words) - 1]:
         if [node.word for node in last.path()] == best_words:
             for node in last.path():
-                node.is_best = True
+                node.kind = "best"
     return tree
 
 
 def draw_tree(tree, path):
     """
     Write the tree as a picture in the format of the path's suffix: a column for each step with its
-    candidates and their totals, the best first, and lines to their parents.
-
-    Raises ValueError for a suffix that matplotlib does not support, OSError if it can't be written.
+    candidates and their totals, the best first, and lines to their parents. Raises ValueError for a
+    suffix that matplotlib does not support.
     """
     columns = [nodes[: SHOWN * tree.beam_size] for nodes in tree.steps]
     words = [printable(node.word) for nodes in columns for node in nodes]
@@ -109,12 +100,10 @@ def draw_tree(tree, path):
         _draw_node(axes, kind, x, -1.75, kind, style)
     _draw_node(axes, "<start>", 0, 0, "best", style)
     places = {None: (0, 0)}  # None is <start>
-    for x, nodes in enumerate(columns, 1):
-        kept = sum(node.kept for node in nodes)
-        axes.text(
-            x, -0.75, f"step {x}: {kept} of {len(tree.steps[x - 1])} kept", fontsize=8, **style
-        )
-        for y, node in enumerate(nodes):
+    for x, (nodes, shown) in enumerate(zip(tree.steps, columns), 1):
+        kept = sum(node.kind != "dropped" for node in nodes)
+        axes.text(x, -0.75, f"step {x}: {kept} of {len(nodes)} kept", fontsize=8, **style)
+        for y, node in enumerate(shown):
             _draw_node(axes, f"{printable(node.word)}   {node.total:.2f}", x, y, node.kind, style)
             places[node] = x, y
             from_x, from_y = places[node.parent]

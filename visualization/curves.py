@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -66,8 +67,19 @@ def draw_curves(phases):
     figure = Figure((columns * WIDTH, rows * HEIGHT), dpi=DPI, layout="constrained")
     for i, (title, keys) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, i)
-        _draw_panel(axes, {key: style for key, style in keys.items() if key in logged}, phases)
+        for before, after in pairwise(phases):
+            start = (before[-1]["epoch"] + after[0]["epoch"]) / 2
+            axes.axvline(start, color=COLOUR, alpha=0.6, linewidth=0.7)
+        drawn = [key for key in keys if key in logged]
+        for key in drawn:
+            _draw_lines(axes, phases, key, *keys[key])
+        if len(drawn) > 1:
+            axes.legend(fontsize=9, framealpha=1, edgecolor="none")
         axes.set_title(title, fontsize=10, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.tick_params(labelsize=9, length=2, color="0.6")
+        axes.grid(axis="y", color="0.9", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
         if title in FROM_ZERO:
             axes.set_ylim(0)
         if i > len(panels) - columns:
@@ -75,26 +87,16 @@ def draw_curves(phases):
     return figure
 
 
-def _draw_panel(axes, keys, phases):
-    for before, after in zip(phases, phases[1:]):
-        start = (before[-1]["epoch"] + after[0]["epoch"]) / 2
-        axes.axvline(start, color=COLOUR, alpha=0.6, linewidth=0.7)
-    for key, (label, style) in keys.items():
-        for i, phase in enumerate(phases):
-            axes.plot(
-                [row["epoch"] for row in phase],
-                [row.get(key, math.nan) for row in phase],
-                style,
-                label=label if i == 0 else None,
-                color=COLOUR,
-                marker="o",
-                markersize=3 if len(phase) <= 40 else 0,
-                # Hollow on dashed lines, so that the two can be told apart with but one epoch
-                markerfacecolor="white" if style == "--" else COLOUR,
-            )
-    if len(keys) > 1:
-        axes.legend(fontsize=9, framealpha=1, edgecolor="none")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.tick_params(labelsize=9, length=2, color="0.6")
-    axes.grid(axis="y", color="0.9", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+def _draw_lines(axes, phases, key, label, style):
+    """A line for each phase; markers are hollow on dashed lines, to tell single points apart."""
+    for i, phase in enumerate(phases):
+        axes.plot(
+            [row["epoch"] for row in phase],
+            [row.get(key, math.nan) for row in phase],
+            style,
+            label=label if i == 0 else None,
+            color=COLOUR,
+            marker="o",
+            markersize=3 if len(phase) <= 40 else 0,
+            markerfacecolor="white" if style == "--" else COLOUR,
+        )

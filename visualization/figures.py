@@ -1,7 +1,6 @@
 """
-Saves matplotlib figures to files, or shows them in a window, and finds fonts for their words.
-
-Figures are made without pyplot, which would look for a display: only `show` needs one.
+Saves matplotlib figures or shows them in a window, and finds fonts for their words. Figures are
+made without pyplot, which would look for a display: only `show` needs one.
 """
 
 import sys
@@ -32,10 +31,8 @@ def find_font(word):
         files = sorted(font.fname for font in fonts if "Last Resort" not in font.name)
         path = max([path, *files], key=lambda file: len(letters & _letters(file)))
     if not letters <= _letters(path):
-        advice = (
-            f"install one, such as Debian's fonts-noto-cjk, and rm -r {matplotlib.get_cachedir()}"
-        )
-        print(f"no font has the letters of {word}, so some are boxes; {advice}", file=sys.stderr)
+        advice = f"such as Debian's fonts-noto-cjk, and rm -r {matplotlib.get_cachedir()}"
+        print(f"no font has all letters of {word}; install one, {advice}", file=sys.stderr)
     return path
 
 

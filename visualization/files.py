@@ -4,6 +4,7 @@ import glob
 import os
 import sys
 from contextlib import contextmanager
+from itertools import count
 from urllib.parse import urlsplit
 
 from preprocessing.images import find_suffixes, is_url
@@ -43,10 +44,9 @@ def find_images(patterns):
 
 def overlay_paths(paths, out, single):
     """
-    A path for the overlay of each image, all different, and none that of an image.
+    A path for the overlay of each image, all different, and none that of an image. out: as in the
+    options of caption.py; single: whether it may be the file of the only overlay
 
-    out: as in the options of caption.py; single: whether a single file was given, so that `out` may
-    be the file of its overlay
     Raises UserError if that would overwrite the image, or if out is a file but a folder is needed.
     """
     if out and single and os.path.basename(out) and not os.path.isdir(out):
@@ -55,8 +55,10 @@ def overlay_paths(paths, out, single):
         if not page.is_page(out) and not out.lower().endswith(ANIMATIONS):
             from visualization import figures  # matplotlib is slow, so only for a picture
 
-            with writing(out):
+            try:
                 figures.find_format(out)  # now, before all the work is done
+            except ValueError as error:
+                raise UserError(f"--out {out} cannot be written: {error}") from None
         return [out]
     if out and (os.path.isfile(out) or out.lower().endswith(ONE_FILE)):
         raise UserError(
@@ -69,20 +71,15 @@ def overlay_paths(paths, out, single):
         stem = os.path.splitext(path)[0]
         if out:
             stem = os.path.join(out, os.path.basename(stem))
-        overlay, count = stem + OVERLAY, 1
-        while overlay in taken:  # photo.jpg and photo.png, or photo.jpg of two folders
-            count += 1
-            overlay = f"{stem}_{count}{OVERLAY}"
-        taken.add(overlay)
-        overlays.append(overlay)
+        # There may be photo.jpg and photo.png, or photo.jpg of two folders.
+        names = (f"{stem}_{i}{OVERLAY}" if i > 1 else stem + OVERLAY for i in count(1))
+        overlays.append(next(name for name in names if name not in taken))
+        taken.add(overlays[-1])
     return overlays
 
 
 def save_attention(captioned, path, smooth=True):
-    """
-    Write a `caption.Captioned` in the format of the path's suffix: an HTML page, an animation or a
-    picture. Raises ValueError for any other suffix, OSError if the file cannot be written.
-    """
+    """As `caption.Captioned.save`"""
     if page.is_page(path):
         page.write_page(path, [captioned], captioned.text)
     elif os.fspath(path).lower().endswith(ANIMATIONS):
@@ -97,11 +94,10 @@ def save_attention(captioned, path, smooth=True):
 
 
 @contextmanager
-def writing(path, make_folder=False):
-    """`with writing(path):` turn errors of writing the file into UserErrors."""
+def writing(path):
+    """Make the folder of `path`, and turn errors of writing the file into UserErrors."""
     try:
-        if make_folder:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error

@@ -15,7 +15,7 @@ UPSCALE = 8  # pixels of a location's edge, before these are resized to the phot
 
 def attention_overlays(photograph, words, alphas, smooth=True, offset=(0.0, 0.0)):
     """
-    Yield for each word the photograph, uint8 (H, W, 3), with its attention, as uint8 (H, W, 3):
+    Yield for each word the photograph with its attention, both uint8 (H, W, 3):
     (0.1 + 0.3 grey) (1 - 0.8 o) + 0.8 o inferno(a), where a is attention over its largest value
     and o its square root. The arguments are those of `attention.attention_grid`.
     """
@@ -48,14 +48,14 @@ def spread(alpha, size, smooth=True, offset=(0.0, 0.0)):
     size, (width, height). Beyond the first and the last location their values continue.
     """
     border = 1 + math.ceil(len(alpha) * max(map(abs, offset)))  # locations
-    grid, scale = np.pad(alpha, border, mode="edge"), 1
+    grid, scale, method = np.pad(alpha, border, mode="edge"), 1, Image.Resampling.BOX
     if smooth:
         from skimage.transform import pyramid_expand  # only here: it takes a while to import
 
-        grid, scale = pyramid_expand(grid, upscale=UPSCALE, sigma=UPSCALE / 3), UPSCALE
+        grid = pyramid_expand(grid, upscale=UPSCALE, sigma=UPSCALE / 3)
+        scale, method = UPSCALE, Image.Resampling.BILINEAR
     left, top = (scale * (border - len(alpha) * shift) for shift in offset)
     box = (left, top, left + scale * len(alpha), top + scale * len(alpha))
-    method = Image.Resampling.BILINEAR if smooth else Image.Resampling.BOX
     resized = np.asarray(Image.fromarray(grid).resize(size, method, box))
     return resized / (resized.max() or 1)
 

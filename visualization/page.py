@@ -37,7 +37,7 @@ STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind 
 
 
 def escape(text):
-    """Text escaped for HTML, as Markup; Markup and what is no text are not changed."""
+    """Plain text escaped for HTML; Markup, and what is no text, as it is."""
     is_plain = isinstance(text, str) and not isinstance(text, Markup)
     return Markup.escape(printable(text)) if is_plain else text
 
@@ -52,9 +52,9 @@ def data_uri(picture):
 # Other packages use ENVIRONMENT.overlay(loader=...) for their own templates.
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER),
+    undefined=StrictUndefined,
     autoescape=True,
     finalize=escape,
-    undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
@@ -72,10 +72,8 @@ def is_page(path):
 
 def write_page(path, captioned, title):
     """
-    Write a page of several images with `atomic_write`: photographs, captions, and where the model
-    looked for each word. captioned: as of `view`; title: of the document
-
-    Raises ValueError as `view`, OSError if the file cannot be written.
+    Write a page of several images with `atomic_write`; captioned: as of `view`; title: of the
+    document. Raises ValueError as `view`.
     """
     views = [view(one, "h2") for one in captioned]
     count = "" if len(views) == 1 else f"{len(views)} photographs. "
@@ -90,18 +88,14 @@ def document(title, lead, parts):
 
 
 def fragment(captioned):
-    """
-    The view of one image as HTML for a notebook's cell. Style and script affect only such views,
-    and one document may contain several.
-    """
+    """The view of one image for a notebook's cell; several in one document do not clash."""
     return str(_macros().fragment(view(captioned, "p", HINT)))
 
 
 def view(captioned, heading, hint=""):
     """
-    The <article> of one image, as Markup.
-
-    captioned: an object with
+    The <article> of one image, as Markup. heading: the tag of its name; hint: shown while no word
+    is; captioned: an object with
       name        the photograph's path; its last part is the heading
       image       uint8 (H, W, 3), of any shape
       words       T strings
@@ -110,11 +104,11 @@ def view(captioned, heading, hint=""):
       n_best      (text, score), the best first, including the caption itself; shown if several
       references  optional: strings, which are collapsed
       offset      optional: as in `attention.attention_grid`
-    heading: the tag of its name; hint: shown while no word is
 
     Raises ValueError unless there is one row of attention per word on a square grid.
     """
     photograph = Image.fromarray(captioned.image)
+    ratio = photograph.width / photograph.height
     photograph.thumbnail((LONGEST, LONGEST))
     offset = getattr(captioned, "offset", (0.0, 0.0))
     heats = heat_layers(captioned.words, captioned.attention, HEAT, offset=offset)
@@ -122,7 +116,6 @@ def view(captioned, heading, hint=""):
         {"word": word, "where": _describe(alpha), "heat": heat}
         for word, alpha, heat in zip(captioned.words, captioned.attention, heats)
     ]
-    ratio = captioned.image.shape[1] / captioned.image.shape[0]
     layers = {"photograph": photograph, "grey": grey_layer(np.asarray(photograph)), "ratio": ratio}
     return _macros().view(captioned, layers, looks, heading, hint)
 

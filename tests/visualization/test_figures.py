@@ -40,7 +40,7 @@ def test_words_that_no_font_has_are_said_once_and_warn_of_nothing(tmp_path, caps
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         for _ in range(2):
             figures.save(attention_grid(IMAGE, [word, "cat"], np.eye(4)[:2]), tmp_path / "x.png")
-    assert capsys.readouterr().err.count(f"no font has the letters of {word}") == 1
+    assert capsys.readouterr().err.count(f"no font has all letters of {word}") == 1
 
 
 def test_words_are_drawn_in_a_font_that_has_their_letters():
