@@ -26,7 +26,6 @@ from datasets import (
     add_data_options,
     find_data_name,
     load_batches,
-    read_word_ids,
 )
 from utils import Parser, UserError
 
