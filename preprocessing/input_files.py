@@ -66,7 +66,7 @@ def _find_images(splits):
         for image in images:
             # Captions and file names may differ in whether é is one character or two.
             forms = (unicodedata.normalize(form, image.path) for form in ("NFC", "NFD"))
-            path = next(filter(os.path.exists, (image.path, *forms)), None)
+            path = next(filter(os.path.isfile, (image.path, *forms)), None)
             if path:
                 found[split].append(image._replace(path=path))
             else:
