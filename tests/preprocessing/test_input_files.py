@@ -27,6 +27,7 @@ from factories import write_karpathy as prepare
 from PIL import Image
 
 import eval as eval_script
+from create_input_files import get_args
 from create_input_files import main as script
 from datasets import CaptionDataset
 from preprocessing import input_files
@@ -161,6 +162,12 @@ def test_a_vocabulary_that_lacks_most_words_is_an_error_or_a_warning(tmp_path, c
     assert "<unk>" not in capsys.readouterr().err
     create(tmp_path, unspaced, overwrite=True)
     assert "put a space between the words" in capsys.readouterr().err
+
+
+def test_options_have_the_values_of_the_tutorial():
+    args = get_args([])
+    assert (args.captions_per_image, args.min_word_freq, args.max_len) == (5, 5, 50)
+    assert (args.dataset, args.output_folder, args.workers) == ("demo", "data", None)
 
 
 # Bad images
