@@ -113,7 +113,7 @@ def _read_table(path, lines):
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     header = [cell.strip().strip('"').lower() for cell in rows[0][1]]
     if not (_first(IMAGE_KEYS, header) and _first(CAPTION_KEYS, header)):
-        if len(header) < 2 or not re.fullmatch(FILE_NAME, header[0]):
+        if len(header) < 2 or not re.fullmatch(FILE_NAME, rows[0][1][0].strip()):
             raise UserError(
                 f"{path}: format not recognised; expected COCO's images and annotations, JSON "
                 f"lines or a table with {EXPECTED}, name.jpg#0<TAB>caption, or two columns "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from factories import (
     contents,
     grey_of,
     many_entries,
-    needs_signals,
     restore_interrupts,
 )
 from factories import karpathy_entry as entry
@@ -293,28 +291,28 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 
 def start_slow_run(tmp_path, n=100):
-    """The script with two workers reading n large images, once it has begun; and its command."""
+    """The script once two workers have begun to read n large images, and the ids of these"""
     names = [f"{i}.png" for i in range(n)]
     path = prepare(tmp_path, [entry(name, captions=["a dog"] * 6) for name in names])
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "images" / names[0], compress_level=1)
-    for name in names[1:]:  # large, so that the run takes some time
+    for name in names[1:]:
         (tmp_path / "images" / name).unlink()
         os.link(tmp_path / "images" / names[0], tmp_path / "images" / name)
-    command = [sys.executable, ROOT / "create_input_files.py", "--karpathy_json", path,
-               "--image_folder", tmp_path / "images", "--output_folder", tmp_path / "out",
-               "--workers", "2"]  # fmt: skip
+    options = f"--karpathy_json {path} --image_folder {path.parent}/images --workers 2"
     process = subprocess.Popen(
-        command,
+        [sys.executable, ROOT / "create_input_files.py", *options.split()],
+        cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=restore_interrupts,
     )
-    while not list(tmp_path.glob("out/.unfinished_*/*.hdf5")) and process.poll() is None:
+    while not list(tmp_path.glob("data/.unfinished_*/*.hdf5")) and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.3)
-    return process
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, list(map(int, children))
 
 
 def running(pid):
@@ -325,35 +323,27 @@ def running(pid):
         return False
 
 
-@needs_signals
-@pytest.mark.slow
-def test_interrupt_ends_the_script_with_one_line_and_leaves_nothing(tmp_path):
-    process = start_slow_run(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == "create_input_files.py: interrupted\n"
-    assert not os.listdir(tmp_path / "out")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_workers_end_with_a_killed_parent_and_the_run_with_a_killed_worker(tmp_path):
-    process = start_slow_run(tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 30
-    while any(map(running, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(children) == 2 and not any(map(running, children))
-    assert all(name.startswith(".unfinished_") for name in os.listdir(tmp_path / "out"))
-    shutil.rmtree(tmp_path / "out")
-    process = start_slow_run(tmp_path)
-    child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-    os.kill(int(child), signal.SIGKILL)
+@pytest.mark.parametrize("end", ["an interrupt", "a killed parent", "a killed worker"])
+def test_a_run_that_is_stopped_leaves_no_process_and_no_files(tmp_path, end):
+    process, workers = start_slow_run(tmp_path)
+    if end == "an interrupt":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid if end == "a killed parent" else workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and "--workers" in stderr and stderr.count("\n") == 1
-    assert not os.listdir(tmp_path / "out")
+    left = os.listdir(tmp_path / "data")
+    if end == "an interrupt":
+        assert process.returncode == 130 and stderr == "create_input_files.py: interrupted\n"
+    elif end == "a killed worker":
+        assert process.returncode == 2 and "--workers" in stderr and stderr.count("\n") == 1
+    else:
+        assert len(left) == 1 and left.pop().startswith(".unfinished_")  # the next run removes it
+    deadline = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(map(running, workers)) and not left
 
 
 # Several data sets joined into one
