@@ -71,8 +71,8 @@ def add_data_options(parser):
 
 def open_hdf5(path):
     """
-    Open an HDF5 file for reading. Not with HDF5's own locks: our files do not change once they have
-    their name, and some network disks have no locks, which looks like a damaged file.
+    Open an HDF5 file for reading, without HDF5's locks: a file of ours does not change once it has
+    its name, and some network disks have no locks, which looks like a damaged file.
     """
     import h5py  # only here: a caption of a photograph needs none
 
@@ -152,10 +152,8 @@ class CaptionDataset(Dataset):
                 f"{captions} and the IMAGES, CAPLENS and WORDMAP beside it do not belong together; "
                 f"run create_input_files.py again"
             )
-        # The smallest type that holds them: COCO has half a million captions of 52 ids.
-        self.captions = self.captions.to(
-            torch.int16 if len(self.word_map) <= 1 << 15 else torch.int32
-        )
+        few = len(self.word_map) <= 1 << 15  # COCO has half a million captions of 52 ids
+        self.captions = self.captions.to(torch.int16 if few else torch.int32)
         self._mark_repetitions()
         self._distinct = (self.lengths > 1).nonzero().flatten().numpy()
 

@@ -168,7 +168,7 @@ def stamp(shape):
 
 
 def draw(background, polygons):
-    """The picture of these polygons, whose stamps are turned, scaled and moved to their place."""
+    """The picture of these polygons: their stamps turned, scaled and moved to their place"""
     picture = background.copy()
     for shape, points, rgb in polygons:
         (a, b), (stamp_a, stamp_b) = points[:2], stamp_outline(shape)[:2]
@@ -196,12 +196,10 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     """
     Draw train + val + test different scenes as 256×256 PNG files, captioned in Karpathy's format.
 
-    Every image has "objects": [{"box": [x0, y0, x1, y1], "words": [...]}], the tight box in
-    fractions of the width and height, and the words that name this object and no other of the
-    scene: its colour and its shape.
-
-    Returns the path of folder/dataset_demo.json. It is written last: if it exists, the data set
-    is complete. The same arguments give the same files.
+    Every image has "objects": [{"box": [x0, y0, x1, y1], "words": [colour, shape]}], the tight box
+    in fractions of the width and height, and the words that name this object and no other there.
+    Returns the path of folder/dataset_demo.json, written last. The same arguments give the same
+    files.
     """
     path = Path(folder) / "dataset_demo.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,9 +231,7 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
 
 
 if __name__ == "__main__":
-    parser = Parser(
-        prog="python -m preprocessing.demo", description="Draw a captioned demo data set."
-    )
+    parser = Parser("python -m preprocessing.demo", description="Draw a captioned demo data set.")
     parser.add_argument("folder", help="where to write the pictures and dataset_demo.json")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=non_negative_int, default=n, help="number of scenes")

@@ -48,10 +48,8 @@ def read_rgb(source):
     EXIF rotation is applied, transparency is blended with white, and the first frame of an
     animation is taken. Values of more than 8 bits are scaled to 8: white is the smallest of
     2^n - 1, n = 8, 10, 12, 14 or 16, that is not below the largest value, of floats 1, 255 or
-    65535.
-
-    Raises UserError if it is missing, is not a readable picture or has more than 179 million
-    pixels, which would take gigabytes (Pillow's limit against decompression bombs).
+    65535. UserError if there is no readable picture or it has more than 179 million pixels,
+    Pillow's limit against decompression bombs.
     """
     name = source
     if not isinstance(source, (str, os.PathLike)):

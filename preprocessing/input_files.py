@@ -43,16 +43,13 @@ def _check_words(captions, min_word_freq):
     """UserError if all words of the training captions become <unk>, a warning if most do."""
     frequencies = Counter(chain(*captions)).values()
     tokens, unknown = sum(frequencies), sum(n for n in frequencies if n <= min_word_freq)
-    message = (
-        f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
-        f"<unk>; pass a lower --min_word_freq, 0 to keep every word"
-    )
     unspaced = tokens < 1.5 * len(captions)
-    if unspaced:
-        message += (
-            "; most captions are one word: if the language is written without spaces, as "
-            "Chinese, Japanese and Thai are, put a space between the words first"
-        )
+    message = (
+        f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become <unk>; "
+        f"pass a lower --min_word_freq, 0 to keep every word"
+    )
+    if unspaced:  # as in Chinese, Japanese and Thai
+        message += "; if the language is written without spaces, put a space between the words"
     if unknown == tokens:
         raise UserError(message)
     if unknown > tokens / 2 or unspaced:
@@ -84,9 +81,10 @@ def _report_bad_images(reasons, skipped, splits):
     title = count(len(reasons), "bad image")
     if not skipped:
         lines.append("repair them, remove their captions or pass --skip_bad_images")
+    elif not splits["TRAIN"]:
+        lines.append("no image to train on is left")
+    if not skipped or not splits["TRAIN"]:
         raise UserError(f"{title}:", lines)
-    if not splits["TRAIN"]:
-        raise UserError(f"{title}:", [*lines, "no image to train on is left"])
     print("\n  ".join(map(printable, [f"{title} dropped:", *lines])))
 
 
@@ -184,10 +182,7 @@ def refuse_existing(output_folder, name):
 
 @contextmanager
 def _appearing_together(output_folder, name):
-    """
-    `with _appearing_together(...) as folder:` make the files in this folder; at the end they are
-    moved to the output folder. After an error there are none of them.
-    """
+    """A folder for new files, which are moved to the output folder at the end if all are made."""
     os.makedirs(output_folder, exist_ok=True)
     prefix = f".unfinished_{name}"
     for left in os.listdir(output_folder):
@@ -231,13 +226,10 @@ def create_input_files(
 
     karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns; or
     a list of these, which are joined: their images have a "source" in REFERENCES
-    image_folder: an image is at image_folder/filepath/filename; filepath may be missing. For
-    several files one folder each, or one for all
-    min_word_freq: words that occur at most this often in the training captions become <unk>
-    max_len: captions of more words are only used as references
-    workers: processes that decode images; None: one per CPU; 0 and 1: none besides this one
-    seed: for sampling captions_per_image of an image's captions
-    image_size: S, to which images are resized
+    image_folder: an image is at image_folder/filepath/filename; for several files one folder each,
+    or one for all
+    workers: processes that decode images; None: one per CPU
+    The others are the options of create_input_files.py.
 
     Raises UserError for anything wrong with the data, listing the first bad images unless
     skip_bad_images leaves these out, and if there are files of the same names without overwrite.
@@ -258,6 +250,6 @@ def create_input_files(
         word_map = create_word_map(_training_captions(splits), min_word_freq)
         write_json(os.path.join(folder, f"WORDMAP_{name}.json"), word_map)
         _write_captions(folder, name, splits, word_map, captions_per_image, max_len, seed)
-    words, specials = len(word_map) - len(SPECIAL_TOKENS), len(SPECIAL_TOKENS)
+    words = count(len(word_map) - len(SPECIAL_TOKENS), "word")
     path = os.path.join(output_folder, f"WORDMAP_{name}.json")
-    print(f"{count(words, 'word')} and {specials} special tokens in {path}")
+    print(f"{words} and {len(SPECIAL_TOKENS)} special tokens in {path}")

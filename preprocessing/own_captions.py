@@ -42,10 +42,8 @@ ASCII_SEPARATORS = str.maketrans(dict.fromkeys(string.punctuation, " "))  # cate
 
 def split_words(caption):
     """
-    Lower-case words of a caption; punctuation and symbols separate words as spaces do.
-
-    Gives Karpathy's tokens for all 40,000 captions of Flickr8k. Uses Unicode categories, so that it
-    works for other quotation marks and scripts too; composed and decomposed é are the same.
+    Lower-case words of a caption; punctuation and symbols separate words as spaces do. Gives
+    Karpathy's tokens for all captions of Flickr8k; é composed and decomposed are the same.
     """
     if caption.isascii():  # ten times as fast
         return caption.lower().translate(ASCII_SEPARATORS).split()
@@ -58,12 +56,8 @@ def _read_coco(path, content, split):
         images = {image["id"]: image for image in content["images"]}
         for annotation in content["annotations"]:
             image = images[annotation["image_id"]]
-            yield {
-                "image": image["file_name"],
-                "caption": annotation["caption"],
-                "split": image.get("split", split),
-                "cocoid": image["id"],
-            }
+            entry = {"image": image["file_name"], "caption": annotation["caption"]}
+            yield {**entry, "split": image.get("split", split), "cocoid": image["id"]}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not in COCO's format: images need id and file_name, annotations "
@@ -225,9 +219,8 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1, default_s
     A caption file in Karpathy's format: {"source": path, "images": [{"filename", "split", "imgid",
     "sentences": [{"tokens", "raw"}]}]}, with "cocoid" for COCO's; in order of their first captions.
 
-    seed and the fractions of the images are used only if the file has no splits.
-    default_split: of the images of a file in COCO's format, which has none inside
-    Raises UserError for a file that is broken, not recognised or has splits for some images only.
+    seed and the fractions of the images are used only if the file has no splits; default_split is
+    that of the images of a file in COCO's format, which has none inside.
     """
     images = {}
     for number, entry in enumerate(_read(path, default_split), 1):
