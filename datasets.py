@@ -50,6 +50,11 @@ def read_word_map(path, next_step=""):
 def find_data_name(data_folder, name=None):
     """The name of the data set: `name` if given, else that of the only one in the folder."""
     if name:
+        if os.path.basename(name) != name:
+            raise UserError(
+                f"--data_name {name} is not the name of a data set: it has a folder in it; pass "
+                f"that as --data_folder"
+            )
         return name
     paths = Path(data_folder).glob("WORDMAP_*.json")
     found = sorted(path.stem.removeprefix("WORDMAP_") for path in paths)
