@@ -31,21 +31,15 @@ def data_file(split, kind, data_name):
 
 
 def check_word_map(word_map, path):
-    """
-    Return the word map if it is valid: words -> ids from 0 up without gaps, with <pad> 0 and the
-    other special tokens. Raises UserError, which names the file `path`, otherwise.
-    """
-    if not isinstance(word_map, dict) or not all(type(i) is int for i in word_map.values()):
-        wrong = "it is not an object of words and integers"
-    elif missing := [word for word in SPECIAL_TOKENS if word not in word_map]:
-        wrong = f"it lacks {', '.join(missing)}"
-    elif word_map["<pad>"] != 0 or set(word_map.values()) != set(range(len(word_map))):
-        wrong = f"its words need the ids 0 to {len(word_map) - 1} once each, <pad> the 0"
-    else:
-        return word_map
-    raise UserError(
-        f"{path} is not a word map: {wrong}; pass the WORDMAP file of the training data"
-    )
+    """Return the word map, or raise a UserError that names the file `path` if it is not one."""
+    valid = isinstance(word_map, dict) and all(type(i) is int for i in word_map.values())
+    valid = valid and sorted(word_map.values()) == list(range(len(word_map)))
+    if not valid or word_map.get("<pad>") != 0 or not word_map.keys() >= set(SPECIAL_TOKENS):
+        raise UserError(
+            f"{path} is not a word map, which gives words the ids from 0 up without gaps, 0 to "
+            f"<pad>, and has <unk>, <start> and <end>; pass the WORDMAP file of the training data"
+        )
+    return word_map
 
 
 def read_word_map(path, next_step=""):
@@ -54,26 +48,24 @@ def read_word_map(path, next_step=""):
 
 
 def find_data_name(data_folder, name=None):
-    """
-    The name of the data set: `name` if given, else that of the only one in the folder. UserError
-    that lists them if there are several, or if the name would lead out of the folder.
-    """
+    """The name of the data set: `name` if given, else that of the only one in the folder."""
     if name:
         if os.path.basename(name) != name:
-            raise UserError(f"--data_name {name!r} has a folder in it; pass that as --data_folder")
+            raise UserError(
+                f"--data_name {name} is not the name of a data set: it has a folder in it; pass "
+                f"that as --data_folder"
+            )
         return name
-    found = sorted(
-        p.stem.removeprefix("WORDMAP_") for p in Path(data_folder).glob("WORDMAP_*.json")
+    paths = Path(data_folder).glob("WORDMAP_*.json")
+    found = sorted(path.stem.removeprefix("WORDMAP_") for path in paths)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(found)
+        raise UserError(f"several data sets in {data_folder}; pass --data_name, one of: {names}")
+    raise UserError(
+        f"no data set in {data_folder}; pass the --data_folder of create_input_files.py"
     )
-    if not found:
-        raise UserError(
-            f"no data set in {data_folder}; pass the --data_folder of create_input_files.py"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"several data sets in {data_folder}; pass --data_name, one of: {', '.join(found)}"
-        )
-    return found[0]
 
 
 def add_data_options(parser):
@@ -84,8 +76,8 @@ def add_data_options(parser):
 
 def open_hdf5(path):
     """
-    Open an HDF5 file for reading. Not with HDF5's own locks: our files do not change once they have
-    their name, and some network disks have no locks, which looks like a damaged file.
+    Open an HDF5 file for reading, without HDF5's locks: a file of ours does not change once it has
+    its name, and some network disks have no locks, which looks like a damaged file.
     """
     import h5py  # only here: a caption of a photograph needs none
 
@@ -127,28 +119,14 @@ def _reading(path):
 
 
 def _read_integers(path, dimensions):
-    """The array of integers in a JSON file; UserError if it holds anything else."""
+    """The tensor of integers in a JSON file; UserError if it holds anything else."""
     with _reading(path):
         numbers = np.array(json.loads(path.read_bytes()))
         if not numbers.size:  # NumPy makes it floats
-            return np.empty((0,) * dimensions, np.int64)
+            numbers = np.empty((0,) * dimensions, np.int64)
         if numbers.dtype.kind != "i" or numbers.ndim != dimensions:
             raise ValueError(f"it is not an array of integers in {dimensions} dimensions")
-        return numbers
-
-
-def read_word_ids(path, vocab_size):
-    """
-    The lists of word ids in a CAPTIONS file, all of one length: integers (captions, L), of 16 bits
-    where these suffice. Raises UserError unless all are ids below `vocab_size`.
-    """
-    ids = _read_integers(Path(path), 2)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise UserError(
-            f"{path} has word ids beyond 0 to {vocab_size - 1}, those of the word map; "
-            f"run create_input_files.py again"
-        )
-    return ids.astype(np.int16 if vocab_size <= 1 << 15 else np.int32)
+        return torch.from_numpy(numbers)
 
 
 class Item(NamedTuple):
@@ -182,8 +160,7 @@ class CaptionDataset(Dataset):
         self.word_map = read_word_map(
             folder / f"WORDMAP_{data_name}.json", "run python create_input_files.py first"
         )
-        self.captions = torch.from_numpy(read_word_ids(captions, len(self.word_map)))
-        self.lengths = torch.from_numpy(_read_integers(lengths, 1))
+        self.captions, self.lengths = _read_integers(captions, 2), _read_integers(lengths, 1)
         self._key, self._handle, self._pid = "images", None, None
         self.features: torch.Tensor | None = None  # (I, G, E), in memory
         with _reading(self.path), open_hdf5(self.path) as file:
@@ -192,41 +169,38 @@ class CaptionDataset(Dataset):
             square = images.shape[1:] == (3, self.image_size, self.image_size)
             if not square or self.image_size < LEAST_SIZE or images.dtype != np.uint8:
                 raise ValueError(f"{images.shape} {images.dtype} is not uint8 (I, 3, S, S)")
-        if wrong := self._find_mismatch():
+        if not self._belong_together():
             raise UserError(
-                f"{captions} and the IMAGES, CAPLENS and WORDMAP beside it do not belong together: "
-                f"{wrong}; run create_input_files.py again"
+                f"{captions} and the IMAGES, CAPLENS and WORDMAP beside it do not belong together; "
+                f"run create_input_files.py again"
             )
-        self.lengths = self.lengths.int()
-        self.lengths[self._repetitions()] = 1
+        few = len(self.word_map) <= 1 << 15  # COCO has half a million captions of 52 ids
+        self.captions = self.captions.to(torch.int16 if few else torch.int32)
+        self._mark_repetitions()
         self._distinct = (self.lengths > 1).nonzero().flatten().numpy()
 
-    def _find_mismatch(self):
-        """What of captions, lengths and images does not fit together, or None"""
+    def _belong_together(self):
+        """Whether each image has its captions, and these are <start>, words and <end>."""
         captions, lengths, n = self.captions, self.lengths, self.captions_per_image
         if n < 1 or not self.num_images * n == len(captions) == len(lengths):
-            return (
-                f"{self.num_images} images of {n} captions, but {len(captions)} captions and "
-                f"{len(lengths)} lengths"
-            )
+            return False
         if not len(captions):
-            return None
-        bad = (lengths < 2) | (lengths > captions.shape[1])
-        last = (lengths - 1).clamp(0, captions.shape[1] - 1).unsqueeze(1)
-        bad |= captions.gather(1, last).squeeze(1) != self.word_map["<end>"]
-        bad |= captions[:, 0] != self.word_map["<start>"]
-        if bad.any():
-            return f"caption {int(bad.nonzero()[0])} is not <start>, words and <end> of its length"
+            return True
+        if lengths.min() < 2 or lengths.max() > captions.shape[1]:
+            return False
+        if captions.min() < 0 or captions.max() >= len(self.word_map):
+            return False
+        starts, ends = captions[:, 0], captions.gather(1, lengths.unsqueeze(1) - 1)
+        start, end = self.word_map["<start>"], self.word_map["<end>"]
+        return bool((starts == start).all() and (ends == end).all())
 
-    def _repetitions(self):
-        """(captions,) whether a caption equals an earlier one of its image"""
-        captions = self.captions.view(  # not -1: there may be no image
-            self.num_images, self.captions_per_image, self.captions.shape[1]
-        )
-        repeated = torch.zeros(captions.shape[:2], dtype=torch.bool)
-        for i in range(1, captions.shape[1]):
-            repeated[:, i] = (captions[:, :i] == captions[:, i : i + 1]).all(2).any(1)
-        return repeated.flatten()
+    def _mark_repetitions(self):
+        """Give a caption that equals an earlier one of its image the length 1."""
+        shape = self.num_images, self.captions_per_image
+        captions, lengths = self.captions.unflatten(0, shape), self.lengths.unflatten(0, shape)
+        for i in range(1, self.captions_per_image):
+            repeated = (captions[:, :i] == captions[:, i : i + 1]).all(2).any(1)
+            lengths[repeated, i] = 1
 
     @cached_property
     def entries(self) -> list[dict]:
@@ -235,22 +209,16 @@ class CaptionDataset(Dataset):
         objects; read at the first access, since training does not need it. Data sets made by the
         tutorial's code have no REFERENCES file: theirs are read back from the word ids.
         """
-        if not self._references.exists():
-            return self._entries_of_captions()
-        with _reading(self._references):
-            entries = json.loads(self._references.read_bytes())
+        if self._references.exists():
             needed = {"filename", "image_id", "references"}
-            if len(entries) != self.num_images or not all(needed <= e.keys() for e in entries):
-                raise ValueError(
-                    f"it is not a list of {self.num_images} images with {sorted(needed)}"
-                )
+            with _reading(self._references):
+                entries = json.loads(self._references.read_bytes())
+                if len(entries) != self.num_images or not all(needed <= e.keys() for e in entries):
+                    raise ValueError(f"it needs {self.num_images} images with {sorted(needed)}")
             return entries
-
-    def _entries_of_captions(self):
-        words = {i: word for word, i in self.word_map.items()}
-        entries = [
-            {"filename": None, "image_id": i, "references": []} for i in range(self.num_images)
-        ]
+        words = sorted(self.word_map, key=self.word_map.__getitem__)
+        images = range(self.num_images)
+        entries = [{"filename": None, "image_id": i, "references": []} for i in images]
         for i in self._distinct:
             caption = self.captions[i, 1 : self.lengths[i] - 1].tolist()
             entries[i // self.captions_per_image]["references"].append([words[k] for k in caption])
@@ -275,7 +243,7 @@ class CaptionDataset(Dataset):
         return Item(
             self._read_images(images),
             self.captions[captions].long(),
-            self.lengths[captions].long(),
+            self.lengths[captions],
             torch.from_numpy(index),
         )
 

@@ -71,12 +71,10 @@ def choose_scenes(n, rng):
 
     A scene is (objects, where): an object is (size, colour, shape), and where is a key of PLACES
     for one object, of RELATIONS for two; the upper or left one of two comes first.
-    Raises UserError if fewer than n exist.
     """
-    if n > len(ONE_OBJECT) + len(TWO_OBJECTS):
-        raise UserError(
-            f"{n} scenes requested; only {len(ONE_OBJECT) + len(TWO_OBJECTS)} different ones exist"
-        )
+    number = len(ONE_OBJECT) + len(TWO_OBJECTS)
+    if n > number:
+        raise UserError(f"{n} scenes requested; only {number} different ones exist")
     single = max(min(n // 8, len(ONE_OBJECT)), n - len(TWO_OBJECTS))
     scenes = rng.sample(ONE_OBJECT, single) + rng.sample(TWO_OBJECTS, n - single)
     rng.shuffle(scenes)
@@ -123,14 +121,13 @@ def choose_centres(sizes, where, rng):
     start, end = sorted(rng.uniform(0, slack) for _ in range(2))
     along = [lows[0] + start, lows[0] + min_distance + end]
     while True:  # along the relation's axis, the distance must be more than twice that across it
-        across = [rng.uniform(low, high) for low, high in zip(lows, highs, strict=True)]
+        across = [rng.uniform(low, high) for low, high in zip(lows, highs)]
         if abs(across[0] - across[1]) < (along[1] - along[0]) / 2:
-            pairs = (across, along) if where == "above" else (along, across)
-            return list(zip(*pairs, strict=True))
+            return list(zip(across, along) if where == "above" else zip(along, across))
 
 
 def compose(scene, rng):
-    """A light, textured background, and the objects to draw on it: [Placed]."""
+    """A light, textured background, and the objects to draw on it: [(shape, polygon, rgb)]."""
     # On a plain background every cell of a deep feature map reveals what the objects are, and a
     # model need not attend to them. A texture of several scales keeps features local.
     background = np.full((SIDE, SIDE, 3), [rng.randint(193, 220) for _ in range(3)], np.float32)
@@ -141,13 +138,12 @@ def compose(scene, rng):
 
     objects, where = scene
     sides = [rng.uniform(*SIZES[size]) for size, _, _ in objects]
+    centres = choose_centres(sides, where, rng)
     polygons = []
-    for (_, colour, shape), side, centre in zip(objects, sides, choose_centres(sides, where, rng)):
-        tilt = np.radians(rng.uniform(-8, 8))
+    for (_, colour, shape), side, centre in zip(objects, sides, centres):
+        turned = SHAPES[shape] * np.exp(1j * np.radians(rng.uniform(-8, 8)))
         rgb = [min(max(c + rng.randint(-14, 14), 0), 255) for c in COLOURS[colour]]
-        polygons.append(
-            (shape, fit(SHAPES[shape] * np.exp(1j * tilt), side, complex(*centre)), rgb)
-        )
+        polygons.append((shape, fit(turned, side, complex(*centre)), rgb))
     return background, polygons
 
 
@@ -172,7 +168,7 @@ def stamp(shape):
 
 
 def draw(background, polygons):
-    """The picture of these polygons, whose stamps are turned, scaled and moved to their place."""
+    """The picture of these polygons: their stamps turned, scaled and moved to their place"""
     picture = background.copy()
     for shape, points, rgb in polygons:
         (a, b), (stamp_a, stamp_b) = points[:2], stamp_outline(shape)[:2]
@@ -200,43 +196,42 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     """
     Draw train + val + test different scenes as 256×256 PNG files, captioned in Karpathy's format.
 
-    Every image has, besides "filename", "imgid", "split", "sentids" and five "sentences",
-    "objects": [{"box": [x0, y0, x1, y1], "words": [...]}], the tight box in fractions of the width
-    and height, and the words that name this object and no other of the scene: its colour and
-    its shape.
-
-    Returns the path of folder/dataset_demo.json. It is written last: if it exists, the data set
-    is complete. The same arguments give the same files.
+    Every image has "objects": [{"box": [x0, y0, x1, y1], "words": [colour, shape]}], the tight box
+    in fractions of the width and height, and the words that name this object and no other there.
+    Returns the path of folder/dataset_demo.json, written last. The same arguments give the same
+    files.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "dataset_demo.json"
+    path = Path(folder) / "dataset_demo.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     scenes = choose_scenes(len(splits), Random(str(seed)))
-    items = [(scene, f"{seed} {i}", folder / f"demo_{i:05d}.png") for i, scene in enumerate(scenes)]
+    names = [f"demo_{i:05d}.png" for i in range(len(scenes))]
+    items = [(scene, f"{seed} {i}", path.parent / names[i]) for i, scene in enumerate(scenes)]
     for shape in SHAPES:
         stamp(shape)  # before processes are forked, which then have them too
     drawn = map_in_processes(draw_scene, items, os.cpu_count() if len(items) > 100 else 1)
     images = []
     for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
-        captions = describe(scenes[i])
-        sentids = list(range(i * len(captions), (i + 1) * len(captions)))
+        sentences = [
+            {"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": 5 * i + k}
+            for k, text in enumerate(describe(scenes[i]))
+        ]
+        objects = [
+            {"box": box, "words": [colour, shape]}
+            for box, (_, colour, shape) in zip(boxes, scenes[i][0])
+        ]
         images.append({
-            "filename": items[i][2].name, "imgid": i, "split": splits[i], "sentids": sentids,
-            "sentences": [{"tokens": text.split(), "raw": f"{text.capitalize()}.", "sentid": k}
-                          for text, k in zip(captions, sentids)],
-            "objects": [{"box": box, "words": [colour, shape]}
-                        for box, (_, colour, shape) in zip(boxes, scenes[i][0])],
+            "filename": names[i], "imgid": i, "split": splits[i],
+            "sentids": [sentence["sentid"] for sentence in sentences],
+            "sentences": sentences, "objects": objects,
         })  # fmt: skip
     write_json(path, {"dataset": "demo", "images": images})
     return path
 
 
 if __name__ == "__main__":
-    parser = Parser(
-        prog="python -m preprocessing.demo", description="Draw a captioned demo data set."
-    )
+    parser = Parser("python -m preprocessing.demo", description="Draw a captioned demo data set.")
     parser.add_argument("folder", help="where to write the pictures and dataset_demo.json")
     for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
         parser.add_argument(f"--{split}", type=non_negative_int, default=n, help="number of scenes")

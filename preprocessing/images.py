@@ -22,8 +22,7 @@ else:
     FORMATS.append("HEIF")
 
 OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, with 8 bits per channel
-# Possible values of white in a picture of more than 8 bits: a camera's or scanner's 10, 12 or 14
-# bits are often stored as they are in 16 or 32.
+# Possible values of white: a camera's 10, 12 or 14 bits are often stored as they are in 16 or 32.
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 FLOAT_WHITES = (1, 255, 65535)
 MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
@@ -49,15 +48,14 @@ def read_rgb(source):
     EXIF rotation is applied, transparency is blended with white, and the first frame of an
     animation is taken. Values of more than 8 bits are scaled to 8: white is the smallest of
     2^n - 1, n = 8, 10, 12, 14 or 16, that is not below the largest value, of floats 1, 255 or
-    65535.
-
-    Raises UserError if it is missing, is not a readable picture or has more than 179 million
-    pixels, which would take gigabytes (Pillow's limit against decompression bombs).
+    65535. UserError if there is no readable picture or it has more than 179 million pixels,
+    Pillow's limit against decompression bombs.
     """
     name = source
     if not isinstance(source, (str, os.PathLike)):
         name = getattr(source, "name", "the picture")
     try:
+        # By its name, Pillow would map a TIFF into memory, and not turn it upright.
         with _open(source) as file, Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except UserError:
@@ -127,15 +125,14 @@ def _to_8_bits(pixels):
 
 
 def read_image(path, size=IMAGE_SIZE):
-    """
-    Read a picture for the encoder: uint8 (3, size, size), resized to a square as in the tutorial,
-    without keeping its aspect ratio. PIL's bilinear filter is antialiased. Raises UserError as
-    `read_rgb` does.
-    """
+    """A picture for the encoder, uint8 (3, size, size); UserError as in `read_rgb`."""
     return resize_square(read_rgb(path), size)
 
 
 def resize_square(rgb, size=IMAGE_SIZE):
-    """uint8 (height, width, 3) -> (3, size, size)"""
+    """
+    uint8 (height, width, 3) -> (3, size, size), without keeping the aspect ratio, as in the
+    tutorial; PIL's bilinear filter is antialiased.
+    """
     image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -10,29 +10,19 @@ import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from itertools import chain
+from pathlib import Path
 
 import h5py
 from tqdm import tqdm
 
 from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, writing_hdf5
 from preprocessing.images import read_image
-from preprocessing.karpathy import read_karpathy, read_sources
+from preprocessing.karpathy import read_sources
 from preprocessing.processes import map_in_processes
 from utils import UserError, count, printable, write_json
 
 MAX_REASONS = 10  # of bad images, printed
-
-
-class Options(NamedTuple):
-    """The options that determine the content of the files, besides images and captions."""
-
-    captions_per_image: int
-    min_word_freq: int
-    max_len: int
-    seed: int
-    image_size: int
-    skip_bad_images: bool
 
 
 def create_word_map(captions, min_word_freq):
@@ -40,27 +30,26 @@ def create_word_map(captions, min_word_freq):
     Word -> id: <pad> is 0, then the words that occur more than min_word_freq times, in the order
     of their first appearance, then <unk>, <start> and <end>.
     """
-    frequency = Counter(word for caption in captions for word in caption)
+    frequency = Counter(chain(*captions))
     words = [word for word, count in frequency.items() if count > min_word_freq]
     return {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
 
 
+def _training_captions(splits):
+    return [caption for image in splits["TRAIN"] for caption in image.captions]
+
+
 def _check_words(captions, min_word_freq):
-    """UserError if the word map of the training captions is empty, a line if it lacks most words"""
-    words = create_word_map(captions, min_word_freq)
-    tokens = sum(map(len, captions))
-    unknown = sum(word not in words for caption in captions for word in caption)
-    message = (
-        f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become "
-        f"<unk>, since only {len(words) - len(SPECIAL_TOKENS)} different ones occur more than "
-        f"{min_word_freq} times; pass a lower --min_word_freq, 0 to keep every word"
-    )
+    """UserError if all words of the training captions become <unk>, a warning if most do."""
+    frequencies = Counter(chain(*captions)).values()
+    tokens, unknown = sum(frequencies), sum(n for n in frequencies if n <= min_word_freq)
     unspaced = tokens < 1.5 * len(captions)
-    if unspaced:
-        message += (
-            "; most captions are one word: if the language is written without spaces, as "
-            "Chinese, Japanese and Thai are, put a space between the words first"
-        )
+    message = (
+        f"of {count(tokens, 'word')} in {count(len(captions), 'caption')}, {unknown} become <unk>; "
+        f"pass a lower --min_word_freq, 0 to keep every word"
+    )
+    if unspaced:  # as in Chinese, Japanese and Thai
+        message += "; if the language is written without spaces, put a space between the words"
     if unknown == tokens:
         raise UserError(message)
     if unknown > tokens / 2 or unspaced:
@@ -74,7 +63,7 @@ def _find_images(splits):
         for image in images:
             # Captions and file names may differ in whether é is one character or two.
             forms = (unicodedata.normalize(form, image.path) for form in ("NFC", "NFD"))
-            path = next(filter(os.path.exists, (image.path, *forms)), None)
+            path = next(filter(os.path.isfile, (image.path, *forms)), None)
             if path:
                 found[split].append(image._replace(path=path))
             else:
@@ -82,19 +71,21 @@ def _find_images(splits):
     return found, missing
 
 
-def _check_bad_images(splits, bad, skip_bad_images):
-    """UserError if there are bad images and they may not be skipped, or none left to train on."""
-    if bad and not (skip_bad_images and splits["TRAIN"]):
-        next_step = "repair them, remove their captions or pass --skip_bad_images"
-        if skip_bad_images:
-            next_step = "no image to train on is left"
-        raise UserError(f"{count(len(bad), 'bad image')}:", [*_first(bad), next_step])
-
-
-def _first(reasons):
-    """The first reasons, and how many others there are: a wrong folder makes all images bad."""
-    others = len(reasons) - MAX_REASONS
-    return reasons[:MAX_REASONS] + [f"and {others} others"] * (others > 0)
+def _report_bad_images(reasons, skipped, splits):
+    """Print why images are bad; UserError unless they are skipped and leave some to train on."""
+    if not reasons:
+        return
+    lines = reasons[:MAX_REASONS]  # a wrong folder makes all images bad
+    if len(reasons) > MAX_REASONS:
+        lines.append(f"and {len(reasons) - MAX_REASONS} others")
+    title = count(len(reasons), "bad image")
+    if not skipped:
+        lines.append("repair them, remove their captions or pass --skip_bad_images")
+    elif not splits["TRAIN"]:
+        lines.append("no image to train on is left")
+    if not skipped or not splits["TRAIN"]:
+        raise UserError(f"{title}:", lines)
+    print("\n  ".join(map(printable, [f"{title} dropped:", *lines])))
 
 
 def _try_read(path, size):
@@ -105,35 +96,29 @@ def _try_read(path, size):
         return str(error) if path in str(error) else f"{path}: {error!r}"
 
 
-def _store_images(folder, name, splits, options, workers):
+def _store_images(folder, name, splits, captions_per_image, size, skip_bad_images, workers):
     """Write the HDF5 files. Returns the splits with the images read, and a line for each other."""
     paths = [image.path for images in splits.values() for image in images]
-    size = options.image_size
     pictures = map_in_processes(partial(_try_read, size=size), paths, workers)
-    good, bad, start = {}, [], time.monotonic()
-    with tqdm(desc="reading", unit="image", total=len(paths), disable=None) as bar:
-        for split, images in splits.items():
-            with h5py.File(os.path.join(folder, data_file(split, "IMAGES", name)), "w") as file:
-                file.attrs["captions_per_image"] = options.captions_per_image
-                rows = file.create_dataset(
-                    "images",
-                    (len(images), 3, size, size),
-                    "uint8",
-                    # Only a dataset in chunks can shrink; without them it is read a little faster.
-                    chunks=(1, 3, size, size) if options.skip_bad_images else None,
-                    maxshape=(None, 3, size, size) if options.skip_bad_images else None,
-                    track_times=False,  # the same content gives the same bytes
-                )
-                good[split] = []
-                for image, picture in zip(images, pictures):
-                    if isinstance(picture, str):
-                        bad.append(picture)
-                    else:
-                        rows[len(good[split])] = picture
-                        good[split].append(image)
-                    bar.update()
-                if options.skip_bad_images:
-                    rows.resize(len(good[split]), axis=0)
+    pictures = iter(tqdm(pictures, "reading", len(paths), unit="image", disable=None))
+    shape, good, bad, start = (3, size, size), {}, [], time.monotonic()
+    # Only a dataset in chunks can shrink; without them it is read a little faster.
+    shrinkable = {"chunks": (1, *shape), "maxshape": (None, *shape)} if skip_bad_images else {}
+    for split, images in splits.items():
+        good[split] = []
+        with h5py.File(os.path.join(folder, data_file(split, "IMAGES", name)), "w") as file:
+            file.attrs["captions_per_image"] = captions_per_image
+            rows = file.create_dataset(  # without times, the same content gives the same bytes
+                "images", (len(images), *shape), "uint8", track_times=False, **shrinkable
+            )
+            for image, picture in zip(images, pictures):
+                if isinstance(picture, str):
+                    bad.append(picture)
+                else:
+                    rows[len(good[split])] = picture
+                    good[split].append(image)
+            if skip_bad_images:
+                rows.resize(len(good[split]), axis=0)
     seconds = time.monotonic() - start
     print(f"{len(paths)} images read in {seconds:.1f} s, {len(paths) / seconds:.0f} images/s")
     return good, bad
@@ -152,31 +137,36 @@ def _encode(caption, word_map, max_len):
     return [word_map["<start>"], *ids, word_map["<end>"], *padding]
 
 
-def _training_captions(splits):
-    return [caption for image in splits["TRAIN"] for caption in image.captions]
-
-
-def _write_captions(folder, name, splits, options):
-    """Write the word map, and each split's sampled captions, their lengths and references."""
-    word_map = create_word_map(_training_captions(splits), options.min_word_freq)
-    write_json(os.path.join(folder, f"WORDMAP_{name}.json"), word_map)
-    rng = random.Random(options.seed)
+def _write_captions(folder, name, splits, word_map, captions_per_image, max_len, seed):
+    """Write each split's sampled captions, their lengths and references."""
+    rng = random.Random(seed)
     for split, images in splits.items():
-        captions = [
-            caption
-            for image in images
-            for caption in _sample(image.captions, options.captions_per_image, rng)
-        ]
+        sampled = [_sample(image.captions, captions_per_image, rng) for image in images]
+        sampled = list(chain(*sampled))
         for kind, content in {
-            "CAPTIONS": [_encode(caption, word_map, options.max_len) for caption in captions],
-            "CAPLENS": [len(caption) + 2 for caption in captions],
+            "CAPTIONS": [_encode(caption, word_map, max_len) for caption in sampled],
+            "CAPLENS": [len(caption) + 2 for caption in sampled],
             "REFERENCES": [image.record for image in images],
         }.items():
             write_json(os.path.join(folder, data_file(split, kind, name)), content)
-        distinct = sum(min(len(image.captions), options.captions_per_image) for image in images)
-        filled = f", filled up to {len(captions)}" if distinct < len(captions) else ""
+        distinct = sum(min(len(image.captions), captions_per_image) for image in images)
+        filled = f", filled up to {len(sampled)}" if distinct < len(sampled) else ""
         print(f"{split}: {count(len(images), 'image')}, {count(distinct, 'caption')}{filled}")
-    return word_map
+
+
+def data_set_name(dataset, captions_per_image, min_word_freq):
+    """What the names of a data set's files end with"""
+    name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+    if os.path.basename(name) != name:
+        raise UserError(f"--dataset {dataset} cannot be part of a file name; pass another name")
+    return name
+
+
+def _file_names(name):
+    """All files of a data set; the word map, which others look for, last"""
+    splits = ("TRAIN", "VAL", "TEST")
+    files = [data_file(split, kind, name) for split in splits for kind in KINDS]
+    return [*files, f"WORDMAP_{name}.json"]
 
 
 def refuse_existing(output_folder, name):
@@ -190,19 +180,9 @@ def refuse_existing(output_folder, name):
             )
 
 
-def _file_names(name):
-    """All files of a data set; the word map, which others look for, last"""
-    splits = ("TRAIN", "VAL", "TEST")
-    files = [data_file(split, kind, name) for split in splits for kind in KINDS]
-    return [*files, f"WORDMAP_{name}.json"]
-
-
 @contextmanager
 def _appearing_together(output_folder, name):
-    """
-    `with _appearing_together(...) as folder:` make the files in this folder; at the end they are
-    moved to the output folder. After an error there are none of them.
-    """
+    """A folder for new files, which are moved to the output folder at the end if all are made."""
     os.makedirs(output_folder, exist_ok=True)
     prefix = f".unfinished_{name}"
     for left in os.listdir(output_folder):
@@ -211,34 +191,10 @@ def _appearing_together(output_folder, name):
     with tempfile.TemporaryDirectory(prefix=f"{prefix}_", dir=output_folder) as folder:
         yield folder
         *files, word_map = _file_names(name)
-        if os.path.exists(path := os.path.join(output_folder, word_map)):
-            os.remove(path)  # an old one must not stand beside new files, even if we are killed now
+        # An old word map must not stand beside new files, even if we are killed now.
+        Path(output_folder, word_map).unlink(missing_ok=True)
         for file in (*files, word_map):
             os.replace(os.path.join(folder, file), os.path.join(output_folder, file))
-
-
-def _with_folders(sources, folders, dataset):
-    """The tuples that `read_sources` takes, of one or several sources and folders."""
-    sources, folders = (x if isinstance(x, (list, tuple)) else [x] for x in (sources, folders))
-    if len(folders) not in (1, len(sources)):
-        raise UserError(
-            f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
-            f"a folder for each file, or one for all"
-        )
-    return [
-        (source, source["source"], folder)
-        if isinstance(source, dict)
-        else (read_karpathy(source, dataset), source, folder)
-        for source, folder in zip(sources, folders * len(sources))
-    ]
-
-
-def data_set_name(dataset, captions_per_image, min_word_freq):
-    """What the names of a data set's files end with"""
-    name = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    if os.path.basename(name) != name:
-        raise UserError(f"--dataset {dataset} cannot be part of a file name; pass another name")
-    return name
 
 
 def create_input_files(
@@ -270,37 +226,31 @@ def create_input_files(
 
     karpathy_json_path: a file in Karpathy's format, or what own_captions.read_captions returns; or
     a list of these, which are joined: their images have a "source" in REFERENCES
-    image_folder: an image is at image_folder/filepath/filename; filepath may be missing. For
-    several files one folder each, or one for all
-    min_word_freq: words that occur at most this often in the training captions become <unk>
-    max_len: captions of more words are only used as references
-    workers: processes that decode images; None: one per CPU; 0 and 1: none besides this one
-    seed: for sampling captions_per_image of an image's captions
-    overwrite: make the files again, even if files of these names exist
-    skip_bad_images: leave out images that are missing or cannot be read
-    image_size: S, to which images are resized
+    image_folder: an image is at image_folder/filepath/filename; for several files one folder each,
+    or one for all
+    workers: processes that decode images; None: one per CPU
+    The others are the options of create_input_files.py.
 
-    Raises UserError for anything wrong with the data, listing the first bad images, and if there
-    are files of the same names.
+    Raises UserError for anything wrong with the data, listing the first bad images unless
+    skip_bad_images leaves these out, and if there are files of the same names without overwrite.
     """
     name = data_set_name(dataset, captions_per_image, min_word_freq)
     if not overwrite:
         refuse_existing(output_folder, name)
-    sources = _with_folders(karpathy_json_path, image_folder, dataset)
-    options = Options(captions_per_image, min_word_freq, max_len, seed, image_size, skip_bad_images)
-    splits, missing = _find_images(read_sources(sources, max_len))
-    _check_bad_images(splits, missing, skip_bad_images)
+    sources = read_sources(karpathy_json_path, image_folder, dataset, max_len)
+    splits, missing = _find_images(sources)
+    _report_bad_images(missing, skip_bad_images, splits)
     _check_words(_training_captions(splits), min_word_freq)
     workers = os.cpu_count() if workers is None else workers
     disk = writing_hdf5(output_folder, "free up space, or pass another --output_folder")
     with disk, _appearing_together(output_folder, name) as folder:
-        splits, unreadable = _store_images(folder, name, splits, options, workers)
-        bad = missing + unreadable
-        _check_bad_images(splits, bad, skip_bad_images)
-        if bad:
-            lines = [f"{count(len(bad), 'bad image')} dropped:", *_first(bad)]
-            print("\n  ".join(map(printable, lines)))
-        word_map = _write_captions(folder, name, splits, options)
+        splits, unreadable = _store_images(
+            folder, name, splits, captions_per_image, image_size, skip_bad_images, workers
+        )
+        _report_bad_images(unreadable, skip_bad_images, splits)
+        word_map = create_word_map(_training_captions(splits), min_word_freq)
+        write_json(os.path.join(folder, f"WORDMAP_{name}.json"), word_map)
+        _write_captions(folder, name, splits, word_map, captions_per_image, max_len, seed)
     words = count(len(word_map) - len(SPECIAL_TOKENS), "word")
     path = os.path.join(output_folder, f"WORDMAP_{name}.json")
     print(f"{words} and {len(SPECIAL_TOKENS)} special tokens in {path}")

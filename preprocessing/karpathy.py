@@ -4,7 +4,8 @@ import json
 import os
 import zipfile
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import SPECIAL_TOKENS
@@ -21,61 +22,70 @@ class CaptionedImage(NamedTuple):
 
 
 def read_karpathy(path, dataset):
-    """
-    The content of a JSON file, or of dataset_{dataset}.json in a .zip, as Karpathy distributes
-    them. Raises UserError if it cannot be read.
-    """
+    """The content of a JSON file, or of dataset_{dataset}.json in a .zip of Karpathy's."""
     if not str(path).lower().endswith(".zip"):
         return read_json(path)
     check_is_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {PurePosixPath(name).name: name for name in sorted(archive.namelist())}
+            members = {Path(name).name: name for name in sorted(archive.namelist())}
             wanted = f"dataset_{dataset}.json"
             if wanted in members:
                 return json.loads(archive.read(members[wanted]))
-    except FileNotFoundError:
-        raise UserError(f"{path} not found") from None
     except Exception as error:  # zipfile and json raise many kinds for foreign bytes
-        raise UserError(f"{path} cannot be read: {error}") from None
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise UserError(f"{path} {reason}") from None
     names = [Path(name).stem.removeprefix("dataset_") for name in members if "dataset_" in name]
     raise UserError(
         f"{path} has no {wanted}; pass --dataset, one of: {', '.join(names) or 'none in it'}"
     )
 
 
-def read_sources(sources, max_len):
+def read_sources(sources, folders, dataset, max_len):
     """
-    The splits of several data sets in one, as `read_splits` returns them. Each image's record has
-    the "source" it comes from, if there are several: what the file says, else its name without
-    folder and suffix; numbered if two are equal.
+    The splits of one or several data sets, {split: CaptionedImages}, as `read_splits` returns them.
+    If there are several, each image's record has the "source" it comes from: what the file says,
+    else its name without folder and suffix; numbered if two are equal.
 
-    sources: tuples (content of a Karpathy JSON, its path, image folder)
+    sources, folders: as karpathy_json_path and image_folder of `create_input_files`
     """
-    if len(sources) == 1:
-        return read_splits(*sources[0], max_len)
-    joined, seen = {split: [] for split in SPLITS.values()}, {}
-    parts = [read_splits(*source, max_len) for source in sources]
-    names = [str(content.get("dataset") or Path(path).stem) for content, path, _ in sources]
+    sources, folders = (x if isinstance(x, (list, tuple)) else [x] for x in (sources, folders))
+    if len(folders) not in (1, len(sources)):
+        raise UserError(
+            f"{len(sources)} files of captions, but {len(folders)} image folders; pass "
+            f"a folder for each file, or one for all"
+        )
+    contents = [x if isinstance(x, dict) else read_karpathy(x, dataset) for x in sources]
+    paths = [x["source"] if isinstance(x, dict) else x for x in sources]
+    parts = [
+        read_splits(content, path, folder, max_len)
+        for content, path, folder in zip(contents, paths, folders * len(sources))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    names = [
+        str(content.get("dataset") or Path(path).stem) for content, path in zip(contents, paths)
+    ]
     if len(set(names)) < len(names):
         names = [f"{name}_{i}" for i, name in enumerate(names, 1)]
-    for part, name, (_, path, _) in zip(parts, names, sources):
+    joined, seen = {split: [] for split in SPLITS.values()}, {}
+    for part, name, path in zip(parts, names, paths):
         for split, images in part.items():
             for image in images:
                 other = seen.setdefault(os.path.realpath(image.path), path)
                 if other is not path:
                     raise UserError(f"{image.path} is in {other} and in {path}; leave one out")
                 image.record["source"] = name
-                joined[split].append(image)
+            joined[split] += images
     return joined
 
 
 def read_splits(karpathy, source, image_folder, max_len):
     """
-    Check the content of a JSON file: {split: CaptionedImages} for TRAIN, VAL and TEST, in the order
-    of the file, without images that have no caption of 1 to max_len words.
+    The content of a JSON file as {split: CaptionedImages} for TRAIN, VAL and TEST, in the order of
+    the file, without images that have no caption of 1 to max_len words. source: its path, for
+    errors
 
-    source: the path of the JSON, for errors
     Raises UserError unless every image is in Karpathy's format, occurs once and is inside the image
     folder. Whether its file exists is not checked.
     """
@@ -87,7 +97,7 @@ def read_splits(karpathy, source, image_folder, max_len):
     skipped, seen = Counter(), set()
     for index, entry in enumerate(karpathy["images"]):
         where = f"{source}: image {index}"
-        if isinstance(entry, dict) and isinstance(entry.get("filename"), str):
+        if isinstance(entry, dict) and "filename" in entry:
             where += f", {entry['filename']}"
         if wrong := _find_mistake(entry):
             raise UserError(f"{where}: {wrong}")
@@ -112,55 +122,36 @@ def read_splits(karpathy, source, image_folder, max_len):
 def _find_mistake(entry):
     """What in an image's entry is not in Karpathy's format, or None"""
     try:
-        name = [entry["filename"], entry.get("filepath", "")]
         captions = [sentence["tokens"] for sentence in entry["sentences"]]
-        if not all(isinstance(caption, list) for caption in captions):
-            raise TypeError
-        split, objects = entry["split"], entry.get("objects", [])
-    except (AttributeError, KeyError, TypeError):
-        return "not in Karpathy's format: filename, split and sentences, each with a list of tokens"
-    if not entry["filename"] or not all(_is_text(part) and "\0" not in part for part in name):
-        return f"{name} is not a file name; correct it"
-    if not isinstance(split, str) or split not in SPLITS:
-        return f"split {split!r} is not one of {', '.join(SPLITS)}"
-    words = [word for caption in captions for word in caption]
-    if wrong := [word for word in words if not _is_text(word)]:
-        return f"{wrong[0]!r} among the tokens of a caption is not a word; tokens are strings"
-    if reserved := set(words).intersection(SPECIAL_TOKENS):
-        return f"a caption has {min(reserved)}, a reserved token; remove it"
-    if not _are_objects(objects):
-        return "objects must be a list, each with a box of 4 numbers and words"
-
-
-def _is_text(value):
-    """Whether it is a string that UTF-8 can encode; JSON allows half of a surrogate pair."""
-    return isinstance(value, str) and value.encode(errors="replace").decode() == value
-
-
-def _are_objects(objects):
-    """Whether this is a list of objects in a picture: {"box": 4 numbers, "words": its names}"""
-    try:
-        return isinstance(objects, list) and all(
-            len(obj["box"]) == 4
-            and all(type(x) in (int, float) for x in obj["box"])
-            and all(isinstance(word, str) for word in obj["words"])
-            for obj in objects
+        objects = entry.get("objects", [])
+        lists = captions + [obj["words"] for obj in objects]
+        text = [entry["filename"], entry.get("filepath", ""), entry["split"], *chain(*lists)]
+        "".join(text).encode()  # TypeError unless all are strings, ValueError for surrogates
+        valid = all(isinstance(words, list) for words in lists)
+        valid &= all([type(x) in (int, float) for x in obj["box"]] == [True] * 4 for obj in objects)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        return (
+            "not in Karpathy's format: filename, split and sentences, each with a list of tokens, "
+            "which are words; objects, if there are any, have a box of 4 numbers and words"
         )
-    except (KeyError, TypeError):
-        return False
+    if entry["split"] not in SPLITS:
+        return f"split {entry['split']!r} is not one of {', '.join(SPLITS)}"
+    if reserved := set(chain(*captions)).intersection(SPECIAL_TOKENS):
+        return f"a caption has {min(reserved)}, a reserved token; remove it"
 
 
 def _captioned_image(entry, index, image_folder, max_len):
     name = os.path.join(entry.get("filepath", ""), entry["filename"])
     name = os.path.relpath(os.path.join(image_folder, name), image_folder)
-    captions = [sentence["tokens"] for sentence in entry["sentences"]]
-    references = [caption for caption in captions if caption]
+    captions = [sentence["tokens"] for sentence in entry["sentences"] if sentence["tokens"]]
     record = {
         "filename": name.replace(os.sep, "/"),
         "image_id": entry.get("cocoid", entry.get("imgid", index)),
-        "references": references,
+        "references": captions,
     }
     if "objects" in entry:
         record["objects"] = entry["objects"]
-    usable = [caption for caption in references if len(caption) <= max_len]
+    usable = [caption for caption in captions if len(caption) <= max_len]
     return CaptionedImage(os.path.join(image_folder, name), usable, record)

@@ -10,18 +10,16 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import load_batches
 from utils import set_up_process
 
-CHUNK = 4  # items that a process takes at a time; few, since an interrupt waits for them
-
 
 class _Results(Dataset):
     def __init__(self, function, items):
         self.function, self.items = function, items
 
     def __len__(self):
-        return -(-len(self.items) // CHUNK)
+        return len(self.items)
 
     def __getitem__(self, i):
-        return [self.function(item) for item in self.items[i * CHUNK : (i + 1) * CHUNK]]
+        return self.function(self.items[i])
 
 
 def map_in_processes(function, items, workers):
@@ -29,21 +27,18 @@ def map_in_processes(function, items, workers):
     Yield function(item) of each item, in order. Fewer than 2 workers: computed in this process.
     The processes end with this one; UserError if one was killed.
     """
-    several = workers > 1
-    loader = DataLoader(
+    options = {"num_workers": workers, "prefetch_factor": 4} if workers > 1 else {}
+    # Few items at a time, since an interrupt waits for them; as lists, since tensors would be sent
+    # by way of /dev/shm, which may be small.
+    results = DataLoader(
         _Results(function, items),
-        batch_size=None,
-        num_workers=workers if several else 0,
-        collate_fn=_unchanged,  # arrays are sent through pipes, not by way of a small /dev/shm
+        batch_size=4,
+        collate_fn=list,
         worker_init_fn=_start_worker,
-        prefetch_factor=4 if several else None,
+        **options,
     )
-    for results in load_batches(loader):
-        yield from results
-
-
-def _unchanged(results):
-    return results
+    for several in load_batches(results):
+        yield from several
 
 
 def _start_worker(_):

@@ -173,7 +173,7 @@ def kill_at(module, name, k):
 # Files as the tutorial's code writes them
 TUTORIAL_NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
 IMAGES, R = 5, 2
-TUTORIAL_WORD_MAP = {"<pad>": 0, "a": 1, "cat": 2, "sits": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
+TUTORIAL_WORD_MAP = {"a": 1, "cat": 2, "sits": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}
 TUTORIAL_CAPTIONS = [
     [5, 1 + i % 3, 4, 6, 0, 0] if i % 2 else [5, 1, 2, 3, 6, 0] for i in range(IMAGES * R)
 ]

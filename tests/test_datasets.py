@@ -26,7 +26,6 @@ from datasets import (
     add_data_options,
     find_data_name,
     load_batches,
-    read_word_ids,
 )
 from utils import Parser, UserError
 
@@ -56,30 +55,24 @@ def stacked(items):
     return [torch.stack(column) for column in zip(*items)]
 
 
-def test_item_is_an_image_with_its_captions(data):
+@pytest.mark.parametrize("by_image", [True, False])
+def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by_image):
     folder, pixels = data
-    dataset = read(folder)
-    assert len(dataset) == IMAGES and dataset.word_map == TUTORIAL_WORD_MAP
+    dataset, r = read(folder, by_image), R if by_image else 1
+    assert len(dataset) == IMAGES * R / r and dataset.word_map == TUTORIAL_WORD_MAP
     assert dataset.image_size == 256 and not dataset.in_memory
-    for i in range(IMAGES):
+    for i in range(len(dataset)):
         image, captions, lengths, index = dataset[i]
         assert int(index) == i
         assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
-        np.testing.assert_array_equal(image, pixels[i])
-        assert captions.tolist() == TUTORIAL_CAPTIONS[R * i : R * i + R]
-        assert lengths.tolist() == TUTORIAL_LENGTHS[R * i : R * i + R]
-
-
-def test_item_is_a_caption_with_its_image(data):
-    folder, pixels = data
-    dataset = read(folder, by_image=False)
-    assert len(dataset) == IMAGES * R
-    for i in range(IMAGES * R):
-        image, captions, lengths, index = dataset[i]
-        assert int(index) == i
-        np.testing.assert_array_equal(image, pixels[i // R])
-        assert captions.tolist() == [TUTORIAL_CAPTIONS[i]]
-        assert lengths.tolist() == [TUTORIAL_LENGTHS[i]]
+        np.testing.assert_array_equal(image, pixels[i * r // R])
+        assert captions.tolist() == TUTORIAL_CAPTIONS[r * i : r * i + r]
+        assert lengths.tolist() == TUTORIAL_LENGTHS[r * i : r * i + r]
+    index = np.array([3, 0, 4])
+    assert equal(dataset[index], stacked(dataset[int(i)] for i in index))
+    for outside in (-1, len(dataset)):
+        with pytest.raises(IndexError):
+            dataset[outside]
 
 
 def test_a_repeated_caption_has_nothing_to_predict_and_is_no_item(tmp_path):
@@ -91,16 +84,6 @@ def test_a_repeated_caption_has_nothing_to_predict_and_is_no_item(tmp_path):
     by_caption = read(tmp_path, by_image=False)
     assert len(by_caption) == IMAGES * R - 1
     assert by_caption[4].captions.tolist() == [captions[5]] != [captions[4]]
-
-
-@pytest.mark.parametrize("by_image", [True, False])
-def test_batch_is_its_items_stacked(data, by_image):
-    dataset = read(data[0], by_image)
-    index = np.array([3, 0, 4])
-    assert equal(dataset[index], stacked(dataset[int(i)] for i in index))
-    for outside in (-1, len(dataset)):
-        with pytest.raises(IndexError):
-            dataset[outside]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -145,81 +128,60 @@ def test_missing_damaged_or_foreign_file_is_named(data):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    "captions, lengths",
-    [
-        (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS[:-1]),
-        (TUTORIAL_CAPTIONS[:-1], TUTORIAL_LENGTHS),
-        (TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS[:-1]),
+def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
+    captions, lengths = TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS
+    bad_lengths = [[*lengths[:-1], n] for n in (0, 1, 4.5, 5, 99, 2**40, 2**70, "a")]
+    bad_last = [[1, 1, 4, 6, 0, 0], [5, 7, 4, 6, 0, 0], [5, -1, 4, 6, 0, 0], [5, 6]]
+    bad_captions = [[*captions[:-1], last] for last in bad_last]
+    for wrong, wrong_lengths in [
+        (captions[:-1], lengths[:-1]),
+        (captions[:-1], lengths),
+        (captions, lengths[:-1]),
         ([], []),
-        *((TUTORIAL_CAPTIONS, [*TUTORIAL_LENGTHS[:-1], n]) for n in (0, 1, 4.5, 5, 99, 2**70, "a")),
-        ([*TUTORIAL_CAPTIONS[:-1], [1, 1, 4, 6, 0, 0]], TUTORIAL_LENGTHS),  # no <start>
-    ],
-)
-def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path, captions, lengths):
-    write_tutorial_files(tmp_path, captions, lengths)
-    refused(tmp_path, "CAP", "create_input_files.py again", load=read)
+        *((captions, bad) for bad in bad_lengths),
+        *((bad, lengths) for bad in bad_captions),
+    ]:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        write_tutorial_files(tmp_path, wrong, wrong_lengths)
+        refused(tmp_path, "CAP", "create_input_files.py again", load=read)
 
 
-def test_the_word_map_of_other_captions_is_refused(data):
-    other = {**TUTORIAL_WORD_MAP, "dog": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
-    (data[0] / WORDS).write_text(json.dumps(other))
-    refused(data[0], CAPTIONS, "WORDMAP", load=read)
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, count",
-    [
+def test_images_of_another_shape_or_type_are_refused(data):
+    for shape, dtype, count in [
         ((IMAGES, 3, 8, 8), "uint8", R),
         ((IMAGES,), "uint8", R),
         ((IMAGES, 256, 256, 3), "uint8", R),
         ((IMAGES, 3, 256, 256), "float32", R),
         ((IMAGES, 3, 256, 256), "uint8", 0),
-    ],
-)
-def test_images_of_another_shape_or_type_are_refused(data, shape, dtype, count):
-    with h5py.File(data[0] / PIXELS, "w") as file:
-        file.attrs["captions_per_image"] = count
-        file.create_dataset("images", shape, dtype)
-    refused(data[0], "IMAGES", "create_input_files.py again", load=read)
+    ]:
+        with h5py.File(data[0] / PIXELS, "w") as file:
+            file.attrs["captions_per_image"] = count
+            file.create_dataset("images", shape, dtype)
+        refused(data[0], "IMAGES", "create_input_files.py again", load=read)
 
 
 def test_word_map_with_gaps_duplicates_or_missing_special_tokens_is_refused(data):
-    for word_map, reason in [
-        ([1], "not an object of words"),
-        ({"a": "1"}, "not an object of words"),
-        ({"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3}, "lacks <end>"),
-        ({"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3}, "<pad>"),
-        ({"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}, "0 to 4 once"),
-        ({"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4}, "0 to 5 once"),
+    for word_map in [
+        [1],
+        {"a": "1"},
+        {"<pad>": 0, "a": 1, "<unk>": 2, "<start>": 3},
+        {"<pad>": 4, "a": 0, "<unk>": 1, "<start>": 2, "<end>": 3},
+        {"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5},
+        {"<pad>": 0, "a": 1, "b": 1, "<unk>": 2, "<start>": 3, "<end>": 4},
     ]:
         (data[0] / WORDS).write_text(json.dumps(word_map))
-        refused(data[0] / WORDS, reason, load=lambda _: read(data[0]))
+        refused(data[0] / WORDS, "is not a word map", load=lambda _: read(data[0]))
+    other = {**TUTORIAL_WORD_MAP, "dog": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
+    (data[0] / WORDS).write_text(json.dumps(other))
+    refused(data[0], CAPTIONS, "WORDMAP", load=read)
 
 
-def test_word_ids_are_read_in_16_bits_where_these_suffice(tmp_path):
-    path = tmp_path / "captions.json"
-    for text, size, dtype in (
-        ("[\n [1, 2],\n [4, 5],\n [7, 0]]\n", 8, np.int16),
-        ("[[40000, 1]]", 50000, np.int32),
-        ("[[32767]]", 1 << 15, np.int16),
-        ("[]", 8, np.int16),
-    ):
-        path.write_text(text)
-        ids = read_word_ids(path, size)
-        assert ids.tolist() == json.loads(text) and ids.dtype == dtype
-    for text in (
-        "[[1, 2], [3]]",
-        "[[8]]",
-        "[[-1]]",
-        "[[2.5]]",
-        '[["a"]]',
-        "[[null]]",
-        "[[1]] x",
-        "3",
-    ):
-        path.write_text(text)
-        refused(path, load=lambda path: read_word_ids(path, 8))
+def test_word_ids_are_kept_in_16_bits_where_these_suffice(data):
+    for size, dtype in ((1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)):
+        more = {str(i): i for i in range(len(TUTORIAL_WORD_MAP), size)}
+        (data[0] / WORDS).write_text(json.dumps(TUTORIAL_WORD_MAP | more))
+        assert read(data[0]).captions.dtype == dtype
 
 
 def test_only_data_set_of_the_folder_is_found(tmp_path):
@@ -238,8 +200,6 @@ def test_only_data_set_of_the_folder_is_found(tmp_path):
 
 # The order of an epoch
 
-SIZES = [(1, 1), (7, 3), (10, 5), (3, 8), (101, 16)]
-
 
 def epoch(number, items=50, size=8, **options):
     batches = ResumableBatchSampler(items, size, **options)
@@ -247,19 +207,19 @@ def epoch(number, items=50, size=8, **options):
     return [batch.tolist() for batch in batches]
 
 
-@pytest.mark.parametrize("items, size", SIZES)
-def test_every_item_occurs_once_in_batches_of_nearly_equal_size(items, size):
-    for shuffle in (True, False):
-        batches = ResumableBatchSampler(items, size, shuffle)
-        order = [list(batch) for batch in batches]
-        assert sorted(sum(order, [])) == list(range(items))
-        sizes = {len(batch) for batch in order}
-        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size
-        assert len(batches) == len(order) == -(-items // size)
-        assert shuffle or sum(order, []) == list(range(items))
-        batches.start = len(order) // 2  # as a resumed run does
-        assert [list(batch) for batch in batches] == order[batches.start :]
-        assert len(batches) == len(order) - batches.start
+def test_every_item_occurs_once_in_batches_of_nearly_equal_size():
+    for items, size in [(1, 1), (7, 3), (10, 5), (3, 8), (101, 16)]:
+        for shuffle in (True, False):
+            batches = ResumableBatchSampler(items, size, shuffle)
+            order = [list(batch) for batch in batches]
+            assert sorted(sum(order, [])) == list(range(items))
+            sizes = {len(batch) for batch in order}
+            assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size
+            assert len(batches) == len(order) == -(-items // size)
+            assert shuffle or sum(order, []) == list(range(items))
+            batches.start = len(order) // 2  # as a resumed run does
+            assert [list(batch) for batch in batches] == order[batches.start :]
+            assert len(batches) == len(order) - batches.start
 
 
 def test_order_follows_from_seed_and_epoch_alone():

@@ -4,10 +4,8 @@ its features are kept on disk, in RAM or on the GPU.
 """
 
 import copy
-import errno
 import hashlib
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -39,14 +37,12 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     """
     path = _cache_path(dataset, encoder, amp, folder)
     if path.exists():
-        _check_cache(path, dataset.num_images, encoder)
+        if _count_done(path, dataset, encoder) is None:
+            raise UserError(f"{path} is damaged; delete it, and it will be made again")
         return path
-    images = copy.copy(dataset)
+    images, folded = copy.copy(dataset), copy.deepcopy(encoder)
     images.by_image = True
-    encoder = copy.deepcopy(encoder)
-    fold_batchnorm(encoder.resnet)
-    with torch.inference_mode():
-        encoded = encoder.cells(images[np.arange(1)].images.to(device))
+    fold_batchnorm(folded.resnet)
     unfinished = path.with_name(f".unfinished_{path.name}")
     next_step = (
         "run the same command to continue, or pass --features_folder, a folder for it, or "
@@ -55,8 +51,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     try:
         with writing_hdf5(path, next_step):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _open_unfinished(unfinished, (len(images), *encoded.shape[1:])) as file:
-                _encode_remaining(file, images, encoder, device, batch_size)
+            _write_features(unfinished, images, folded, device, batch_size)
             os.replace(unfinished, path)
     except BlockingIOError:  # HDF5 locks a file while it is written
         raise UserError(
@@ -65,48 +60,48 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     return path
 
 
-def _open_unfinished(path, shape):
-    """The file of an interrupted call; a new one if there is none, or a damaged one."""
+def _count_done(path, dataset, encoder):
+    """How many images' features the file has; None if it is missing, damaged or of others."""
     try:
         with open_hdf5(path) as file:
-            whole = file["features"].shape == shape and 0 <= file.attrs["done"] <= shape[0]
-    except (OSError, KeyError):
-        whole = False
-    file = h5py.File(path, "r+" if whole else "w", locking="best-effort")
-    if not whole:
-        # Without times, the same content gives the same bytes.
-        features = file.create_dataset("features", shape, np.float16, track_times=False)
-        file.attrs["done"] = 0
-        if features.nbytes > shutil.disk_usage(path.parent).free:
-            file.close()
-            path.unlink()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return file
+            features, done = file["features"], int(file.attrs.get("done", 0))
+            count, _, width = features.shape
+            valid = (count, width) == (dataset.num_images, encoder.encoder_dim)
+            return done if valid and features.dtype == np.float16 else None
+    except Exception:  # HDF5 raises many kinds for foreign bytes
+        return None
 
 
-def _encode_remaining(file, images, encoder, device, batch_size):
-    """Encode the images from file.attrs["done"] on, which counts those whose rows are written."""
-    features, done, saved = file["features"], int(file.attrs["done"]), time.monotonic()
-    bar = tqdm(desc="encoding", unit="image", initial=done, total=len(images), disable=None)
-    try:
-        with bar, torch.inference_mode():
+@torch.inference_mode()
+def _write_features(path, images, encoder, device, batch_size):
+    """Encode the images that the file lacks; its attribute "done" counts those that it has."""
+    done = _count_done(path, images, encoder)
+    with h5py.File(path, "w" if done is None else "r+", locking="best-effort") as file:
+        if done is None:
+            cells = encoder.cells(images[np.arange(1)].images.to(device)).shape[1:]
+            # Without times, the same content gives the same bytes.
+            file.create_dataset("features", (len(images), *cells), np.float16, track_times=False)
+            file.attrs["done"] = done = 0
+        saved = time.monotonic()
+        bar = tqdm(desc="encoding", unit="image", initial=done, total=len(images), disable=None)
+        try:
             for i in range(done, len(images), batch_size):
                 rows = np.arange(i, min(i + batch_size, len(images)))
                 encoded = encoder.cells(images[rows].images.to(device)).half().cpu().numpy()
                 if not np.isfinite(encoded).all():
-                    os.remove(file.filename)
                     raise UserError(
                         f"features of {encoder.args['name']} are too large for float16; pass "
                         f"--no-cache_features"
                     )
-                features[i : i + len(rows)] = encoded
+                file["features"][i : i + len(rows)] = encoded
                 done = i + len(rows)
                 bar.update(len(rows))
                 if time.monotonic() - saved >= SAVE_SECONDS:
                     _save(file, done)
                     saved = time.monotonic()
-    finally:
-        _save(file, done)
+        finally:
+            bar.close()
+            _save(file, done)
 
 
 def _save(file, done):
@@ -115,20 +110,6 @@ def _save(file, done):
     os.fsync(file.id.get_vfd_handle())
     file.attrs["done"] = done
     file.flush()
-
-
-def _check_cache(path, num_images, encoder):
-    """UserError unless the file holds this encoder's features of `num_images` images."""
-    try:
-        with open_hdf5(path) as file:
-            features = file["features"]
-            count, _, width = features.shape
-            valid = features.dtype == np.float16 and count == num_images
-            valid = valid and width == encoder.encoder_dim
-    except Exception:  # HDF5 raises many kinds for foreign bytes
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is damaged; delete it, and it will be made again")
 
 
 def _cache_path(dataset, encoder, amp, folder):
@@ -143,10 +124,7 @@ def _cache_path(dataset, encoder, amp, folder):
 
 
 def _fingerprint(path):
-    """
-    A hash of a file's size and of SAMPLES blocks spread over it: the same for a copy, whatever its
-    times, and another for images in another order, of another size or of other photographs.
-    """
+    """A hash of a file's size and of SAMPLES blocks spread over it, whatever its name and times"""
     size, digest = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for i in range(SAMPLES):
@@ -170,9 +148,8 @@ def load_features(path, storage, device):
         tensor = torch.empty(
             features.shape, dtype=torch.float16, device=device if storage == "device" else "cpu"
         )
-        step = max(1, (64 << 20) // max(1, features.nbytes // max(1, len(features))))
-        for i in range(0, len(features), step):  # in pieces: no second copy of all features
-            tensor[i : i + step] = torch.from_numpy(features[i : i + step]).to(tensor.device)
+        for i in range(0, len(features), 256):  # in pieces: no second copy of all features
+            tensor[i : i + 256] = torch.from_numpy(features[i : i + 256]).to(tensor.device)
     return tensor
 
 

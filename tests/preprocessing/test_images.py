@@ -72,12 +72,7 @@ def test_few_bits_in_many_are_neither_black_nor_clipped(tmp_path):
         for suffix, dtype in (("png", np.uint16), ("tif", np.uint16), ("tif", np.int32)):
             got = read_saved(values.astype(dtype), tmp_path / f"a.{suffix}").astype(int)
             assert np.abs(got - grey([[0, 51, 127, 255]])).max() <= 1
-    got = read_saved(np.array([[257, 1000, 65000]], np.uint16), tmp_path / "a.png")
-    np.testing.assert_array_equal(got, grey([[1, 4, 253]]))  # / 257, rounded
-
-
-def test_floats_are_scaled_by_the_value_of_white_not_by_their_maximum(tmp_path):
-    for values, expected in [
+    for values, expected in [  # floats: by the value of white, not by their maximum
         ([0, 0.25, 0.5, 1], [0, 64, 128, 255]),
         ([0, 0.25, 0.5], [0, 64, 128]),
         ([0, 100.2, 200], [0, 100, 200]),
@@ -94,18 +89,13 @@ def test_values_that_do_not_say_what_is_white_are_refused(tmp_path):
         refused(tmp_path / "a.tif", "not a readable image", load=read_rgb)
 
 
-def test_cmyk_jpeg_shows_its_colours(tmp_path):
-    red_in_print = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    got = read_saved(red_in_print, tmp_path / "a.jpg").astype(int)
-    assert np.abs(got - [255, 0, 0]).max() <= 3
-
-
-def test_first_frame_of_an_animation_is_read(tmp_path):
+def test_print_colours_and_the_first_frame_of_an_animation_are_shown(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    for suffix in ("gif", "webp", "png"):
-        animated = {"save_all": True, "append_images": [blue], "duration": 50}
-        got = read_saved(red, tmp_path / f"a.{suffix}", **animated).astype(int)
-        assert np.abs(got - [255, 0, 0]).max() <= 3
+    animated = {"save_all": True, "append_images": [blue], "duration": 50}
+    read = [read_saved(red, tmp_path / f"a.{s}", **animated) for s in ("gif", "webp", "png")]
+    read.append(read_saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "a.jpg"))
+    for got in read:
+        assert np.abs(got.astype(int) - [255, 0, 0]).max() <= 3
 
 
 def stored(upright, orientation):
@@ -117,31 +107,30 @@ def stored(upright, orientation):
     return np.ascontiguousarray(upright[::row_step, ::column_step])
 
 
-@pytest.mark.parametrize("suffix, options", [
-    ("jpg", {"quality": 100, "subsampling": 0}), ("png", {}), ("tif", {}),
-    ("tif", {"compression": "tiff_lzw"}),
-])  # fmt: skip
-def test_a_picture_is_upright_by_its_exif_orientation_once(tmp_path, suffix, options):
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_is_upright_by_its_exif_orientation_once(tmp_path, suffix):
     upright = np.asarray(quadrants())
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        got = read_saved(
-            stored(upright, orientation), tmp_path / f"a.{suffix}", exif=exif, **options
-        )
+        path = tmp_path / f"a.{suffix}"
+        got = read_saved(stored(upright, orientation), path, exif=exif, **options)
         assert got.shape == upright.shape
         assert np.abs(got.astype(int) - upright).max() < 12 * (suffix == "jpg") + 1  # JPEG's loss
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
-def test_a_rotated_tiff_of_any_mode_is_upright(tmp_path, mode):
-    upright, exif = quadrants().convert("L" if mode == "I;16" else mode), Image.Exif()
-    expected = np.asarray(upright.convert("RGB"))
-    if mode == "I;16":
-        upright = Image.fromarray(np.asarray(upright).astype(np.uint16) * 257)
-    exif[0x0112] = 6
-    image = upright.transpose(Image.Transpose.ROTATE_90)
-    np.testing.assert_array_equal(read_saved(image, tmp_path / "a.tif", exif=exif), expected)
+def test_a_rotated_tiff_of_any_mode_is_upright(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16"):
+        upright, exif = quadrants().convert("L" if mode == "I;16" else mode), Image.Exif()
+        expected = np.asarray(upright.convert("RGB"))
+        if mode == "I;16":
+            upright = Image.fromarray(np.asarray(upright).astype(np.uint16) * 257)
+        exif[0x0112] = 6
+        image = upright.transpose(Image.Transpose.ROTATE_90)
+        for compression in (None, "tiff_lzw"):
+            got = read_saved(image, tmp_path / "a.tif", exif=exif, compression=compression)
+            np.testing.assert_array_equal(got, expected, mode)
 
 
 def test_rotated_photograph_with_odd_exif_entries_is_upright(tmp_path):
@@ -226,12 +215,9 @@ def test_folders_devices_and_pipes_are_refused_at_once(tmp_path):
 
 def test_file_name_is_never_taken_for_a_web_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("imageio:chelsea.png", "http:", "a.zip"):
-        refused(f"{name}/b.png", "not found", load=read_rgb)
+    for name in ("imageio:chelsea.png", "http:"):
         (tmp_path / name).mkdir()
-        assert read_saved(Image.new("RGB", (1, 1), "red"), f"{name}/b.png").tolist() == [
-            [[255, 0, 0]]
-        ]
+        refused(f"{name}/b.png", "not found", load=read_rgb)
 
 
 def test_unreadable_picture_is_one_line_with_its_path(tmp_path):
@@ -244,17 +230,6 @@ def test_unreadable_picture_is_one_line_with_its_path(tmp_path):
         for broken in (content[: len(content) // 2], b"a cat\nsits\n" * 50, b""):
             path.write_bytes(broken)
             refused(path, "not a readable image", load=read_image)
-
-
-def test_any_error_of_a_decoder_is_a_user_error(tmp_path, monkeypatch):
-    quadrants().save(tmp_path / "x.png")
-    for problem in (EOFError, RuntimeError("a\nb"), MemoryError):
-
-        def fail(*args, problem=problem, **kwargs):
-            raise problem
-
-        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-        refused(tmp_path / "x.png", "not a readable image", load=read_rgb)
 
 
 def test_image_is_resized_to_a_square_and_averaged_not_cropped(tmp_path):
