@@ -158,14 +158,9 @@ def load(path):
 
     Raises UserError if the file is missing, damaged or not a checkpoint.
     """
-    root, names = legacy_checkpoints.read(path)
+    root = legacy_checkpoints.read(path)
     version = root.get("format") if isinstance(root, dict) else 0
     if type(version) is int and version == FORMAT:
-        if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
-            raise UserError(
-                f"{path} is refused: it holds {foreign[0]}, but checkpoints of format {FORMAT} are "
-                f"tensors and plain values; nothing in the file was run"
-            )
         checkpoint = root
     elif version is None and not root.keys().isdisjoint(("encoder", "decoder")):
         checkpoint = {"format": FORMAT, **tutorial_models.convert(root, path)}

@@ -196,7 +196,7 @@ def _read_weights(path, name):
             from safetensors.torch import load_file  # timm's download format; timm requires it
 
             return None, load_file(path)
-        root, _ = legacy_checkpoints.read(path)
+        root = legacy_checkpoints.read(path)
         parts = set(root) if isinstance(root, dict) else set()
         if {"encoder", "decoder"} <= parts and "encoder_args" not in parts:
             root = tutorial_models.convert(root, path)
