@@ -277,15 +277,11 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, state, form):
+def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, state):
     proof = path.parent / "proof"
-    evil, p = Call(os.system, f"touch {proof}"), state["decoder"].dropout.p
-    for part in ("decoder", "decoder_optimizer", "epoch"):
-        changed = {**state} if part == "decoder" else {**state, part: evil}
-        state["decoder"].dropout.p = evil if part == "decoder" else p
-        refused(write(path, changed, form), " posix.system, which", "nothing in the file was run")
-        assert not proof.exists()
+    state["decoder"].dropout.p = Call(os.system, f"touch {proof}")
+    refused(write(path, state), " posix.system, which", "nothing in the file was run")
+    assert not proof.exists()
 
 
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n)R"
@@ -320,9 +316,9 @@ def test_endless_tree_of_modules_is_refused(path, kind):
     refused(path, "an endless tree of modules")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_truncated_old_file_is_damaged(path, state, form):
-    data = write(path, state, form).read_bytes()
-    for length in [*range(0, 200, 19), *range(200, len(data), len(data) // 40), len(data) - 1]:
-        path.write_bytes(data[:length])
-        refused(path)
+def test_truncated_file_is_damaged(path, state):
+    for form in FORMS:
+        data = write(path, state, form).read_bytes()
+        for length in [0, 19, *range(200, len(data), len(data) // 20), len(data) - 1]:
+            path.write_bytes(data[:length])
+            refused(path)
