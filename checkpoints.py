@@ -16,7 +16,6 @@ run, see modeling/legacy_checkpoints.py.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -37,24 +36,15 @@ MODEL_KEYS = ("format", "encoder", "encoder_args", "decoder", "decoder_args", "o
 
 
 def get_args(argv=None):
-    description = "Convert an old checkpoint, make a smaller one, or the mean of several."
-    parser = Parser(description=description)
+    parser = Parser(description="Convert an old checkpoint, make it smaller, or average several.")
     parser.add_argument("old", help="a checkpoint of train.py, or of the tutorial")
     parser.add_argument("new", help="the file to write; it must not exist yet")
     parser.add_argument("--word_map", help="the WORDMAP file it was trained with, to store inside")
-    parser.add_argument(
-        "--average",
-        metavar="OTHER",
-        nargs="+",
-        help="average its weights with those of these checkpoints, of other phases or of the same "
-        "phase with another --seed: often better than each",
-    )
-    parser.add_argument(
-        "--half",
-        action="store_true",
-        help="store matrices and convolutions in float16, and leave out what only --resume needs: "
-        "for passing a model on",
-    )
+    text = "average its weights with those of these checkpoints, of other phases or of the same "
+    text += "phase with another --seed: often better than each"
+    parser.add_argument("--average", metavar="OTHER", nargs="+", help=text)
+    text = "for passing a model on: store matrices and convolutions in float16, and leave out what "
+    parser.add_argument("--half", action="store_true", help=text + "only --resume needs")
     return parser.parse_args(argv)
 
 
@@ -113,22 +103,15 @@ def _average(encoder, decoder, word_map, args):
 
 def add_model_options(parser):
     """The options of `find_model` and `load_captioner`, for scripts that use a trained model."""
-    parser.add_argument(
-        "-m",
-        "--model",
-        help="checkpoint; if not given, the only BEST one in "
-        "--checkpoint_folder or the current folder, else the one that comes with the program",
-    )
+    text = "checkpoint; if not given, the only BEST one in --checkpoint_folder or the current "
+    text += "folder, else the one that comes with the program"
+    parser.add_argument("-m", "--model", help=text)
     parser.add_argument("--checkpoint_folder", help="where to look for it")
     parser.add_argument("-wm", "--word_map", help="WORDMAP file, for checkpoints without word map")
 
 
 def save(path, encoder, decoder, word_map, **extra):
-    """
-    Write a checkpoint with `atomic_write`; extra: further entries of its dictionary.
-
-    Raises UserError if the disk is full or the folder is missing or not writable.
-    """
+    """Write a checkpoint whole or not at all; extra: further entries of its dictionary."""
     offset = known_offset(encoder)
     state = {
         "format": FORMAT,
@@ -143,11 +126,8 @@ def save(path, encoder, decoder, word_map, **extra):
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
-        if isinstance(error, RuntimeError):  # of torch, which does not say that the disk is full
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free
-            reason += f" ({free / 1e9:.2f} GB of the disk are free)"
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch does not say that a disk is full
+        reason = getattr(error, "strerror", None) or f"is the disk full? {error}".partition("\n")[0]
         raise UserError(f"{path} cannot be written: {reason}") from None
 
 
@@ -158,14 +138,9 @@ def load(path):
 
     Raises UserError if the file is missing, damaged or not a checkpoint.
     """
-    root, names = legacy_checkpoints.read(path)
+    root = legacy_checkpoints.read(path)
     version = root.get("format") if isinstance(root, dict) else 0
     if type(version) is int and version == FORMAT:
-        if foreign := [name for name in names if name not in legacy_checkpoints.PLAIN]:
-            raise UserError(
-                f"{path} is refused: it holds {foreign[0]}, but checkpoints of format {FORMAT} are "
-                f"tensors and plain values; nothing in the file was run"
-            )
         checkpoint = root
     elif version is None and not root.keys().isdisjoint(("encoder", "decoder")):
         checkpoint = {"format": FORMAT, **tutorial_models.convert(root, path)}
@@ -177,8 +152,8 @@ def load(path):
 
 class _NoInitialWeights(TorchFunctionMode):
     """
-    A context in which new modules leave their weights as they find them, for those of a file: to
-    draw random numbers takes as long as to read it.
+    New modules keep the weights that they find in memory, for those of a file: to draw random
+    numbers takes as long as to read it.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -196,7 +171,7 @@ def check_model(checkpoint, path):
     This protects memory: tensors are not larger than the file, but arguments can say any size.
     """
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE):
-        with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
+        with torch.device("meta"):  # sizes only, no memory
             decoder = build_decoder(checkpoint["decoder_args"])
         _check_sizes("decoder", decoder, checkpoint)
         args = {"stride": 32, "image_size": IMAGE_SIZE, **checkpoint["encoder_args"]}
@@ -217,22 +192,19 @@ def check_model(checkpoint, path):
 
 
 def _check_sizes(part, model, checkpoint):
-    """ValueError unless a checkpoint has all tensors of its encoder or decoder in their sizes"""
+    """KeyError or ValueError unless a checkpoint has all tensors of this part in their sizes"""
     for name, tensor in model.state_dict().items():
-        found = checkpoint[part].get(name)
-        if found is None:
-            raise ValueError(f"the {part} lacks {name}")
-        if found.shape != tensor.shape:
-            sizes = f"{tuple(found.shape)}, not {tuple(tensor.shape)}"
-            raise ValueError(f"the {part}'s {name} has size {sizes}")
+        sizes = tuple(checkpoint[part][name].shape), tuple(tensor.shape)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the {part}'s {name} has size {sizes[0]}, not {sizes[1]}")
 
 
 def _check_vocab_size(word_map, checkpoint, path):
-    size, found = checkpoint["decoder_args"]["vocab_size"], len(word_map)
-    if found != size:
+    size = checkpoint["decoder_args"]["vocab_size"]
+    if len(word_map) != size:
         raise UserError(
-            f"{path} was trained on {size} words, but the word map has {found}; pass the WORDMAP "
-            f"file it was trained with"
+            f"{path} was trained on {size} words, but the word map has {len(word_map)}; pass the "
+            f"WORDMAP file it was trained with"
         )
 
 
@@ -243,16 +215,16 @@ def build_decoder(arguments):
 
 def build(checkpoint, path):
     """Encoder and decoder from the dictionary that `load` returned; path: for error messages"""
+    args = {**checkpoint["encoder_args"], "weights": None}
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE), _NoInitialWeights():
         with torch.device("meta"):  # sizes only: a small file may claim any encoder
-            encoder = Encoder(**checkpoint["encoder_args"], weights=None)
-        _check_sizes("encoder", encoder, checkpoint)
-        encoder = Encoder(**checkpoint["encoder_args"], weights=None)
+            _check_sizes("encoder", Encoder(**args), checkpoint)
+        encoder = Encoder(**args)
         decoder = build_decoder(checkpoint["decoder_args"])
-        if encoder.encoder_dim != decoder.args["encoder_dim"]:
+        sizes = encoder.encoder_dim, decoder.args["encoder_dim"]
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"its encoder returns vectors of {encoder.encoder_dim} numbers, its decoder takes "
-                f"{decoder.args['encoder_dim']}"
+                f"its encoder returns {sizes[0]} numbers, its decoder takes {sizes[1]}"
             )
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
@@ -292,13 +264,11 @@ def load_captioner(path, device, word_map_path=None):
 def find_model(model, folder, print_line):
     """
     The path of the checkpoint to use: `model`, else the only BEST one in `folder`. If neither is
-    given, the only BEST one in the current folder, else the one that comes with the program;
-    print_line, a function like print, then gets a line that says which.
+    given, the only BEST one in the current folder, else the one that comes with the program; then
+    print_line, a function like print, is told which.
     """
-    if model:
-        return model
-    if folder:
-        return find_checkpoint(folder)
+    if model or folder:
+        return model or find_checkpoint(folder)
     found, what = str(PRETRAINED), "which comes with the program"
     if any(Path().glob("BEST_checkpoint_*.pth.tar")):
         found, what = find_checkpoint("."), "the only one in this folder"

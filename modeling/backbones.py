@@ -5,7 +5,7 @@ up to the feature map, their weights, the input normalisation, and which modules
 
 import math
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -52,13 +52,6 @@ def load_backbone(name, weights, stride=32):
     else:
         found = _from_torchvision(name, weights, stride) or _from_timm(name, weights, stride)
         model, mean, std = found
-    encoder_name, state = None, {}
-    if weights not in ("imagenet", "none", None):
-        encoder_name, state = _read_weights(weights, name)
-    if state and not encoder_name:
-        with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
-            _load_classifier(model, state)
-
     body = nn.Sequential()
     for child, module in model.named_children():
         if _HEADS.fullmatch(child):
@@ -87,9 +80,11 @@ def load_backbone(name, weights, stride=32):
             f"--encoder_stride {stride}: {name} has {found_stride} and cannot be dilated; try "
             f"resnet50, resnet101 or tf_efficientnet_lite2, or leave it out"
         )
-    if encoder_name:
+    if weights not in ("imagenet", "none", None):
+        if not Path(weights).is_file():
+            raise UserError(f"{weights} not found; --encoder_weights takes imagenet, none or FILE")
         with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
-            body.load_state_dict({key.removeprefix("resnet."): t for key, t in state.items()})
+            _load_file(weights, name, model, body)
     if weights == "none":
         # Statistics of noise images for random networks' BatchNorms: with the initial ones,
         # activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
@@ -124,12 +119,8 @@ def _from_torchvision(name, weights, stride):
         available = torchvision.models.get_model_weights(name)
         pretrained = getattr(available, "IMAGENET1K_V1", available.DEFAULT)
     create = partial(torchvision.models.get_model, name, weights=pretrained)
-    try:
+    with _one_line_download(pretrained and pretrained.url):
         model = _dilated(create, stride, replace_stride_with_dilation=[False, False, True])
-    except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash
-        if pretrained is None:
-            raise
-        raise _download_error(pretrained.url, error) from None
     if name in ("googlenet", "inception_v3"):  # torchvision's weights expect -1..1
         return model, (0.5,) * 3, (0.5,) * 3
     return model, IMAGENET_MEAN, IMAGENET_STD
@@ -146,8 +137,9 @@ def _from_timm(name, weights, stride):
         )
     config = timm.get_pretrained_cfg(name)
     create = partial(timm.create_model, name, pretrained=weights == "imagenet")
+    url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
     model = None
-    try:
+    with _one_line_download(url if weights == "imagenet" else None):
         # Transformers are made for one size of images, unless they are told otherwise.
         for options in (
             {"dynamic_img_size": True, "dynamic_img_pad": True},
@@ -156,86 +148,69 @@ def _from_timm(name, weights, stride):
             with suppress(TypeError):  # others do not take the option
                 model = model or create(**options)
         model = model or _dilated(create, stride, output_stride=16)
-    except Exception as error:  # huggingface_hub raises many kinds
-        if weights != "imagenet":
-            raise
-        url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
-        raise _download_error(url, error) from None
     return model, config.mean, config.std
 
 
 def _dilated(create, stride, **options):
-    """
-    The model that the function `create` returns, at stride 16 with these options if it takes them.
-    Whether they had the effect is seen in its output, see `load_backbone`.
-    """
+    """The model of `create`, at stride 16 with these options if it takes them."""
     if stride == 16:
         with suppress(TypeError, ValueError, NotImplementedError, AssertionError):
             return create(**options)
     return create()
 
 
-def _download_error(url, error):
-    reason = str(error).strip().partition("\n")[0]
-    return UserError(
-        f"could not download {url} ({reason}); fetch that file and pass --encoder_weights FILE, or "
-        f"--encoder_weights none"
-    )
+@contextmanager
+def _one_line_download(url):
+    """A UserError for whatever fails meanwhile; url: None if nothing is downloaded"""
+    try:
+        yield
+    except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash, timm's many
+        if url is None:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"could not download {url} ({reason}); fetch that file and pass --encoder_weights "
+            f"FILE, or --encoder_weights none"
+        ) from None
 
 
-def _read_weights(path, name):
+def _load_file(path, name, model, body):
     """
-    The tensors of a weights file by name; before them, if it is a captioner's checkpoint, ours or
-    the tutorial's, the name of its encoder, which must be `name`, else None. No code in it is run.
+    Load a weights file: of the whole classifier `model` of this name, or the encoder of a
+    captioner's checkpoint, ours or the tutorial's, into `body`. No code in it is run.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} not found; --encoder_weights takes imagenet, none or a file")
-    found = None
-    with legacy_checkpoints.one_line_errors(path, f"does not hold weights of {name}"):
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file  # timm's download format; timm requires it
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file  # timm's download format; timm requires it
 
-            return None, load_file(path)
-        root, _ = legacy_checkpoints.read(path)
-        parts = set(root) if isinstance(root, dict) else set()
-        if {"encoder", "decoder"} <= parts and "encoder_args" not in parts:
-            root = tutorial_models.convert(root, path)
-        if isinstance(root, dict) and "encoder_args" in root:
-            found, root = root["encoder_args"]["name"], root["encoder"]
-            if found != name:
-                raise UserError(
-                    f"{path} has the encoder {found}, not {name}; pass --encoder {found}"
-                )
-        for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
-            if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
-                root = root[key]
-        tensors = legacy_checkpoints.find_tensors(root)
-        if not tensors:
-            raise ValueError("it holds no weights")
-        return found, tensors
-
-
-def _load_classifier(model, state):
-    """
-    Load a state dict with the classifier's own keys. Those of the head, which is thrown away, may
-    be missing, or of another number of classes.
-    """
-
-    def in_head(key):
-        return _HEADS.fullmatch(key.partition(".")[0])
-
+        root = load_file(path)
+    else:
+        root = legacy_checkpoints.read(path)
+    keys = root.keys() if isinstance(root, dict) else set()
+    if {"encoder", "decoder"} <= keys and "encoder_args" not in keys:
+        root = tutorial_models.convert(root, path)
+    if isinstance(root, dict) and "encoder_args" in root:
+        found = root["encoder_args"]["name"]
+        if found != name:
+            raise UserError(f"{path} has the encoder {found}, not {name}; pass --encoder {found}")
+        body.load_state_dict({k.removeprefix("resnet."): t for k, t in root["encoder"].items()})
+        return
+    for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
+        if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
+            root = root[key]
+    state = legacy_checkpoints.find_tensors(root)
+    if not state:
+        raise ValueError("it holds no weights")
     own = model.state_dict()
-    found = {
-        k: t for k, t in state.items() if not in_head(k) or k in own and own[k].shape == t.shape
-    }
-    optional = {k: t for k, t in own.items() if in_head(k) or k.endswith("num_batches_tracked")}
-    model.load_state_dict(optional | found)
+    # The head is thrown away: its weights may be missing, or of another number of classes.
+    head = {k for k in own.keys() | state if _HEADS.fullmatch(k.partition(".")[0])}
+    optional = {k: t for k, t in own.items() if k in head or k.endswith("num_batches_tracked")}
+    model.load_state_dict(optional | {k: t for k, t in state.items() if k not in head})
 
 
 def _probe(body):
     """
-    Run one small image. Returns the channels of the feature map, the modules whose output is beyond
-    stride 4, and the stride of the feature map; None if the output is not a feature map.
+    Encode one small image. Returns the channels of the feature map, the modules whose output is
+    beyond stride 4, and the map's stride; None if the output is not a feature map.
     """
     beyond_stride_4, hooks = [], []
 
@@ -243,14 +218,12 @@ def _probe(body):
         if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[3] < 128 // 4:
             beyond_stride_4.append(module)
 
-    def register_hooks(module):
+    modules = [body]
+    for module in modules:
         if isinstance(module, (nn.Sequential, nn.ModuleList)) or hasattr(module, "default_cfg"):
-            for child in module.children():
-                register_hooks(child)
+            modules += module.children()
         else:
             hooks.append(module.register_forward_hook(check_output))
-
-    register_hooks(body)
     found = _channels_and_stride(body, 128)
     for hook in hooks:
         hook.remove()

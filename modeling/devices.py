@@ -82,25 +82,19 @@ def distributed(device=None):
     `with distributed(device) as processes:` a `Distributed`, of the processes that torchrun started
     if it did. device: as in `find_device`; under torchrun each process takes its own GPU
     """
-    device = find_device(device)
-    world_size = os.environ.get("WORLD_SIZE") or "1"
-    missing = [name for name in TORCHRUN_VARIABLES if not os.environ.get(name)]
-    if missing and world_size != "1":  # batch systems set some of them
-        print(
-            f"WORLD_SIZE is {world_size}, but not {', '.join(missing)}: this is a single process; "
-            f"for several start torchrun",
-            file=sys.stderr,
-        )
+    device, world_size = find_device(device), os.environ.get("WORLD_SIZE") or "1"
+    missing = ", ".join(name for name in TORCHRUN_VARIABLES if not os.environ.get(name))
     if missing or world_size == "1":
+        if world_size != "1":  # batch systems set some of them
+            message = f"WORLD_SIZE is {world_size}, but {missing} not set: this is a single process"
+            print(f"{message}; for several start torchrun", file=sys.stderr)
         yield Distributed(device)
         return
     world_size, rank, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{world_size} processes, but {torch.cuda.device_count()} GPUs; lower "
-                f"--nproc_per_node or pass --device cpu"
-            )
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            message = f"{world_size} processes, but {gpus} GPUs; lower --nproc_per_node or pass "
+            raise UserError(f"{message}--device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Rank 0 may take long over the feature cache while the others wait.

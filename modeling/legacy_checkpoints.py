@@ -2,17 +2,20 @@
 Reads files of torch.save without running their code: our checkpoints, state dicts, and whole
 modules as in the tutorial's checkpoints.
 
-Such a file contains a pickle, a program that can call any function it names. It is run by Python's
-own `pickle._Unpickler`, where each instruction is a method: those that torch.save does not write
-are refused, those that could do harm are replaced, and a name stands for a function of this file or
-for `Stub`. torch's own restricted unpickler (weights_only=True) does not read whole modules of
-torch before 1.6, nor limit what colliding keys or strides of 0 cost.
+Such a file contains a pickle, a program that can call any function it names. It is copied first,
+instruction by instruction: those that torch.save does not write are refused, and those that call or
+change an object become a persistent id of the same operands. So Python's unpickler makes plain
+values, tuples and lists only; all else is done by `InertUnpickler.persistent_load`, where a name
+stands for a function of this file or for `Stub`. torch's own restricted unpickler
+(weights_only=True) does not read whole modules of torch before 1.6, nor limit what colliding keys
+or strides of 0 cost.
 """
 
 import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -23,23 +26,35 @@ import torch
 from utils import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the start of a file in the format before zip
-# A ResNet-152 with its optimizers has a pickle of 0.3 MB, 20,000 calls and 2000 parts, a word of a
-# word map 20 bytes. With these limits no file takes more than 10 seconds and 1 GB beside tensors.
-MAX_PICKLE, MAX_NAME, MAX_ARGUMENTS, MAX_CALLS, MAX_PARTS = 6 << 20, 500, 100, 200_000, 100_000
+# A ResNet-152 with its optimizers has a pickle of 0.3 MB and 2000 parts, a word of a word map 20
+# bytes in 3 steps. With these limits no file takes more than 10 seconds and 1 GB beside tensors.
+MAX_PICKLE, MAX_STEPS, MAX_NAME, MAX_ARGUMENTS, MAX_PARTS = 6 << 20, 1_500_000, 500, 100, 100_000
 
-SAFE = """
+COPIED = set(
+    """
     PROTO STOP MARK GLOBAL BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT NONE NEWTRUE NEWFALSE
     BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE
-    TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT FRAME MEMOIZE STACK_GLOBAL
-    SHORT_BINUNICODE BINBYTES SHORT_BINBYTES
-    """.split()  # instructions that are run as Python runs them
+    TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT MEMOIZE STACK_GLOBAL SHORT_BINUNICODE
+    BINBYTES SHORT_BINBYTES
+    """.split()
+)
+_PERSISTENT = pickle.TUPLE3 + pickle.BINPERSID  # persistent_load((operand, operand, what to do))
+REPLACED = {
+    "REDUCE": b"U\4call" + _PERSISTENT,
+    "NEWOBJ": b"U\4call" + _PERSISTENT,
+    "BUILD": b"U\5build" + _PERSISTENT,
+    "SETITEM": pickle.TUPLE2 + b"U\3set" + _PERSISTENT,
+    "SETITEMS": pickle.TUPLE + b"U\3set" + _PERSISTENT,
+    "EMPTY_SET": pickle.EMPTY_LIST,  # a set is read as a list, so that nothing in it is hashed
+    "ADDITEMS": pickle.APPENDS,
+    "FRAME": b"",  # the length of a part, for faster reading
+}
+FOREIGN = "a pickle instruction that torch.save does not write"
 KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
 DTYPES = {f"torch.{kind}Storage": getattr(torch, f"{kind}Tensor").dtype for kind in KINDS}
-PLAIN = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict", *DTYPES}  # as in format 1
 STUBS = re.compile(
-    r"(?:torch\.nn\.modules|torch\.optim|torchvision\.models)(?:\.[a-z_]\w*)*\._?[A-Z]\w*"
+    r"(?:torch\.(?:nn\.modules|nn\.parallel|optim)|torchvision\.models)(?:\.[a-z_]\w*)*\._?[A-Z]\w*"
     r"|models\.[A-Z]\w*|__main__\.(?:Encoder|Attention|DecoderWithAttention)"
-    r"|torch\.nn\.parallel\.data_parallel\.DataParallel"
     r"|torch\.nn\.backends\.thnn\._get_thnn_function_backend"  # in every module of torch 0.4
     r"|builtins\.(?:dict|list|tuple|set|int|float|bool|str|object)"
     r"|torch\.(?:Size|device|float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)"
@@ -72,24 +87,21 @@ def _tensor(storage, offset, shape, stride, *options):
     return tensor
 
 
-def _dictionary(*arguments):
-    """arguments: nothing, or the list of pairs that Python 2 writes"""
-    new = {}
-    for pairs in arguments:
-        if type(pairs) is not list:
-            raise Refused(f"a dictionary made of a {type(pairs).__name__}")
-        for key, value in pairs:
-            _set_item(new, key, value)
+def _dictionary(pairs=()):
+    """pairs: a list of those that Python 2 writes"""
+    items = [part for key, value in pairs for part in (key, value)]
+    if pairs:
         pairs.clear()  # so that a file cannot have the same long list copied again and again
-    return new
+    return _set_items({}, items)
 
 
-def _set_item(target, key, value):
+def _set_items(dictionary, items):
     """Keys of other types can be made to collide, and to hash nested tuples can take forever."""
-    plain = isinstance(key, str | torch.Tensor) or type(key) is int and abs(key) < 1 << 60
-    if type(target) is not dict or not plain:
-        raise Refused(f"a {type(key).__name__} as the key of a {type(target).__name__}")
-    target[key] = value
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not (isinstance(key, str | torch.Tensor) or type(key) is int and abs(key) < 1 << 60):
+            raise Refused(f"a {type(key).__name__} as a key")
+        dictionary[key] = value
+    return dictionary
 
 
 FUNCTIONS = {
@@ -103,34 +115,39 @@ FUNCTIONS = {
 }
 
 
-class InertUnpickler(pickle._Unpickler):
+class InertUnpickler(pickle.Unpickler):
     """
-    Reads the pickles of a file of `size` bytes. names: of the functions and classes in it;
-    storages: by key, not yet filled, together no larger than the file
+    Reads the next pickle of a file of `size` bytes. storages: by key, not yet filled, together no
+    larger than the file
     """
 
-    def __init__(self, file, size):
-        super().__init__(file, encoding="utf-8")
-        self.size, self.names, self.storages, self.calls = size, {}, {}, 0
-
-    def load(self):
-        self.memo = {}
-        return super().load()
+    def __init__(self, pickles, size):
+        super().__init__(io.BytesIO(_harmless_copy(pickles)), encoding="utf-8")
+        self.size, self.storages = size, {}
 
     def find_class(self, module, name):
         if len(module) + len(name) > MAX_NAME:
             raise Refused(f"a name of more than {MAX_NAME} letters")
         # Protocol 2, which torch uses, writes builtins under their name of Python 2.
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        self.names[name] = True
         found = (FUNCTIONS | DTYPES).get(name.replace("torch.cuda.", "torch."))
         if found is None and not STUBS.fullmatch(name):
             raise Refused(ascii(name)[1:-1][:100])
         return found or Stub
 
     def persistent_load(self, saved):
-        """torch's persistent ids: a storage, or (before zip) a module's class and source code."""
+        """Replaced instructions; of torch, a storage or (before zip) a module's class and source"""
         match saved:
+            case function, tuple() as arguments, "call" if len(arguments) <= MAX_ARGUMENTS:
+                if function is Stub or function in FUNCTIONS.values():
+                    return function(*arguments)
+            case Stub() as stub, state, "build":
+                stub.state = state if isinstance(state, dict) else {}
+                return stub
+            case dict() as dictionary, _, "build":  # its attributes are dropped
+                return dictionary
+            case dict() as dictionary, tuple() as items, "set":
+                return _set_items(dictionary, items)
             case "module", cls, _, _ if cls is Stub:
                 return cls
             case "storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view:
@@ -140,45 +157,23 @@ class InertUnpickler(pickle._Unpickler):
                 storage = self.storages.setdefault(key, torch.empty(numel, dtype=dtype))
                 if (len(storage), storage.dtype, *view) in ((numel, dtype), (numel, dtype, None)):
                     return storage
-        raise Refused("a persistent id of another kind than torch's")
+        raise Refused(FOREIGN)
 
-    def call(self):
-        arguments, function = self.stack.pop(), self.stack[-1]
-        self.calls += 1
-        known = function is Stub or function in FUNCTIONS.values()
-        few = self.calls <= MAX_CALLS and len(arguments) <= MAX_ARGUMENTS
-        if not known or type(arguments) is not tuple or not few:
-            raise Refused("a call that no checkpoint makes")
-        self.stack[-1] = function(*arguments)
 
-    def build(self):
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Stub):
-            target.state = state if isinstance(state, dict) else {}
-        elif type(target) is not dict:  # whose attributes are dropped
-            raise Refused(f"attributes of a {type(target).__name__}")
-
-    def set_item(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        _set_item(self.stack[-1], key, value)
-
-    def set_items(self):
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            _set_item(self.stack[-1], key, value)
-
-    def refuse(self):
-        raise Refused("a pickle instruction that torch.save does not write")
-
-    dispatch = dict.fromkeys(range(256), refuse)
-    for code in (getattr(pickle, name)[0] for name in SAFE):
-        dispatch[code] = pickle._Unpickler.dispatch[code]
-    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = call
-    dispatch[pickle.BUILD[0]] = build
-    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = set_item, set_items
-    # A set is read as a list, so that nothing in it is hashed.
-    dispatch[pickle.EMPTY_SET[0]] = pickle._Unpickler.load_empty_list
-    dispatch[pickle.ADDITEMS[0]] = pickle._Unpickler.load_appends
+def _harmless_copy(pickles):
+    """The next pickle of a file in memory, of COPIED and REPLACED instructions"""
+    data, parts, copied = pickles.getbuffer(), [], pickles.tell()
+    for step, (opcode, argument, start) in enumerate(pickletools.genops(pickles)):
+        name = opcode.name
+        if name in REPLACED:
+            parts += data[copied:start], REPLACED[name]
+            copied = pickles.tell()
+        # Python allocates a memo of as many places as the largest one that is named.
+        elif name not in COPIED or name == "LONG_BINPUT" and argument > MAX_STEPS:
+            raise Refused(FOREIGN)
+        if step > MAX_STEPS:
+            raise Refused("too many instructions")
+    return b"".join([*parts, data[copied : pickles.tell()]])
 
 
 @contextmanager
@@ -194,6 +189,8 @@ def one_line_errors(path, problem="is damaged or not a checkpoint"):
     except Refused as error:
         problem = f"is refused: it holds {error}, which does not belong in a checkpoint; nothing "
         problem += "in the file was run"
+    except KeyError as error:
+        problem += f": it lacks {error}"
     except Exception as error:  # invalid pickles fail in many ways
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         problem += f": {reason or type(error).__name__}"
@@ -203,7 +200,7 @@ def one_line_errors(path, problem="is damaged or not a checkpoint"):
 def read(path):
     """
     The content of a file of torch.save: dictionaries, lists, tuples, plain values, tensors and
-    Stubs; and the names of all functions and classes in it. UserError that names what was refused.
+    Stubs. UserError that names what was refused.
     """
     with one_line_errors(path):
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for its other end
@@ -233,10 +230,8 @@ def _read_zip(file, size):
     unpickler = InertUnpickler(io.BytesIO(file.read(length)), size)
     root = unpickler.load()
     for key, storage in unpickler.storages.items():
-        if _seek(file, entries[f"{prefix}data/{key}"]) != storage.nbytes:
-            raise ValueError(f"its storage {ascii(key)} has another size than its tensors")
-        _fill(storage, file)
-    return root, list(unpickler.names)
+        _fill(storage, file, _seek(file, entries[f"{prefix}data/{key}"]))
+    return root
 
 
 def _seek(file, entry):
@@ -248,10 +243,10 @@ def _seek(file, entry):
     return entry.file_size
 
 
-def _fill(storage, file):
+def _fill(storage, file, size):
     data = storage.view(torch.uint8).numpy()
-    if file.readinto(data) != data.nbytes:
-        raise ValueError("it ends too early")
+    if size != data.nbytes or file.readinto(data) != size:
+        raise ValueError("a storage has another size than its tensors")
 
 
 def _read_old(file, size):
@@ -260,21 +255,18 @@ def _read_old(file, size):
     object and the keys of its storages, then for each key its number of elements and its bytes.
     """
     pickles = io.BytesIO(file.read(MAX_PICKLE))
+    magic, _, machine = (InertUnpickler(pickles, size).load() for _ in range(3))
+    if magic != MAGIC or machine["little_endian"] is not True:
+        raise ValueError("it is not a file of torch.save on a little-endian machine")
     unpickler = InertUnpickler(pickles, size)
-    if unpickler.load() != MAGIC:
-        raise ValueError("it is not a file of torch.save")
-    _, machine, root, keys = (unpickler.load() for _ in range(4))
-    if machine["little_endian"] is not True:
-        raise ValueError("it was written on a big-endian machine")
+    root, keys = unpickler.load(), InertUnpickler(pickles, size).load()
     if keys != sorted(unpickler.storages):
         raise ValueError("it lacks the list of its storages")
     file.seek(pickles.tell())
     for key in keys:
-        storage = unpickler.storages[key]
-        if file.read(8) != struct.pack("<q", len(storage)):
-            raise ValueError(f"its storage {ascii(key)} has another size than its tensors")
-        _fill(storage, file)
-    return root, list(unpickler.names)
+        storage, [numel] = unpickler.storages[key], struct.unpack("<q", file.read(8))
+        _fill(storage, file, numel * storage.itemsize)
+    return root
 
 
 def find_tensors(root):

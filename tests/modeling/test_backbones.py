@@ -1,8 +1,8 @@
 """The cut through a classifier, its weights from a file, and what goes wrong on the way."""
 
-import http.client
 import os
 import re
+from http.client import IncompleteRead
 from unittest.mock import Mock
 from urllib.error import URLError
 
@@ -68,11 +68,8 @@ def of_shufflenet(model, image):
     [
         ("resnet18", before_pooling),
         ("mobilenet_v2", own_features),
-        slow("squeezenet1_1", own_features),
-        slow("mobilenet_v3_small", before_pooling),
         slow("densenet121", own_features),
         slow("shufflenet_v2_x0_5", of_shufflenet),
-        slow("regnet_x_400mf", before_pooling),
         ("googlenet", before_pooling),  # its auxiliary classifiers stand between the blocks
         slow("vgg11", lambda model, image: model.features[:-1](image)),
     ],
@@ -139,10 +136,9 @@ def test_random_batchnorm_has_the_statistics_of_one_batch_of_noise():
     assert body[1].momentum == 0.1 and not body.training
 
 
-@pytest.mark.parametrize("name", ["mixer_s32_224", slow("levit_128s")])
-def test_classifier_without_a_map_or_a_grid_of_tokens_is_a_user_error(name):
-    with pytest.raises(UserError, match=f"{name} makes neither one feature map nor a square grid"):
-        load_backbone(name, "none")
+def test_classifier_without_a_map_or_a_grid_of_tokens_is_a_user_error():
+    with pytest.raises(UserError, match="mixer_s32_224 makes neither one feature map nor a square"):
+        load_backbone("mixer_s32_224", "none")
 
 
 @pytest.mark.parametrize(
@@ -229,33 +225,22 @@ def classifier():
     return torchvision.models.squeezenet1_1(weights=None).eval()
 
 
-WRAPPED = {
-    "bare": lambda state, model: state,
-    "state_dict": lambda state, model: {"state_dict": state, "epoch": 3},
-    "model": lambda state, model: {"model": state},
-    "module": lambda state, model: {f"module.{name}": tensor for name, tensor in state.items()},
-    "compiled": lambda state, model: {
-        "state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
-    },
-    "classes": lambda state, model: {
-        **state,
-        "classifier.1.weight": torch.zeros(7, 512, 1, 1),
-        "classifier.1.bias": torch.zeros(7),
-    },
-    "no head": lambda state, model: {k: t for k, t in state.items() if "classifier" not in k},
-    "whole": lambda state, model: model,
-    "parallel": lambda state, model: nn.DataParallel(model),
-}
-
-
 def test_weights_are_found_in_whatever_programs_save_them_in(tmp_path, classifier):
     from safetensors.torch import save_file
 
     images, state, path = torch.randn(1, 3, 96, 96), classifier.state_dict(), tmp_path / "w.pth"
+    contents = [
+        {"state_dict": state, "epoch": 3},
+        {"model": state},
+        {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+        {**state, "classifier.1.weight": torch.zeros(7, 512, 1, 1)},  # other classes
+        {k: t for k, t in state.items() if "classifier" not in k},
+        nn.DataParallel(classifier),
+    ]
     with torch.no_grad():
         expected = classifier.features(images)
-        for wrap in WRAPPED.values():
-            torch.save(wrap(state, classifier), path)
+        for content in contents:
+            torch.save(content, path)
             body = load_backbone("squeezenet1_1", str(path)).body
             torch.testing.assert_close(body(images), expected, rtol=0, atol=0)
         save_file(state, tmp_path / "w.safetensors")
@@ -292,10 +277,9 @@ def test_weights_that_do_not_fit_or_are_none_end_in_one_line(tmp_path, classifie
         ({**state, "decoder.fc": torch.zeros(1)}, "decoder.fc"),
         ({**state, KEY: torch.zeros(3)}, KEY),
         ({"encoder_args": 3, "encoder": 4}, ""),
-        ({"encoder_args": {}}, ""),
-        ({"encoder_args": {"name": "squeezenet1_1"}, "encoder": {}}, ""),
         ({"encoder_args": {"name": "squeezenet1_1"}, "encoder": {"resnet.0": torch.ones(1)}}, ""),
         (5, "no weights"),
+        (os.system, r"(posix|nt)\.system"),  # is refused by name
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=f"{path} .*{message}") as error:
@@ -311,17 +295,6 @@ def test_weights_that_do_not_fit_or_are_none_end_in_one_line(tmp_path, classifie
             load_backbone("squeezenet1_1", path)
 
 
-def test_weights_file_that_would_run_code_is_refused_by_name(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/run",)
-
-    torch.save({"state_dict": {}, "x": Hostile()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"(posix|nt)\.system"):
-        load_backbone("squeezenet1_1", str(tmp_path / "w.pth"))
-    assert not (tmp_path / "run").exists()
-
-
 # Downloads
 
 
@@ -333,17 +306,14 @@ def test_weights_file_that_would_run_code_is_refused_by_name(tmp_path):
     ],
 )
 def test_failed_download_names_url_and_option(monkeypatch, module, maker, name, url):
-    problems = [URLError("no network"), TimeoutError("timed out"), RuntimeError("invalid hash")]
-    problems.append(http.client.IncompleteRead(b"half"))
-
-    for problem in problems:
+    for problem in (URLError("no network"), RuntimeError("hash"), IncompleteRead(b"half")):
         monkeypatch.setattr(module, maker, Mock(side_effect=problem))
         with pytest.raises(UserError) as error:
             load_backbone(name, "imagenet")
         message = str(error.value)
         assert re.match(rf"could not download {url} \(", message), message
         assert "--encoder_weights FILE" in message and "\n" not in message
-    with pytest.raises(http.client.IncompleteRead):  # not a download
+    with pytest.raises(IncompleteRead):  # not a download
         load_backbone(name, "none")
 
 

@@ -112,6 +112,7 @@ PLACES = {  # what is before and after a call
 FIRE = b"ccanary\nfire\n"
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+FLOATS_X = b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4"  # the start of a storage's id
 ATTACKS = {
     "REDUCE": FIRE + b")R.",
     "NEWOBJ": b"ccanary\nFire\n)\x81.",
@@ -142,17 +143,28 @@ ATTACKS = {
     "attributes of a module's class": LINEAR + b"N}U\1aK\1s\x86b.",
     "attributes of a function": TENSOR + b"N}U\1aK\1s\x86b.",
     "attributes of a list": b"]}U\1aK\1sb.",
-    "attributes of a tensor": TENSOR
-    + b"((U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4tQK\0))tR}b.",
-    "call of an object": LINEAR + b")R)R.",
-    "call of a string": b"U\1x)R.",
-    "call with many arguments": LINEAR + b"(" + b"N" * 200 + b"tR.",
+    "attributes of a tensor": TENSOR + b"(" + FLOATS_X + b"tQK\0))tR}b.",
+    "state of a tensor": TENSOR + b"(" + FLOATS_X + b"tQK\0))tR(K\0)NNtb.",
     "slots of a type": LINEAR + b"N}U\4makeK\1s\x86b.",
     "slots of a list": b"]N}U\1aK\1s\x86b.",
-    "slots of a storage": b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4tQN}U\5numelK\x09s\x86b.",
-    "long name": b"ctorch.nn.modules." + b"a" * 600 + b"\nA\n.",
+    "slots of a storage": FLOATS_X + b"tQN}U\5numelK\x09s\x86b.",
     "item of a module": LINEAR + b")RU\1aK\1s.",
+    "item of a module's class": LINEAR + b"U\1aK\1s.",
+    "item of a tensor": FLOATS_X + b"tQK\0K\1s.",
+    "item of a list": b"]K\1aK\0K\1s.",
+    "elements of a module": LINEAR + b")R(K\1e.",
+    "elements of a tensor": FLOATS_X + b"tQ(K\1e.",
     "list appended to a dictionary": b"}K\1a.",
+    "elements of a set that is a dictionary": b"}(K\1\x90.",
+    "call of an object": LINEAR + b")R)R.",
+    "call of a string": b"U\1x)R.",
+    "call of a storage's type": b"ctorch\nFloatStorage\n)R.",
+    "call with a list": LINEAR + b"]R.",
+    "call with many arguments": LINEAR + b"(" + b"N" * 200 + b"tR.",
+    "call as a persistent id": FIRE + b")U\4call\x87Q.",
+    "attributes as a persistent id": TENSOR + b"}U\5build\x87Q.",
+    "items as a persistent id": FLOATS_X + b"tQK\0K\1\x86U\3set\x87Q.",
+    "long name": b"ctorch.nn.modules." + b"a" * 600 + b"\nA\n.",
     "tuple as a key": b"})K\1s.",
     "DICT with a tuple as a key": b"()K\1d.",
     "large number as a key": b"}\x8a\x09" + b"\1" * 9 + b"K\1s.",
@@ -162,7 +174,7 @@ ATTACKS = {
     "persistent id": b"U\4evil\x85Q.",
     "empty persistent id": b")Q.",
     "module that is none": b"(U\6moduleK\1NNtQ.",
-    "view of a storage": b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4(U\1yK\0K\2ttQ.",
+    "view of a storage": FLOATS_X + b"(U\1yK\0K\2ttQ.",
 }
 
 
@@ -203,7 +215,7 @@ def test_no_hostile_file_runs_anything(tmp_path, canary):
             message = outcome(path)
             assert heard == canary == [] and not proof.exists(), (form, data)
             assert " is refused: " in message or " is damaged " in message, (message, form, data)
-            assert named in message and (not named or "nothing in the file was run" in message)
+            assert named in message or "a pickle instruction that" in message, (message, data)
             count += 1
     for place in range(5):
         parts = [*HEAD, pickle.dumps({"format": 1}, 2), pickle.dumps([], 2)]
@@ -213,10 +225,10 @@ def test_no_hostile_file_runs_anything(tmp_path, canary):
     assert count > 500
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_every_other_unpickler_runs_what_is_refused_here(tmp_path, protocol):
+def test_python_runs_what_is_refused_here(tmp_path):
+    """What was watched in the test above is what happens otherwise."""
     proof, path = tmp_path / "proof", tmp_path / "x"
-    data = pickle.dumps([Call(os.system, f"touch {proof}")], protocol)
+    data = pickle.dumps([Call(os.system, f"touch {proof}")], 4)
     for form in FORMS:
         assert " posix.system, which" in outcome(write_pickle(path, data, form))
     assert not proof.exists()
@@ -242,12 +254,12 @@ def test_modules_become_stubs_and_tensors_and_plain_values_themselves(tmp_path, 
     odd = {"score": np.float64(0.2), "set": {1, (2, 3)}, "size": torch.Size([2])}
     for protocol in (2, 4):
         content = {"layer": layer, "tensors": tensors, **values, **odd, "dtype": torch.float32}
-        root, names = read(save(content, tmp_path / "x", form, pickle_protocol=protocol))
+        root = read(save(content, tmp_path / "x", form, pickle_protocol=protocol))
         stub = root["layer"]
-        assert type(stub) is Stub and "torch.nn.modules.linear.Linear" in names
+        assert type(stub) is type(root["score"]) is Stub
         assert (stub.state["number"], stub.state["texts"]) == (7, {"a": ["b"]})
         assert torch.equal(stub.dict_attribute("_parameters")["weight"], layer.weight)
-        assert {key: root[key] for key in values} == values and type(root["score"]) is Stub
+        assert {key: root[key] for key in values} == values
         for tensor, expected in zip(root["tensors"], tensors, strict=True):
             assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
             assert tensor.stride() == expected.stride()
@@ -258,25 +270,15 @@ def test_file_of_python_2_is_read(tmp_path, form):
     """Its strings are bytes, and an OrderedDict is made from a list of pairs."""
     ordered = b"ccollections\nOrderedDict\n](](U\1aK\1e](U\1bK\2ee\x85R"
     path = write_pickle(tmp_path / "x", b"\x80\2(" + ordered + b"T\4\0\0\0wordt.", form)
-    assert read(path)[0] == ({"a": 1, "b": 2}, "word")
+    assert read(path) == ({"a": 1, "b": 2}, "word")
 
 
 # Tensors and their storages
 
 REBUILD = torch.zeros(1).__reduce_ex__(2)[0]  # torch's function that makes a tensor of a storage
 FLOATS = (("0", struct.pack("<4f", 1, 2, 3, 4)),)
-
-
-def tensor(
-    numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0", view=()
-):
-    saved = Saved("storage", kind, key, "cpu", numel, *view)
-    return Call(REBUILD, saved, offset, size, stride, False, OrderedDict())
-
-
 WRONG = {  # what is changed, to which values
-    "size": [(2, 3), (2.0, 2), (1 << 200, 2), ([1], 1 << 40), ("x", 1 << 40), (1,) * 9]
-    + [(-1, 2), (-2, -2), (2,)],
+    "size": [(2, 3), (2.0, 2), (1 << 200, 2), ([1], 1 << 40), (1,) * 9, (-1, 2), (-2, -2), (2,)],
     "numel": [5, 3, -4, 1 << 40, 1 << 200, 4.0],
     "kind": [torch.DoubleStorage, torch.nn.Linear],
     "key": ["1", 0, ("0",)],
@@ -286,20 +288,25 @@ WRONG = {  # what is changed, to which values
 }
 
 
+def tensor(
+    numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0", view=()
+):
+    saved = Saved("storage", kind, key, "cpu", numel, *view)
+    return Call(REBUILD, saved, offset, size, stride, False, OrderedDict())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tensors_larger_than_their_storage_or_beyond_it_are_refused(tmp_path, form):
     path = tmp_path / "x"
     good = tensor(view=(None,) if form == "old" else ())
     write_pickle(path, pickled({"format": 1, "x": good}), form, FLOATS)
-    assert read(path)[0]["x"].tolist() == [[1, 2], [3, 4]]
+    assert read(path)["x"].tolist() == [[1, 2], [3, 4]]
     assert "does not hold a complete model" in outcome(path)  # but is not refused
     for names, values in WRONG.items():
         for value in values:
             changed = zip(names.split(", "), value) if ", " in names else [(names, value)]
-            wrong = [tensor(**dict(changed))]
-            assert outcome(write_pickle(path, pickled(wrong), form, FLOATS), read) != "loaded", (
-                value
-            )
+            write_pickle(path, pickled([tensor(**dict(changed))]), form, FLOATS)
+            assert outcome(path, read) != "loaded", value
     for wrong in ([tensor(), tensor(numel=8)], [tensor(view=(("y", 0, 2),))]):
         assert "refused" in outcome(write_pickle(path, pickled(wrong), form, FLOATS))
     many = [tensor(key=str(i), numel=10_000) for i in range(1000)]  # 40 MB, of which the file has
@@ -338,7 +345,7 @@ def test_files_of_big_endian_machines_and_of_torchscript_are_refused(tmp_path):
     path = tmp_path / "x"
     parts = [*HEAD[:2], *(pickle.dumps(x, 2) for x in ({"little_endian": False}, {}, []))]
     path.write_bytes(b"".join(parts))
-    assert "it was written on a big-endian machine" in outcome(path)
+    assert "little-endian machine" in outcome(path)
     with zipfile.ZipFile(write_pickle(path, pickled({}), "zip"), "a") as archive:
         archive.writestr("x/byteorder", "big")
     assert "it was written on a big-endian machine" in outcome(path)
@@ -349,75 +356,41 @@ def test_files_of_big_endian_machines_and_of_torchscript_are_refused(tmp_path):
 # Bombs: small files that would take much time or memory
 
 FORMAT_1 = b"}(U\6formatK\1U\1x"
+TWICE = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))  # tuples twice in tuples
+HASH = (1 << 61) - 1  # all multiples of it have one hash
+COLLIDING = b"".join(b"\x8a\x0c" + (k * HASH).to_bytes(12, "little") + b"N" for k in range(100_000))
+LAUGHS = b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30))
+LONG_NAME = b"(X" + struct.pack("<I", 1 << 20) + b"torch.nn.modules.".ljust(1 << 20, b"a") + b"\x94"
+NONES, MODULES = b"N" * 300_000, b"(" + LINEAR + b"q\0"
+TENSORS = b"(" + TENSOR + b"q\0(" + FLOATS_X + b"tQK\0))tq\1"
+PAIRS = b"(]q\0(" + b"U\0)\x86" * 50_000 + b"eccollections\nOrderedDict\nq\1"
 BOMBS = {
     "memo of 2^32 places": b"]r\xff\xff\xff\xff.",
     "memo of 10^4000 places": b"]p" + b"9" * 4000 + b"\n.",
     "text of 4 GB": b"X\xff\xff\xff\xffx.",
-    "text of 2^60 bytes": b"\x8d" + struct.pack("<Q", 1 << 60) + b"x.",
-    "bytes of 4 GB": b"B\xff\xff\xff\xffx.",
     "bytes of 2^63 bytes": b"\x8e" + struct.pack("<Q", 1 << 63) + b"x.",
-    "bytearray of 4 GB": b"\x96\xff\xff\xff\xff\0\0\0\0.",
     "frame of 2^60 bytes": b"\x95" + struct.pack("<Q", 1 << 60) + b"].",
     "number of 2 GB": b"\x8b\xff\xff\xff\x7f\1.",
-    "number of -1 bytes": b"\x8b\xff\xff\xff\xff\1.",
     "number of 10^5 digits": b"L" + b"9" * 100_000 + b"L\n.",
     "line without end": b"c" + b"x" * 1_000_000,
     "lists in lists": FORMAT_1 + b"]" * 100_000 + b"a" * 99_999 + b"u.",
     "tuples in tuples": FORMAT_1 + b")" + b"\x85" * 100_000 + b"u.",
     "tuples in tuples as a key": FORMAT_1 + b"})" + b"\x85" * 100_000 + b"K\1su.",
-    "tuples twice in tuples as a key": FORMAT_1
-    + b"})"
-    + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
-    + b"K\1su.",
-    "tuples twice in tuples in a set": FORMAT_1
-    + b"c__builtin__\nset\n])"
-    + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
-    + b"a\x85Ru.",
-    "a billion laughs": b"]q\0"
-    + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30))
-    + b".",
+    "tuples twice in tuples as a key": FORMAT_1 + b"}" + TWICE + b"K\1su.",
+    "tuples twice in tuples in a set": FORMAT_1 + b"\x8f(" + TWICE + b"\x90u.",
+    "a billion laughs": b"]q\0" + LAUGHS + b".",
     "list in itself": b"]q\0h\0a.",
     "dictionary in itself": FORMAT_1 + b"}q\0U\1xh\0su.",
-    "numbers with one hash": FORMAT_1
-    + b"}("
-    + b"".join(
-        b"\x8a\x0c" + (k * ((1 << 61) - 1)).to_bytes(12, "little") + b"N" for k in range(100_000)
-    )
-    + b"uu.",
+    "numbers with one hash": FORMAT_1 + b"}(" + COLLIDING + b"uu.",
     "marks without end": b"(" * 300_000 + b".",
-    "dictionaries without end": b"(" + b"}" * 300_000 + b"t.",
     "dictionaries in dictionaries": FORMAT_1 + b"}U\1a" * 100_000 + b"N" + b"s" * 100_000 + b"u.",
-    "modules without end": b"(ctorch.nn.modules.linear\nLinear\nq\0"
-    + b"h\0)\x81" * 100_000
-    + b"t.",
-    "calls with many arguments": b"(ctorch.nn.modules.linear\nLinear\nq\0("
-    + b"N" * 300_000
-    + b"tq\1"
-    + b"h\0h\1R" * 100_000
-    + b"t.",
-    "long names again and again": b"(X"
-    + struct.pack("<I", 1_000_000)
-    + b"torch.nn.modules.".ljust(1_000_000, b"a")
-    + b"\x94\x8c\1A\x94"
-    + b"h\0h\1\x93" * 100_000
-    + b"t.",
-    "persistent ids with many parts": b"((U\7storage"
-    + b"N" * 300_000
-    + b"tq\0"
-    + b"h\0Q" * 100_000
-    + b"t.",
-    "tensors without end": b"("
-    + TENSOR
-    + b"q\0((U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4tQK\0))tq\1"
-    + b"h\0h\1R" * 100_000
-    + b"t.",
-    "the same pairs again and again": FORMAT_1
-    + b"(]q\0("
-    + b"U\0)\x86" * 50_000
-    + b"e"
-    + b"ccollections\nOrderedDict\nh\0\x85R" * 9_000
-    + b"tu.",
-    "steps without end": b"N" * MAX_PICKLE + b".",
+    "modules without end": MODULES + b"h\0)\x81" * 300_000 + b"t.",
+    "calls with many arguments": MODULES + b"(" + NONES + b"tq\1" + b"h\0h\1R" * 99_999 + b"t.",
+    "long names again and again": LONG_NAME + b"\x8c\1A\x94" + b"h\0h\1\x93" * 100_000 + b"t.",
+    "persistent ids with many parts": b"((U\7storage" + NONES + b"tq\0" + b"h\0Q" * 99_999 + b"t.",
+    "tensors without end": TENSORS + b"h\0h\1R" * 300_000 + b"t.",
+    "the same pairs again and again": FORMAT_1 + PAIRS + b"h\1h\0\x85R" * 9_000 + b"tu.",
+    "steps without end": b"N" * (MAX_PICKLE - 100) + b".",
 }
 MEASURE = """
 import json, resource, sys, time
@@ -479,7 +452,6 @@ def test_flipped_bytes_give_one_line_or_the_content(tmp_path, form):
 
 
 def test_path_that_is_not_a_file_is_refused(tmp_path):
-    os.mkdir(tmp_path / "folder")
     os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        assert "it is not a file" in outcome(tmp_path / name)
+    for path in (tmp_path, tmp_path / "pipe"):
+        assert "it is not a file" in outcome(path)

@@ -97,26 +97,15 @@ def tutorial(encoder, encoder_dim):
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     sum(p.sum() for p in decoder.parameters()).backward()
     optimizer.step()
-    return {
-        "epoch": 3,
-        "epochs_since_improvement": 0,
-        "bleu-4": 0.215,
-        "encoder": encoder,
-        "decoder": decoder,
-        "encoder_optimizer": None,
-        "decoder_optimizer": optimizer,
-    }
-
-
-def layers(n, conv="conv3"):
-    return nn.Sequential(*(Layer(conv) for _ in range(n)))
+    state = {"epoch": 3, "epochs_since_improvement": 0, "bleu-4": 0.215, "encoder": encoder}
+    return {**state, "decoder": decoder, "encoder_optimizer": None, "decoder_optimizer": optimizer}
 
 
 def small():
     """Too small to be built, but with the parts that `load` looks for."""
     torch.manual_seed(0)
-    blocks = [nn.Identity() for _ in range(5)]
-    return tutorial(Encoder([nn.BatchNorm2d(2), *blocks, layers(6)]), 3)
+    block = nn.Sequential(*(Layer() for _ in range(6)))
+    return tutorial(Encoder([nn.BatchNorm2d(2), *(nn.Identity() for _ in range(5)), block]), 3)
 
 
 def write(path, state, form="zip"):
@@ -152,42 +141,38 @@ def test_tensors_are_the_modules_and_arguments_come_from_them(path, state, form,
     assert_same(checkpoint["encoder"], state["encoder"])
     assert_same(checkpoint["decoder"], state["decoder"])
     assert checkpoint["encoder_args"] == {"name": "resnet50", "encoded_image_size": 7}
-    assert checkpoint["decoder_args"] == {
-        "attention_dim": 5,
-        "embed_dim": 4,
-        "decoder_dim": 6,
-        "vocab_size": 6,
-        "encoder_dim": 3,
-        "dropout": 0.3,
-        "encoded_image_size": 7,
-    }
+    sizes = {"attention_dim": 5, "embed_dim": 4, "decoder_dim": 6, "vocab_size": 6}
+    others = {"encoder_dim": 3, "dropout": 0.3, "encoded_image_size": 7}
+    assert checkpoint["decoder_args"] == sizes | others
     assert (checkpoint["format"], checkpoint["word_map"]) == (checkpoints.FORMAT, None)
     assert (checkpoint["epoch"], checkpoint["bleu4"]) == (3, 0.215)
 
 
-def test_odd_values_take_the_tutorials(path, state):
+def test_values_of_another_kind_are_left_out_or_named(path, state):
     for value in (None, "0.2", float("nan"), torch.ones(1)):
         state["bleu-4"] = state["epoch"] = value
         assert load(write(path, state)).keys().isdisjoint(("bleu4", "epoch"))
-    for value in (1.0, -0.1, None, "0.5", 65):
-        state["decoder"].dropout.p = state["encoder"].adaptive_pool.output_size = value
-        checkpoint = load(write(path, state))
-        assert checkpoint["decoder_args"]["dropout"] == 0.5
-        assert checkpoint["encoder_args"]["encoded_image_size"] == 14
+    state["encoder"].adaptive_pool.output_size = 9
+    for value in (-0.1, "0.5", 65):
+        state["decoder"].dropout.p = value
+        refused(write(path, state), "does not hold a complete model")
+    states = {part: state[part].state_dict() for part in ("encoder", "decoder")}
+    state["decoder"].dropout.p = 0.0
+    for models_, size, dropout in ((state, 9, 0), (states, 14, 0.5)):
+        checkpoint = load(write(path, models_))
+        assert checkpoint["encoder_args"]["encoded_image_size"] == size
+        assert checkpoint["decoder_args"]["encoded_image_size"] == size
+        assert checkpoint["decoder_args"]["dropout"] == dropout
 
 
 def test_backbone_is_recognised_by_its_third_block(path, state):
-    for conv, n, name in (
-        ("conv2", 2, "resnet18"),
-        ("conv2", 6, "resnet34"),
-        ("conv3", 6, "resnet50"),
-        ("conv3", 23, "resnet101"),
-        ("conv3", 36, "resnet152"),
-    ):
-        state["encoder"].resnet[6] = layers(n, conv)
+    counts = {"resnet18": 2, "resnet34": 6, "resnet50": 6, "resnet101": 23, "resnet152": 36}
+    for name, n in counts.items():
+        conv = "conv2" if name in ("resnet18", "resnet34") else "conv3"
+        state["encoder"].resnet[6] = nn.Sequential(*(Layer(conv) for _ in range(n)))
         assert load(write(path, state))["encoder_args"]["name"] == name
-    state["encoder"].resnet[6] = layers(5)
-    refused(write(path, state), "not a ResNet of torchvision", "5 layers")
+    state["encoder"].resnet[6] = nn.Sequential(*(Layer() for _ in range(5)))
+    refused(write(path, state), "no ResNet of torchvision has 5 layers")
 
 
 def test_old_file_captions_after_conversion(path, as_models, monkeypatch, capsys):
@@ -276,14 +261,10 @@ def test_what_is_missing_or_misshapen_is_named(path, state):
         decoder.fc.bias = wrong
         refused(write(path, state), "does not hold a complete model", "fc.bias")
     decoder.fc.bias, decoder.embedding = bias, None
-    refused(write(path, state), "lacks the decoder's matrix embedding.weight")
+    refused(write(path, state), "lacks 'embedding.weight'")
     decoder.embedding = embedding
     for name in ("encoder", "decoder"):
         refused(write(path, {**state, name: {"fc.bias": 1}}), f"has no module {name}")
-        refused(
-            write(path, {key: x for key, x in state.items() if key != name}),
-            f"has no module {name}",
-        )
 
 
 class Call:
@@ -296,39 +277,34 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, state, form):
+def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, state):
     proof = path.parent / "proof"
-    evil, p = Call(os.system, f"touch {proof}"), state["decoder"].dropout.p
-    for part in ("decoder", "decoder_optimizer", "epoch"):
-        changed = {**state} if part == "decoder" else {**state, part: evil}
-        state["decoder"].dropout.p = evil if part == "decoder" else p
-        refused(write(path, changed, form), " posix.system, which", "nothing in the file was run")
-        assert not proof.exists()
-    module = {"format": 1, "encoder": nn.Linear(2, 3)}
-    refused(write(path, module, form), "torch.nn.modules.linear.Linear", "nothing in the file was")
+    state["decoder"].dropout.p = Call(os.system, f"touch {proof}")
+    refused(write(path, state), " posix.system, which", "nothing in the file was run")
+    assert not proof.exists()
 
 
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n)R"
+MODULES, PUT = LINEAR + b"}U\x08_modules}", b"r\xff\0\0\0"
+SHARED = b"(}(" + b"".join(b"U\5%05dN" % i for i in range(60_000)) + b"uq\0"
+MANY = [b"U\5%05d" % i + LINEAR + b"}U\x0b_parametersh\0sb" for i in range(20_000)]
+TWICE = [MODULES + b"(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1) for i in range(60)]
 TREES = {  # pickles that put a module into place 255 of the memo
-    "in itself": LINEAR + b"r\xff\0\0\0}U\x08_modules}U\1aj\xff\0\0\0ssb",
+    "in itself": LINEAR + PUT + b"}U\x08_modules}U\1aj\xff\0\0\0ssb",
     "deep": LINEAR
-    + b"r\xff\0\0\0"
-    + b"}U\x08_modules}U\1a"
-    + (LINEAR + b"}U\x08_modules}U\1a") * 5000
+    + PUT
+    + MODULES[len(LINEAR) :]
+    + b"U\1a"
+    + (MODULES + b"U\1a") * 5000
     + LINEAR
     + b"ssb" * 5001,
-    "twice in each": b"("
+    "twice in each": b"(" + LINEAR + b"q\0" + b"".join(TWICE) + PUT + b"t",
+    "one large dictionary in each": SHARED
     + LINEAR
-    + b"q\0"
-    + b"".join(LINEAR + b"}U\x08_modules}(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1) for i in range(60))
-    + b"r\xff\0\0\0t",
-    "one large dictionary in each": b"(}("
-    + b"".join(b"U\5%05dN" % i for i in range(60_000))
-    + b"uq\0"
-    + LINEAR
-    + b"r\xff\0\0\0}U\x08_modules}("
-    + b"".join(b"U\5%05d" % i + LINEAR + b"}U\x0b_parametersh\0sb" for i in range(20_000))
+    + PUT
+    + MODULES[len(LINEAR) :]
+    + b"("
+    + b"".join(MANY)
     + b"usbt",
 }
 
@@ -340,9 +316,9 @@ def test_endless_tree_of_modules_is_refused(path, kind):
     refused(path, "an endless tree of modules")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_truncated_old_file_is_damaged(path, state, form):
-    data = write(path, state, form).read_bytes()
-    for length in [*range(0, 200, 19), *range(200, len(data), len(data) // 40), len(data) - 1]:
-        path.write_bytes(data[:length])
-        refused(path)
+def test_truncated_file_is_damaged(path, state):
+    for form in FORMS:
+        data = write(path, state, form).read_bytes()
+        for length in [0, 19, *range(200, len(data), len(data) // 20), len(data) - 1]:
+            path.write_bytes(data[:length])
+            refused(path)
