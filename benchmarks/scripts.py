@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from preprocessing.feature_cache import cache_features
 
 from benchmarks.measuring import compare
 from benchmarks.model import COCO_IMAGES, write_data_set
@@ -23,6 +22,7 @@ from modeling.backbones import fold_batchnorm
 from modeling.devices import autocast
 from models import Encoder
 from preprocessing.input_files import create_input_files
+from training.feature_cache import cache_features
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
