@@ -94,6 +94,23 @@ def open_hdf5(path):
 
 
 @contextmanager
+def writing_hdf5(path, next_step):
+    """Turn the error of a full or read-only disk into a UserError that says the next step."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failed = error
+        while isinstance(failed, RuntimeError):  # of h5py, closing the file after such an OSError
+            failed = failed.__context__
+        if not isinstance(failed, OSError) or isinstance(
+            failed, (BrokenPipeError, BlockingIOError)
+        ):
+            raise
+        reason = os.strerror(failed.errno) if failed.errno else failed
+        raise UserError(f"{path} cannot be written: {reason}; {next_step}") from None
+
+
+@contextmanager
 def _reading(path):
     """Turn any error while a file of create_input_files.py is read into a UserError naming it."""
     try:

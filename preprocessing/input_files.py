@@ -15,7 +15,7 @@ from typing import NamedTuple
 import h5py
 from tqdm import tqdm
 
-from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file
+from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, writing_hdf5
 from preprocessing.images import read_image
 from preprocessing.karpathy import read_karpathy, read_sources
 from preprocessing.processes import map_in_processes
@@ -292,7 +292,8 @@ def create_input_files(
     _check_bad_images(splits, missing, skip_bad_images)
     _check_words(_training_captions(splits), min_word_freq)
     workers = os.cpu_count() if workers is None else workers
-    with _appearing_together(output_folder, name) as folder:
+    disk = writing_hdf5(output_folder, "free up space, or pass another --output_folder")
+    with disk, _appearing_together(output_folder, name) as folder:
         splits, unreadable = _store_images(folder, name, splits, options, workers)
         bad = missing + unreadable
         _check_bad_images(splits, bad, skip_bad_images)

@@ -4,8 +4,10 @@ its features are kept on disk, in RAM or on the GPU.
 """
 
 import copy
+import errno
 import hashlib
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets import open_hdf5
+from datasets import open_hdf5, writing_hdf5
 from modeling.backbones import fold_batchnorm
 from utils import UserError
 
@@ -46,20 +48,19 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     with torch.inference_mode():
         encoded = encoder.cells(images[np.arange(1)].images.to(device))
     unfinished = path.with_name(f".unfinished_{path.name}")
+    next_step = (
+        "run the same command to continue, or pass --features_folder, a folder for it, or "
+        "--no-cache_features"
+    )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_unfinished(unfinished, (len(images), *encoded.shape[1:])) as file:
-            _encode_remaining(file, images, encoder, device, batch_size)
-        os.replace(unfinished, path)
+        with writing_hdf5(path, next_step):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _open_unfinished(unfinished, (len(images), *encoded.shape[1:])) as file:
+                _encode_remaining(file, images, encoder, device, batch_size)
+            os.replace(unfinished, path)
     except BlockingIOError:  # HDF5 locks a file while it is written
         raise UserError(
             f"{path} is being written by another process; wait for it, or pass --no-cache_features"
-        ) from None
-    except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]
-        raise UserError(
-            f"{path} cannot be written: {reason}; run the same command to continue, or pass "
-            f"--features_folder, a folder for it, or --no-cache_features"
         ) from None
     return path
 
@@ -74,8 +75,12 @@ def _open_unfinished(path, shape):
     file = h5py.File(path, "r+" if whole else "w", locking="best-effort")
     if not whole:
         # Without times, the same content gives the same bytes.
-        file.create_dataset("features", shape, np.float16, track_times=False)
+        features = file.create_dataset("features", shape, np.float16, track_times=False)
         file.attrs["done"] = 0
+        if features.nbytes > shutil.disk_usage(path.parent).free:
+            file.close()
+            path.unlink()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return file
 
 

@@ -273,7 +273,7 @@ def test_a_run_that_fails_leaves_the_files_of_an_earlier_one_and_no_others(
         return write_json(path, content)
 
     monkeypatch.setattr(input_files, "write_json", fail)
-    with pytest.raises((KeyboardInterrupt, UserError, OSError)):
+    with pytest.raises((KeyboardInterrupt, UserError)):
         create(tmp_path, many_entries(), overwrite=True)
     assert contents(tmp_path / "out") == before
 
@@ -287,7 +287,7 @@ def test_no_word_map_stands_beside_files_that_were_not_all_moved(tmp_path, monke
         return replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="out cannot be written: No space left.*--output_folder"):
         create(tmp_path, many_entries(), overwrite=True)
     left = set(contents(tmp_path / "out"))
     assert f"TRAIN_IMAGES_{NAME}.hdf5" in left and f"WORDMAP_{NAME}.json" not in left
@@ -303,6 +303,18 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     create(tmp_path, ONE_PER_SPLIT)
     other.rmdir()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    path = prepare(tmp_path, many_entries())
+    command = [sys.executable, ROOT / "create_input_files.py", "--karpathy_json", path]
+    command += ["--image_folder", tmp_path / "images", "--output_folder", tmp_path / "out"]
+    command += ["--min_word_freq", "0", "--workers", "0"]
+    limited = f"ulimit -f 500; exec {' '.join(map(str, command))}"  # no file of more than 512 kB
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "out cannot be written: File too large" in done.stderr
+    assert not os.listdir(tmp_path / "out")
 
 
 def start_slow_run(tmp_path, n=100):

@@ -233,6 +233,14 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_option_for_another(
         cache_features(small[0], encoder, "cpu")
 
 
+def test_full_disk_is_noticed_beforehand(small, encoder, monkeypatch):
+    files = beside(small[0])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match="No space left.*--features_folder"):
+        cache_features(small[0], encoder, "cpu")
+    assert beside(small[0]) == files
+
+
 def test_cache_can_be_kept_in_another_folder(small, encoder, tmp_path):
     before = beside(small[0])
     path = cache_features(small[0], encoder, "cpu", folder=tmp_path / "a" / "b")
