@@ -22,15 +22,12 @@ from utils import (
 )
 
 # The settings that belong to a process, and so to the program that imports our modules.
-PREAMBLE = f"""
-import contextlib, importlib, os, signal, sys, warnings
-sys.path.insert(0, {str(ROOT)!r})
-import torch
+SETTINGS = """
+import contextlib, importlib, signal, warnings, torch
 from PIL import Image, PngImagePlugin
-import utils
 
 def settings():
-    return {{
+    return {
         "matmul": torch.get_float32_matmul_precision(),
         "denormals": bool(torch.tensor([1e-40]) * 1 != 0),
         "warnings": [str(entry) for entry in warnings.filters],
@@ -38,12 +35,13 @@ def settings():
         "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
         "Pillow": [PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS],
         "streams": [(id(s), s.encoding, s.errors) for s in (sys.stdout, sys.stderr)],
-    }}
+    }
 """
 
 
 def run_code(code, *arguments, exit_code=0):
-    command = [sys.executable, "-c", PREAMBLE + code, *map(str, arguments)]
+    code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport utils\n{code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == exit_code, done.stderr.decode()
@@ -139,7 +137,7 @@ def test_a_closed_pipe_ends_a_script_without_a_word():
 
 
 def test_a_script_sets_up_its_process_and_prints_utf_8_whatever_the_console_is():
-    done = run_code(r"""
+    code = r"""
 def main():
     found = settings()
     assert found["matmul"] == "high" and not found["denormals"] and found["excepthook"]
@@ -148,7 +146,8 @@ def main():
     assert sum("PIL" in entry or "Glyph" in entry for entry in found["warnings"]) == 2
     print("– 猫 \ud800")
 utils.run_script(main)
-""")
+"""
+    done = run_code(SETTINGS + code)
     assert done.stdout.split() == ["–".encode(), "猫".encode(), b"\\ud800"]
 
 
@@ -160,7 +159,7 @@ def test_importing_every_module_and_captioning_changes_no_setting_of_the_process
         if path.stem not in ("__init__", "hubconf")
     ]
     assert {"train", "utils", "preprocessing.images", "visualization.figures"} <= set(names)
-    run_code(f"""
+    code = f"""
 for name in ("imageio", "matplotlib", "nltk", "skimage", "timm", "torchvision"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)  # these have warnings filters of their own
@@ -171,4 +170,5 @@ for name in {[*names, "hubconf"]}:  # the last, since it hides the others
 from caption import Captioner
 Captioner(device="cpu")({str(ROOT / "docs/examples/cat.jpg")!r})
 assert settings() == before, [(x, y) for x, y in zip(settings().items(), before.items()) if x != y]
-""")
+"""
+    run_code(SETTINGS + code)
