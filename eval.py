@@ -71,17 +71,15 @@ def get_args(argv=None):
         parser.error("--compare prints a table; leave --report and --results out")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
-    if args.report and not args.metrics:
-        args.metrics = ["all"]
     if args.report or args.compare:
-        args.bootstrap = args.bootstrap or 1000
+        args.metrics, args.bootstrap = args.metrics or ["all"], args.bootstrap or 1000
     args.search = search_options(args)
     if args.sample:
         args.beam_sizes = [1]  # a row: sampling knows no beams
-    groups = args.metrics or ["all" if args.compare else "bleu"]
-    args.names = [name for name in NAMES if any(name in GROUPS[group] for group in groups)]
+    wanted = {name for group in args.metrics or ["bleu"] for name in GROUPS[group]}
+    args.names = [name for name in NAMES if name in wanted]
     # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
-    args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
+    args.tokens = args.tokens or (None if args.metrics else "data")
     return args
 
 

@@ -66,7 +66,7 @@ def bleu_from_sums(sums, order, min_precision=0.0):
 
 
 class TfIdfVector(NamedTuple):
-    """A caption's TF-IDF weights, which CIDEr compares"""
+    """What CIDEr compares"""
 
     weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
     norms: list  # the Euclidean norms of the 4 weight vectors
@@ -112,9 +112,9 @@ def cider(candidate: TfIdfVector, references: list[TfIdfVector]) -> float:
 
 def cider_d(candidate: TfIdfVector, references: list[TfIdfVector], sigma: float = 6.0) -> float:
     """
-    CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): the caption's weights are
-    clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
-    the score (a Gaussian; sigma in words). coco-caption prints this as "CIDEr".
+    CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): weights are clipped to the
+    reference's, so repeating a word gains nothing, and a difference in length lowers the score (a
+    Gaussian; sigma in words). coco-caption prints this as "CIDEr".
     """
     cosines = [
         sum(_cosines(candidate, reference, clip=True))

@@ -54,9 +54,8 @@ def evaluate_captions(title, by_beam, data, training, args):
     Score captions. Returns an Evaluation. The metrics of a source are those of its images alone,
     also in the document frequencies of CIDEr.
 
-    by_beam: per beam size the captions of all images, as `captions.caption_split` returns them
-    data: the CaptionDataset; training: its training captions, a set of tuples of words, or None
-    args: eval.py's options
+    by_beam: as `captions.caption_split` returns it; data: the CaptionDataset; training: its
+    training captions, a set of tuples of words, or None; args: eval.py's options
     """
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
@@ -68,23 +67,18 @@ def evaluate_captions(title, by_beam, data, training, args):
     has_objects, sources = bool(object_nouns(data)), {}
     for i in range(len(data)):
         sources.setdefault(data.entry(i).get("source"), []).append(i)
-    if len(sources) == 1:
-        sources = {}  # its row would be that of all
-    beams = [[] for _ in by_beam]
-    for source, images in (sources | {None: range(len(data))}).items():
-        [own], own_systems = _select(images, [references]), _select(images, systems)
-        own_novel = novel and _select(images, novel)
-        measured, missing = scores.measure(own_systems, own, args.names, own_novel)
-        own_captions = _select(images, by_beam)
-        for rows, beam_size, captions, metrics in zip(
-            beams, args.beam_sizes, own_captions, measured
-        ):
+    several, beams = len(sources) > 1, [[] for _ in by_beam]
+    for source, images in ((sources if several else {}) | {None: range(len(data))}).items():
+        [texts], novel_here = _select(images, [references]), novel and _select(images, novel)
+        measured, missing = scores.measure(_select(images, systems), texts, args.names, novel_here)
+        rows = zip(beams, args.beam_sizes, _select(images, by_beam), measured)
+        for found, beam_size, captions, metrics in rows:
             intervals = None
             if args.bootstrap:
                 drawn = scores.resample(metrics, args.bootstrap, args.seed)
                 intervals = {name: scores.interval(values) for name, values in drawn.items()}
             attention = attention_accuracy(captions) if has_objects else None
-            rows.append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
+            found.append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
     notes = ([ATTENTION] if has_objects else []) + footnotes(args, tokens, missing)
@@ -98,13 +92,13 @@ def _select(images, columns):
 def footnotes(args, tokens, missing):
     """Lines that explain the columns and the intervals; arguments as in `evaluate_captions`."""
     notes = []
-    if args.metrics or args.compare:
+    if args.metrics:
         notes.append(f"tokens: {tokens}")
         notes += [EXPLAINED[name] for name in args.names if name in {*EXPLAINED} - {*missing}]
         notes += [f"{name}: –, {reason}" for name, reason in missing.items()]
     if args.bootstrap:
-        sets = f"{args.bootstrap} resamples of the images, seed {args.seed}"
-        notes.append(f"low, high: 95 % interval, {sets}")
+        drawn = f"{args.bootstrap} resamples of the images, seed {args.seed}"
+        notes.append(f"low, high: 95 % interval, {drawn}")
         if set(scores.CIDER) & set(args.names):
             notes.append("CIDEr's document frequencies are those of all images in every resample")
     return notes

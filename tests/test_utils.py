@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +14,7 @@ from factories import ROOT
 from utils import (
     Number,
     UserError,
+    atomic_write,
     exclusive_lock,
     positive_int,
     printable,
@@ -53,6 +55,9 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
     write_json(path, [1])
     with pytest.raises(TypeError):
         write_json(path, [object()])
+    with pytest.raises(ValueError), atomic_write(path) as temporary:
+        Path(temporary).write_text("half")
+        raise ValueError
     assert read_json(path) == [1] and list(tmp_path.iterdir()) == [path]
     half = "with utils.atomic_write(sys.argv[1]) as temporary:\n"
     half += "    open(temporary, 'w').write('half of a longer file')\n    os._exit(9)"
