@@ -17,7 +17,7 @@ from datasets import CaptionDataset, add_data_options, find_data_name
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
 from evaluation.results import write_results
-from evaluation.scores import NAMES, parse_names, scores_by_image
+from evaluation.scores import GROUPS, NAMES, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
 from modeling.devices import distributed, set_seed
 from utils import (
@@ -48,7 +48,7 @@ def get_args(argv=None):
     text = "one row of the table for each; 1 is greedy decoding"
     add("--beam_sizes", type=positive_int, nargs="+", default=[1, 3, 5], help=text)
     text = f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given"
-    add("--metrics", nargs="+", metavar="NAME", help=text)
+    add("--metrics", nargs="+", metavar="NAME", type=str.lower, choices=GROUPS, help=text)
     text = "the PTB tokenizer's words (default for --metrics if there is Java) or the data set's"
     add("--tokens", choices=("ptb", "data"), help=text)
     text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
@@ -59,10 +59,8 @@ def get_args(argv=None):
     add("--results", metavar="FILE", help=text)
     text = "write the table, or that of --compare, for a paper: .tex (booktabs) or .md"
     add("--table", metavar="FILE", help=text)
-    text = (
-        "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
-        "1000), caption lengths, and the best, worst and random images at the last beam size"
-    )
+    text = "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
+    text += "1000), caption lengths, and the best, worst and random images at the last beam size"
     add("--report", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"
     add("--image_folder", help=text)
@@ -73,16 +71,15 @@ def get_args(argv=None):
         parser.error("--compare prints a table; leave --report and --results out")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
-    if args.report and not args.metrics:
-        args.metrics = ["all"]
     if args.report or args.compare:
-        args.bootstrap = args.bootstrap or 1000
+        args.metrics, args.bootstrap = args.metrics or ["all"], args.bootstrap or 1000
     args.search = search_options(args)
     if args.sample:
         args.beam_sizes = [1]  # a row: sampling knows no beams
-    args.names = parse_names(args.metrics or ["all" if args.compare else "bleu"])
+    wanted = {name for group in args.metrics or ["bleu"] for name in GROUPS[group]}
+    args.names = [name for name in NAMES if name in wanted]
     # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
-    args.tokens = args.tokens or (None if args.metrics or args.compare else "data")
+    args.tokens = args.tokens or (None if args.metrics else "data")
     return args
 
 
@@ -90,8 +87,7 @@ def main(argv=None):
     args = get_args(argv)
     check_outputs(args)
     if args.compare:
-        compare(*args.compare, args)
-        return
+        return compare(*args.compare, args)
     with distributed(args.device) as processes:
         set_seed(args.seed + processes.rank)
         evaluate(args, processes)
@@ -99,7 +95,8 @@ def main(argv=None):
 
 def check_outputs(args):
     """UserError if an output file cannot be written; checked before any work."""
-    for option in ("results", "report", "table"):
+    suffixes = {"results": "", "report": (".html", ".htm"), "table": (".tex", ".md")}
+    for option, endings in suffixes.items():
         if (file := getattr(args, option)) is None:
             continue
         folder = Path(file).resolve().parent
@@ -107,10 +104,8 @@ def check_outputs(args):
             raise UserError(f"--{option} {file}: {folder} is no folder to write to; pass another")
         if Path(file).exists() and not Path(file).is_file():
             raise UserError(f"--{option} {file} is not a file; pass another name")
-    if args.table and not args.table.lower().endswith((".tex", ".md")):
-        raise UserError(f"--table {args.table} must end in .tex or .md")
-    if args.report and not args.report.lower().endswith((".html", ".htm")):
-        raise UserError(f"--report {args.report} is a web page, its name must end in .html")
+        if not file.lower().endswith(endings):
+            raise UserError(f"--{option} {file} must end in {' or '.join(endings)}")
 
 
 def evaluate(args, processes):
@@ -141,13 +136,12 @@ def evaluate(args, processes):
     if args.table:
         write_table(args.table, table_rows(evaluation), [title, *evaluation.notes])
     print_evaluation(evaluation)
-    for what, file in (
-        ("the table is", args.table),
-        (f"captions at beam {args.beam_sizes[-1]} are in", args.results),
-        ("the report is", args.report),
-    ):
-        if file:
-            print(what, file)
+    if args.table:
+        print("the table is", args.table)
+    if args.results:
+        print(f"captions at beam {args.beam_sizes[-1]} are in", args.results)
+    if args.report:
+        print("the report is", args.report)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,23 @@ import argparse
 import ctypes
 import io
 import json
-import operator
 import os
 import re
 import sys
 import warnings
 from contextlib import contextmanager, suppress
+from operator import ge, gt, le, lt
+from pathlib import Path
 
 AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 MAX_INT = 2**31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def printable(text):
-    """
-    The text on one line: control characters, which a terminal would obey, and halves of surrogate
-    pairs, which UTF-8 lacks, are written as escapes.
-    """
+    """The text on one line: control characters and halves of surrogate pairs become escapes."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -35,10 +33,7 @@ def count(number, noun, plural=None):
 
 
 class UserError(Exception):
-    """
-    A user's mistake: one line that names the file, the value and the next step. details: further
-    lines, such as a reason for each of several files
-    """
+    """A user's mistake: a line that names the file, the value and the next step; details: more."""
 
     def __init__(self, message, details=()):
         super().__init__("\n  ".join(map(printable, (message, *details))))
@@ -71,8 +66,7 @@ def run_script(main):
 
 def set_up_process():
     """
-    The settings that hold for a script's whole process. Nothing else in this repository changes
-    them, so that a program which imports its modules keeps its own.
+    The settings of a script's whole process. Importing a module of this repository changes none.
     """
     for stream in (sys.stdout, sys.stderr):
         # Any text can be printed: files and pipes get UTF-8, a terminal escapes for what it lacks.
@@ -86,7 +80,11 @@ def set_up_process():
         # Numbers below 1e-38 become 0: sharp attention is full of them, and on a CPU they take 10
         # times as long as other numbers.
         torch.set_flush_denormal(True)
-        _keep_freed_memory()
+        # glibc gives large freed blocks back to the system, which clears each page again when it is
+        # next touched: an eighth to a quarter of a training step on a CPU.
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)
+            libc.mallopt(_M_MMAP_MAX, 0)
     from PIL import PngImagePlugin
 
     # Text and colour profiles of a PNG need not be small: the pixels are what counts.
@@ -97,44 +95,25 @@ def set_up_process():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
-def _keep_freed_memory():
-    """
-    Let glibc keep memory that was freed for what is allocated next. By default it gives large
-    blocks back to the system, which clears each page again when it is touched: that was found to
-    take an eighth to a quarter of a training step on a CPU.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        libc.mallopt(_M_MMAP_MAX, 0)
-
-
 # Options
 
 
 class Number:
-    """
-    An argparse type: an int or a float within bounds. NaN is rejected.
+    """An argparse type: an int or a float within bounds, of which above and below are exclusive."""
 
-    bounds: least and most, inclusive; above and below, exclusive
-    """
-
-    CHECKS = {
-        "least": ("at least", operator.ge),
-        "above": ("above", operator.gt),
-        "most": ("at most", operator.le),
-        "below": ("below", operator.lt),
-    }
-
-    def __init__(self, kind, **bounds):
-        self.kind, self.bounds = kind, bounds
+    def __init__(self, kind, least=None, most=None, above=None, below=None):
+        self.kind = kind
         self.__name__ = kind.__name__  # argparse names it in "invalid int value"
+        if kind is int and most is None:
+            most = MAX_INT
+        bounds = {"at least": least, "above": above, "at most": most, "below": below}
+        self.bounds = {words: bound for words, bound in bounds.items() if bound is not None}
 
     def __call__(self, text):
         value = self.kind(text)
-        too_large = self.kind is int and value > MAX_INT
-        bounds = {"most": MAX_INT} if too_large else self.bounds
-        if not all(self.CHECKS[name][1](value, bound) for name, bound in bounds.items()):
-            allowed = " and ".join(f"{self.CHECKS[name][0]} {bounds[name]}" for name in bounds)
+        holds = {"at least": ge, "above": gt, "at most": le, "below": lt}  # false for NaN
+        if not all(holds[words](value, bound) for words, bound in self.bounds.items()):
+            allowed = " and ".join(f"{words} {bound}" for words, bound in self.bounds.items())
             raise argparse.ArgumentTypeError(f"is {value}, it must be {allowed}")
         return value
 
@@ -171,7 +150,7 @@ class Parser(argparse.ArgumentParser):
         return {action.dest: action.default for action in self._actions if action.dest != "help"}
 
     def parse_given(self, argv):
-        """The options that argv has, by name, without defaults for the others."""
+        """The options that argv has, by name, without the defaults of the others."""
         missing = object()
         args = argparse.Namespace(**dict.fromkeys(self.options(), missing))
         self.parse_args(argv, args)
@@ -179,21 +158,19 @@ class Parser(argparse.ArgumentParser):
 
     def set_options_from(self, source, values):
         """
-        Take these values, by option name, as defaults; unknown names are ignored. Raises UserError,
+        Take these values as defaults, {option: value}; unknown names are ignored. Raises UserError,
         which names the file `source`, for a choice that its option does not have.
         """
         for action in self._actions:
-            value = values.get(action.dest)
-            if action.choices and value not in (None, *action.choices):
-                raise UserError(f"{source} is damaged: its option {action.dest} is {value!r}")
-        known = self.options()
-        self.set_defaults(**{name: value for name, value in values.items() if name in known})
+            if action.dest in values:
+                value = values[action.dest]
+                if action.choices and value not in (None, *action.choices):
+                    raise UserError(f"{source} is damaged: its option {action.dest} is {value!r}")
+                self.set_defaults(**{action.dest: value})
 
 
 def add_device_options(parser):
-    """
-    --device and --amp, which `find_device` and `autocast` of modeling/devices.py take, and --plain
-    """
+    """--device and --amp, which modeling/devices.py takes, and --plain."""
     add = parser.add_argument
     add("--device", help="cuda, cuda:1, cpu, mps; if not given, a GPU of CUDA, else the CPU")
     add("--amp", choices=AMP, help="multiply matrices in half precision; float32 if not given")
@@ -202,17 +179,12 @@ def add_device_options(parser):
 
 
 def add_search_options(parser, no_unk=False):
-    """
-    The options of the search for captions, see `search_options`; no_unk: the default of --no_unk
-    """
+    """The options of the search for captions; no_unk: the default of --no_unk."""
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=positive_int, default=50, help="longest caption, in words")
-    add(
-        "--length_penalty",
-        type=Number(float, least=0, most=MAX_LENGTH_PENALTY),
-        default=0.0,
-        help="rank captions by their score over length to this power; 1: mean per word",
-    )
+    power = Number(float, least=0, most=MAX_LENGTH_PENALTY)
+    text = "rank captions by their score over length to this power; 1: mean per word"
+    add("--length_penalty", type=power, default=0.0, help=text)
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
     text = "say <unk> where no known word is as likely, as in the tutorial"
     add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS, help=text)
@@ -229,10 +201,7 @@ def add_search_options(parser, no_unk=False):
 
 
 def search_options(args):
-    """
-    The fields of a `modeling.beam_search.Search` that the options of `add_search_options` set;
-    UserError if they contradict each other.
-    """
+    """These options as fields of a `modeling.beam_search.Search`; UserError if they contradict."""
     hard = args.attention == "hard"
     if args.sample and (args.length_penalty or hard):
         raise UserError("--length_penalty and --attention hard are not for --sample; leave one out")
@@ -269,16 +238,6 @@ def atomic_write(path):
         raise
 
 
-def sync_folder(folder):
-    """Flush a folder to disk: a renamed file is safe only once its folder is."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def check_is_file(path):
     """UserError if `path` is a folder, a device or a pipe, which might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -288,25 +247,20 @@ def check_is_file(path):
 
 def read_text(path, next_step=""):
     """
-    The text of a UTF-8 file, with or without a byte order mark.
-
-    Raises UserError if it cannot be read; `next_step` says what to do about a missing file.
+    The text of a UTF-8 file, with or without a byte order mark. UserError for a file that is
+    missing, after which the user should take the `next_step`, or that holds no such text.
     """
     check_is_file(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} not found" + f"; {next_step}" * bool(next_step)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except (OSError, ValueError) as error:  # no permission, a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def read_json(path, next_step=""):
-    """The object in a JSON file; UserError if the file is missing or broken."""
+    """The object in a JSON file; UserError as in `read_text`, or if the file is broken."""
     text = read_text(path, next_step)
     try:
         return json.loads(text)
@@ -324,12 +278,12 @@ def broken_json(path, error, line=None):
 
 
 def write_json(path, content):
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content))  # json.dump would use the slow encoder
+    with atomic_write(path) as temporary:  # json.dump would use the slow encoder
+        Path(temporary).write_text(json.dumps(content), encoding="utf-8")
 
 
 @contextmanager
-def exclusive_lock(path, busy, timeout=0.5):
+def exclusive_lock(path, busy, timeout):
     """
     Hold the lock file `path` while the block runs; UserError with the message `busy` if another
     process still holds it after `timeout` seconds. The system releases that of a killed process.
@@ -338,7 +292,7 @@ def exclusive_lock(path, busy, timeout=0.5):
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)  # workers of a killed run hold it a moment longer
+        lock.acquire(timeout=timeout)
     except Timeout:
         raise UserError(busy) from None
     except (NotImplementedError, OSError) as error:  # some network disks have no locks

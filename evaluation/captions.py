@@ -38,33 +38,25 @@ def caption_split(model, data, args, processes):
     """
     Caption every image once at each of args.beam_sizes; each process takes its share.
 
-    model: encoder, decoder and word map, as `checkpoints.load_captioner` returns them; the data
-    set's own word map is not needed
-    data: the CaptionDataset of the split
+    model: encoder, decoder and word map, as `checkpoints.load_captioner` returns them
+    data: the CaptionDataset of the split, whose own word map is not needed
     args: eval.py's options
 
     Returns for each beam size the ImageCaptions of all images, in every process.
     """
     encoder, decoder, word_map, *_ = model
     decoder.plain = args.plain
-    if (size := encoder.args["image_size"]) != data.image_size:
-        processes.print(
-            f"the model was trained on images of {size} pixels, these are of {data.image_size}"
-        )
+    if (size := encoder.args["image_size"]) != (given := data.image_size):
+        processes.print(f"the model was trained on images of {size} pixels, these are of {given}")
     words_of = {i: word for word, i in word_map.items()}
     nouns = object_nouns(data)
     offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else of no use
-    batches = ResumableBatchSampler(
-        len(data), args.batch_size, False, 0, processes.rank, processes.world_size
-    )
-    pinned = processes.device.type == "cuda"
-    loader = DataLoader(
-        data, sampler=batches, batch_size=None, num_workers=args.workers, pin_memory=pinned
-    )
-    hidden = None if processes.is_main else True
-    bar = tqdm(load_batches(loader), args.split, len(batches), unit="batch", disable=hidden)
-    found = []
-    for images, _, _, indices in bar:
+    rank, world_size = processes.rank, processes.world_size
+    batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, rank, world_size)
+    options = {"num_workers": args.workers, "pin_memory": processes.device.type == "cuda"}
+    loaded = load_batches(DataLoader(data, sampler=batches, batch_size=None, **options))
+    hidden, found = None if processes.is_main else True, []
+    for images, *_, indices in tqdm(loaded, args.split, len(batches), unit="batch", disable=hidden):
         with autocast(processes.device, args.amp):
             features = encoder.cells(images.to(processes.device, non_blocking=True))
             searches = [
@@ -88,12 +80,8 @@ def caption_split(model, data, args, processes):
 
 def object_nouns(data):
     """The words that name objects in this data set; empty if it has no boxes of objects"""
-    return {
-        noun
-        for i in range(len(data))
-        for obj in data.entry(i).get("objects", [])
-        for noun in obj["words"]
-    }
+    objects = [obj for i in range(len(data)) for obj in data.entry(i).get("objects", [])]
+    return {noun for obj in objects for noun in obj["words"]}
 
 
 def read_training_captions(data_folder, data_name):
@@ -104,7 +92,4 @@ def read_training_captions(data_folder, data_name):
     try:
         return {tuple(words) for entry in read_json(path) for words in entry["references"]}
     except (TypeError, KeyError):
-        raise UserError(
-            f"{path} is not a list of images with references, lists of words; run "
-            f"create_input_files.py again"
-        ) from None
+        raise UserError(f"{path} is damaged; run create_input_files.py again") from None

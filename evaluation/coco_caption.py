@@ -59,25 +59,22 @@ def tokenize(captions):
 
 def meteor(references, systems):
     """
-    METEOR, 0..1: per system that of all N images, and a list of those of each image alone.
-    references: per image a list of captions; systems: each N captions; a caption is a list of words
+    METEOR, 0..1: per system that of all N images, and a list of those of each image alone. Raises
+    JavaError.
 
-    METEOR takes 2 GB of memory and some seconds to load its paraphrases. Raises JavaError.
+    references: per image a list of captions; systems: each N captions; a caption is a list of words
     """
+    folder = program_folder("meteor")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, errors = program_folder("meteor"), Path(scratch, "errors")
+        errors = Path(scratch, "errors")
         # METEOR takes the path of its program from a URL without decoding it, so it would not find
         # its data under a path with a space, % or é.
         if not re.fullmatch(r"[\w./-]+", str(folder), re.ASCII):
             folder = shutil.copytree(folder, Path(scratch, "meteor"))
         program = ("-Xmx2G", "-jar", f"{folder}/meteor-1.5.jar", *"- - -stdio -l en -norm".split())
         with open(errors, "wb") as file:
-            process = subprocess.Popen(
-                ["java", *UTF8, *program],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
+            process = subprocess.Popen(["java", *UTF8, *program], **pipes)
         try:
             return [_meteor_of(process, references, captions) for captions in systems]
         except (OSError, ValueError):  # it has exited, or answers with no number

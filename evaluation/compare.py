@@ -4,7 +4,7 @@ import numpy as np
 
 from evaluation import scores
 from evaluation.results import read_results
-from evaluation.table import bootstrap_notes, cell, footnotes, write_table
+from evaluation.table import cell, footnotes, write_table
 from utils import UserError
 
 
@@ -12,10 +12,7 @@ def compare(path_a, path_b, args):
     """
     Print each metric for two files of eval.py --results, their difference with its 95 % interval
     over resamples of the images (the same for both), and the share of resamples in which A is
-    higher.
-
-    args: eval.py's options: names (of the metrics), tokens, bootstrap (resamples), seed, and table,
-    a file to write it to as well, or None
+    higher. args: eval.py's options
     """
     a, b = read_results(path_a), read_results(path_b)
     check_same_images(path_a, a, path_b, b)
@@ -41,11 +38,8 @@ def compare(path_a, path_b, args):
             higher = f"{100 * np.mean((first > second) + (first == second) / 2):.1f} %"
         rows.append([name, *(cell(name, value) for value in values), higher])
         print(f"{name:10}" + "".join(text.rjust(10) for text in rows[-1][1:]))
-    notes = [
-        *footnotes(args.names, tokens, missing),
-        *bootstrap_notes(args.names, args.bootstrap, args.seed),
-        "A higher: share of the resamples, ties counted as halves",
-    ]
+    notes = footnotes(args, tokens, missing)
+    notes.append("A higher: share of the resamples, ties counted as halves")
     print(*notes, sep="\n")
     if args.table:
         write_table(args.table, rows, [title, *notes])
@@ -53,16 +47,15 @@ def compare(path_a, path_b, args):
 
 def check_same_images(path_a, a, path_b, b):
     """UserError unless both files have the same images with the same references."""
+    advice = "caption the same split of the same data set with both models"
     if unshared := a.keys() ^ b.keys():
         image = min(unshared, key=str)
+        only = path_a if image in a else path_b
         raise UserError(
-            f"{path_a} and {path_b} have different images: {image} is only in "
-            f"{path_a if image in a else path_b}, one of {len(unshared)}; caption the same split "
-            f"with both models"
+            f"{path_a} and {path_b} have different images: {image} is only in {only}; {advice}"
         )
     for image in a:
         if sorted(a[image][1]) != sorted(b[image][1]):
             raise UserError(
-                f"image {image} has other references in {path_a} than in {path_b}; "
-                f"caption the same data set with both models"
+                f"image {image} has other references in {path_a} than in {path_b}; {advice}"
             )

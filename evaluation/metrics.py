@@ -1,7 +1,4 @@
-"""
-Metrics: BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention
-accuracy. ROUGE-L and METEOR are pycocoevalcap's: see scores.py and coco_caption.py.
-"""
+"""BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention accuracy."""
 
 import math
 import sys
@@ -22,8 +19,8 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
     """
     Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), unsmoothed, 0..100; equal to NLTK's corpus_bleu.
 
-    references: per image a list of captions, hypotheses: per image one caption; a caption is
-    a list of words (or ids). Empty references are ignored.
+    references: per image a list of captions, of which empty ones are ignored; hypotheses: per image
+    one caption; a caption is a list of words or ids
     """
     sums = np.zeros(10)
     for captions, hypothesis in zip(references, hypotheses):
@@ -36,11 +33,8 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
 
 def bleu_sums(references, hypothesis):
     """
-    What corpus BLEU sums over the images, counted by NLTK: matches (4), n-grams (4), length,
-    closest length of a reference; 10 numbers. From their sum follows the score of a corpus, of a
-    resample of it, and of an image alone.
-
-    references: captions of one image; hypothesis: a caption
+    What corpus BLEU sums over the images: matches (4), n-grams (4), length, closest length of a
+    reference; 10 numbers. references: captions of one image; hypothesis: a caption
     """
     from nltk.translate import bleu_score  # only here: it takes as long as half of torch
 
@@ -56,8 +50,8 @@ def bleu_sums(references, hypothesis):
 
 def bleu_from_sums(sums, order, min_precision=0.0):
     """
-    BLEU-`order`, 0..100, from summed `bleu_sums` (..., 10). min_precision: the precision of n-grams
-    of which none match, if any word does
+    BLEU-`order`, 0..100 (...,), from summed `bleu_sums` (..., 10); min_precision takes the place of
+    a precision of 0 if any word matches.
     """
     matches, totals = sums[..., :order], sums[..., 4 : 4 + order]
     length, closest = sums[..., 8], sums[..., 9]
@@ -72,7 +66,7 @@ def bleu_from_sums(sums, order, min_precision=0.0):
 
 
 class TfIdfVector(NamedTuple):
-    """A caption's TF-IDF weights, which CIDEr compares"""
+    """What CIDEr compares"""
 
     weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
     norms: list  # the Euclidean norms of the 4 weight vectors
@@ -81,11 +75,10 @@ class TfIdfVector(NamedTuple):
 
 class TfIdf:
     """
-    TF-IDF weights of n-grams with fixed document frequencies. Words are compared without stemming,
-    unlike in CIDEr's paper.
+    TF-IDF weights of n-grams. Words are compared without stemming, unlike in CIDEr's paper.
 
-    documents: per image a list of captions, lists of words or of ids, in which document frequencies
-    are counted. Raises ValueError if there are none.
+    documents: per image a list of captions, lists of words or ids, in which document frequencies
+    are counted; ValueError if there are none
     """
 
     def __init__(self, documents):
@@ -119,9 +112,9 @@ def cider(candidate: TfIdfVector, references: list[TfIdfVector]) -> float:
 
 def cider_d(candidate: TfIdfVector, references: list[TfIdfVector], sigma: float = 6.0) -> float:
     """
-    CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): the caption's weights are
-    clipped to the reference's, so repeating a word gains nothing, and a difference in length lowers
-    the score (a Gaussian; sigma in words). coco-caption prints this as "CIDEr".
+    CIDEr-D of one caption, 0..10 (the same paper, from section 5.2 on): weights are clipped to the
+    reference's, so repeating a word gains nothing, and a difference in length lowers the score (a
+    Gaussian; sigma in words). coco-caption prints this as "CIDEr".
     """
     cosines = [
         sum(_cosines(candidate, reference, clip=True))
@@ -148,8 +141,8 @@ def _cosines(a, b, clip=False):
 
 class CiderD:
     """
-    CIDEr-D of many captions. With the training captions as documents it is the reward of
-    self-critical training. documents: as in `TfIdf`
+    CIDEr-D of many captions with fixed document frequencies, such as those of the training captions
+    in self-critical training. documents: as in `TfIdf`
     """
 
     def __init__(self, documents: list[list[list[str]]]):
@@ -157,10 +150,8 @@ class CiderD:
 
     def score(self, candidates: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
         """
-        candidates: C captions; references: for each the captions of its image; empty ones are
-        ignored. A list that occurs several times is processed once.
-
-        Returns float64 (C,), 0..10.
+        CIDEr-D, float64 (C,), 0..10. candidates: C captions; references: for each those of its
+        image, of which empty ones are ignored; a list that occurs several times is read once
         """
         vector, vectors = self._tf_idf.vector, {}
         for captions in references:
@@ -189,30 +180,27 @@ def attention_hits(
 ) -> tuple[int, int]:
     """
     Attention accuracy of one caption: at each word that names an object, is the most attended
-    location in that object's box?
+    location in that object's box? Returns the counts of hits and of such words.
 
     words: T words, alphas: (T, P) on a square grid over the image
     objects: [{"box": [left, top, right, bottom] as fractions of the image, "words": [...]}]
-    nouns: all words that name objects in the data set; one that names no object of this image is
-    a miss
+    nouns: all words that name objects in the data set; one that no object here has is a miss
     margin: how far outside the box the location may be, as a fraction of the image
     offset: how far to the right of and below its place in the grid a location looks (see
-    `modeling.field_of_view`); one that would look beyond the image's edge is at the edge
-
-    Returns two counts: hits and object words.
+    `modeling.field_of_view`), but not beyond the image's edge
     """
-    hits = total = 0
+    hits = []
     for word, alpha in zip(words, alphas):
-        if word not in nouns:
-            continue
-        total += 1
-        side = round(len(alpha) ** 0.5)
-        row, column = divmod(int(np.argmax(alpha)), side)
-        x = min(max((column + 0.5) / side + offset[0], 0), 1)
-        y = min(max((row + 0.5) / side + offset[1], 0), 1)
-        boxes = [obj["box"] for obj in objects if word in obj["words"]]
-        hits += any(
-            left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
-            for left, top, right, bottom in boxes
-        )
-    return hits, total
+        if word in nouns:
+            side = round(len(alpha) ** 0.5)
+            row, column = divmod(int(alpha.argmax()), side)
+            x = min(max((column + 0.5) / side + offset[0], 0), 1)
+            y = min(max((row + 0.5) / side + offset[1], 0), 1)
+            boxes = [obj["box"] for obj in objects if word in obj["words"]]
+            hits.append(
+                any(
+                    left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
+                    for left, top, right, bottom in boxes
+                )
+            )
+    return sum(hits), len(hits)

@@ -23,19 +23,13 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
     evaluation: a table.Evaluation; images are shown with the captions of its last beam size, which
     must have attention
     data: the CaptionDataset
-    image_folder: where the photographs are; without it they are shown as the model sees them,
-    resized to a square
+    image_folder: of the photographs; without it the squares that the model sees are shown
     seed: for choosing the random images
-
-    Raises UserError if a photograph cannot be read, OSError if the page cannot be written.
     """
     captions, metrics = evaluation.beams[-1].captions, evaluation.beams[-1].metrics
     scores = scores_by_image(metrics, len(data))
     if not scores[0]:
-        raise UserError(
-            "--report ranks images, but none of these metrics scores single images; "
-            "add one that does, such as --metrics CIDEr-D"
-        )
+        raise UserError("--report ranks images by a metric; add one, such as --metrics CIDEr-D")
     by = "CIDEr-D" if "CIDEr-D" in scores[0] else next(iter(scores[0]))
     order = sorted(range(len(scores)), key=lambda i: -scores[i][by])
     number = min(IMAGES_PER_SECTION, len(scores))
@@ -44,16 +38,11 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
         f"Worst by {by}": order[::-1][:number],
         "At random": random.Random(seed).sample(range(len(scores)), number),
     }
-    sections = [
-        (
-            heading,
-            [
-                _view(data, i, captions[i], f"{by} {scores[i][by]:.1f}", image_folder)
-                for i in images
-            ],
-        )
-        for heading, images in chosen.items()
-    ]
+    sections = []
+    for heading, images in chosen.items():
+        texts = [f"{by} {scores[i][by]:.1f}" for i in images]
+        views = [_view(data, i, captions[i], text, image_folder) for i, text in zip(images, texts)]
+        sections.append((heading, views))
     body = ENVIRONMENT.get_template("report.html").render(
         names=evaluation.names,
         beams=evaluation.beams,
@@ -77,8 +66,7 @@ def check_photographs(data, folder):
 
 def _view(data, i, caption, score, folder):
     """One image with its caption, attention and references, as HTML. score: text after its name"""
-    entry = data.entry(i)
-    filename = entry["filename"]
+    entry, filename = data.entry(i), data.entry(i)["filename"]
     if folder is None or filename is None:
         image = np.ascontiguousarray(data[i].images.numpy().transpose(1, 2, 0))
     else:
@@ -95,17 +83,10 @@ def _view(data, i, caption, score, folder):
 
 
 def _lengths(captions, data):
-    """
-    For the histogram, of the captions and of the references: the mean number of words, and the
-    share of those with 0, 1, 2, … words.
-    """
+    """For the histogram: the shares of captions and references with 0, 1, … words, and means."""
     references = [words for i in range(len(data)) for words in data.entry(i)["references"]]
     lengths = [len(caption.words) for caption in captions], [len(words) for words in references]
-    longest = max(max(of_one, default=0) for of_one in lengths)
-    counts = [np.bincount(np.array(of_one, int), minlength=longest + 1) for of_one in lengths]
-    shares = [count / max(1, count.sum()) for count in counts]
-    return {
-        "shares": np.stack(shares, 1).tolist(),
-        "highest": np.max(shares),
-        "means": [share @ np.arange(longest + 1) for share in shares],
-    }
+    size = 1 + max(map(max, lengths))
+    shares = [np.bincount(counts, minlength=size) / len(counts) for counts in lengths]
+    means = [np.mean(counts) for counts in lengths]
+    return {"shares": np.stack(shares, 1).tolist(), "highest": np.max(shares), "means": means}

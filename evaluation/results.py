@@ -31,8 +31,7 @@ def write_results(path, data, captions, scores=None):
 def read_results(path):
     """
     {image: (caption, references)}, lists of words; an image is an image_id, or "SOURCE image_id"
-    where the data set has several sources. Raises UserError if the file is not one of
-    `write_results`, or if an image occurs in it twice.
+    where the data set has several sources. UserError unless `write_results` wrote such a file.
     """
     rows, found = read_json(path, NEXT_STEP), {}
     try:

@@ -14,8 +14,9 @@ from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 CIDER = {"CIDEr": cider, "CIDEr-D": cider_d}
-UNSUMMED = ("METEOR", "vocabulary", "unseen")  # not computed from scores of single images
 NAMES = (*BLEU, "METEOR", "ROUGE-L", *CIDER, "vocabulary", "unseen", "length")
+# What --metrics takes, and what it stands for
+GROUPS = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
 
 
 class Metric(NamedTuple):
@@ -25,20 +26,6 @@ class Metric(NamedTuple):
     by_image: np.ndarray | None = None  # (N,), each computed from one image; None: vocabulary
     sums: np.ndarray | None = None  # (N, S), each image's summands; None: METEOR and vocabulary
     value: Callable | None = None  # sums (..., S) -> values (...)
-
-
-def parse_names(names):
-    """
-    The arguments of --metrics, in any case, -> names as in NAMES and in their order; "all"
-    and "bleu" stand for several. UserError that lists the valid names for an unknown one.
-    """
-    groups = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
-    wanted = set()
-    for name in names:
-        if name.lower() not in groups:
-            raise UserError(f"unknown metric {name}; valid ones: all, BLEU, {', '.join(NAMES)}")
-        wanted.update(groups[name.lower()])
-    return [name for name in NAMES if name in wanted]
 
 
 def tokenize(systems, references, tokens=None):
@@ -64,19 +51,18 @@ def tokenize(systems, references, tokens=None):
 
 def measure(systems, references, names, novel=None):
     """
-    Compute metrics for several sets of captions of the same images.
+    Compute metrics for several sets of captions of the same images, whose references are also what
+    CIDEr counts document frequencies in.
 
     systems: each a list of N captions; references: per image a list; a caption is a list of words
     names: from NAMES
     novel: per system N booleans, whether a caption is not a training caption, for the metric
     "unseen"; None if not known
-    Document frequencies are those of `references`.
 
     Returns per system {name: Metric}, and {name: reason} for the metrics that are missing.
     """
     references = [[words for words in captions if words] for captions in references]
-    rows, missing = _score(systems, references, names), {}
-    found = [{name: _metric(name, row) for name in names if name not in UNSUMMED} for row in rows]
+    found, missing = [_metrics(rows) for rows in _score(systems, references, names)], {}
     if "METEOR" in names:
         try:
             for metrics, (total, each) in zip(found, coco_caption.meteor(references, systems)):
@@ -93,55 +79,56 @@ def measure(systems, references, names, novel=None):
 
 
 def _score(systems, references, names):
-    """
-    Per system and image {name: score} of ROUGE-L, CIDEr and CIDEr-D where they are in names, of the
-    length, and for BLEU its `bleu_sums`
-    """
-    rows = [[] for _ in systems]
-    tf_idf = TfIdf(references) if set(CIDER) & set(names) else None
+    """Per system and image: length, ROUGE-L, CIDEr and CIDEr-D by name, and as BLEU `bleu_sums`."""
+    rows, rouge = [[] for _ in systems], Rouge()
+    ciders = {name: function for name, function in CIDER.items() if name in names}
+    tf_idf = TfIdf(references) if ciders else None
     images = list(zip(references, *systems))
     for captions, *candidates in tqdm(images, "scoring", delay=2, leave=False, disable=None):
         # What depends on the references alone is computed once for all systems.
-        vectors = [tf_idf.vector(words) for words in captions] if tf_idf else []
+        vectors = [tf_idf.vector(words) for words in captions] if ciders else []
         texts = [" ".join(words) for words in captions]
         for row, words in zip(rows, candidates):
             scores = {"length": len(words)}
             if set(BLEU) & set(names):
                 scores["BLEU"] = bleu_sums(captions, words)
             if "ROUGE-L" in names:
-                scores["ROUGE-L"] = Rouge().calc_score([" ".join(words)], texts) if texts else 0
-            vector = tf_idf.vector(words) if tf_idf else None
-            for name in set(CIDER) & set(names):
-                scores[name] = CIDER[name](vector, vectors)
+                scores["ROUGE-L"] = rouge.calc_score([" ".join(words)], texts) if texts else 0
+            if ciders:
+                vector = tf_idf.vector(words)
+                scores |= {name: function(vector, vectors) for name, function in ciders.items()}
             row.append(scores)
     return rows
 
 
-def _metric(name, rows):
-    if name not in BLEU:
-        return _mean([scores[name] for scores in rows], 1 if name == "length" else 100)
-    sums = np.array([scores["BLEU"] for scores in rows], dtype=np.float64)
-    return _from_sums(sums, partial(bleu_from_sums, order=BLEU.index(name) + 1))
+def _metrics(rows):
+    """{name: Metric} from the scores of each image"""
+    metrics = {}
+    for name in rows[0]:
+        values = [scores[name] for scores in rows]
+        if name == "BLEU":
+            sums = np.array(values, dtype=np.float64)
+            for order, bleu in enumerate(BLEU, 1):
+                metrics[bleu] = _summed(sums, partial(bleu_from_sums, order=order))
+        else:
+            metrics[name] = _mean(values, 1 if name == "length" else 100)
+    return metrics
 
 
 def _mean(values, scale):
     """The Metric that is the mean over images of these values, times scale"""
-    values = np.array(values, dtype=np.float64)
-    sums = np.stack([values, np.ones_like(values)], 1)
-    return _from_sums(sums, lambda sums: scale * sums[..., 0] / sums[..., 1])
+    sums = np.stack([np.array(values, dtype=np.float64), np.ones(len(values))], 1)
+    return _summed(sums, lambda sums: scale * sums[..., 0] / sums[..., 1])
 
 
-def _from_sums(sums, value):
+def _summed(sums, value):
     return Metric(float(value(sums.sum(0))), value(sums), sums, value)
 
 
 def scores_by_image(metrics, num_images):
     """Per image {name: value}, each computed from this image alone; without the vocabulary"""
-    columns = {
-        name: metric.by_image.round(4).tolist()
-        for name, metric in metrics.items()
-        if metric.by_image is not None
-    }
+    by_name = {name: metric.by_image for name, metric in metrics.items()}
+    columns = {name: x.round(4).tolist() for name, x in by_name.items() if x is not None}
     return [{name: column[i] for name, column in columns.items()} for i in range(num_images)]
 
 
@@ -155,8 +142,8 @@ def resample(metrics, resamples, seed=0):
     """
     metrics = {name: metric for name, metric in metrics.items() if metric.sums is not None}
     drawn, rng = {name: [] for name in metrics}, np.random.default_rng(seed)
-    n = max((len(metric.sums) for metric in metrics.values()), default=0)
-    for _ in range(resamples if metrics else 0):
+    n = max((len(metric.sums) for metric in metrics.values()), default=1)
+    for _ in range(resamples):
         counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
         for name, metric in metrics.items():
             drawn[name].append(counts @ metric.sums)
@@ -166,9 +153,3 @@ def resample(metrics, resamples, seed=0):
 def interval(values):
     """The ends of the interval that contains the middle 95 % of the values"""
     return np.percentile(values, [2.5, 97.5])
-
-
-def intervals(metrics, resamples, seed):
-    """{name: (low, high)}, the 95 % interval of each metric that has one; None for no resamples"""
-    drawn = resample(metrics, resamples, seed) if resamples else None
-    return drawn and {name: interval(values) for name, values in drawn.items()}

@@ -4,6 +4,7 @@ all, and notes that explain the columns.
 """
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from evaluation import scores
@@ -53,9 +54,8 @@ def evaluate_captions(title, by_beam, data, training, args):
     Score captions. Returns an Evaluation. The metrics of a source are those of its images alone,
     also in the document frequencies of CIDEr.
 
-    by_beam: per beam size the captions of all images, as `captions.caption_split` returns them
-    data: the CaptionDataset; training: its training captions, a set of tuples of words, or None
-    args: eval.py's options
+    by_beam: as `captions.caption_split` returns it; data: the CaptionDataset; training: its
+    training captions, a set of tuples of words, or None; args: eval.py's options
     """
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
@@ -64,39 +64,44 @@ def evaluate_captions(title, by_beam, data, training, args):
     if training is not None:
         novel = [[tuple(words) not in training for words in captions] for captions in systems]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
-    has_objects, beams = bool(object_nouns(data)), [[] for _ in by_beam]
-    for source, images in _images_by_source(data).items():
-
-        def of_source(items, images=images):
-            return [items[i] for i in images]
-
-        measured, missing = scores.measure(
-            [of_source(captions) for captions in systems],
-            of_source(references),
-            args.names,
-            novel and [of_source(flags) for flags in novel],
-        )
-        for i, (beam_size, metrics) in enumerate(zip(args.beam_sizes, measured)):
-            captions = of_source(by_beam[i])
-            intervals = scores.intervals(metrics, args.bootstrap, args.seed)
+    has_objects, sources = bool(object_nouns(data)), {}
+    for i in range(len(data)):
+        sources.setdefault(data.entry(i).get("source"), []).append(i)
+    several, beams = len(sources) > 1, [[] for _ in by_beam]
+    for source, images in ((sources if several else {}) | {None: range(len(data))}).items():
+        [texts], novel_here = _select(images, [references]), novel and _select(images, novel)
+        measured, missing = scores.measure(_select(images, systems), texts, args.names, novel_here)
+        rows = zip(beams, args.beam_sizes, _select(images, by_beam), measured)
+        for found, beam_size, captions, metrics in rows:
+            intervals = None
+            if args.bootstrap:
+                drawn = scores.resample(metrics, args.bootstrap, args.seed)
+                intervals = {name: scores.interval(values) for name, values in drawn.items()}
             attention = attention_accuracy(captions) if has_objects else None
-            beams[i].append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
+            found.append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
-    notes = [ATTENTION] if has_objects else []
-    if args.metrics:
-        notes += footnotes(args.names, tokens, missing)
-    if args.bootstrap:
-        notes += bootstrap_notes(args.names, args.bootstrap, args.seed)
+    notes = ([ATTENTION] if has_objects else []) + footnotes(args, tokens, missing)
     return Evaluation(title, args.names, sum(beams, []), notes)
 
 
-def _images_by_source(data):
-    """{source: indices of its images}, if there are several, and {None: all}, which comes last"""
-    found = {}
-    for i in range(len(data)):
-        found.setdefault(data.entry(i).get("source"), []).append(i)
-    return (found if len(found) > 1 else {}) | {None: range(len(data))}
+def _select(images, columns):
+    return [[column[i] for i in images] for column in columns]
+
+
+def footnotes(args, tokens, missing):
+    """Lines that explain the columns and the intervals; arguments as in `evaluate_captions`."""
+    notes = []
+    if args.metrics:
+        notes.append(f"tokens: {tokens}")
+        notes += [EXPLAINED[name] for name in args.names if name in {*EXPLAINED} - {*missing}]
+        notes += [f"{name}: –, {reason}" for name, reason in missing.items()]
+    if args.bootstrap:
+        drawn = f"{args.bootstrap} resamples of the images, seed {args.seed}"
+        notes.append(f"low, high: 95 % interval, {drawn}")
+        if set(scores.CIDER) & set(args.names):
+            notes.append("CIDEr's document frequencies are those of all images in every resample")
+    return notes
 
 
 def print_evaluation(evaluation):
@@ -144,8 +149,8 @@ def write_table(path, rows, notes):
     else:
         heading, *others = [f"| {' | '.join(cells)} |" for cells in rows]
         lines = [heading, "|" + "---|" * len(rows[0]), *others, "", *(f"* {n}" for n in notes)]
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _to_latex(text):
@@ -165,18 +170,3 @@ def attention_accuracy(captions):
     total = sum(caption.object_words for caption in captions)
     hits = sum(caption.hits for caption in captions), sum(caption.near_hits for caption in captions)
     return tuple(f"{100 * hit / total:.2f} %" if total else "–" for hit in hits)
-
-
-def footnotes(names, tokens, missing):
-    """Lines that explain the columns."""
-    notes = [f"tokens: {tokens}"]
-    notes += [EXPLAINED[name] for name in names if name in EXPLAINED and name not in missing]
-    return notes + [f"{name}: –, {reason}" for name, reason in missing.items()]
-
-
-def bootstrap_notes(names, resamples, seed):
-    """Lines that explain the intervals"""
-    notes = [f"low, high: 95 % interval, {resamples} resamples of the images, seed {seed}"]
-    if any(name.startswith("CIDEr") for name in names):
-        notes.append("CIDEr's document frequencies are those of all images in every resample")
-    return notes

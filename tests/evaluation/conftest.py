@@ -57,13 +57,11 @@ def joined(tmp_path_factory):
         "kitchen": ["a white oven in a small kitchen", "a bowl of red apples"],
     }
     for source, captions in sources.items():
+        kinds = [(split, text) for split in ("train", "val", "test") for text in captions]
         entries = [
-            karpathy_entry(f"{source}{i}.png", split, [caption, caption + " today"])
-            for split in ("train", "val", "test")
-            for i, caption in enumerate(captions)
+            karpathy_entry(f"{i}.png", split, [text, text + " today"], imgid=i + 10 - len(kinds))
+            for i, (split, text) in enumerate(kinds)
         ]
-        for i, entry in enumerate(entries):
-            entry["filename"], entry["imgid"] = f"{i}.png", i + 10 - len(entries)
         path = write_karpathy(folder / source, entries)
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": source}))
         paths.append(str(path))

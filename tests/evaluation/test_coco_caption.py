@@ -32,17 +32,11 @@ def test_meteor_equals_pycocoevalcap():
     assert measured["METEOR"].by_image == pytest.approx(100 * np.array(each))
 
 
-def test_tokens_equal_pycocoevalcap():
+def test_tokens_equal_pycocoevalcap_in_any_locale(monkeypatch):
     texts = ["A man's dog, isn't it?", "", "T-shirt (red) \n & blue...", "café – naïve", "‘x’ 3.5"]
     expected = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
-    assert coco_caption.tokenize(texts)[:2] == ["a man 's dog is n't it".split(), []]
-    assert [[" ".join(words)] for words in coco_caption.tokenize(texts)] == list(expected.values())
-
-
-def test_tokens_do_not_depend_on_the_locale(monkeypatch):
-    expected = coco_caption.tokenize(["café"])
     monkeypatch.setenv("LC_ALL", "C")
-    assert coco_caption.tokenize(["café"]) == expected == [["café"]]
+    assert [[" ".join(words)] for words in coco_caption.tokenize(texts)] == list(expected.values())
 
 
 @pytest.mark.slow  # loads METEOR's paraphrases twice

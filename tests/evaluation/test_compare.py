@@ -60,10 +60,7 @@ def test_files_that_cannot_be_compared_say_why(tmp_path):
     without_references = [{"image_id": 1, "caption": "a"}]
     for rows, message in (
         ("[{", "bad.json.*broken JSON"),
-        ([], "bad.json is not a list of captions"),
-        ({"a": 1}, "bad.json is not a list of captions"),
-        (3, "bad.json is not a list of captions"),
-        (without_references, "bad.json is not a list of captions with references"),
+        *((rows, "bad.json is not a list") for rows in ([], {"a": 1}, 3, without_references)),
         ([result(1), result(1)], "bad.json has image 1 twice"),
         ([result(2)], "different images: 1 is only in .*good.json"),
         ([result(1, references=["a dog"])], "image 1 has other references"),

@@ -8,7 +8,7 @@ from factories import NAME
 
 import eval as eval_script
 from evaluation import coco_caption
-from evaluation.captions import ImageCaption, read_training_captions
+from evaluation.captions import ImageCaption
 from evaluation.metrics import CiderD, bleu
 from evaluation.scores import NAMES
 from evaluation.table import attention_accuracy
@@ -76,22 +76,14 @@ def test_unseen_is_a_dash_without_the_training_captions(evaluate, data, tmp_path
     for file in data.iterdir():
         if not file.name.startswith("TRAIN_"):
             (tmp_path / file.name).symlink_to(file)
-    evaluate("--metrics", "unseen", "--bootstrap", "5", data=tmp_path)
+    evaluate("--metrics", "Unseen", "--bootstrap", "5", data=tmp_path)
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in rows[:3]] == [["1", "–"], ["low", "–"], ["high", "–"]]
     assert f"unseen: –, {tmp_path} has no TRAIN_REFERENCES file" in rows
-
-
-def test_damaged_training_captions_are_named_with_the_next_step(tmp_path):
-    assert read_training_captions(tmp_path, NAME) is None
-    file = tmp_path / f"TRAIN_REFERENCES_{NAME}.json"
     for damaged in ("[1]", "3", '[{"words": []}]', '[{"references": [[[]]]}]'):
-        file.write_text(damaged)
+        (tmp_path / f"TRAIN_REFERENCES_{NAME}.json").write_text(damaged)
         with pytest.raises(UserError, match="TRAIN_REFERENCES.*run create_input_files.py again"):
-            read_training_captions(tmp_path, NAME)
-
-
-def test_ptb_tokens_without_java_are_refused(evaluate):
+            evaluate("--metrics", "unseen", data=tmp_path)
     with pytest.raises(UserError, match="--tokens ptb: java is not in the PATH"):
         evaluate("--tokens", "ptb")
 
@@ -119,14 +111,14 @@ def test_table_for_a_paper_holds_what_is_printed(evaluate, tmp_path, capsys):
 def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsys, tmp_path):
     texts = ["a red bus on a street", "a dog runs in the park", "two men eat"]
     texts += ["a white oven in a kitchen", "a bowl of apples"]
-    by_beam = [
-        [ImageCaption(words, -1.0, 0, 0, 0, attention=np.eye(196)[: len(words)]) for words in found]
-        for found in ([text.split()[1:] for text in texts], [text.split() for text in texts])
-    ]
-    options = ["--tokens", "data", "--metrics", "BLEU", "CIDEr-D", "--beam_sizes", "1", "3"]
+    captions = [ImageCaption(text.split(), -1.0, 0, 0, 0) for text in texts]
+    # At beam size 1 the first word is missing.
+    first = [caption._replace(words=caption.words[1:]) for caption in captions]
+    last = [caption._replace(attention=np.eye(196)[: len(caption.words)]) for caption in captions]
     path = str(tmp_path / "r.json")
-    outputs = ["--results", path, "--report", tmp_path / "r.html", "--bootstrap", "5"]
-    evaluate(*options, *outputs, data=joined, by_beam=by_beam)
+    options = "--tokens data --metrics BLEU CIDEr-D --beam_sizes 1 3 --bootstrap 5".split()
+    outputs = ["--results", path, "--report", tmp_path / "r.html"]
+    evaluate(*options, *outputs, data=joined, by_beam=[first, last])
     _, heading, *rows = capsys.readouterr().out.splitlines()
     rows = rows[: 6 * 3 : 3]  # without those of the intervals
     assert heading.split()[:2] == ["beam", "source"]
@@ -139,9 +131,7 @@ def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsy
     parts = (results[:3], results[3:], results)
     for k, row in enumerate(rows):
         references = [[text.split() for text in one["references"]] for one in parts[k % 3]]
-        words = [
-            one["caption"].split()[k < 3 :] for one in parts[k % 3]
-        ]  # beam 1: the first is off
+        words = [one["caption"].split()[k < 3 :] for one in parts[k % 3]]
         cider_d = 100 * CiderD(references).score(words, references).mean()
         expected = [*bleu(references, words), cider_d]
         assert row.split()[2:] == [f"{value:.2f}" for value in expected]
