@@ -78,10 +78,7 @@ def main(argv=None):
 
 
 def get_options_and_checkpoint(argv):
-    """
-    The options, and the checkpoint to start from or None. A resumed run takes its options from the
-    checkpoint, a new phase only those of the model.
-    """
+    """The options, of which a run's or a model's come from its file, and the checkpoint or None."""
     parser = make_parser()
     given = parser.parse_given(argv)
     path, resume, checkpoint = given.get("checkpoint"), given.get("resume"), None

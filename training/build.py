@@ -155,9 +155,8 @@ def _words_of_checkpoint(path, resume, checkpoint, word_map, processes):
 
 def _grow_words(checkpoint, word_map, processes):
     """
-    Give the checkpoint's decoder the words of word_map as well, in place. A new word begins as what
-    it was to the model before, <unk>: they share its probability equally.
-    Returns the new word map: word_map, then the checkpoint's other words.
+    Give the checkpoint's decoder the words of word_map, too, in place; returns the new word map. A
+    new word begins as what it was to the model before, <unk>: they share its probability equally.
     """
     known, unknown_before = checkpoint["word_map"], checkpoint["word_map"]["<unk>"]
     others = [word for word in known if word not in word_map]

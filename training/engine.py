@@ -21,11 +21,9 @@ CHECK_EVERY = 20  # steps between checks of the loss on a GPU, since each check 
 
 def train_one_epoch(state, loader, epoch, run):
     """
-    Train on the batches of an epoch that state.progress does not count as done, and save as often
-    as the options say. state: TrainingState; run: Run, which handles signals and saves
-
-    Returns the epoch's figures for the log. UserError if a loss or weight is not finite, before it
-    is saved; Interrupted after a signal.
+    Train on the batches of an epoch that state.progress does not count as done; run, a Run, handles
+    signals and saves. Returns the epoch's figures for the log. UserError if a loss or weight is not
+    finite, before it is saved; Interrupted after a signal.
     """
     args, processes, criterion = state.args, state.processes, state.criterion
     state.decoder.train(criterion.dropout)

@@ -59,10 +59,7 @@ class Interrupts:
 
 
 def leave_signals_to_parent(_=None):
-    """
-    For worker processes: ignore signals that are sent to all processes at once, so that the parent
-    can finish its step. A SIGTERM sent by the parent still ends the worker.
-    """
+    """In a worker: ignore signals to all processes; a SIGTERM that the parent sends ends it."""
 
     def exit_at_sigterm_of_parent():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():

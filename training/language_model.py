@@ -1,6 +1,4 @@
-"""
-Before phase 1: the decoder learns to write from captions without images, of which there are more.
-"""
+"""Before phase 1: the decoder learns to write from text, captions that have no images."""
 
 import copy
 from functools import partial

@@ -21,7 +21,6 @@ from modeling.devices import Distributed
 from modeling.sampling import sample_captions
 from models import DecoderOutput
 
-HARD_FRACTION = 0.5  # hard attention: the share of captions with sampled locations, section 4.1
 BASELINE_DECAY = 0.9  # hard attention: of the moving average of log-probabilities, section 4.1
 MIN_ALPHA = 1e-30  # smaller attention weights are raised to this before the logarithm
 
@@ -120,15 +119,14 @@ class HardAttention(TeacherForcing):
     Stochastic hard attention, section 4.1: the decoder attends to one location, sampled from alpha.
     Sampling has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
     equation 11), minus a moving average of earlier ones (`baseline`, nats). lambda_r and lambda_e
-    weigh the reward and alpha's entropy; hard_fraction is the share of captions with sampled
-    locations: the others use the expectation.
+    weigh the reward and alpha's entropy.
     """
 
-    def __init__(
-        self, alpha_c: float, lambda_r: float, lambda_e: float, hard_fraction: float = HARD_FRACTION
-    ):
+    hard_fraction = 0.5  # of captions have sampled locations; the others use the expectation
+
+    def __init__(self, alpha_c: float, lambda_r: float, lambda_e: float):
         super().__init__(alpha_c)
-        self.lambda_r, self.lambda_e, self.hard_fraction = lambda_r, lambda_e, hard_fraction
+        self.lambda_r, self.lambda_e = lambda_r, lambda_e
         self._log_prob_sum: Tensor | float = 0.0  # of this step so far
         self._num_captions = 0
 

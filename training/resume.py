@@ -26,10 +26,9 @@ FIXED_WITH_COSINE = "batch_size single_captions epochs".split()
 def load_run(path):
     """The checkpoint of a run to resume; UserError unless it is one."""
     checkpoint = checkpoints.load(path)
-    if "optimizer" not in checkpoint:
+    parts = "optimizer", "options", "progress"
+    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    if not all(isinstance(checkpoint.get(part), dict) for part in ("options", "progress")):
-        raise UserError(f"{path} is damaged: the run's options or progress are missing")
     return checkpoint
 
 

@@ -109,9 +109,8 @@ class TrainingState:
 
     def after_epoch(self, stats):
         """
-        Count a complete epoch, whose metrics are stats, and lower the learning rate if it is due:
-        after each --decay_after epochs in a row without improvement. Returns whether this epoch is
-        the best so far.
+        Count an epoch with these metrics, lower the learning rate after each --decay_after epochs
+        in a row without improvement, and return whether this one is the best so far.
         """
         args, progress, (score, loss) = self.args, self.progress, self._score(stats)
         # Older checkpoints have no best_loss: there an equal score is no improvement.
@@ -153,10 +152,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state):
-        """
-        Restore what `state_dict` returned, also in an older version; encoder and decoder have that
-        checkpoint's weights already. An error means that it does not fit.
-        """
+        """Restore `state_dict`, also an older version's; the models have its weights already."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # empty for other precisions
             self.scaler.load_state_dict(state["scaler"])

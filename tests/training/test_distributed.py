@@ -51,7 +51,7 @@ def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_
 def test_the_baseline_of_hard_attention_is_the_same_for_one_and_two_processes(data, tmp_path):
     """Without reward and sampled locations, so that only the log-probability remains."""
     patch = "import train; from training import losses\n"
-    patch += "losses.HardAttention.__init__.__defaults__ = (1e-12,)"
+    patch += "losses.HardAttention.hard_fraction = 1e-12"
     script = patched_script(tmp_path / "none_sampled.py", patch)
     options = "--epochs 1 --attention hard --dropout 0 --lambda_r 0 --batch_size 40"
     baselines = []

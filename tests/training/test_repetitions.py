@@ -35,7 +35,8 @@ def test_loss_and_gradients_are_those_of_the_distinct_captions_alone():
         torch.testing.assert_close(a, b)
     assert correct <= batch.num_tokens
     # The baseline of hard attention is a mean over the distinct captions, too.
-    criterion = HardAttention(1.0, 0.1, 0.1, hard_fraction=0.0)
+    criterion = HardAttention(1.0, 0.1, 0.1)
+    criterion.hard_fraction = 0.0
     criterion(decoder, batch)
     criterion.after_step(Distributed(torch.device("cpu")))
     output = decoder(batch.features, batch.captions, batch.lengths)

@@ -131,7 +131,7 @@ def test_a_run_that_is_damaged_or_contradicts_the_options_is_a_one_line_error(fi
         ("options", {"self_critical": True}, "--single_captions", "--single_captions is for"),
         ("options", {"attention": "purple"}, "", "is damaged: its option attention is 'purple'"),
         ("optimizer", {"param_groups": []}, "", "does not fit this run"),
-        ("progress", 5, "", "is damaged"),
+        ("progress", 5, "", "not a run to resume"),
         ("progress", {"epoch": "x"}, "", "does not fit this run"),
         ("decoder_args", {"decoder_dim": 33}, "", "does not hold a complete model"),
         ("word_map", [], "", "is not a word map"),
@@ -143,24 +143,6 @@ def test_a_run_that_is_damaged_or_contradicts_the_options_is_a_one_line_error(fi
         assert "\n" not in str(error.value) and (str(path) in str(error.value) or options)
     with pytest.raises(UserError, match="is a model, not a run to resume; pass it as --checkpoint"):
         train.main(["--resume", str(checkpoints.PRETRAINED)])
-
-
-@pytest.mark.parametrize("start", ["--resume", "--checkpoint"])
-def test_options_are_parsed_once_whatever_file_a_run_starts_from(finished, monkeypatch, start):
-    path = str(finished / f"checkpoint_{NAME}.pth.tar")
-    parsed, parse_args = [], train.Parser.parse_args
-    monkeypatch.setattr(
-        train.Parser, "parse_args", lambda *args: parsed.append(1) or parse_args(*args)
-    )
-    args, _ = train.get_options_and_checkpoint([start, path, "--epochs", "2"])
-    assert len(parsed) == 1 and (args.decoder_dim, args.epochs) == (32, 2)
-    assert getattr(args, start[2:]) == path
-
-
-def test_help_needs_no_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        train.main(resume_args(tmp_path, "--help"))
-    assert end.value.code == 0 and "--stop_after" in capsys.readouterr().out
 
 
 def test_resuming_a_run_that_is_done_says_so(run, capsys):
