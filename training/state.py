@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-NO_SUMS = (0.0, 0, 0, 0, 0.0)
+NO_SUMS = (0.0, 0, 0, 0, 0.0)  # loss or reward, correct tokens, tokens, captions, seconds
 
 
 @dataclass
