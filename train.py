@@ -50,9 +50,8 @@ def train(args, checkpoint, processes):
     criterion = build_criterion(args, train_data)  # a mistake in its files must not cost an hour
     cache_features_if_frozen(args, encoder, (train_data, val_data), processes)
     train_loader, val_loader = build_loaders(args, train_data, val_data, processes)
-    state = TrainingState(
-        args, encoder, decoder, criterion, train_loader.sampler.num_batches, processes
-    )
+    steps = train_loader.sampler.num_batches
+    state = TrainingState(args, encoder, decoder, criterion, steps, processes)
     start = None
     if args.resume:
         restore_state(state, checkpoint)
@@ -79,18 +78,13 @@ def main(argv=None):
 
 
 def get_options_and_checkpoint(argv):
-    """
-    The options, and the checkpoint to start from or None. A resumed run takes its options from the
-    checkpoint, a new phase only those of the model.
-    """
+    """The options, of which a run's or a model's come from its file, and the checkpoint or None."""
     parser = make_parser()
     given = parser.parse_given(argv)
     path, resume, checkpoint = given.get("checkpoint"), given.get("resume"), None
+    if resume and path:
+        raise UserError("--resume continues a run, --checkpoint starts a phase; pass one of them")
     if resume:
-        if path:
-            raise UserError(
-                "--resume continues a run, --checkpoint starts a phase; pass one of them"
-            )
         if resume is True:
             resume = checkpoints.find_latest(given.get("checkpoint_folder", "."))
         given["resume"], checkpoint = resume, load_run(resume)
@@ -117,10 +111,7 @@ def combine(parser, given):
     if args.self_critical:
         for name, unused in {"attention": "soft", "sampling_max": 0, "single_captions": 0}.items():
             if given.get(name, unused) != unused:
-                parser.error(
-                    f"--{name} is for training on true captions, which --self_critical does not "
-                    f"use; leave one of the two out"
-                )
+                parser.error(f"--{name} is for true captions; leave it or --self_critical out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     elif args.cross_entropy_share:

@@ -40,13 +40,11 @@ def write_scenes(folder, train, val, test, **options):
     return folder
 
 
-def make_decoder(
-    vocab_size=23, dropout=0.0, seed=0, scale=3.0, kind=DecoderWithAttention, **arguments
-):
+def make_decoder(vocab_size=23, seed=0, scale=3.0, kind=DecoderWithAttention, **arguments):
     """A small random decoder in float64, its weights large enough for sharp attention."""
     torch.manual_seed(seed)
-    sizes = {"attention_dim": 7, "embed_dim": 5, "decoder_dim": 6, "encoder_dim": 9}
-    decoder = kind(vocab_size=vocab_size, dropout=dropout, **sizes | arguments).double()
+    sizes = {"attention_dim": 7, "embed_dim": 5, "decoder_dim": 6, "encoder_dim": 9, "dropout": 0.0}
+    decoder = kind(vocab_size=vocab_size, **sizes | arguments).double()
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(scale)
@@ -63,10 +61,9 @@ def make_captions(n, r, vocab_size=23, longest=9, seed=0):
 
 def make_case(seed, end_bias, kind=DecoderWithAttention):
     """
-    A random decoder and 8 images; the larger end_bias, the sooner captions end.
-
-    Captions of a random LSTM repeat words and end at once or never. So unit 0 serves as a clock: it
-    rises at each step, from a value that depends on the image, and raises the logit of <end>.
+    A random decoder and 8 images; the larger end_bias, the sooner captions end. A random LSTM's
+    would end at once or never. So unit 0 serves as a clock: it rises at each step, from a value
+    that depends on the image, and raises the logit of <end>.
     """
     decoder = make_decoder(VOCAB, seed=seed, kind=kind).eval()
     end, size = WORD_MAP["<end>"], 6
@@ -157,19 +154,6 @@ def restore_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def kill_at(module, name, k):
-    """From its k-th call on, the function of this name kills the process."""
-    function, calls = getattr(module, name), []
-
-    def counted(*args, **options):
-        calls.append(args)
-        if len(calls) >= k:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-
-    setattr(module, name, counted)
-
-
 # Files as the tutorial's code writes them
 TUTORIAL_NAME = "flickr8k_2_cap_per_img_0_min_word_freq"
 IMAGES, R = 5, 2
@@ -185,16 +169,10 @@ def write_tutorial_files(folder, captions=TUTORIAL_CAPTIONS, lengths=TUTORIAL_LE
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, size, size), np.uint8)
     with h5py.File(folder / f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5", "a") as h:
         h.attrs["captions_per_image"] = R
-        images = h.create_dataset("images", (IMAGES, 3, size, size), dtype="uint8")
-        for i, image in enumerate(pixels):
-            images[i] = image
-    for kind, content in {
-        "TRAIN_CAPTIONS": captions,
-        "TRAIN_CAPLENS": lengths,
-        "WORDMAP": TUTORIAL_WORD_MAP,
-    }.items():
-        with open(folder / f"{kind}_{TUTORIAL_NAME}.json", "w") as j:
-            json.dump(content, j)
+        h.create_dataset("images", data=pixels)
+    files = {"TRAIN_CAPTIONS": captions, "TRAIN_CAPLENS": lengths, "WORDMAP": TUTORIAL_WORD_MAP}
+    for kind, content in files.items():
+        (folder / f"{kind}_{TUTORIAL_NAME}.json").write_text(json.dumps(content))
     return pixels
 
 
@@ -218,14 +196,12 @@ def load_checkpoint(folder, prefix=""):
 
 
 def log_rows(folder):
-    lines = (Path(folder) / f"log_{NAME}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(row) for row in (Path(folder) / f"log_{NAME}.jsonl").open()]
 
 
 def timeless_rows(folder):
     """The rows of the log without their times."""
-    rows = log_rows(folder)
-    return [{key: row[key] for key in row if "second" not in key} for row in rows]
+    return [{k: row[k] for k in row if "second" not in k} for row in log_rows(folder)]
 
 
 def same(a, b):
@@ -244,13 +220,9 @@ def run_script(script, *args, processes=1):
     command = [sys.executable]
     if processes > 1:
         command += f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
-    return subprocess.run(
-        [*command, ROOT / script, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command += [ROOT / script, *map(str, args)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
 
 
 def raise_signal_at(monkeypatch, call, signum, function="training.engine.derive_seed"):
@@ -275,7 +247,7 @@ CAPTION_WORDS = (
 def caption_sets(count, seed):
     """
     Yield `count` sets of 2..5 images: references, and captions that share words with them or equal
-    one of them. Captions have at least 4 words: in shorter ones NLTK counts a missed n-gram.
+    one of them. Captions have 4 or more words: in shorter ones NLTK counts a missed n-gram.
     """
     rng = random.Random(seed)
 
@@ -299,9 +271,6 @@ def as_coco(references, captions):
         {i: [" ".join(words) for words in texts] for i, texts in enumerate(references)},
         {i: [" ".join(words)] for i, words in enumerate(captions)},
     )
-
-
-# Errors
 
 
 def refused(path, *what, load=load):

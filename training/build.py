@@ -19,8 +19,7 @@ from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, count
 
 VALIDATION_BATCH = 64  # images
-# The options that describe a model: whose argument it is, its name there, and its value in
-# checkpoints that are older than it.
+# The options that describe a model: the argument each is, and its value in older checkpoints.
 MODEL_OPTIONS = {
     "encoder": ("encoder_args", "name", "resnet101"),
     "encoder_stride": ("encoder_args", "stride", 32),
@@ -51,10 +50,10 @@ def build_model(args, checkpoint, datasets, processes):
     Encoder and decoder on the device: the checkpoint's, or new ones as the options say. The
     datasets, for training and validation, get the word map of a model that knows more words.
     """
-    word_map, device = datasets[0].word_map, processes.device
+    word_map, image_size = datasets[0].word_map, datasets[0].image_size
     if checkpoint:
         path = args.resume or args.checkpoint
-        word_map = _words_of_checkpoint(args, checkpoint, word_map, processes)
+        word_map = _words_of_checkpoint(path, args.resume, checkpoint, word_map, processes)
         for data in datasets:
             data.word_map = word_map
         _check_options(args, checkpoint, path)
@@ -62,10 +61,10 @@ def build_model(args, checkpoint, datasets, processes):
         encoder, decoder = checkpoints.build(checkpoint, path)
     else:
         encoder, decoder = _new_model(args, word_map)
-    if encoder.args["image_size"] != datasets[0].image_size:
-        encoder.args["image_size"], encoder.offset = datasets[0].image_size, None
-    encoder.to(device).fine_tune(args.fine_tune_encoder)
-    decoder.to(device).fine_tune_embeddings(args.fine_tune_embeddings)
+    if encoder.args["image_size"] != image_size:
+        encoder.args["image_size"], encoder.offset = image_size, None
+    encoder.to(processes.device).fine_tune(args.fine_tune_encoder)
+    decoder.to(processes.device).fine_tune_embeddings(args.fine_tune_embeddings)
     decoder.plain = args.plain
     if args.pretrain_text and not checkpoint:
         _pretrain_on_text(decoder, word_map, args, processes)
@@ -80,25 +79,9 @@ def model_options(checkpoint):
     }
 
 
-def _decoder_arguments(args):
-    """The decoder's arguments that are options; UserError if one is set that it does not take."""
-    classes = DECODERS[args.attention].__mro__
-    taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
-    arguments = {}
-    for option, (model, argument, default) in MODEL_OPTIONS.items():
-        if model == "encoder_args":
-            continue
-        if argument in taken:
-            arguments[argument] = getattr(args, option)
-        elif getattr(args, option) not in (None, default):
-            raise UserError(f"--{option} is not for --attention {args.attention}; leave it out")
-    return arguments
-
-
 def _new_model(args, word_map):
-    arguments = _decoder_arguments(args)
+    arguments = _decoder_arguments(args) | {"embed_dim": args.emb_dim or 512}
     encoder = Encoder(name=args.encoder, weights=args.encoder_weights, stride=args.encoder_stride)
-    arguments["embed_dim"] = args.emb_dim or 512
     if args.embeddings:
         embeddings = load_embeddings(args.embeddings, word_map)
         arguments["embed_dim"] = embeddings.shape[1]
@@ -111,6 +94,19 @@ def _new_model(args, word_map):
     if args.embeddings:
         decoder.load_pretrained_embeddings(embeddings)
     return encoder, decoder
+
+
+def _decoder_arguments(args):
+    """The decoder's arguments that are options; UserError if one is set that it does not take."""
+    classes = DECODERS[args.attention].__mro__
+    taken = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
+    arguments = {}
+    for option, (model, argument, default) in MODEL_OPTIONS.items():
+        if model == "decoder_args" and argument in taken:
+            arguments[argument] = getattr(args, option)
+        elif model == "decoder_args" and getattr(args, option) not in (None, default):
+            raise UserError(f"--{option} is not for --attention {args.attention}; leave it out")
+    return arguments
 
 
 def _pretrain_on_text(decoder, word_map, args, processes):
@@ -137,9 +133,9 @@ def _check_options(args, checkpoint, path):
             raise UserError(f"{path} has a decoder of its own; leave --{option} out")
 
 
-def _words_of_checkpoint(args, checkpoint, word_map, processes):
-    """The checkpoint's word map, with the words of the data's, which its decoder gets too."""
-    known, path = checkpoint.get("word_map"), args.resume or args.checkpoint
+def _words_of_checkpoint(path, resume, checkpoint, word_map, processes):
+    """A word map of the checkpoint's words and the data's, which its decoder gets too."""
+    known = checkpoint.get("word_map")
     if known is None:  # a checkpoint of the tutorial
         if checkpoint["decoder_args"]["vocab_size"] == len(word_map):
             return word_map
@@ -149,7 +145,7 @@ def _words_of_checkpoint(args, checkpoint, word_map, processes):
         )
     if word_map.items() <= known.items():
         return known
-    if args.resume:
+    if resume:
         raise UserError(
             f"{path} was trained with another word map than that of the data; pass the "
             f"--data_folder of the run, or --checkpoint {path} for a new phase"
@@ -159,23 +155,21 @@ def _words_of_checkpoint(args, checkpoint, word_map, processes):
 
 def _grow_words(checkpoint, word_map, processes):
     """
-    Give the checkpoint's decoder the words of word_map as well, in place. A new word begins as what
-    it was to the model before, <unk>: they share its probability equally, so what the model says
-    does not change otherwise.
-    Returns the new word map: word_map, then the checkpoint's other words.
+    Give the checkpoint's decoder the words of word_map, too, in place; returns the new word map. A
+    new word begins as what it was to the model before, <unk>: they share its probability equally.
     """
     known, unknown_before = checkpoint["word_map"], checkpoint["word_map"]["<unk>"]
     others = [word for word in known if word not in word_map]
     grown = word_map | {word: i for i, word in enumerate(others, len(word_map))}
-    new = [word not in known for word in grown]
+    added = len(grown.keys() - known.keys())
     rows = torch.tensor([known.get(word, unknown_before) for word in grown])
     decoder = checkpoint["decoder"]
     for name in ("embedding.weight", "fc.weight", "fc.bias"):
         decoder[name] = decoder[name][rows]
-    decoder["fc.bias"][rows == unknown_before] -= math.log(1 + sum(new))
+    decoder["fc.bias"][rows == unknown_before] -= math.log(1 + added)
     checkpoint["word_map"], checkpoint["decoder_args"]["vocab_size"] = grown, len(grown)
     processes.print(
-        f"the model knows {len(known)} words and learns {sum(new)} more from the data, "
+        f"the model knows {len(known)} words and learns {added} more from the data, "
         f"which lack {len(others)} of its own"
     )
     return grown
@@ -193,9 +187,9 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
     for data in datasets:
         if not processes.is_main:
             processes.barrier()  # the main process writes the cache, the others read it
+        folder = args.features_folder
         with autocast(processes.device, args.amp):
-            where = {"folder": args.features_folder}
-            path = cache_features(data, encoder, processes.device, args.amp, **where)
+            path = cache_features(data, encoder, processes.device, args.amp, folder=folder)
         if processes.is_main:
             processes.barrier()
         data.use_features(load_features(path, args.cache_in, processes.device))
@@ -205,33 +199,28 @@ def build_loaders(args, train_data, val_data, processes):
     """Training and validation DataLoaders, of this process's share of each batch."""
     captions_per_item = 1 if args.single_captions else train_data.captions_per_image
     items = max(1, args.batch_size // captions_per_item)
-    rank, world_size = processes.rank, processes.world_size
-    train_sampler = ResumableBatchSampler(len(train_data), items, True, args.seed, rank, world_size)
-    val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, rank, world_size)
-    smallest = len(train_data) // train_sampler.num_batches // world_size
+    share = processes.rank, processes.world_size
+    train_sampler = ResumableBatchSampler(len(train_data), items, True, args.seed, *share)
+    val_sampler = ResumableBatchSampler(len(val_data), VALIDATION_BATCH, False, 0, *share)
+    smallest = len(train_data) // train_sampler.num_batches // processes.world_size
     if args.accumulate > smallest:
         unit = "captions" if args.single_captions else "images"
         raise UserError(
             f"--accumulate {args.accumulate} is too large: some steps have only {smallest} {unit} "
             f"per process; lower it or raise --batch_size"
         )
-    return (
-        build_loader(train_data, train_sampler, args.workers, processes.device),
-        build_loader(val_data, val_sampler, args.workers, processes.device),
-    )
-
-
-def build_loader(data, sampler, workers, device):
-    workers = 0 if data.in_memory else workers  # data in memory needs no workers
-    return DataLoader(
-        data,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda" and not data.in_memory,
-        worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),  # not the global one, which dropout uses
+    return tuple(
+        DataLoader(
+            data,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=0 if data.in_memory else args.workers,
+            persistent_workers=args.workers > 0 and not data.in_memory,
+            pin_memory=processes.device.type == "cuda" and not data.in_memory,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # not the global one, which dropout uses
+        )
+        for data, sampler in ((train_data, train_sampler), (val_data, val_sampler))
     )
 
 
@@ -239,7 +228,7 @@ def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
         share = args.cross_entropy_share
-        return SelfCritical(data, args.alpha_c, args.samples, cross_entropy_share=share)
+        return SelfCritical(data, args.alpha_c, args.samples, share)
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
     return TeacherForcing(args.alpha_c)

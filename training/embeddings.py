@@ -10,13 +10,9 @@ from utils import UserError, check_is_file
 
 def load_embeddings(emb_file, word_map):
     """
-    Pretrained word vectors from a file in the text format of GloVe, word2vec or fastText: a word
-    and D numbers per line.
-
-    Words must match exactly: ours and those of glove.6B are lower-case. A word that is not in the
-    file gets a random vector.
-
-    Returns the (V, D) float32 embeddings, row i for word id i.
+    Pretrained word vectors, (V, D) float32, from a file in the text format of GloVe, word2vec or
+    fastText: a word and D numbers per line. Words must match exactly: ours and those of glove.6B
+    are lower-case. A word that is not in the file gets a random vector.
     Raises UserError, with the line number, for a line without exactly D finite numbers.
     """
     vectors, size = {}, None

@@ -21,11 +21,9 @@ CHECK_EVERY = 20  # steps between checks of the loss on a GPU, since each check 
 
 def train_one_epoch(state, loader, epoch, run):
     """
-    Train on the batches of an epoch that state.progress does not count as done, and save as often
-    as the options say. state: TrainingState; run: Run, which handles signals and saves
-
-    Returns the criterion's metrics of the epoch, the learning rate, seconds and captions/s.
-    UserError if a loss or weight is not finite, before it is saved; Interrupted after a signal.
+    Train on the batches of an epoch that state.progress does not count as done; run, a Run, handles
+    signals and saves. Returns the epoch's figures for the log. UserError if a loss or weight is not
+    finite, before it is saved; Interrupted after a signal.
     """
     args, processes, criterion = state.args, state.processes, state.criterion
     state.decoder.train(criterion.dropout)
@@ -58,7 +56,7 @@ def train_one_epoch(state, loader, epoch, run):
                 batch = Item(images, captions, lengths, indices)
                 divisors = num_tokens / processes.world_size, num_captions / processes.world_size
                 loss, total, correct = train_step(state, batch, *divisors)
-                totals.add(total, correct, num_tokens, num_captions)
+                totals.add(total, correct, int(num_tokens), int(num_captions))
                 if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
                     totals.check_finite(loss + totals.total, step + 1)
                     bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -82,10 +80,7 @@ def progress_bar(batches, processes, **options):
 
 
 def train_step(state, batch, num_tokens, num_captions):
-    """
-    One step of the optimizer. batch: N items of `CaptionDataset`; the others: as in `Batch`
-    Returns the loss (a scalar without gradient), and the criterion's total and correct.
-    """
+    """One step of the optimizer. Returns the loss, detached, and the criterion's total, correct."""
     args, device = state.args, state.processes.device
     loss_sum = total = correct = 0
     state.optimizer.zero_grad(set_to_none=True)
@@ -115,10 +110,7 @@ def derive_seed(*numbers):
 
 
 def encode(cells, batch, device, num_tokens, num_captions):
-    """
-    The `Batch` on the device, from one of `CaptionDataset`, whose images may already be features.
-    cells: of the encoder; num_tokens, num_captions: as in `Batch`
-    """
+    """A `Batch` from one of `CaptionDataset`, whose images may be features; cells: the encoder's"""
     images, captions, lengths, indices = batch
     images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
     features = cells(images) if images.dtype == torch.uint8 else images.float()
@@ -141,10 +133,7 @@ def augment(images, captions, word_map):
 
 
 class EpochTotals:
-    """
-    Sums over an epoch, of which `Progress.sums` are those for the batches done, of all processes:
-    loss or reward, correct tokens, tokens, captions, seconds.
-    """
+    """Sums over an epoch; those of the batches done and of all processes are `Progress.sums`."""
 
     def __init__(self, state, epoch):
         self._state, self._epoch, self._start = state, epoch, time.perf_counter()
@@ -155,7 +144,7 @@ class EpochTotals:
     def add(self, total, correct, tokens, captions):
         """total and correct of this process, as tensors; tokens and captions of all processes"""
         self.total, self.correct = self.total + total, self.correct + correct
-        self.tokens, self.captions = self.tokens + int(tokens), self.captions + int(captions)
+        self.tokens, self.captions = self.tokens + tokens, self.captions + captions
 
     def update_progress(self, step):
         """Count the batches before `step` as done; UserError if loss or weights are not finite."""
@@ -179,26 +168,24 @@ class EpochTotals:
 @torch.inference_mode()
 def validate(state, loader):
     """
-    Metrics by their names in the log, of the averaged models of state, a TrainingState: BLEU-1..4
-    and CIDEr-D of captions searched for once per image, one of which decides which model is the
-    best (see `generated_metrics`); with teacher forcing loss, top-5 accuracy, and BLEU-4 as the
-    tutorial reports it.
+    Metrics of the averaged models by their names in the log: the `generated_metrics` of captions
+    searched for once per image, one of which decides which model is the best; with teacher forcing
+    loss, top-5 accuracy, and BLEU-4 as the tutorial reports it.
     """
     args, processes, data = state.args, state.processes, loader.dataset
     encoder, decoder = state.averaged_encoder, state.averaged_decoder.eval()
     word_of = {i: word for word, i in data.word_map.items()}
     generated, teacher_forced, loss, correct, tokens = [], [], 0.0, 0, 0
     num_tokens, num_captions = int((data.lengths - 1).sum()), int((data.lengths > 1).sum())
-    for batch in progress_bar(
-        load_batches(loader), processes, desc="validation", total=len(loader)
-    ):
+    batches = load_batches(loader)
+    for batch in progress_bar(batches, processes, desc="validation", total=len(loader)):
         with autocast(processes.device, args.amp):
             batch = encode(encoder.cells, batch, processes.device, num_tokens, num_captions)
             output = decoder(batch.features, batch.captions, batch.lengths)
             hypotheses = beam_search(decoder, batch.features, data.word_map, args.val_beam_size)
-        # This batch's share of the mean over all validation captions.
-        divisors = num_tokens, num_captions
-        loss += doubly_stochastic_loss(output, batch.lengths, args.alpha_c, *divisors)
+        loss += doubly_stochastic_loss(
+            output, batch.lengths, args.alpha_c, batch.num_tokens, batch.num_captions
+        )
         correct += top_k_correct(output.logits, output.targets)
         tokens += len(output.targets)
         teacher_forced += teacher_forced_pairs(output, batch.lengths)
@@ -217,11 +204,9 @@ def validate(state, loader):
 
 def generated_metrics(generated):
     """
-    BLEU-1..4 and CIDEr-D by their names in the log. If the images come from several sources, these
-    are means over the sources, so that none decides alone because it is large; each source's own
-    have its name, as in cider_d_coco.
-
-    generated: pairs of an image's entry in REFERENCES and the words of its caption
+    BLEU-1..4 and CIDEr-D of pairs of an image's entry in REFERENCES and the words of its caption.
+    If the images come from several sources, these are means over the sources, so that none decides
+    alone because it is large; each source's own have its name, as in cider_d_coco.
     """
     by_source = {}
     for entry, words in generated:
@@ -243,15 +228,13 @@ def generated_metrics(generated):
 def teacher_forced_pairs(output, lengths):
     """
     Pairs for BLEU, one per caption that counts: its image's references, and the most likely token
-    after each true beginning, all as strings. output: of the decoder; lengths (N, R)
+    after each true beginning, all as strings. lengths: (N, R)
     """
     sizes, r = (lengths - 1).flatten().tolist(), lengths.shape[1]
     references, hypotheses = (
         [list(map(str, caption.tolist())) for caption in ids.split(sizes)]
         for ids in (output.targets, output.logits.argmax(1))
     )
-    return [
-        (references[i - i % r : i - i % r + r], hypothesis)
-        for i, hypothesis in enumerate(hypotheses)
-        if hypothesis
-    ]
+    starts = (i - i % r for i in range(len(hypotheses)))
+    pairs = [(references[i : i + r], caption) for i, caption in zip(starts, hypotheses)]
+    return [pair for pair in pairs if pair[1]]

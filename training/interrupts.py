@@ -32,13 +32,12 @@ class Interrupts:
     _deferring = False
 
     def __enter__(self):
-        self._previous_handlers = {}
-        if threading.current_thread() is threading.main_thread():  # other threads get none
-            self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()  # other threads get none
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS if is_main}
         return self
 
     def __exit__(self, *_):
-        for signum, handler in self._previous_handlers.items():
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
     def _handle(self, signum, _):
@@ -60,17 +59,14 @@ class Interrupts:
 
 
 def leave_signals_to_parent(_=None):
-    """
-    For worker processes: ignore signals that are sent to all processes at once, so that the parent
-    can finish its step. A SIGTERM sent by the parent still ends the worker.
-    """
+    """In a worker: ignore signals, so that its parent can finish a step, but the parent's own."""
+
+    def exit_at_sigterm_of_parent():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # it says who sent a signal; macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_at_sigterm_of_parent, daemon=True).start()
-
-
-def _exit_at_sigterm_of_parent():
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
+        threading.Thread(target=exit_at_sigterm_of_parent, daemon=True).start()

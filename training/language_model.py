@@ -1,8 +1,7 @@
-"""
-Before phase 1: the decoder learns to write from captions without images, of which there are more.
-"""
+"""Before phase 1: the decoder learns to write from text, captions that have no images."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,29 +21,23 @@ def pretrain(decoder, captions, word_map, epochs, processes, amp=None):
     """
     Train a decoder as a language model, in place: teacher forcing's cross-entropy for a blank image
     of one location, whose annotation vector is zero. Then the context vector is zero at each step,
-    and what only reads it stays as it is.
+    and what only reads it stays as it is. All processes do the same.
 
-    captions: lists of words, not empty; those that are not in word_map count as <unk>
-    processes: a `Distributed`, which each pretrain alike; amp: as in `modeling.devices.autocast`
-
+    captions: lists of words, of which those that are not in word_map count as <unk>
     Returns the mean loss of the last epoch, in nats per token.
     """
-    unknown = word_map["<unk>"]
     texts = [["<start>", *words, "<end>"] for words in captions]
-    ids = [[word_map.get(word, unknown) for word in words] for words in texts]
-    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    ids = [[word_map.get(word, word_map["<unk>"]) for word in words] for words in texts]
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, LR, fused=True)
     batches = -(-len(ids) // BATCH)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: half_cosine(step, epochs * batches)
-    )
+    cosine = partial(half_cosine, steps=epochs * batches)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     decoder.train()
     for epoch in range(1, epochs + 1):
         total = tokens = 0
-        bar = progress_bar(
-            _batches(ids, batches), processes, desc=f"text, epoch {epoch}", total=batches
-        )
-        for batch in bar:
+        shown = {"desc": f"text, epoch {epoch}", "total": batches}
+        for batch in progress_bar(_batches(ids, batches), processes, **shown):
             with autocast(processes.device, amp):
                 loss = language_model_loss(decoder, batch)
             count = sum(map(len, batch)) - len(batch)

@@ -1,11 +1,10 @@
 """
 The training loss: `doubly_stochastic_loss`, and the criteria `TeacherForcing`, `HardAttention` and
-`SelfCritical`, of which train.py uses one. It is called once per step, or part of a step:
+`SelfCritical`, one of which train.py calls for each step, or part of a step:
 
     loss, total, correct = criterion(decoder, batch)
 
-batch: a `Batch`. The loss is a scalar to backpropagate; total and correct are tensors that are
-summed over an epoch, from which `metrics` computes the values for the log.
+loss is a scalar to backpropagate; total and correct are summed over an epoch for `metrics`.
 """
 
 from typing import NamedTuple
@@ -22,20 +21,19 @@ from modeling.devices import Distributed
 from modeling.sampling import sample_captions
 from models import DecoderOutput
 
-HARD_FRACTION = 0.5  # hard attention: the share of captions with sampled locations, section 4.1
 BASELINE_DECAY = 0.9  # hard attention: of the moving average of log-probabilities, section 4.1
 MIN_ALPHA = 1e-30  # smaller attention weights are raised to this before the logarithm
 
 
 class Batch(NamedTuple):
     """
-    A batch on the device, or a part of one. num_tokens and num_captions divide the loss's sums: the
-    totals of the whole step over the number of processes, which average their gradients.
+    A batch on the device, or a part of one. num_tokens and num_captions, by which the loss's sums
+    are divided, are the whole step's over the number of processes, which average their gradients.
     """
 
-    features: torch.Tensor  # (N, G, E)
-    captions: torch.Tensor  # (N, R, L) token ids
-    lengths: torch.Tensor  # (N, R) <start> and <end> counted, on the CPU
+    features: Tensor  # (N, G, E)
+    captions: Tensor  # (N, R, L) token ids
+    lengths: Tensor  # (N, R) <start> and <end> counted, on the CPU
     indices: np.ndarray  # (N,) of the images or captions in the data set
     num_tokens: float
     num_captions: float
@@ -59,13 +57,12 @@ def doubly_stochastic_loss(
     location should sum to 1 over the tokens of a caption. As in the tutorial, both terms are means,
     over tokens and over locations: the paper has sums, so its lambda is on another scale.
 
-    output: of the decoder; lengths: (N, R) of its captions; num_tokens, num_captions: divisors
-    instead of W and N * R where this batch is one part of a larger one
-    Returns a scalar in nats.
+    lengths: (N, R) of the captions; num_tokens, num_captions: divisors instead of W and N * R where
+    this batch is one part of a larger one. Returns a scalar in nats.
     """
     cross_entropy = token_losses(output.logits, output.targets).sum()
-    penalty = doubly_stochastic_penalty(output.alphas, lengths).sum()
     cross_entropy = cross_entropy / (num_tokens or len(output.targets))
+    penalty = doubly_stochastic_penalty(output.alphas, lengths).sum()
     return cross_entropy + alpha_c * penalty / (num_captions or lengths.numel())
 
 
@@ -121,17 +118,15 @@ class HardAttention(TeacherForcing):
     """
     Stochastic hard attention, section 4.1: the decoder attends to one location, sampled from alpha.
     Sampling has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
-    equation 11), minus a moving average of earlier ones (`baseline`, nats).
-
-    lambda_r, lambda_e: the weights of the reward and of alpha's entropy, as in the paper
-    hard_fraction: the share of captions with sampled locations; the others use the expectation
+    equation 11), minus a moving average of earlier ones (`baseline`, nats). lambda_r and lambda_e
+    weigh the reward and alpha's entropy.
     """
 
-    def __init__(
-        self, alpha_c: float, lambda_r: float, lambda_e: float, hard_fraction: float = HARD_FRACTION
-    ):
+    hard_fraction = 0.5  # of captions have sampled locations; the others use the expectation
+
+    def __init__(self, alpha_c: float, lambda_r: float, lambda_e: float):
         super().__init__(alpha_c)
-        self.lambda_r, self.lambda_e, self.hard_fraction = lambda_r, lambda_e, hard_fraction
+        self.lambda_r, self.lambda_e = lambda_r, lambda_e
         self._log_prob_sum: Tensor | float = 0.0  # of this step so far
         self._num_captions = 0
 
@@ -150,7 +145,7 @@ class HardAttention(TeacherForcing):
 
 @torch.no_grad()
 def caption_log_probs(output: DecoderOutput, lengths: Tensor) -> Tensor:
-    """(N, R): the log-probability of each caption in nats; lengths: (N, R) of the captions"""
+    """The log-probability of each caption in nats: lengths (N, R) -> (N, R)"""
     losses = token_losses(output.logits, output.targets)
     caption = torch.arange(lengths.numel()).repeat_interleave((lengths - 1).flatten().cpu())
     caption = caption.to(losses.device, non_blocking=True)
@@ -177,9 +172,9 @@ class SelfCritical(TeacherForcing):
     captions; each is rewarded by its CIDEr-D minus the mean of the image's other samples (Luo 2020,
     arXiv 2003.09971). Without dropout the model trains the same distribution that it samples from.
 
-    data: the training images' CaptionDataset; samples: captions per image, at least 2
-    cross_entropy_share: w in (1 - w) self-critical loss + w cross-entropy of the true captions,
-    which keeps words in use that the reward alone would forget
+    data: the training images; samples: captions per image, 2 or more; cross_entropy_share: w in
+    (1 - w) self-critical loss + w cross-entropy of the true captions, which keeps words in use that
+    the reward alone would forget
     """
 
     dropout = False
@@ -189,13 +184,12 @@ class SelfCritical(TeacherForcing):
         data: CaptionDataset,
         alpha_c: float,
         samples: int = 5,
-        max_len: int = 50,
         cross_entropy_share: float = 0.0,
     ):
         super().__init__(alpha_c)
         self.word_map, self.reward = data.word_map, Reward(data)
         self.cross_entropy_share = cross_entropy_share
-        self.sampling = Search(n_best=samples, max_len=max_len, sample=True)
+        self.sampling = Search(n_best=samples, sample=True)
 
     def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         single = getattr(decoder, "module", decoder)  # not wrapped for several processes
@@ -223,10 +217,8 @@ def self_critical_loss(
     output: DecoderOutput, lengths: Tensor, rewards: Tensor, num_captions: float
 ) -> Tensor:
     """
-    A scalar whose gradient estimates minus that of the expected reward, averaged over the samples.
-
-    output: of the decoder for R > 1 captions sampled for each image; lengths, rewards: (N, R)
-    num_captions: see `Batch`
+    A scalar whose gradient estimates minus that of the expected reward, averaged over the samples:
+    R > 1 captions of each image, of these lengths and rewards (N, R).
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     weights = (rewards - others).flatten().repeat_interleave((lengths - 1).flatten())  # (W,)
@@ -243,17 +235,14 @@ class Reward:
 
     def __init__(self, data: CaptionDataset):
         self.words = {i: word for word, i in data.word_map.items()}
-        self.references = [
-            [[*words, "<end>"] for words in entry["references"]] for entry in data.entries
-        ]
+        texts = [entry["references"] for entry in data.entries]
+        self.references = [[[*words, "<end>"] for words in captions] for captions in texts]
         self.cider = CiderD(self.references)
 
     def __call__(self, images: np.ndarray, captions: Tensor, lengths: Tensor) -> Tensor:
-        """N indices; captions (N, R, L), lengths (N, R) from `sample_captions` -> float32 (N, R)"""
-        candidates = [
-            [self.words[i] for i in caption[1:length]]
-            for caption, length in zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
-        ]
+        """N indices of images; captions (N, R, L), lengths (N, R) -> float32 (N, R)"""
+        pairs = zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
+        candidates = [[self.words[i] for i in caption[1:length]] for caption, length in pairs]
         references = [self.references[image] for image in images for _ in range(lengths.shape[1])]
         scores = self.cider.score(candidates, references)
         return torch.from_numpy(scores).float().view(lengths.shape)

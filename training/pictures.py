@@ -16,9 +16,8 @@ DPI = 60  # pixels per inch: a panel takes about 40 kB
 
 class ValidationPictures:
     """
-    COUNT photographs spread over the validation images, the same ones in every epoch.
-
-    data: the CaptionDataset of these images, of pixels and not of features; word_map: the model's
+    COUNT photographs spread over the validation images, the same ones in every epoch. data: the
+    CaptionDataset of these images, of pixels and not of features; word_map: the model's
     """
 
     def __init__(self, data, word_map):
@@ -32,17 +31,11 @@ class ValidationPictures:
             self.references.append(" ".join(entry["references"][0]))
 
     def write(self, writer, state, epoch):
-        """
-        Caption the photographs and write them with their attention, and a table of the captions.
-
-        writer: TensorBoard's SummaryWriter; state: TrainingState, whose averaged models are used;
-        epoch: the step at which TensorBoard shows them
-        """
+        """The photographs with their attention by the state's averaged models, and a table."""
         rows = ["| photograph | caption | one of its references |", "|---|---|---|"]
         offset = find_offset(state.averaged_encoder)
-        for name, image, reference, (words, alphas) in zip(
-            self.names, self.images, self.references, self._caption(state)
-        ):
+        photographs = zip(self.names, self.images, self.references, self._caption(state))
+        for name, image, reference, (words, alphas) in photographs:
             texts = name, " ".join(words), reference
             cells = [html.escape(text).replace("|", "&#124;") for text in texts]  # <unk> is no tag
             rows.append(f"| {' | '.join(cells)} |")
@@ -59,8 +52,7 @@ class ValidationPictures:
         args, device = state.args, state.processes.device
         with autocast(device, args.amp):
             features = state.averaged_encoder.cells(self.images.to(device))
-            captions = beam_search(
-                state.averaged_decoder.eval(), features, self.word_map, args.val_beam_size
-            )
+            decoder = state.averaged_decoder.eval()
+            captions = beam_search(decoder, features, self.word_map, args.val_beam_size)
         words = {i: word for word, i in self.word_map.items()}
         return [([words[i] for i in caption.tokens], caption.alphas) for caption in captions]

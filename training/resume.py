@@ -1,8 +1,8 @@
 """
 Resuming a run, so that it ends with the weights of a run that was not interrupted, on a CPU bit for
-bit. That takes the same batches, whose order `datasets.ResumableBatchSampler` derives from seed and
-epoch; random numbers, which `engine.train_one_epoch` seeds for each step; what
-`TrainingState.load_state_dict` restores; and options and data, which are compared here.
+bit. Beside what `TrainingState.load_state_dict` restores that takes the same batches, whose order
+`ResumableBatchSampler` derives from seed and epoch, random numbers, which `train_one_epoch` seeds
+for each step, and options and data, which are compared here.
 """
 
 import os
@@ -26,22 +26,17 @@ FIXED_WITH_COSINE = "batch_size single_captions epochs".split()
 def load_run(path):
     """The checkpoint of a run to resume; UserError unless it is one."""
     checkpoint = checkpoints.load(path)
-    if "optimizer" not in checkpoint:
+    parts = "optimizer", "options", "progress"
+    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise UserError(f"{path} is a model, not a run to resume; pass it as --checkpoint")
-    if not all(isinstance(checkpoint.get(part), dict) for part in ("options", "progress")):
-        raise UserError(f"{path} is damaged: the run's options or progress are missing")
     return checkpoint
 
 
 def check_unchanged(path, given, saved, progress):
-    """
-    UserError if an option that must not change was given another value than the run has.
-
-    path: of the run; given, saved: options by name
-    """
-    fixed = FIXED + FIXED_WITHIN_EPOCH * bool(progress.get("step"))
-    fixed += FIXED_WITH_COSINE * bool(saved["cosine"])
-    for option in fixed:
+    """UserError if an option that must not change was given another value than that saved."""
+    within_epoch = FIXED_WITHIN_EPOCH if progress.get("step") else []
+    with_cosine = FIXED_WITH_COSINE if saved["cosine"] else []
+    for option in FIXED + within_epoch + with_cosine:
         if given.get(option, saved[option]) != saved[option]:
             raise UserError(
                 f"{path} was run with {option} {saved[option]}, which --resume cannot change; for "
@@ -71,13 +66,13 @@ def describe_data(args, data):
 
 def restore_state(state, checkpoint):
     """Load the checkpoint into `state`; UserError unless it fits the options."""
-    args = state.args
+    args, say = state.args, state.processes.print
     try:
         state.load_state_dict(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{args.resume} does not fit this run: {reason}") from None
-    progress, say = state.progress, state.processes.print
+    progress = state.progress
     done = f"{count(progress.epoch, 'epoch')} and {count(progress.step, 'batch', 'batches')}"
     say(f"resuming {args.resume}: {done} are done")
     if progress.epoch >= args.epochs:
@@ -86,17 +81,14 @@ def restore_state(state, checkpoint):
 
 def resume_command(args, processes):
     """The command that continues the run, for each machine if there are several."""
-    program = "python"
-    if processes.world_size > 1:
-        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
+    program, world_size = "python", processes.world_size
+    if world_size > 1:
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         program = f"torchrun --nproc_per_node={per_machine}"
-        if per_machine < processes.world_size:
-            program += f" --nnodes={processes.world_size // per_machine} --rdzv_backend=c10d"
-            program += " --rdzv_endpoint=HOST:PORT"
+        if per_machine < world_size:
+            machines = world_size // per_machine
+            program += f" --nnodes={machines} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
     return f"{program} train.py --resume {shlex.quote(str(last_path(args)))}"
-
-
-# Files in the checkpoint folder
 
 
 def last_path(args):

@@ -1,6 +1,4 @@
-"""
-`Run`: a training run in its checkpoint folder: its lock, checkpoints, log and interruption.
-"""
+"""`Run`: a training run in its checkpoint folder: its lock, checkpoints, log and interruption."""
 
 import json
 import sys
@@ -35,6 +33,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        state, progress = self.state, self.state.progress
         advice = f"continue with: {resume.resume_command(self.args, self.processes)}"
         try:
             if isinstance(error, Interrupted):
@@ -42,12 +41,9 @@ class Run:
                 self.save()
                 if not self.processes.is_main:
                     raise SystemExit(error.code) from None
-                progress, steps = self.state.progress, self.state.steps_per_epoch
-                raise Interrupted(
-                    error.signum,
-                    f"stopped in epoch {progress.epoch + 1} after {progress.step} of {steps} "
-                    f"batches, all saved; {advice}",
-                ) from None
+                done = f"{progress.step} of {state.steps_per_epoch} batches, all saved; {advice}"
+                message = f"stopped in epoch {progress.epoch + 1} after {done}"
+                raise Interrupted(error.signum, message) from None
             if isinstance(error, WorkerDied):
                 self.save()
                 raise UserError(f"{error}; all steps are saved, {advice}") from None
@@ -66,9 +62,9 @@ class Run:
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
         args, progress = self.args, self.state.progress
-        while progress.epoch < args.epochs:
-            if progress.epochs_without_improvement >= args.stop_after:
-                return
+        while (
+            progress.epoch < args.epochs and progress.epochs_without_improvement < args.stop_after
+        ):
             yield progress.epoch + 1
 
     def save_due(self):
@@ -80,21 +76,14 @@ class Run:
 
     def save(self, path=None):
         """Write the state to the run's checkpoint, or to another path."""
-        if self.processes.is_main:
-            state = self.state
-            if self.args.fine_tune_encoder:  # what was measured for pictures is of older weights
-                state.averaged_encoder.offset = None
-            checkpoints.save(
-                path or last_path(self.args),
-                state.averaged_encoder,
-                state.averaged_decoder,
-                self.word_map,
-                options={
-                    k: v for k, v in vars(self.args).items() if k not in resume.TRANSIENT_OPTIONS
-                },
-                data=self.data,
-                **state.state_dict(),
-            )
+        if not self.processes.is_main:
+            return
+        encoder, decoder = self.state.averaged_encoder, self.state.averaged_decoder
+        if self.args.fine_tune_encoder:  # what was measured for pictures is of older weights
+            encoder.offset = None
+        options = {k: v for k, v in vars(self.args).items() if k not in resume.TRANSIENT_OPTIONS}
+        content = {"options": options, "data": self.data, **self.state.state_dict()}
+        checkpoints.save(path or last_path(self.args), encoder, decoder, self.word_map, **content)
 
     def end_epoch(self, stats):
         """Print, count, log and save an epoch; stats: its training and validation metrics"""
@@ -117,9 +106,10 @@ class Run:
         metric = {"bleu4": "BLEU-4", "cider_d": "CIDEr-D"}[monitored_metric(self.args)]
         best = progress.epoch - progress.stale
         source = f"epoch {best}" if best else "the model that the phase started from"
-        best = f"best validation {metric} {progress.best:.2f}, from {source}"
-        where = best_path(self.args)
-        self.processes.print(f"done after epoch {progress.epoch}: {best}, in {where}")
+        self.processes.print(
+            f"done after epoch {progress.epoch}: best validation {metric} {progress.best:.2f}, "
+            f"from {source}, in {best_path(self.args)}"
+        )
 
 
 def format_scores(stats):
@@ -171,9 +161,8 @@ class Log:
                 path.unlink(missing_ok=True)
         self._previous_rows = progress.rows
         if args.tensorboard:
-            first_step = self._previous_rows + progress.epoch + 1
-            events = folder / f"tensorboard_{args.data_name}"
-            self._writer = SummaryWriter(events, purge_step=first_step)
+            events, step = folder / f"tensorboard_{args.data_name}", progress.rows + progress.epoch
+            self._writer = SummaryWriter(events, purge_step=step + 1)
 
     def write(self, row):
         """row: an epoch's metrics"""
@@ -184,10 +173,7 @@ class Log:
                 self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
 
     def draw(self, state):
-        """
-        log_NAME.png, without which a run goes on if it cannot be drawn, and TensorBoard's pictures.
-        state: the TrainingState after an epoch
-        """
+        """The curves, without which a run goes on if they fail, and TensorBoard's pictures."""
         try:
             from visualization.curves import write_curves  # only here: matplotlib is slow
 
@@ -206,13 +192,13 @@ def lock_run(args, processes):
     A context in which no other run of the data set can write to the checkpoint folder. UserError if
     one does so now, or if the folder has an earlier run that may not be replaced.
     """
-    folder, lock = Path(args.checkpoint_folder), nullcontext()
+    folder, name, lock = Path(args.checkpoint_folder), args.data_name, nullcontext()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        busy = f"another run of {name} is training in {folder}; wait for it or pass another "
+        busy += "--checkpoint_folder"
         # Worker processes of a killed run may hold the lock for some seconds.
-        busy = f"another run of {args.data_name} is training in {folder}; wait for it or pass "
-        busy += "another --checkpoint_folder"
-        lock = exclusive_lock(str(folder / f".train_{args.data_name}.lock"), busy, timeout=15)
+        lock = exclusive_lock(str(folder / f".train_{name}.lock"), busy, timeout=15)
     with lock:
         for path in (last_path(args), best_path(args)):  # in all processes: each stops with a line
             if path.exists() and not args.overwrite and not continues(args):

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-NO_SUMS = (0.0, 0, 0, 0, 0.0)
+NO_SUMS = (0.0, 0, 0, 0, 0.0)  # loss or reward, correct tokens, tokens, captions, seconds
 
 
 @dataclass
@@ -30,10 +30,7 @@ class Progress:
 
     @property
     def epochs_without_improvement(self):
-        """
-        As --stop_after and the tutorial count them: from a best score of 0, so that a first epoch
-        with a score of 0 is no improvement, though it is the best so far.
-        """
+        """As the tutorial counts them: a first epoch with a score of 0 is one, though the best."""
         return self.stale + (self.stale == self.epoch - 1 and self.best == 0)
 
     @classmethod
@@ -50,20 +47,15 @@ def monitored_metric(args):
 
 class TrainingState:
     """
-    Models, optimizer, schedule and progress of a run.
-
-    encoder, decoder                    the models that are trained, on processes.device
-    parallel_cells, parallel_decoder    the encoder's `cells` and the decoder, wrapped for gradients
-                                        of several processes
-    averaged_encoder, averaged_decoder  the models that are validated and saved: with --ema averages
-                                        of the weights, else the models themselves
+    Models, optimizer, schedule and progress of a run. `encoder` and `decoder` are trained;
+    `parallel_cells` and `parallel_decoder` are the encoder's `cells` and the decoder, wrapped for
+    gradients of several processes; `averaged_encoder` and `averaged_decoder` are validated and
+    saved: with --ema averages of the weights, else the models themselves.
     """
 
     def __init__(self, args, encoder, decoder, criterion, steps_per_epoch, processes):
         self.args, self.processes, self.criterion = args, processes, criterion
-        self.encoder, self.decoder = encoder, decoder
-        self.steps_per_epoch = steps_per_epoch
-        # Wrapped for gradients only: validation and checkpoints use the modules themselves.
+        self.encoder, self.decoder, self.steps_per_epoch = encoder, decoder, steps_per_epoch
         self.parallel_decoder = _parallel(decoder, processes)
         cells = _Cells(encoder)
         self.parallel_cells = _parallel(cells, processes) if args.fine_tune_encoder else cells
@@ -90,19 +82,17 @@ class TrainingState:
     def last_lr(self):
         """The decoder's learning rate in the last step."""
         if self.args.cosine:
-            return self._cosine_rates(self._steps_done - 1)[0]
+            return self._cosine_rate(self.args.decoder_lr, self._steps_done - 1)
         return self.optimizer.param_groups[0]["lr"]
 
-    def _cosine_rates(self, step):
-        """With --cosine: the learning rates of decoder and encoder."""
-        factor = half_cosine(step, self.args.epochs * self.steps_per_epoch)
-        return self.args.decoder_lr * factor, self.args.encoder_lr * factor
+    def _cosine_rate(self, maximum, step):
+        return maximum * half_cosine(step, self.args.epochs * self.steps_per_epoch)
 
     def _set_cosine_rates(self):
-        if self.args.cosine:
-            rates = self._cosine_rates(self._steps_done)
-            for group, rate in zip(self.optimizer.param_groups, rates):
-                group["lr"] = rate
+        maxima = self.args.decoder_lr, self.args.encoder_lr
+        for group, maximum in zip(self.optimizer.param_groups, maxima):
+            if self.args.cosine:
+                group["lr"] = self._cosine_rate(maximum, self._steps_done)
 
     def after_step(self):
         """Update averages, learning rate and criterion after the optimizer's step."""
@@ -119,11 +109,10 @@ class TrainingState:
 
     def after_epoch(self, stats):
         """
-        Count a complete epoch and lower the learning rate if it is due. stats: its metrics.
-
-        Returns whether it is the best so far.
+        Count an epoch with these metrics, lower the learning rate after each --decay_after epochs
+        in a row without improvement, and return whether this one is the best so far.
         """
-        progress, (score, loss) = self.progress, self._score(stats)
+        args, progress, (score, loss) = self.args, self.progress, self._score(stats)
         # Older checkpoints have no best_loss: there an equal score is no improvement.
         best_loss = -math.inf if progress.best_loss is None else progress.best_loss
         improved = progress.best is None or (score, -loss) > (progress.best, -best_loss)
@@ -132,16 +121,12 @@ class TrainingState:
         progress.stale = 0 if improved else progress.stale + 1
         progress.epoch, progress.bleu4 = stats["epoch"], stats["bleu4"]
         progress.step, progress.sums = 0, list(NO_SUMS)
-        self._decay_if_due()
-        return improved
-
-    def _decay_if_due(self):
-        """After each --decay_after epochs in a row without improvement."""
-        args, stale = self.args, self.progress.stale
-        if not args.cosine and args.lr_decay < 1 and stale and stale % args.decay_after == 0:
+        due = progress.stale and progress.stale % args.decay_after == 0
+        if due and args.lr_decay < 1 and not args.cosine:
             for group in self.optimizer.param_groups:
                 group["lr"] *= args.lr_decay
             self.processes.print(f"learning rate is now {self.last_lr:.3g}")
+        return improved
 
     def set_score_to_beat(self, stats):
         """A phase is to improve on the model that it starts from; stats: its metrics."""
@@ -156,10 +141,7 @@ class TrainingState:
         return score if score >= 0.005 else 0.0, stats["val_loss"]
 
     def state_dict(self):
-        """
-        A checkpoint's content besides the averaged models. `trained` holds the weights that are
-        averaged, None without --ema.
-        """
+        """A checkpoint's content besides the averaged models; `trained`: weights to be averaged."""
         trained = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
         return {
             "trained": trained if self.args.ema else None,
@@ -170,10 +152,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state):
-        """
-        Restore what `state_dict` returned; encoder and decoder have that checkpoint's weights
-        already. Older ones may lack `trained` and `scaler`. An error means that it does not fit.
-        """
+        """Restore `state_dict`, also an older version's; the models have its weights already."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # empty for other precisions
             self.scaler.load_state_dict(state["scaler"])

@@ -2,7 +2,6 @@
 
 import json
 
-import h5py
 import pytest
 import torch
 from factories import (
@@ -57,36 +56,27 @@ class Headed(DecoderWithAttention):
 def test_an_argument_of_ones_own_decoder_goes_to_it_alone(data, tmp_path, monkeypatch):
     monkeypatch.setitem(DECODERS, "headed", Headed)
     monkeypatch.setitem(build.MODEL_OPTIONS, "heads", ("decoder_args", "heads", 2))
+    datasets = [CaptionDataset(data, NAME, "VAL")]
 
     def arguments(attention, heads):
         args = train.get_args(train_args(data, tmp_path, "--attention", attention))
         args.heads = heads
-        datasets = [CaptionDataset(data, NAME, split) for split in ("TRAIN", "VAL")]
         return build.build_model(args, None, datasets, Distributed(torch.device("cpu")))[1].args
 
-    assert arguments("headed", 5)["heads"] == 5
-    assert "heads" not in arguments("soft", 2)
+    assert arguments("headed", 5)["heads"] == 5 and "heads" not in arguments("soft", 2)
     with pytest.raises(UserError, match="--heads is not for --attention soft"):
         arguments("soft", 5)
 
 
 def test_loading_processes_change_nothing_and_cached_features_only_float16(data, tmp_path):
-    for name in (
-        "--cache_in disk --workers 0",
-        "--cache_in disk --workers 2",
-        "--no-cache_features",
-    ):
+    options = "--cache_in disk --workers 0", "--cache_in disk --workers 2", "--no-cache_features"
+    for name in options:
         train.main(train_args(data, tmp_path / name[-1], "--epochs 1", name))
     cached, again, fresh = (load_checkpoint(tmp_path / name)["decoder"] for name in "02s")
     assert same(cached, again) and not same(cached, fresh)
     a, b = (log_rows(tmp_path / name)[0] for name in "0s")
     for key in ("train_loss", "val_loss"):
         assert a[key] == pytest.approx(b[key], rel=1e-3)
-
-
-def test_augmented_images_are_not_cached_features(data, tmp_path):
-    with pytest.raises(UserError, match="--augment needs images, not cached features"):
-        train.main(train_args(data, tmp_path, "--augment"))
 
 
 def test_single_captions_train_too(data, tmp_path, finished):
@@ -169,14 +159,11 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path):
         write_scenes(tmp_path / f"data{size}", 8, 4, 4, image_size=size) for size in (96, 128)
     )
     picture = folder / "demo/demo_00000.png"
-    with h5py.File(next(folder.glob("TRAIN_IMAGES_*"))) as file:
-        assert file["images"].shape == (8, 3, 96, 96)
-        assert (file["images"][0] == read_image(picture, 96)).all()
+    assert (CaptionDataset(folder, NAME, "TRAIN")[[0]].images[0] == read_image(picture, 96)).all()
     train.main(train_args(folder, tmp_path, "--epochs 1 --encoder_stride 16", *ENCODER))
     [best] = tmp_path.glob("BEST_*")
-    captioner = Captioner(best)
+    captioner, seen = Captioner(best), []
     assert captioner.encoder.args["image_size"] == 96 and captioner.encoder.args["stride"] == 16
-    seen = []
     captioner.encoder.resnet.register_forward_hook(
         lambda _, images, out: seen.append((images[0].shape, out.shape))
     )

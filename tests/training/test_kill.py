@@ -17,21 +17,13 @@ KILLS = 18
 
 
 def start(args):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "train.py", *args]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
-
-
-def finish(process):
-    """Wait for the end, which must be a success."""
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def seconds(args):
     begin = time.monotonic()
-    finish(start(args))
+    assert start(args).wait() == 0
     return time.monotonic() - begin
 
 
@@ -48,18 +40,16 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
     while kills < KILLS:
         process = start(args)
         try:
-            process.wait(rng.uniform(0.6 * begin, begin + (whole - begin) / 20))
+            assert process.wait(rng.uniform(0.6 * begin, begin + (whole - begin) / 20)) == 0
+            break
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
             kills += 1
-        else:
-            finish(process)
-            break
         if list(killed.glob("checkpoint_*.pth.tar")):
             args = resume_args(killed, "--workers", rng.randrange(3))
     else:
-        finish(start(args))
+        assert start(args).wait() == 0
     for prefix in ("", "BEST_"):
         one, other = (load_checkpoint(tmp_path / name, prefix) for name in ("whole", "killed"))
         assert same(one["encoder"], other["encoder"]) and same(one["decoder"], other["decoder"])

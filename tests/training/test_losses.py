@@ -6,6 +6,7 @@ are enumerated.
 import itertools
 import math
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from training.losses import (
     SelfCritical,
     caption_log_probs,
     doubly_stochastic_loss,
-    doubly_stochastic_penalty,
     self_critical_loss,
     token_losses,
 )
@@ -78,33 +78,12 @@ def flat_gradient(loss, decoder):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
-    decoder, (captions, lengths) = make_decoder(), make_captions(6, 3)
-    features = torch.randn(6, 64, 9, dtype=torch.float64)
-
-    def loss(part, **divisors):
-        output = decoder(features[part], captions[part], lengths[part])
-        return doubly_stochastic_loss(output, lengths[part], **divisors)
-
-    words, parts = int((lengths - 1).sum()), (slice(0, 1), slice(1, 4), slice(4, 6))
-    shares = [loss(part, num_tokens=words, num_captions=18) for part in parts]
-    torch.testing.assert_close(sum(shares), loss(slice(0, 6)))
-
-
-def test_doubly_stochastic_penalty_counts_captions_by_their_lengths():
-    """By hand; a caption of nothing to predict has no penalty, one without attention mass has."""
-    alphas = torch.zeros(1, 3, 2, 2)
-    alphas[0, 0] = torch.tensor([[0.75, 0.25], [0.5, 0.5]])  # sums 1.25 and 0.75
-    found = doubly_stochastic_penalty(alphas, torch.tensor([[3, 3, 1]]))
-    assert found.tolist() == [[0.0625, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_of_half_precision_logits_are_in_float32(dtype):
-    logits, targets = torch.randn(64, 500).mul_(3).to(dtype), torch.randint(500, (64,))
-    exact = F.cross_entropy(logits.double(), targets, reduction="none")
-    losses = token_losses(logits, targets)
-    torch.testing.assert_close(losses, exact.float(), rtol=1e-6, atol=1e-5)
+def test_losses_of_half_precision_logits_are_in_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        logits, targets = torch.randn(64, 500).mul_(3).to(dtype), torch.randint(500, (64,))
+        exact = F.cross_entropy(logits.double(), targets, reduction="none")
+        losses = token_losses(logits, targets)
+        torch.testing.assert_close(losses, exact.float(), rtol=1e-6, atol=1e-5)
 
 
 def test_captions_are_sampled_with_their_probabilities():
@@ -139,16 +118,15 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     exact = flat_gradient(0.5 * penalty - expected, decoder)
 
     data = Namespace(word_map=WORD_MAP, entries=[{"references": [["dog"]]}])
-    criterion = SelfCritical(data, 0.5, samples=3, max_len=1)
-    assert criterion.count_captions(torch.zeros(400, 1)) == 1200
-    assert not criterion.dropout
-    criterion.reward = lambda images, captions, lengths: torch.tensor(
-        [
-            [rewards[tuple(c[1:n])] for c, n in zip(*rows)]
-            for rows in zip(captions.tolist(), lengths.tolist())
-        ]
-    )
+    criterion = SelfCritical(data, 0.5, samples=3)
+    criterion.sampling = replace(criterion.sampling, max_len=1)
+    assert criterion.count_captions(torch.zeros(400, 1)) == 1200 and not criterion.dropout
 
+    def reward(images, captions, lengths):
+        rows = zip(captions.flatten(0, 1).tolist(), lengths.flatten().tolist())
+        return torch.tensor([rewards[tuple(c[1:n])] for c, n in rows]).view(lengths.shape)
+
+    criterion.reward = reward
     batch = Batch(features.expand(400, -1, -1), None, None, None, None, 1200)
 
     def draw():
@@ -163,17 +141,14 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 def test_each_sample_is_weighted_by_its_reward_minus_the_mean_of_the_other_ones():
     decoder, (captions, lengths) = make_decoder(), make_captions(2, 3)
     output = decoder(torch.randn(2, 64, 9, dtype=torch.float64), captions, lengths)
-    rewards, expected = torch.tensor([[1.0, 2.0, 6.0], [0.0, 3.0, 3.0]]), 0.0
-    advantages = iter([1 - 4, 2 - 3.5, 6 - 1.5, 0 - 3, 3 - 1.5, 3 - 1.5])
-    for losses in token_losses(output.logits, output.targets).split(
-        (lengths - 1).flatten().tolist()
-    ):
-        expected += next(advantages) * losses.sum() / 6
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 3.0, 3.0]])
+    advantages = [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 3, 3 - 1.5, 3 - 1.5]
+    losses = token_losses(output.logits, output.targets).split((lengths - 1).flatten().tolist())
+    expected = sum(weight * loss.sum() for weight, loss in zip(advantages, losses)) / 6
     torch.testing.assert_close(self_critical_loss(output, lengths, rewards, 6), expected)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
+def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss():
     decoder, features = tiny_decoder(), torch.randn(6, 4, 3, dtype=torch.float64)
     entries = [{"references": [["dog"] * (i + 1)]} for i in range(6)]
     data = Namespace(word_map=WORD_MAP, entries=entries)
@@ -181,26 +156,18 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss(share):
     lengths = torch.tensor([[3, 4]]).expand(6, -1)
     batch = Batch(features, captions, lengths, list(range(6)), 30.0, 24)
 
-    def loss_of(**options):
+    def loss_of(alpha_c, share):
         torch.manual_seed(3)
-        return SelfCritical(data, 0.5, samples=4, max_len=5, **options)(decoder, batch)[0]
+        criterion = SelfCritical(data, alpha_c, samples=4, cross_entropy_share=share)
+        return criterion(decoder, batch)[0]
 
-    plain = loss_of()
-    without_penalty = plain - 0.5 * penalty_of_samples(decoder, features)
     output = decoder(features, captions, lengths)
     cross_entropy = F.cross_entropy(output.logits, output.targets)
-    expected = plain + share * (cross_entropy - without_penalty)
-    loss = loss_of(cross_entropy_share=share)
+    expected = 0.7 * loss_of(0.0, 0.0) + 0.3 * cross_entropy
+    expected = expected + loss_of(0.5, 0.0) - loss_of(0.0, 0.0)  # the whole penalty
+    loss = loss_of(0.5, 0.3)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(flat_gradient(loss, decoder), flat_gradient(expected, decoder))
-
-
-def penalty_of_samples(decoder, features):
-    """The attention penalty of the captions that are sampled with seed 3."""
-    torch.manual_seed(3)
-    search = Search(n_best=4, max_len=5, sample=True)
-    captions, lengths = sample_captions(decoder, features, WORD_MAP, search)
-    return ((1 - decoder(features, captions, lengths).alphas.sum(2)) ** 2).mean()
 
 
 def enumerate_locations(decoder, features, caption):
@@ -224,8 +191,8 @@ def enumerate_locations(decoder, features, caption):
         yield log_p_locations, log_p_words, entropy
 
 
-@pytest.mark.parametrize("hard_fraction", [1.0, 0.5])
-def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fraction):
+def test_hard_attention_gradient_is_that_of_the_expected_log_probability():
+    """For half of the captions; the others have the gradient of soft attention."""
     decoder, features = tiny_decoder(), 3 * torch.randn(1, 4, 3, dtype=torch.float64)
     with torch.no_grad():
         decoder.decode_step.weight_ih.mul_(2)
@@ -243,7 +210,7 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
     soft = flat_gradient(loss, decoder)
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
-    criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e, hard_fraction=hard_fraction)
+    criterion = HardAttention(0.0, lambda_r=1.0, lambda_e=lambda_e)
     criterion.baseline = torch.tensor(-2.0)  # the mean does not depend on it
     tensors = (features, captions, lengths.unsqueeze(2))
     features, captions, lengths = (tensor.expand(600, -1, -1) for tensor in tensors)
@@ -254,7 +221,7 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability(hard_fr
         return flat_gradient(loss, decoder)
 
     torch.manual_seed(0)
-    expect_mean(draw, hard_fraction * hard + (1 - hard_fraction) * soft, draws=40)
+    expect_mean(draw, 0.5 * hard + 0.5 * soft, draws=40)
 
 
 def test_hard_attention_samples_for_the_asked_fraction_of_captions_at_all_their_steps():
@@ -281,18 +248,18 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
             output = decoder(features[part], captions[part], lengths[part], 0.0, 0.5)
             words = range(len(output.targets))
             per_word = torch.log_softmax(output.logits, 1)[words, output.targets]
-            sizes = (lengths[part] - 1).flatten().tolist()
-            log_p += [x.sum().item() for x in per_word.split(sizes)]
-            found = caption_log_probs(output, lengths[part]).flatten().tolist()
-            assert found == pytest.approx(log_p[-len(sizes) :], rel=1e-5)
+            found = [x.sum() for x in per_word.split((lengths[part] - 1).flatten().tolist())]
+            found = torch.stack(found).detach().view(-1, 3)
+            torch.testing.assert_close(caption_log_probs(output, lengths[part]), found)
+            log_p += found.flatten().tolist()
             torch.manual_seed(step)
             batch = Batch(features[part], captions[part], lengths[part], None, 1, 1)
             loss, total, _ = criterion(decoder, batch)
-            assert float(total) == pytest.approx(-sum(found), rel=1e-5)  # without the reward
+            torch.testing.assert_close(total, -found.sum())  # without the reward
             log_alphas = output.alphas.detach().clamp(min=1e-30).log()
-            log_p_locations = (output.weights * log_alphas).sum((2, 3)).flatten()
-            rewards = 0.1 * (torch.tensor(found) - baseline) * log_p_locations
-            assert loss.item() == pytest.approx(float(total - rewards.sum()), rel=1e-5)
+            log_p_locations = (output.weights * log_alphas).sum((2, 3))
+            rewards = 0.1 * (found - baseline) * log_p_locations
+            assert loss.item() == pytest.approx((total - rewards.sum()).item(), rel=1e-5)
         criterion.after_step(Distributed(torch.device("cpu")))
         baseline = 0.9 * baseline + 0.1 * np.mean(log_p)
         assert float(criterion.baseline) == pytest.approx(baseline, rel=1e-5)
@@ -307,13 +274,12 @@ def test_scheduled_sampling_at_1_feeds_back_what_the_model_says():
     logits, different = iter(output.logits.split((lengths - 1).flatten().tolist())), 0
     for image, rows, sizes in zip(reference.encode(features).split(1), captions, lengths.tolist()):
         for caption, size in zip(rows, sizes):
-            state, word, expected = decoder.init_hidden_state(image), caption[:1], []
-            for t in range(size - 1):
-                state, _, _ = decoder.step(word, state, image)
-                expected.append(decoder.logits(state[0]))
-                word = expected[-1].argmax(1)
-                different += int(word != caption[t + 1])
-            torch.testing.assert_close(next(logits), torch.cat(expected))
+            fed = caption[:1]
+            while len(fed) < size:
+                expected, _ = reference.decode(decoder, image, torch.cat([fed, fed[:1]]))
+                fed = torch.cat([fed, expected[-1:].argmax(1)])
+            torch.testing.assert_close(next(logits), expected)
+            different += int((fed != caption[:size]).sum())
     assert different > 30
     true = torch.cat([c[1:n] for c, n in zip(captions.flatten(0, 1), lengths.flatten())])
     assert torch.equal(output.targets, true)  # the targets stay the true ones
@@ -339,22 +305,21 @@ def test_reward_is_cider_d_on_words_end_included():
         return [words[i] for i in rng.integers(len(words), size=rng.integers(minimum, 12))]
 
     entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
-    data = Namespace(word_map=word_map, entries=entries)
-    # Half of the samples are close to a reference; some have no end.
-    drawn = []
-    for i, entry in enumerate(entries):
-        end = ["<end>"] * (i % 7 > 0)
-        drawn.append([some_words(0) + end, entry["references"][0][:7] + end])
+    data, drawn = Namespace(word_map=word_map, entries=entries), []
     captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
-    for i, k in itertools.product(range(60), range(2)):
-        ids = [word_map[word] for word in ["<start>", *drawn[i][k]]]
-        captions[i, k, : len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
+    for i, entry in enumerate(entries):
+        end = ["<end>"] * (i % 7 > 0)  # some samples have no end
+        drawn.append([some_words(0) + end, entry["references"][0][:7] + end])
+        for k, sample in enumerate(drawn[i]):
+            ids = [word_map[word] for word in ["<start>", *sample]]
+            captions[i, k, : len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
     shuffled = rng.permutation(60)
     ours = torch.empty(60, 2)
     ours[shuffled] = Reward(data)(shuffled, captions[shuffled], lengths[shuffled])
-    truth = {}
-    for i, entry in enumerate(entries):
-        truth[i] = [" ".join([*words, "<end>"]) for words in entry["references"]]
+    truth = {
+        i: [" ".join([*words, "<end>"]) for words in entry["references"]]
+        for i, entry in enumerate(entries)
+    }
     for k in range(2):
         _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
