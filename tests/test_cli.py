@@ -162,7 +162,13 @@ def test_caption_says_unk_only_when_asked_and_eval_unless_asked():
 
 
 def test_options_from_a_checkpoint_are_defaults_that_the_command_line_overrides():
-    options = {"epochs": 7, "decoder_lr": 1, "emb_dim": None, "of_another_version": object()}
+    options = {
+        "epochs": 7,
+        "decoder_lr": 1,
+        "emb_dim": None,
+        "amp": None,
+        "of_another_version": object(),
+    }
     args = train.get_args(["--epochs", "9"], "x.pth.tar", options)
     assert (args.epochs, args.decoder_lr, args.emb_dim, args.dropout) == (9, 1, None, 0.5)
     assert not hasattr(args, "of_another_version")

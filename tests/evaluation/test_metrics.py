@@ -214,6 +214,7 @@ def test_a_location_counts_where_the_encoder_looks_within_a_margin_of_the_box():
     # One that would look beyond the image's edge, 0.875 + 0.2, is at the edge.
     assert [hits((1, 3), right, margin, (0.2, 0.0)) for margin in (0.04, 0.06)] == [0, 1]
     assert [hits((0, 1), [0.25, 0, 0.5, y], 0, (0.0, -0.2)) for y in (0.0, -0.1)] == [1, 0]
+    assert hits((3, 1), [0.25, 0.8, 0.5, 1], 0, (0.0, 0.2)) == 1
 
 
 def test_only_words_that_name_objects_count_and_any_object_of_that_name_is_a_hit():
