@@ -46,6 +46,15 @@ def test_training_overfits_eight_images_to_bleu_100(overfitted):
     assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(overfitted))
 
 
+def test_a_step_that_learns_nothing_has_the_loss_of_the_validation(overfitted, tmp_path):
+    options = f"--checkpoint {overfitted}/BEST_checkpoint_{NAME}.pth.tar --decoder_dim 96"
+    options += " --decoder_lr 0 --dropout 0 --epochs 1 --batch_size 40"
+    train.main(train_args(overfitted, tmp_path, options))
+    [row] = log_rows(tmp_path)
+    assert row["train_loss"] == pytest.approx(row["val_loss"], rel=1e-4)
+    assert row["train_top5"] == pytest.approx(row["val_top5"], abs=0.5)
+
+
 def test_self_critical_training_saves_the_best_cider_d_and_eval_confirms_the_validation(
     overfitted, tmp_path, capsys
 ):
