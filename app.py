@@ -24,8 +24,7 @@ def get_args(argv=None):
     add_model_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("address").add_argument
     add("--host", help="0.0.0.0: let other computers in; only this one if not given")
-    port = Number(int, least=1, most=65535)
-    add("--port", type=port, help="the first free one from 7860 if not given")
+    add("--port", type=Number(int, minimum=1, maximum=65535), help="the first free one from 7860")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE, check_word_map, read_word_map
+from datasets import IMAGE_SIZE, MAX_SIZE, MIN_SIZE, check_word_map, read_word_map
 from modeling import legacy_checkpoints, tutorial_models
 from modeling.backbones import fold_batchnorm
 from modeling.field_of_view import find_offset, known_offset
@@ -180,7 +180,7 @@ def check_model(checkpoint, path):
         for name, valid in {
             "encoder's name": isinstance(args["name"], str),
             "encoder's stride": args["stride"] in (16, 32),
-            "image_size": args["image_size"] in range(LEAST_SIZE, LARGEST_SIZE + 1),
+            "image_size": args["image_size"] in range(MIN_SIZE, MAX_SIZE + 1),
             "encoded_image_size": grids <= set(range(1, MAX_ENCODED_IMAGE_SIZE + 1)),
             "dropout": 0 <= decoder.args["dropout"] <= 1,
             "offset": abs(x) <= 0.5 and abs(y) <= 0.5,  # false for NaN too

@@ -11,7 +11,7 @@ Images and captions -> the files that train.py and eval.py read. Run it once per
 import os
 import sys
 
-from datasets import IMAGE_SIZE, LARGEST_SIZE, LEAST_SIZE
+from datasets import IMAGE_SIZE, MAX_SIZE, MIN_SIZE
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files, data_set_name, refuse_existing
 from preprocessing.own_captions import read_all_captions
@@ -23,8 +23,8 @@ def get_args(argv=None):
         description="Convert images and captions to the files for training; without options, draw "
         "a small demo data set and convert it."
     )
-    fraction = Number(float, least=0, below=1)
-    size = Number(int, least=LEAST_SIZE, most=LARGEST_SIZE)
+    fraction = Number(float, minimum=0, below=1)
+    size = Number(int, minimum=MIN_SIZE, maximum=MAX_SIZE)
     add = parser.add_argument_group("captions and images").add_argument
     add("--dataset", default="demo", help="its name: coco, flickr8k, flickr30k, demo or another")
     text = "captions and splits in Karpathy's format, or his .zip; several are joined into one set"

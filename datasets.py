@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 IMAGE_SIZE = 256  # pixels a side of the images, unless another size is asked for
 # A smaller image is less than one cell of most encoders; a larger one can only be a mistake.
-LEAST_SIZE, LARGEST_SIZE = 32, 2048
+MIN_SIZE, MAX_SIZE = 32, 2048
 
 
 def data_file(split, kind, data_name):
@@ -167,7 +167,7 @@ class CaptionDataset(Dataset):
             images, self.captions_per_image = file["images"], int(file.attrs["captions_per_image"])
             self.num_images, _, _, self.image_size = images.shape  # I, S
             square = images.shape[1:] == (3, self.image_size, self.image_size)
-            if not square or self.image_size < LEAST_SIZE or images.dtype != np.uint8:
+            if not square or self.image_size < MIN_SIZE or images.dtype != np.uint8:
                 raise ValueError(f"{images.shape} {images.dtype} is not uint8 (I, 3, S, S)")
         if not self._belong_together():
             raise UserError(

@@ -38,7 +38,7 @@ from utils import (
     run_script,
 )
 
-share = Number(float, least=0, below=1)
+share = Number(float, minimum=0, below=1)
 
 
 def train(args, checkpoint, processes):
@@ -173,7 +173,7 @@ def make_parser():
     add("--ema", share, 0.0, ema_help)
     flag("--cosine", "learning rate: half a cosine down to 0 over --epochs, instead of --lr_decay")
     decay_help = "the learning rate's factor after each --decay_after epochs without improvement"
-    add("--lr_decay", Number(float, above=0, most=1), 0.8, decay_help)
+    add("--lr_decay", Number(float, above=0, maximum=1), 0.8, decay_help)
     add("--decay_after", positive_int, 8, "see --lr_decay")
     add("--stop_after", positive_int, 20, "end the run after this many epochs without improvement")
     add("--val_beam_size", positive_int, 1, "beam size of the free-running validation")
@@ -184,11 +184,11 @@ def make_parser():
     add("--lambda_r", non_negative_float, 0.01, "hard attention: weight of the reward term")
     add("--lambda_e", non_negative_float, 0.01, "hard attention: weight of the entropy term")
     sampling_help = "scheduled sampling: the highest probability of feeding back a sampled word"
-    add("--sampling_max", Number(float, least=0, most=1), 0.0, sampling_help)
+    add("--sampling_max", Number(float, minimum=0, maximum=1), 0.0, sampling_help)
     add("--sampling_step", non_negative_float, 0.05, "it starts at 0 and rises by this ...")
     add("--sampling_every", positive_int, 5, "... after every so many epochs")
     flag("--self_critical", "with --checkpoint: train on the CIDEr-D of captions that it samples")
-    add("--samples", Number(int, least=2), 5, "--self_critical: captions sampled per image")
+    add("--samples", Number(int, minimum=2), 5, "--self_critical: captions sampled per image")
     share_help = "--self_critical: the share of the true captions' cross-entropy in the loss"
     add("--cross_entropy_share", share, 0.0, share_help)
 

@@ -101,12 +101,12 @@ def set_up_process():
 class Number:
     """An argparse type: an int or a float within bounds, of which above and below are exclusive."""
 
-    def __init__(self, kind, least=None, most=None, above=None, below=None):
+    def __init__(self, kind, minimum=None, maximum=None, above=None, below=None):
         self.kind = kind
         self.__name__ = kind.__name__  # argparse names it in "invalid int value"
-        if kind is int and most is None:
-            most = MAX_INT
-        bounds = {"at least": least, "above": above, "at most": most, "below": below}
+        if kind is int and maximum is None:
+            maximum = MAX_INT
+        bounds = {"at least": minimum, "above": above, "at most": maximum, "below": below}
         self.bounds = {words: bound for words, bound in bounds.items() if bound is not None}
 
     def __call__(self, text):
@@ -118,9 +118,9 @@ class Number:
         return value
 
 
-positive_int = Number(int, least=1)
-non_negative_int = Number(int, least=0)
-non_negative_float = Number(float, least=0)
+positive_int = Number(int, minimum=1)
+non_negative_int = Number(int, minimum=0)
+non_negative_float = Number(float, minimum=0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -182,7 +182,7 @@ def add_search_options(parser, no_unk=False):
     """The options of the search for captions; no_unk: the default of --no_unk."""
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=positive_int, default=50, help="longest caption, in words")
-    power = Number(float, least=0, most=MAX_LENGTH_PENALTY)
+    power = Number(float, minimum=0, maximum=MAX_LENGTH_PENALTY)
     text = "rank captions by their score over length to this power; 1: mean per word"
     add("--length_penalty", type=power, default=0.0, help=text)
     add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
@@ -195,9 +195,9 @@ def add_search_options(parser, no_unk=False):
     text = "sample captions at random, the same ones with the same --seed, instead of searching"
     add("--sample", action="store_true", help=text)
     text = "--sample: above 1 more varied, below 1 safer"
-    add("--temperature", type=Number(float, above=0, most=100), default=1.0, help=text)
+    add("--temperature", type=Number(float, above=0, maximum=100), default=1.0, help=text)
     text = "--sample: only from the likeliest words that together have this probability"
-    add("--top_p", type=Number(float, above=0, most=1), default=1.0, help=text)
+    add("--top_p", type=Number(float, above=0, maximum=1), default=1.0, help=text)
 
 
 def search_options(args):

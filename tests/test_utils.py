@@ -104,10 +104,10 @@ def test_every_message_is_printable_on_its_lines():
 
 
 def test_numbers_are_within_their_bounds():
-    fraction, share = Number(float, least=0, below=1), Number(float, above=0, most=1)
+    fraction, share = Number(float, minimum=0, below=1), Number(float, above=0, maximum=1)
     for kind, good, bad in (
         (positive_int, ["1", "2147483647"], ["0", "-1", "2147483648", "9" * 400]),
-        (Number(int, most=9), ["9", "-5"], ["10", "2147483648"]),
+        (Number(int, maximum=9), ["9", "-5"], ["10", "2147483648"]),
         (fraction, ["0", "0.99"], ["1", "-0.1", "nan", "inf"]),
         (share, ["1", "0.01"], ["0", "1.01", "nan"]),
     ):
