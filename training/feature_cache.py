@@ -51,7 +51,11 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     try:
         with writing_hdf5(path, next_step):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_features(unfinished, images, folded, device, batch_size)
+            try:
+                _write_features(unfinished, images, folded, device, batch_size)
+            except UserError:  # what was written is of no use
+                unfinished.unlink(missing_ok=True)
+                raise
             os.replace(unfinished, path)
     except BlockingIOError:  # HDF5 locks a file while it is written
         raise UserError(
