@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_meteor_equals_pycocoevalcap():
     meteor = Meteor()  # loads while ours works
     sets = list(caption_sets(40, 8))
