@@ -13,7 +13,7 @@ import pytest
 from factories import ROOT, load_checkpoint, resume_args, same, train_args, write_scenes
 
 pytestmark = pytest.mark.slow
-KILLS = 18
+KILLS = 6
 
 
 def start(args):
@@ -28,7 +28,7 @@ def seconds(args):
 
 
 @pytest.mark.parametrize(
-    "options", ["--epochs 60", "--epochs 6 --fine_tune_encoder --batch_size 55"]
+    "options", ["--epochs 20", "--epochs 3 --fine_tune_encoder --batch_size 55"]
 )
 def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, options):
     write_scenes(tmp_path, 60, 10, 0, image_size=64)
@@ -40,7 +40,7 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
     while kills < KILLS:
         process = start(args)
         try:
-            assert process.wait(rng.uniform(0.6 * begin, begin + (whole - begin) / 20)) == 0
+            assert process.wait(rng.uniform(0.6 * begin, begin + (whole - begin) / 6)) == 0
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -54,4 +54,4 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
         one, other = (load_checkpoint(tmp_path / name, prefix) for name in ("whole", "killed"))
         assert same(one["encoder"], other["encoder"]) and same(one["decoder"], other["decoder"])
         assert one["progress"]["best"] == other["progress"]["best"]
-    assert kills >= 5  # the number depends on the machine's speed
+    assert kills >= 2  # the number depends on the machine's speed
