@@ -234,7 +234,9 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1, default_s
         for caption in captions:
             image["sentences"].append({"tokens": split_words(caption), "raw": caption.strip()})
     if not images:
-        raise UserError(f"{path} has no captions: it needs more than a header, a folder .txt files")
+        raise UserError(
+            f"{path} has no captions; pass a file of images and captions or a folder of .txt"
+        )
     missing = [image["filename"] for image in images.values() if image["split"] is None]
     if len(missing) == len(images):
         _assign_splits(images, seed, val_fraction, test_fraction)

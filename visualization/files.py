@@ -34,7 +34,7 @@ def find_images(patterns):
         found = [path for path in found if not path.endswith(OVERLAY)]
         images = [path for path in found if path.lower().endswith(tuple(find_suffixes()))]
         if not images:
-            raise UserError(f"no images in {pattern}, only {len(found)} other files")
+            raise UserError(f"no images in {pattern}, which has {len(found)} other files")
         paths, skipped = paths + images, skipped + len(found) - len(images)
     if skipped:
         print(f"{skipped} files are not images and were skipped", file=sys.stderr)
