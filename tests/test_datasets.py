@@ -232,7 +232,7 @@ def test_order_follows_from_seed_and_epoch_alone():
 
 
 def test_processes_share_the_batches_of_one():
-    for items, size, world in [(7, 3, 2), (10, 5, 3), (101, 16, 5), (3, 8, 2)]:
+    for items, size, world in [(7, 3, 2), (7, 1, 2), (10, 5, 3), (101, 16, 5), (3, 8, 2)]:
         shares = [
             ResumableBatchSampler(items, size, rank=rank, world_size=world) for rank in range(world)
         ]
