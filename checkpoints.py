@@ -171,7 +171,7 @@ def check_model(checkpoint, path):
     This protects memory: tensors are not larger than the file, but arguments can say any size.
     """
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE):
-        with torch.device("meta"):  # sizes only, no memory
+        with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = build_decoder(checkpoint["decoder_args"])
         _check_sizes("decoder", decoder, checkpoint)
         args = {"stride": 32, "image_size": IMAGE_SIZE, **checkpoint["encoder_args"]}

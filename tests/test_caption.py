@@ -321,3 +321,11 @@ def test_the_library_says_unk_only_when_asked(model, photos):
     path = photos / "0.png"
     assert "<unk>" not in captioner(path, beam_size=2, max_len=4).words
     assert captioner(path, beam_size=2, max_len=4, no_unk=False).words == ["<unk>"] * 4
+
+
+def test_a_caption_imports_no_compiler_of_torch():
+    """torch._dynamo takes as long as torch itself; drawing initial weights would import it."""
+    photograph = str(ROOT / "docs/photo.jpg")
+    code = f"import sys, caption; caption.Captioner(device='cpu')({photograph!r})\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

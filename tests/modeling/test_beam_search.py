@@ -204,3 +204,7 @@ def test_nucleus_is_the_fewest_likeliest_words_that_reach_top_p():
         torch.testing.assert_close(found, logits.exp() * (found > 0))
     hot = token_probabilities(logits, temperature=2)
     torch.testing.assert_close(hot, logits.exp().sqrt() / logits.exp().sqrt().sum(1, True))
+
+
+def test_a_search_has_5_beams_and_50_words_unless_asked_otherwise():
+    assert (Search().beam_size, Search().max_len, Search().hard_attention) == (5, 50, False)
