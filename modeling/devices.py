@@ -90,7 +90,11 @@ def distributed(device=None):
             print(f"{message}; for several start torchrun", file=sys.stderr)
         yield Distributed(device)
         return
-    world_size, rank, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
+    try:
+        world_size, rank, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
+    except ValueError as error:
+        names = ", ".join(TORCHRUN_VARIABLES[:3])
+        raise UserError(f"{names} must be numbers: {error}; start torchrun or unset them") from None
     if device.type == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):
             message = f"{world_size} processes, but {gpus} GPUs; lower --nproc_per_node or pass "

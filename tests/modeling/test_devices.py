@@ -28,6 +28,14 @@ def test_world_size_without_torchruns_other_variables_is_a_single_process(monkey
         assert ("LOCAL_RANK" in capsys.readouterr().err) == is_said
 
 
+def test_a_rank_that_is_no_number_is_named(monkeypatch):
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UserError, match="RANK.*first"), distributed("cpu"):
+        pass
+
+
 def test_device_that_does_not_exist_is_named():
     assert find_device("cpu").type == "cpu"
     for name in ("cuda:99", "gpu"):

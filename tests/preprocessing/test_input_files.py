@@ -1,5 +1,6 @@
 """What create_input_files() writes, compared with counts by hand; all of it or nothing."""
 
+import inspect
 import json
 import os
 import signal
@@ -248,6 +249,12 @@ def test_existing_files_are_only_replaced_with_overwrite(tmp_path):
     create(tmp_path, many_entries(), "other")
     create(tmp_path, many_entries(), overwrite=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "other") != before
+
+
+def test_script_and_function_have_the_tutorials_defaults():
+    args, function = get_args([]), inspect.signature(create_input_files).parameters
+    for name, default in {"captions_per_image": 5, "min_word_freq": 5, "max_len": 50}.items():
+        assert getattr(args, name) == function[name].default == default
 
 
 def test_a_run_that_fails_leaves_the_files_of_an_earlier_one_and_no_others(tmp_path, monkeypatch):
