@@ -31,6 +31,8 @@ def find_evidence(
 
     Returns float32 (T, P) in nats. All words share one backward pass.
     """
+    if not tokens:
+        return np.zeros((0, decoder.args["encoded_image_size"] ** 2), np.float32)
     steps = decoder.steps(features.clone().unsqueeze(0))  # a clone: autograd takes no inference
     device, states, weights = features.device, [], []  # tensors
     inputs, row = torch.tensor([start, *tokens], device=device), torch.zeros(1, dtype=torch.long)
@@ -45,8 +47,6 @@ def find_evidence(
         weights.append((alpha if hard is None else hard(alpha)).detach().requires_grad_())
         return weights[0]
 
-    if not states:
-        return np.zeros((0, decoder.args["encoded_image_size"] ** 2), np.float32)
     state = tuple(torch.cat(parts).detach() for parts in zip(*states))
     state, _, _ = steps.step(inputs[:-1], state, row.expand(len(states)), as_inputs)
     log_probs = steps.logits(state[0]).log_softmax(1).gather(1, inputs[1:].unsqueeze(1))
