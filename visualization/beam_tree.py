@@ -107,7 +107,7 @@ def draw_tree(tree, path):
             _draw_node(axes, f"{printable(node.word)}   {node.total:.2f}", x, y, node.kind, style)
             places[node] = x, y
             from_x, from_y = places[node.parent]
-            order = list(COLOURS).index(node.kind)  # what is later lies above
+            order = list(COLOURS).index(node.kind)  # later kinds lie on top
             axes.plot((from_x + BOX, x), (from_y, y), color=COLOURS[node.kind][0], zorder=order)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched
         save(figure, path)
