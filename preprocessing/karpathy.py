@@ -32,7 +32,7 @@ def read_karpathy(path, dataset):
             wanted = f"dataset_{dataset}.json"
             if wanted in members:
                 return json.loads(archive.read(members[wanted]))
-    except Exception as error:  # zipfile and json raise many kinds for foreign bytes
+    except Exception as error:  # zipfile and json raise many types for damaged files
         reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise UserError(f"{path} {reason}") from None
     names = [Path(name).stem.removeprefix("dataset_") for name in members if "dataset_" in name]

@@ -122,7 +122,7 @@ def _read_table(path, lines):
         if len(row) > width or any("\n" in cell for cell in row):
             raise UserError(
                 f"{path}, line {number} has {len(row)} columns, not {width}, or a quotation "
-                f"mark that is not closed; correct it, a caption stands on one line"
+                f"mark that is not closed; correct it, a caption must be on one line"
             )
         if len(row) == width:
             yield dict(zip(header, map(_cell_content, header, row)))
@@ -182,7 +182,7 @@ def _first(keys, entry):
 
 
 def _captions_of(entry, where):
-    """The file name in an entry, and its captions; `where` it stands, for errors"""
+    """The file name in an entry, and its captions; where: the entry's place, for errors"""
     image = captions = None
     if isinstance(entry, dict):
         image, captions = (entry.get(_first(keys, entry)) for keys in (IMAGE_KEYS, CAPTION_KEYS))
