@@ -1,4 +1,4 @@
-"""What people wait for: the start of scripts, files, the encoder alone and with its folder."""
+"""What users wait for: the start of scripts, files, the encoder alone and captions of a folder."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ from training.feature_cache import cache_features
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name, stride, pixels: the paper's kind of encoder, and that of the model we ship
+# Name, stride, pixels: the tutorial's encoder, and that of the model we ship
 ENCODERS = (("resnet101", 32, 256), ("tf_efficientnet_lite2", 16, 320))
 
 
