@@ -6,7 +6,7 @@ Checkpoints: one format, tensors and plain values only, read with weights_only=T
     python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of several phases
 
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
-(their constructors' arguments), `offset` (where the encoder's cells look, see
+(their constructors' arguments), `offset` (where the encoder's locations look, see
 modeling/field_of_view.py; None if it has not been measured, and older files lack it) and
 `word_map`. Those of train.py also hold what continues the run: `options`, `data` (a summary of the
 data set), `bleu4`, and `optimizer`, `scaler`, `progress` and `trained` of

@@ -138,7 +138,7 @@ def make_parser():
     add("--workers", non_negative_int, 1, "processes that load batches; 0: none")
     flag("--cache_features", "encode each image once, while the encoder is frozen", True)
     add("--features_folder", help="where to keep cached features; if not given, beside the data")
-    cache_help = "where to read them from while training; if not given, the fastest that has room"
+    cache_help = "where to read them from while training; if not given, the fastest that fits them"
     add("--cache_in", help=cache_help, choices=("disk", "ram", "device"))
 
     group = parser.add_argument_group(

@@ -51,8 +51,8 @@ def tokenize(systems, references, tokens=None):
 
 def measure(systems, references, names, novel=None):
     """
-    Compute metrics for several sets of captions of the same images, whose references are also what
-    CIDEr counts document frequencies in.
+    Compute metrics for several sets of captions of the same images. CIDEr's document frequencies
+    are those of the references.
 
     systems: each a list of N captions; references: per image a list; a caption is a list of words
     names: from NAMES

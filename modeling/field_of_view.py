@@ -1,7 +1,7 @@
 """
-Where the cells of an encoder look.
+Where the locations of an encoder look.
 
-A cell is drawn at its place in the grid, but its field of view need not be centred there. A layer
+A location is drawn at its place in the grid, but its field of view may lie beside it. A layer
 of stride 2 whose window is not centred on the pixels it replaces shifts the field by half a pixel
 of its input. Five such layers shift it by half a cell: to the upper left with PyTorch's usual
 padding, to the lower right with TensorFlow's "same"; training moves it further. So it is measured,

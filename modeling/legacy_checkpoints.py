@@ -27,7 +27,7 @@ from utils import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the start of a file in the format before zip
 # A ResNet-152 with its optimizers has a pickle of 0.3 MB and 2000 parts, a word of a word map 20
-# bytes in 3 steps. With these limits no file takes more than 10 seconds and 1 GB beside tensors.
+# bytes in 3 steps. With these limits no file takes more than 10 seconds, and 1 GB besides tensors.
 MAX_PICKLE, MAX_STEPS, MAX_NAME, MAX_ARGUMENTS, MAX_PARTS = 6 << 20, 1_500_000, 500, 100, 100_000
 
 COPIED = set(

@@ -1,6 +1,6 @@
 """
-The tutorial's checkpoints, whose encoder and decoder are whole modules or state dicts and which
-have no word map, as entries of our own.
+The tutorial's checkpoints as entries of our own format. Their encoder and decoder are whole modules
+or state dicts, and they have no word map.
 """
 
 import math

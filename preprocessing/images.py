@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from datasets import IMAGE_SIZE
 from utils import UserError, check_is_file
 
-# Pillow's formats for photographs. It knows others, and for some of them starts other programs.
+# Pillow's formats for photographs. It reads others, for some of which it starts other programs.
 FORMATS = "JPEG PNG GIF WEBP TIFF BMP DIB AVIF JPEG2000 PPM TGA ICO PCX SGI".split()
 try:
     import pillow_heif

@@ -44,7 +44,7 @@ def read_karpathy(path, dataset):
 def read_sources(sources, folders, dataset, max_len):
     """
     The splits of one or several data sets, {split: CaptionedImages}, as `read_splits` returns them.
-    If there are several, each image's record has the "source" it comes from: what the file says,
+    If there are several, each image's record has the "source" it comes from: the file's "dataset",
     else its name without folder and suffix; numbered if two are equal.
 
     sources, folders: as karpathy_json_path and image_folder of `create_input_files`

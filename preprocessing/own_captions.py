@@ -4,7 +4,7 @@ Captions of your own -> Karpathy's format. The kind of file is recognised by its
   COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
   JSON        {"a.jpg": "A dog.", "b.jpg": [several]}
-  folder      a.txt beside a.jpg, a caption a line
+  folder      a.txt beside a.jpg, a caption per line
   Flickr8k    a.jpg#0<TAB>A dog.
   table       separated by tabs, |, commas or semicolons, such as Flickr30k's results.csv and
               Kaggle's captions.txt: a header names the columns; without one there are two, file
@@ -262,7 +262,7 @@ def read_all_captions(paths, seed, val_fraction, test_fraction):
 
 def read_sentences(paths):
     """
-    Captions without images, from text files, which may be compressed (.gz): a caption a line, or
+    Captions without images, from text files, which may be compressed (.gz): one per line, or
     IMAGE TAB CAPTION. Returns lists of words; UserError if there are none.
     """
     lines = [line for path in paths for line in _read_lines(path)]

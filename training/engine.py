@@ -227,7 +227,7 @@ def generated_metrics(generated):
 
 def teacher_forced_pairs(output, lengths):
     """
-    Pairs for BLEU, one per caption that is no repetition: its image's references, and the most
+    Pairs for BLEU, one per caption that is not a repetition: its image's references, and the most
     likely token after each true beginning, all as strings. lengths: (N, R)
     """
     sizes, r = (lengths - 1).flatten().tolist(), lengths.shape[1]

@@ -114,7 +114,7 @@ def draw_tree(tree, path):
 
 
 def _draw_node(axes, text, x, y, kind, style):
-    """A line of text in a box whose left edge has its middle at x, y"""
+    """A line of text in a box with the middle of its left edge at x, y"""
     edge, fill = COLOURS[kind]
     axes.add_patch(Rectangle((x, y - 0.4), BOX, 0.8, facecolor=fill, edgecolor=edge, zorder=5))
     colour = "0.5" if kind == "dropped" else "black"

@@ -36,7 +36,7 @@ def write_curves(log, path):
 def read_phases(log):
     """
     The phases of training in a log_NAME.jsonl: for each a list of rows, dictionaries of numbers,
-    whose "epoch" continues the count of the phase before. Lines that are no row are skipped, such
+    whose "epoch" continues the count of the phase before. Lines that are not rows are skipped, such
     as one cut off when a run was killed.
     """
     phases, before, last = [], 0, 0  # epochs in earlier phases; the last epoch of this phase

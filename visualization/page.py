@@ -37,7 +37,7 @@ STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind 
 
 
 def escape(text):
-    """Plain text escaped for HTML; Markup, and what is no text, as it is."""
+    """Plain text escaped for HTML; Markup and values that are not text unchanged."""
     is_plain = isinstance(text, str) and not isinstance(text, Markup)
     return Markup.escape(printable(text)) if is_plain else text
 
