@@ -111,7 +111,7 @@ def combine(parser, given):
     if args.self_critical:
         for name, unused in {"attention": "soft", "sampling_max": 0, "single_captions": 0}.items():
             if given.get(name, unused) != unused:
-                parser.error(f"--self_critical excludes --{name}; leave one of them out")
+                parser.error(f"--{name} is for teacher forcing; leave it or --self_critical out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     elif args.cross_entropy_share:

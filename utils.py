@@ -204,7 +204,7 @@ def search_options(args):
     """The options as fields of a `modeling.beam_search.Search`; UserError if they conflict."""
     hard = args.attention == "hard"
     if args.sample and (args.length_penalty or hard):
-        raise UserError("--sample excludes --length_penalty and --attention hard; leave some out")
+        raise UserError("--length_penalty and --attention hard are not for --sample; leave one out")
     if not args.sample and (args.temperature, args.top_p) != (1, 1):
         raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
     names = "max_len length_penalty no_unk no_repeat_ngram sample temperature top_p".split()
