@@ -18,7 +18,7 @@ from modeling.devices import autocast
 from modeling.field_of_view import find_offset
 from utils import UserError, read_json
 
-MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
+MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: compensates for coarse attention maps
 
 
 class ImageCaption(NamedTuple):
@@ -50,7 +50,7 @@ def caption_split(model, data, args, processes):
         processes.print(f"the model was trained on images of {size} pixels, these are of {given}")
     words_of = {i: word for word, i in word_map.items()}
     nouns = object_nouns(data)
-    offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else of no use
+    offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else not used
     rank, world_size = processes.rank, processes.world_size
     batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, rank, world_size)
     options = {"num_workers": args.workers, "pin_memory": processes.device.type == "cuda"}

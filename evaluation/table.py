@@ -12,14 +12,14 @@ from evaluation.captions import object_nouns
 from utils import atomic_write
 
 ATTENTION = (
-    "attention: share of object words at which the most attended place lies in the "
+    "attention: share of object words at which the most attended location lies in the "
     "object's box; then, at most 15 pixels of 256 beside it (the pointing game)"
 )
 EXPLAINED = {
     "CIDEr": "CIDEr: as in the paper, without stemming; neither clipped nor length-penalised",
     "CIDEr-D": 'CIDEr-D: clipped and length-penalised; coco-caption prints it as "CIDEr"',
     "vocabulary": "vocabulary: distinct words used",
-    "unseen": "unseen: % of captions that are no training caption",
+    "unseen": "unseen: % of captions that are not training captions",
     "length": "length: words per caption",
 }
 
@@ -35,7 +35,7 @@ class BeamResult(NamedTuple):
     attention: tuple  # two texts of `attention_accuracy`; None if the data have no boxes of objects
 
     def texts(self, name):
-        """A metric and the ends of its interval as texts, dashes for what there is not"""
+        """A metric and the ends of its interval as texts, dashes for missing ones"""
         value = self.metrics[name].total if name in self.metrics else None
         return [cell(name, x) for x in (value, *(self.intervals or {}).get(name, (None, None)))]
 
@@ -75,8 +75,8 @@ def evaluate_captions(title, by_beam, data, training, args):
         for found, beam_size, captions, metrics in rows:
             intervals = None
             if args.bootstrap:
-                drawn = scores.resample(metrics, args.bootstrap, args.seed)
-                intervals = {name: scores.interval(values) for name, values in drawn.items()}
+                resampled = scores.resample(metrics, args.bootstrap, args.seed)
+                intervals = {name: scores.interval(values) for name, values in resampled.items()}
             attention = attention_accuracy(captions) if has_objects else None
             found.append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
     if "unseen" in missing:
@@ -97,8 +97,8 @@ def footnotes(args, tokens, missing):
         notes += [EXPLAINED[name] for name in args.names if name in {*EXPLAINED} - {*missing}]
         notes += [f"{name}: –, {reason}" for name, reason in missing.items()]
     if args.bootstrap:
-        drawn = f"{args.bootstrap} resamples of the images, seed {args.seed}"
-        notes.append(f"low, high: 95 % interval, {drawn}")
+        resamples = f"{args.bootstrap} resamples of the images, seed {args.seed}"
+        notes.append(f"low, high: 95 % interval, {resamples}")
         if set(scores.CIDER) & set(args.names):
             notes.append("CIDEr's document frequencies are those of all images in every resample")
     return notes
@@ -124,7 +124,7 @@ def print_evaluation(evaluation):
 
 
 def table_rows(evaluation):
-    """The evaluation as rows of texts, the heading first; intervals stand in their cells."""
+    """The evaluation as rows of texts, the heading first; a cell includes its interval."""
     sources = any(beam.source for beam in evaluation.beams)
     attention = ["attention", "attention near"] if evaluation.beams[0].attention else []
     rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
