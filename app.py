@@ -23,8 +23,8 @@ def get_args(argv=None):
     parser = Parser(description="A page to try the model in a browser.")
     add_model_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("address").add_argument
-    add("--host", help="0.0.0.0: let other computers in; only this one if not given")
-    add("--port", type=Number(int, minimum=1, maximum=65535), help="the first free one from 7860")
+    add("--host", help="0.0.0.0: allow other computers; only this one if not given")
+    add("--port", type=Number(int, minimum=1, maximum=65535), help="default: first free from 7860")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
@@ -69,7 +69,7 @@ def build_page(gradio, captioner):
         api_name="caption",
     )
     with blocks:
-        for part in inputs:  # else only "Again" would ask
+        for part in inputs:  # else only "Again" would caption
             part.change(call, inputs, outputs, trigger_mode="always_last", api_visibility="private")
     return blocks
 
@@ -79,10 +79,10 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it is there
+        os.environ["no_proxy"] = "*"  # Gradio connects to its own server at the start
         try:
             socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
-            import gradio  # which would try a taken port or another's address for minutes
+            import gradio  # it would retry a taken port or a foreign address for minutes
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
         except ImportError:

@@ -13,7 +13,7 @@ are medians; memory is the peak beyond features, parameters and their gradients.
 
 import os
 
-# The profiler, which measures memory, must not write to the table.
+# The profiler, which measures memory, must not print into the table.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 

@@ -223,7 +223,7 @@ def _read(source, size):
 def get_args(argv=None):
     parser = Parser(description="Caption images, and draw where the model looked for each word.")
     group = parser.add_argument_group("images and model")
-    text = "what to caption; folders without their subfolders, ** is any of them"
+    text = "what to caption; folders without their subfolders; in a glob ** is any of these"
     several = {"nargs": "+", "metavar": "FILE|FOLDER|GLOB|URL", "help": text}
     group.add_argument("-i", "--img", required=True, **several)
     add_model_options(group)
@@ -242,13 +242,13 @@ def get_args(argv=None):
     add("--smooth", action="store_true", default=True, help="blend the attention's locations")
     add("--no-smooth", "--dont_smooth", dest="smooth", action="store_false", help="draw blocks")
     add("--show", action="store_true", help="also show overlays in a window")
-    add("--beam_tree", metavar="FILE", help="draw what the search for a single image kept, dropped")
+    add("--beam_tree", metavar="FILE", help="draw the beam search for a single image")
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
 
 def check_options(args, single):
-    """UserError for options that contradict each other; single: whether --img is one file"""
+    """UserError for options that conflict; single: whether --img is one file"""
     if args.n_best > args.beam_size and not args.sample:
         raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more")
     if args.no_attention and (args.show or args.out):
@@ -313,10 +313,10 @@ def main():
 
 
 def can_write_beside(overlays):
-    """Whether the images' folders take the overlays; if one is read-only, that is said once"""
+    """Whether overlays can be written beside the images; prints which folder is read-only"""
     for folder in {os.path.dirname(path) or "." for path in overlays}:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            advice = "is read-only; --out FOLDER takes the overlays"
+            advice = "is read-only; pass --out FOLDER for the overlays"
             print(f"caption.py: {folder} {advice}", file=sys.stderr)
             return False
     return True

@@ -2,17 +2,17 @@
 Checkpoints: one format, tensors and plain values only, read with weights_only=True.
 
     python checkpoints.py OLD NEW --word_map WORDMAP.json   # convert one of the tutorial's
-    python checkpoints.py BEST NEW --half                   # make a small one, to pass on
+    python checkpoints.py BEST NEW --half                   # make a small one, to share
     python checkpoints.py BEST NEW --average BEST_BEFORE    # average the weights of several phases
 
 A file holds `format` (1), `encoder` and `decoder` (state dicts), `encoder_args` and `decoder_args`
-(their constructors' arguments), `offset` (where the encoder's cells look, see
+(their constructors' arguments), `offset` (where the encoder's locations look, see
 modeling/field_of_view.py; None if it has not been measured, and older files lack it) and
 `word_map`. Those of train.py also hold what continues the run: `options`, `data` (a summary of the
-data set), `bleu4`, and of `training.state.TrainingState` `optimizer`, `scaler`, `progress` and
-`trained`. With --ema, `encoder` and `decoder` are the averaged weights, those being trained are in
-`trained`. The tutorial's checkpoints of whole modules can be loaded as well. No code in a file is
-run, see modeling/legacy_checkpoints.py.
+data set), `bleu4`, and `optimizer`, `scaler`, `progress` and `trained` of
+`training.state.TrainingState`. With --ema, `encoder` and `decoder` are the averaged weights, and
+`trained` those being trained. The tutorial's checkpoints can be loaded as well. No code in a file
+is run, see modeling/legacy_checkpoints.py.
 """
 
 import os
@@ -43,7 +43,7 @@ def get_args(argv=None):
     text = "average its weights with those of these checkpoints, of other phases or of the same "
     text += "phase with another --seed: often better than each"
     parser.add_argument("--average", metavar="OTHER", nargs="+", help=text)
-    text = "for passing a model on: store matrices and convolutions in float16, and leave out what "
+    text = "for sharing a model: store matrices and convolutions in float16, and leave out what "
     parser.add_argument("--half", action="store_true", help=text + "only --resume needs")
     return parser.parse_args(argv)
 
@@ -59,7 +59,7 @@ def main(argv=None):
     if args.average:
         _average(encoder, decoder, word_map, args)
         extra = {"options": extra.get("options", {})}  # a run cannot continue from these weights
-        encoder.offset = None  # that of other weights
+        encoder.offset = None  # it was measured with other weights
     find_offset(encoder)  # now: with weights in float16 the encoder cannot run
     if args.half:
         options = extra.get("options", {})
@@ -73,7 +73,7 @@ def main(argv=None):
 
 
 def _file_names(value):
-    """Paths among an option's values without the folders of this machine"""
+    """An option's value, with paths as file names, without the folders of this machine"""
     if isinstance(value, list):
         return [_file_names(item) for item in value]
     return os.path.basename(value) if isinstance(value, str) else value
@@ -152,8 +152,8 @@ def load(path):
 
 class _NoInitialWeights(TorchFunctionMode):
     """
-    New modules keep the weights that they find in memory, for those of a file: to draw random
-    numbers takes as long as to read it.
+    New modules keep uninitialised weights, which those of a file replace: random initialisation
+    would take as long as reading the file.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -168,7 +168,7 @@ def check_model(checkpoint, path):
     UserError unless a checkpoint holds the arguments of a model, the decoder's tensors in the sizes
     that follow from them and, if it has a word map, one of the decoder's vocabulary size.
 
-    This protects memory: tensors are not larger than the file, but arguments can say any size.
+    This protects memory: tensors are not larger than the file, but arguments can claim any size.
     """
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
@@ -186,7 +186,7 @@ def check_model(checkpoint, path):
             "offset": abs(x) <= 0.5 and abs(y) <= 0.5,  # false for NaN too
         }.items():
             if not valid:
-                raise ValueError(f"its {name} is not a possible one")
+                raise ValueError(f"its {name} is not valid")
     if checkpoint.get("word_map") is not None:
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 
@@ -209,7 +209,7 @@ def _check_vocab_size(word_map, checkpoint, path):
 
 
 def build_decoder(arguments):
-    """The decoder with a checkpoint's decoder_args; those of old files say no kind of attention."""
+    """The decoder with a checkpoint's decoder_args; those of old files lack `attention`."""
     return DECODERS[arguments.get("attention", "soft")](**arguments)
 
 
@@ -265,7 +265,7 @@ def find_model(model, folder, print_line):
     """
     The path of the checkpoint to use: `model`, else the only BEST one in `folder`. If neither is
     given, the only BEST one in the current folder, else the one that comes with the program; then
-    print_line, a function like print, is told which.
+    print_line, a function like print, reports which.
     """
     if model or folder:
         return model or find_checkpoint(folder)

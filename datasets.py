@@ -20,7 +20,7 @@ from utils import UserError, check_is_file, read_json
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<start>", "<end>")
 KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
-IMAGE_SIZE = 256  # pixels a side of the images, unless another size is asked for
+IMAGE_SIZE = 256  # pixels, width and height of the images, unless another size is given
 # A smaller image is less than one cell of most encoders; a larger one can only be a mistake.
 MIN_SIZE, MAX_SIZE = 32, 2048
 
@@ -36,8 +36,8 @@ def check_word_map(word_map, path):
     valid = valid and sorted(word_map.values()) == list(range(len(word_map)))
     if not valid or word_map.get("<pad>") != 0 or not word_map.keys() >= set(SPECIAL_TOKENS):
         raise UserError(
-            f"{path} is not a word map, which gives words the ids from 0 up without gaps, 0 to "
-            f"<pad>, and has <unk>, <start> and <end>; pass the WORDMAP file of the training data"
+            f"{path} is not a word map, which maps words to ids from 0 up without gaps, <pad> to "
+            f"0, and has <unk>, <start> and <end>; pass the WORDMAP file of the training data"
         )
     return word_map
 
@@ -52,7 +52,7 @@ def find_data_name(data_folder, name=None):
     if name:
         if os.path.basename(name) != name:
             raise UserError(
-                f"--data_name {name} is not the name of a data set: it has a folder in it; pass "
+                f"--data_name {name} is not the name of a data set: it contains a folder; pass "
                 f"that as --data_folder"
             )
         return name
@@ -76,8 +76,8 @@ def add_data_options(parser):
 
 def open_hdf5(path):
     """
-    Open an HDF5 file for reading, without HDF5's locks: a file of ours does not change once it has
-    its name, and some network disks have no locks, which looks like a damaged file.
+    Open an HDF5 file for reading, without HDF5's locks: our files do not change once they have
+    their names, and on network disks without locks HDF5 fails as it does for a damaged file.
     """
     import h5py  # only here: a caption of a photograph needs none
 
@@ -87,7 +87,7 @@ def open_hdf5(path):
 
 @contextmanager
 def writing_hdf5(path, next_step):
-    """Turn the error of a full or read-only disk into a UserError that says the next step."""
+    """Turn the error of a full or read-only disk into a UserError with this next step."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def _reading(path):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} not found; run python create_input_files.py first") from None
-    except Exception as error:  # HDF5 and JSON raise many kinds for foreign bytes
+    except Exception as error:  # h5py and json raise many types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path} cannot be read or is damaged: {reason}; run create_input_files.py again"
@@ -133,7 +133,7 @@ class Item(NamedTuple):
     """An item of `CaptionDataset`, or a batch of N items, each tensor with a leading N."""
 
     images: torch.Tensor  # pixels, uint8 (3, S, S); after `use_features` features, float16 (G, E)
-    captions: torch.Tensor  # int64 (R, L) word ids: <start> words <end> <pad>...
+    captions: torch.Tensor  # int64 (R, L) token ids: <start> words <end> <pad>...
     lengths: torch.Tensor  # int64 (R,) with <start> and <end>; 1: see `CaptionDataset`
     indices: torch.Tensor  # int64 () the item's own index in the data set
 
@@ -143,8 +143,8 @@ class CaptionDataset(Dataset):
     One split of a data set. An `Item` is an image with its R captions or, with by_image=False, one
     caption with its image (R = 1). Indexing with an array of N items gives the batch at once.
 
-    Images with fewer captions than R were filled up by repeating them; a repetition must not count.
-    It has the length 1, which is nothing to predict; with by_image=False there is no item for it.
+    Images with fewer captions than R were filled up with repetitions, which must not count: their
+    length is 1, so that nothing is predicted, and with by_image=False they are not items.
 
     Pixels stay on disk; the HDF5 file is opened at the first read, once per process, so a dataset
     can be passed to forked and to spawned workers.
@@ -207,7 +207,7 @@ class CaptionDataset(Dataset):
         """
         For each image filename, image_id, references (all its captions as words) and, for the demo,
         objects; read at the first access, since training does not need it. Data sets made by the
-        tutorial's code have no REFERENCES file: theirs are read back from the word ids.
+        tutorial's code have no REFERENCES file: their captions are decoded from the token ids.
         """
         if self._references.exists():
             needed = {"filename", "image_id", "references"}
@@ -249,7 +249,7 @@ class CaptionDataset(Dataset):
 
     def use_features(self, features: str | os.PathLike | torch.Tensor) -> None:
         """
-        Return annotation vectors instead of pixels from here on.
+        Return features, an encoder's `cells`, instead of pixels from now on.
 
         features: the path of an HDF5 file, or a tensor (I, G, E)
         """
@@ -326,7 +326,7 @@ def load_batches(loader):
     except UserError as error:  # torch puts the process and its traceback before the message
         raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        # The last three: it was killed while it handed over a batch that it had made.
+        # The last three: the process was killed while it handed over a finished batch.
         handing_over = workers and not isinstance(error, RuntimeError)
         if "DataLoader worker" not in str(error) and not handing_over:
             raise

@@ -56,7 +56,7 @@ def get_args(argv=None):
     add("--boxes", metavar="FILE", help=text)
     text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
     add("--bootstrap", type=positive_int, metavar="N", help=text)
-    add("--seed", type=non_negative_int, default=0, help="for the resamples")
+    add("--seed", type=non_negative_int, default=0, help="of resamples, --sample, random images")
     add = parser.add_argument_group("output").add_argument
     text = "write captions of the last beam size as JSON, with --metrics also each image's scores"
     add("--results", metavar="FILE", help=text)
@@ -78,7 +78,7 @@ def get_args(argv=None):
         args.metrics, args.bootstrap = args.metrics or ["all"], args.bootstrap or 1000
     args.search = search_options(args)
     if args.sample:
-        args.beam_sizes = [1]  # a row: sampling knows no beams
+        args.beam_sizes = [1]  # one row: sampling has no beams
     wanted = {name for group in args.metrics or ["bleu"] for name in GROUPS[group]}
     args.names = [name for name in NAMES if name in wanted]
     # Without --metrics, BLEU is comparable with that of training, whether or not Java is installed.
@@ -104,7 +104,7 @@ def check_outputs(args):
             continue
         folder = Path(file).resolve().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"--{option} {file}: {folder} is no folder to write to; pass another")
+            raise UserError(f"--{option} {file}: {folder} is not a writable folder; pass another")
         if Path(file).exists() and not Path(file).is_file():
             raise UserError(f"--{option} {file} is not a file; pass another name")
         if not file.lower().endswith(endings):

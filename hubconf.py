@@ -10,9 +10,9 @@ from pathlib import Path
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "h5py", "filelock", "tqdm"]
 _here, _ours = Path(__file__).resolve().parent, "_show_attend_tell_"
 
-if f"{_ours}caption" not in sys.modules:  # else they are those of the last torch.hub.load
-    # Modules of others that are called as ours, such as `utils`, come back afterwards. Only our
-    # packages keep their names, for what they import within functions.
+if f"{_ours}caption" not in sys.modules:  # else an earlier torch.hub.load has imported them
+    # Foreign modules with the names of ours, such as `utils`, are restored afterwards. Only our
+    # packages keep their names, for imports within functions.
     _names = {path.stem for path in _here.iterdir()}
     _others = {key: sys.modules.pop(key) for key in [*sys.modules] if key.split(".")[0] in _names}
     sys.path.insert(0, str(_here))

@@ -5,9 +5,9 @@ E encoder size (paper: D)   H decoder size   A attention size   V vocabulary (pa
 T time steps (paper: C)   L padded caption length   W tokens to predict, all but <start>
 G cells of the backbone's own grid, 8 x 8 at 256 x 256 pixels
 
-`Attention.forward` and `DecoderWithAttention.step` are the paper's equations, and with --plain they
-run. Otherwise modeling/decoding.py computes the same numbers faster. It knows these lines only:
-where you change or override them, yours run as they are written (docs/extending.md).
+`Attention.forward` and `DecoderWithAttention.step` are the paper's equations; --plain runs them as
+they stand. Otherwise modeling/decoding.py computes the same numbers faster, unless you change or
+override these lines: then yours run as written (docs/extending.md).
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from modeling.decoding import FastSteps, HardAttention, PlainSteps, State, make_
 from modeling.longest_first import LongestFirst
 from modeling.sampling import locations_sampler, scheduled_sampling
 
-ENCODED_IMAGE_SIZE = 14  # the annotation vectors stand on a 14 x 14 grid (section 4.3)
+ENCODED_IMAGE_SIZE = 14  # the annotation vectors form a 14 x 14 grid (section 4.3)
 
 
 class Encoder(nn.Module):
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     name: any convolutional classifier of torchvision or timm
     weights, stride: see `load_backbone`; at stride 16 the grid is twice as fine
-    image_size: S, pixels a side of the images that it is trained on
+    image_size: S, width and height in pixels of the images that it is trained on
     """
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         self.args: dict = {"encoded_image_size": encoded_image_size, "name": name}
         self.args |= {"stride": stride, "image_size": image_size}
         backbone = load_backbone(name, weights, stride)
-        self.resnet = backbone.body  # whatever it is: old checkpoints have this name
+        self.resnet = backbone.body  # of any architecture; old checkpoints have this name
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
         self.encoder_dim = backbone.channels
         self._fine_tuned = backbone.fine_tuned
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         return self.resnet(images)
 
     def cells(self, images: Tensor) -> Tensor:
-        """(N, G, E), or as forward where the map is no square or finer: the decoder pools them."""
+        """(N, G, E), pooled by the decoder; as `forward` where the map is finer or not square"""
         x = self.feature_map(images)
         coarse = x.shape[2] == x.shape[3] <= self.args["encoded_image_size"]
         return (x if coarse else self.adaptive_pool(x)).flatten(2).transpose(1, 2)
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
 
 class DecoderOutput(NamedTuple):
-    """What teacher forcing returns: the W tokens image by image, caption by caption"""
+    """What teacher forcing returns, with the W tokens image by image, caption by caption"""
 
     logits: Tensor  # (W, V)
     targets: Tensor  # (W,) token ids
@@ -172,7 +172,7 @@ class DecoderWithAttention(nn.Module):
     def steps(self, features: Tensor, per_image: int | None = None) -> PlainSteps | FastSteps:
         """
         `step` and `logits` for a batch of images; features: (N, P, E), (N, h, w, E) or an encoder's
-        `cells`; per_image: captions of an image at most; if given, a GPU need not count them
+        `cells`; per_image: maximum captions per image; without it, steps on a GPU wait for a count
         """
         return make_steps(self, features, per_image)
 
@@ -188,16 +188,16 @@ class DecoderWithAttention(nn.Module):
         Teacher forcing: each token is predicted from the true ones before it.
 
         features: as in `steps`; captions: (N, R, L) token ids, <start> ... <end> <pad>
-        lengths: (N, R), <start> and <end> counted, best on the CPU, where they are used
-        sampling_prob: how often an input is a token sampled from the model (scheduled sampling)
-        hard_fraction: the share of captions that see one sampled location at a time (section 4.1)
+        lengths: (N, R), <start> and <end> counted, preferably on the CPU, where they are used
+        sampling_prob: of an input being a token sampled from the model (scheduled sampling)
+        hard_fraction: the share of captions that attend to one sampled location (section 4.1)
         """
         order = LongestFirst(lengths, features.device)
         steps = self.steps(features.index_select(0, order.images), captions.shape[1])
         inputs, state = order.inputs(captions), steps.initial_state(order.rows)
         hard = locations_sampler(len(inputs), hard_fraction, inputs.device)
         history = []
-        for t, m in enumerate(order.batch_sizes):  # the first m captions go on
+        for t, m in enumerate(order.batch_sizes):  # the first m captions have not ended
             tokens, state = inputs[:m, t], tuple(x[:m] for x in state)
             if sampling_prob and t > 0:
                 tokens = scheduled_sampling(tokens, state[0], steps.logits, sampling_prob)
@@ -216,5 +216,5 @@ class DecoderWithAttention(nn.Module):
         self.embedding.requires_grad_(fine_tune)
 
 
-# By --attention; soft and hard are two ways to train the same decoder.
+# The values of --attention; soft and hard are two ways to train the same decoder.
 DECODERS = {"soft": DecoderWithAttention, "hard": DecoderWithAttention}

@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def get_options_and_checkpoint(argv):
-    """The options, of which a run's or a model's come from its file, and the checkpoint or None."""
+    """The options, those of a run or model taken from its file, and the checkpoint or None."""
     parser = make_parser()
     given = parser.parse_given(argv)
     path, resume, checkpoint = given.get("checkpoint"), given.get("resume"), None
@@ -92,7 +92,7 @@ def get_options_and_checkpoint(argv):
         parser.set_options_from(resume, options)
         check_unchanged(resume, given, parser.options(), checkpoint["progress"])
     elif path:
-        combine(parser, given)  # refuses contradictions, also if the file is missing
+        combine(parser, given)  # refuses conflicts, also if the file is missing
         checkpoint = checkpoints.load(path)
         parser.set_options_from(path, model_options(checkpoint))
     return combine(parser, given), checkpoint
@@ -106,16 +106,16 @@ def get_args(argv=None, source=None, options=None):
 
 
 def combine(parser, given):
-    """The options given and the parser's defaults for the others; UserError if they contradict."""
+    """The options given and the parser's defaults for the others; UserError if they conflict."""
     args = argparse.Namespace(**(parser.options() | given))
     if args.self_critical:
         for name, unused in {"attention": "soft", "sampling_max": 0, "single_captions": 0}.items():
             if given.get(name, unused) != unused:
-                parser.error(f"--{name} is for true captions; leave it or --self_critical out")
+                parser.error(f"--{name} is for teacher forcing; leave it or --self_critical out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
     elif args.cross_entropy_share:
-        parser.error("--cross_entropy_share is for --self_critical; leave it out")
+        parser.error("--cross_entropy_share needs --self_critical; add it or leave this out")
     return args
 
 
@@ -138,14 +138,14 @@ def make_parser():
     add("--workers", non_negative_int, 1, "processes that load batches; 0: none")
     flag("--cache_features", "encode each image once, while the encoder is frozen", True)
     add("--features_folder", help="where to keep cached features; if not given, beside the data")
-    cache_help = "where to read them from while training; if not given, the fastest that has room"
+    cache_help = "where to read them from while training; if not given, the fastest that fits them"
     add("--cache_in", help=cache_help, choices=("disk", "ram", "device"))
 
     group = parser.add_argument_group(
         "model", "with --checkpoint and --resume these come from the file"
     )
-    add("--encoder", str, "resnet101", "any convolutional classifier of torchvision, timm")
-    stride_help = "pixels of the image to a location; 16: a finer grid, by dilating the last stage"
+    add("--encoder", str, "resnet101", "any convolutional classifier of torchvision or timm")
+    stride_help = "image pixels per cell of its grid; 16: a finer one, by dilating the last stage"
     add("--encoder_stride", positive_int, 32, stride_help, choices=(16, 32))
     weights_help = "imagenet, none (random) or a file: a state dict, or a checkpoint's encoder"
     add("--encoder_weights", str, "imagenet", weights_help)
@@ -155,9 +155,9 @@ def make_parser():
     add("--attention", str, "soft", attention_help, choices=DECODERS)
     add("--attention_dim", positive_int, 512, "size of the hidden layer that scores each location")
     add("--decoder_dim", positive_int, 512, "size of the LSTM's state")
-    text_help = "captions without images to learn from first: a line each, or IMAGE TAB CAPTION"
+    text_help = "pretrain on captions without images, one per line, or IMAGE TAB CAPTION"
     add("--pretrain_text", help=text_help, nargs="+", metavar="FILE")
-    add("--pretrain_epochs", positive_int, 5, "how often to read them")
+    add("--pretrain_epochs", positive_int, 5, "epochs of --pretrain_text")
     add("--dropout", share, 0.5, "of the LSTM's state before the logits")
     add("--embeddings", help="pretrained word embeddings, a text file in GloVe's format")
     flag("--fine_tune_embeddings", "train the embeddings, including those of --embeddings", True)
@@ -183,11 +183,11 @@ def make_parser():
     add("--alpha_c", non_negative_float, 1.0, "weight of the doubly stochastic attention term")
     add("--lambda_r", non_negative_float, 0.01, "hard attention: weight of the reward term")
     add("--lambda_e", non_negative_float, 0.01, "hard attention: weight of the entropy term")
-    sampling_help = "scheduled sampling: the highest probability of feeding back a sampled word"
+    sampling_help = "scheduled sampling: the maximum probability of feeding back a sampled word"
     add("--sampling_max", Number(float, minimum=0, maximum=1), 0.0, sampling_help)
     add("--sampling_step", non_negative_float, 0.05, "it starts at 0 and rises by this ...")
     add("--sampling_every", positive_int, 5, "... after every so many epochs")
-    flag("--self_critical", "with --checkpoint: train on the CIDEr-D of captions that it samples")
+    flag("--self_critical", "with --checkpoint: train on the CIDEr-D of sampled captions")
     add("--samples", Number(int, minimum=2), 5, "--self_critical: captions sampled per image")
     share_help = "--self_critical: the share of the true captions' cross-entropy in the loss"
     add("--cross_entropy_share", share, 0.0, share_help)

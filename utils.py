@@ -1,6 +1,6 @@
 """
-What all scripts share: how they start and end, errors that a user sees, options, and files that are
-written whole. Imports no other module of this repository.
+What all scripts share: how they start and end, errors that a user sees, options, and atomic writes
+of files. Imports no other module of this repository.
 """
 
 import argparse
@@ -69,11 +69,11 @@ def set_up_process():
     The settings of a script's whole process. Importing a module of this repository changes none.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Any text can be printed: files and pipes get UTF-8, a terminal escapes for what it lacks.
+        # Any text can be printed: as UTF-8 to files and pipes, with escapes to a limited terminal.
         if isinstance(stream, io.TextIOWrapper):
             encoding = None if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
-    if "torch" in sys.modules:  # else nothing will be computed, and to import it takes a second
+    if "torch" in sys.modules:  # else nothing will be computed, and importing it takes a second
         import torch
 
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -87,10 +87,10 @@ def set_up_process():
             libc.mallopt(_M_MMAP_MAX, 0)
     from PIL import PngImagePlugin
 
-    # Text and colour profiles of a PNG need not be small: the pixels are what counts.
+    # Read PNGs with large texts or colour profiles too, which Pillow refuses by default.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    # Pillow warns about unusual but readable files. A letter that no font has is said once, by
-    # visualization.figures.find_fonts.
+    # Pillow warns about unusual but readable files. A letter that no font has is reported once, by
+    # visualization.figures.find_font.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
@@ -99,7 +99,7 @@ def set_up_process():
 
 
 class Number:
-    """An argparse type: an int or a float within bounds, of which above and below are exclusive."""
+    """An argparse type: an int or a float within bounds; `above` and `below` are exclusive."""
 
     def __init__(self, kind, minimum=None, maximum=None, above=None, below=None):
         self.kind = kind
@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
         return {action.dest: action.default for action in self._actions if action.dest != "help"}
 
     def parse_given(self, argv):
-        """The options that argv has, by name, without the defaults of the others."""
+        """The options given in argv, by name, without the defaults of the others."""
         missing = object()
         args = argparse.Namespace(**dict.fromkeys(self.options(), missing))
         self.parse_args(argv, args)
@@ -158,8 +158,8 @@ class Parser(argparse.ArgumentParser):
 
     def set_options_from(self, source, values):
         """
-        Take these values as defaults, {option: value}; unknown names are ignored. Raises UserError,
-        which names the file `source`, for a choice that its option does not have.
+        Make these values the defaults, {option: value}; unknown names are ignored. Raises UserError
+        that names the file `source` for a value that is not among its option's choices.
         """
         for action in self._actions:
             if action.dest in values:
@@ -185,12 +185,12 @@ def add_search_options(parser, no_unk=False):
     power = Number(float, minimum=0, maximum=MAX_LENGTH_PENALTY)
     text = "rank captions by their score over length to this power; 1: mean per word"
     add("--length_penalty", type=power, default=0.0, help=text)
-    add("--no_unk", action="store_true", default=no_unk, help="never say <unk>")
-    text = "say <unk> where no known word is as likely, as in the tutorial"
+    add("--no_unk", action="store_true", default=no_unk, help="never generate <unk>")
+    text = "generate <unk> where it is the most probable, as in the tutorial"
     add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS, help=text)
-    text = "say no N words twice in the same order; 0: allowed"
+    text = "never repeat N words in the same order; 0: allowed"
     add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N", help=text)
-    text = "hard: look at the most attended location alone; for models trained with it"
+    text = "hard: use the most attended location alone; for models trained with hard attention"
     add("--attention", choices=("soft", "hard"), default="soft", help=text)
     text = "sample captions at random, the same ones with the same --seed, instead of searching"
     add("--sample", action="store_true", help=text)
@@ -201,7 +201,7 @@ def add_search_options(parser, no_unk=False):
 
 
 def search_options(args):
-    """These options as fields of a `modeling.beam_search.Search`; UserError if they contradict."""
+    """The options as fields of a `modeling.beam_search.Search`; UserError if they conflict."""
     hard = args.attention == "hard"
     if args.sample and (args.length_penalty or hard):
         raise UserError("--length_penalty and --attention hard are not for --sample; leave one out")
@@ -219,7 +219,7 @@ def atomic_write(path):
     """
     `with atomic_write(path) as temporary:` write to `temporary`, a name in the same folder, whose
     file then replaces `path`; after an error it is removed, and `path` is as it was. What a killed
-    process leaves behind is overwritten by the next. Not for two processes that write one file.
+    process leaves behind is overwritten by the next. Two processes must not write the same file.
 
     Raises UserError if `path` is a folder, a device or the like.
     """
@@ -247,8 +247,8 @@ def check_is_file(path):
 
 def read_text(path, next_step=""):
     """
-    The text of a UTF-8 file, with or without a byte order mark. UserError for a file that is
-    missing, after which the user should take the `next_step`, or that holds no such text.
+    The text of a UTF-8 file, with or without a byte order mark. UserError for a file that is not
+    UTF-8 or is missing; for a missing one, the message ends with the `next_step`.
     """
     check_is_file(path)
     try:
@@ -269,7 +269,7 @@ def read_json(path, next_step=""):
 
 
 def broken_json(path, error, line=None):
-    """UserError for what json.loads raises: bad syntax, too deep, a number of 5000 digits."""
+    """UserError for what json.loads raises: bad syntax, deep nesting, a number of 5000 digits."""
     line = line or getattr(error, "lineno", None)
     place = f"{path}, line {line}" if line else path
     deep = isinstance(error, RecursionError)
@@ -286,7 +286,7 @@ def write_json(path, content):
 def exclusive_lock(path, busy, timeout):
     """
     Hold the lock file `path` while the block runs; UserError with the message `busy` if another
-    process still holds it after `timeout` seconds. The system releases that of a killed process.
+    process still holds it after `timeout` seconds. The system releases a killed process's lock.
     """
     from filelock import FileLock, Timeout  # only here: most commands lock nothing
 

@@ -15,7 +15,7 @@ from modeling.devices import autocast
 from models import Encoder
 from training.losses import SelfCritical
 
-# Images of steps, the first also of others; the encoder, its stride, pixels and images; of searches
+# Images per step; the encoder, its stride and pixels; images encoded, searched, searched one by one
 ON_GPU = Namespace(
     batches=(16, 32, 128), encoder=("resnet101", 32, 256), encoded=128, searched=1000, alone=20
 )
@@ -92,4 +92,4 @@ def _agreement(args):
         error = float((gradient - exact[0]).norm() / exact[0].norm())
         same = sum(a == b for a, b in zip(found, exact[1]))
         row = {"stage": f"{name} against float64 on the CPU", "error": error, "identical": same}
-        yield row | {"note": f"gradients {error:.1e} off, {same} of 8 captions identical"}
+        yield row | {"note": f"gradient error {error:.1e}, {same} of 8 captions identical"}

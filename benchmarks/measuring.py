@@ -21,7 +21,7 @@ def seconds(function, device):
 def compare(stage, textbook, ours, args, memory=True):
     """
     A row of the table: medians of args.repeats calls after a first one, in turns, so that other
-    load affects both alike. textbook may be None; it is left out where a GPU lacks the memory.
+    load affects both equally. textbook may be None; it is left out if the GPU lacks the memory.
     """
     ours()
     functions = {"textbook": textbook, "ours": ours} if textbook else {"ours": ours}

@@ -1,4 +1,4 @@
-"""The decoder's training step and beam search, beside the textbook version; random data."""
+"""The decoder's training step and beam search against the textbook version; random data."""
 
 import copy
 import statistics
@@ -45,7 +45,7 @@ def write_data_set(folder, n, size=256):
 
 
 def plain(decoder):
-    """The decoder with the same weights, whose steps are the lines of models.py: the textbook."""
+    """The textbook version: the same decoder and weights, running the lines of models.py."""
     decoder = copy.copy(decoder)
     decoder.plain = True
     return decoder
@@ -117,7 +117,7 @@ def decoder_with_realistic_lengths(device):
 
 
 def search(args, images=100, one_by_one=100, precision=""):
-    """Beam search of a batch, beside the textbook's of some of its images, one at a time."""
+    """Beam search of a batch, against the textbook's of some of its images, one at a time."""
     decoder = decoder_with_realistic_lengths(args.device)
     features = torch.rand(images, CELLS, ENCODER_DIM, device=args.device)
     for beam_size in (1, 3, 5):

@@ -1,4 +1,4 @@
-"""What people wait for: the start of scripts, files, the encoder alone and with its folder."""
+"""What users wait for: the start of scripts, files, the encoder alone and captions of a folder."""
 
 import copy
 import os
@@ -26,12 +26,12 @@ from training.feature_cache import cache_features
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name, stride, pixels: the paper's kind of encoder, and that of the model we ship
+# Name, stride, pixels: the tutorial's encoder, and that of the model we ship
 ENCODERS = (("resnet101", 32, 256), ("tf_efficientnet_lite2", 16, 320))
 
 
 def start(args):
-    """Scripts, from the start of Python to its end, beside `import torch`, which all need."""
+    """Scripts, from the start of Python to its end, against `import torch`, which all need."""
     run = partial(subprocess.run, cwd=ROOT, check=True, capture_output=True)
     import_torch = partial(run, [sys.executable, "-c", "import torch"])
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def encoder(args, encoders=ENCODERS, images=16):
 
 
 def folder(args, n=300):
-    """A folder's captions at beam 5, and a feature cache, beside the encoder alone."""
+    """A folder's captions at beam 5, and a feature cache, against the encoder alone."""
     captioner, batch = Captioner(device=str(args.device), amp=args.amp), min(n, 30)
     pixels = torch.zeros(batch, 3, *[captioner.image_size] * 2, dtype=torch.uint8)
     alone = partial(encode, captioner.encoder, pixels, args.amp, args.device, n // batch)

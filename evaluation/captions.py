@@ -46,7 +46,7 @@ def caption_split(model, data, objects, args, processes):
     if (size := encoder.args["image_size"]) != (given := data.image_size):
         processes.print(f"the model was trained on images of {size} pixels, these are of {given}")
     words_of = {i: word for word, i in word_map.items()}
-    offset = find_offset(encoder) if objects or args.report else (0.0, 0.0)  # else of no use
+    offset = find_offset(encoder) if objects or args.report else (0.0, 0.0)  # else not used
     hard = most_likely_location if args.search["hard_attention"] else None
     rank, world_size = processes.rank, processes.world_size
     batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, rank, world_size)

@@ -59,7 +59,7 @@ def tokenize(captions):
 
 def meteor(references, systems):
     """
-    METEOR, 0..1: per system that of all N images, and a list of those of each image alone. Raises
+    METEOR, 0..1: per system, the score of all N images and a list of each image's own. Raises
     JavaError.
 
     references: per image a list of captions; systems: each N captions; a caption is a list of words
@@ -77,7 +77,7 @@ def meteor(references, systems):
             process = subprocess.Popen(["java", *UTF8, *program], **pipes)
         try:
             return [_meteor_of(process, references, captions) for captions in systems]
-        except (OSError, ValueError):  # it has exited, or answers with no number
+        except (OSError, ValueError):  # it has exited, or its answer is not a number
             process.kill()
             process.wait()
             reason = _last_line(errors.read_bytes())
@@ -91,7 +91,7 @@ def _meteor_of(process, references, captions):
     """The METEOR of one set of captions, and of each caption, from the running program"""
 
     def send(command, *texts):
-        # Neither breaks of a line nor the program's separator may occur in a text.
+        # A text must contain neither line breaks nor the program's separator.
         texts = [" ".join(text.replace("|||", "").split()) for text in texts]
         process.stdin.write((" ||| ".join([command, *texts]) + "\n").encode(errors="replace"))
         process.stdin.flush()
@@ -107,6 +107,6 @@ def _meteor_of(process, references, captions):
 
 
 def _last_line(text):
-    """What a Java program said last, without the places in its code."""
+    """The last line that a Java program printed, without its stack trace."""
     lines = text.decode(errors="replace").strip().splitlines()
     return next((line for line in lines[::-1] if not line.startswith("\tat ")), "no message")

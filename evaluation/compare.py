@@ -22,7 +22,7 @@ def compare(path_a, path_b, args):
     measured, missing = scores.measure(systems, references, args.names)
     if "unseen" in missing:
         missing["unseen"] = "it needs the training captions; run eval.py on the model"
-    draws = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in measured]
+    resampled = [scores.resample(metrics, args.bootstrap, args.seed) for metrics in measured]
     rows = [["metric", "A", "B", "A - B", "low", "high", "A higher"]]
     title = f"A {path_a}, B {path_b}: {len(a)} images"
     print(title)
@@ -32,8 +32,8 @@ def compare(path_a, path_b, args):
             continue
         first, second = (metrics[name].total for metrics in measured)
         values, higher = [first, second, first - second, None, None], "–"
-        if name in draws[0]:
-            first, second = (drawn[name] for drawn in draws)
+        if name in resampled[0]:
+            first, second = (totals[name] for totals in resampled)
             values[3:] = scores.interval(first - second)
             higher = f"{100 * np.mean((first > second) + (first == second) / 2):.1f} %"
         rows.append([name, *(cell(name, value) for value in values), higher])

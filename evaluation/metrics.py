@@ -66,7 +66,7 @@ def bleu_from_sums(sums, order, min_precision=0.0):
 
 
 class TfIdfVector(NamedTuple):
-    """What CIDEr compares"""
+    """The TF-IDF weights of a caption, which CIDEr compares"""
 
     weights: list  # for n = 1..4 {n-gram: term frequency x log(images / images that have it)}
     norms: list  # the Euclidean norms of the 4 weight vectors
@@ -87,7 +87,7 @@ class TfIdf:
         found = Counter()
         for captions in documents:
             found.update({gram for words in captions for part in ngrams(words) for gram in part})
-        # An n-gram of one image has the same weight as one of none, so most need not be stored.
+        # An n-gram in one image weighs the same as one in none, so most need not be stored.
         self._max_idf = math.log(len(documents))
         self._idf = {gram: self._max_idf - math.log(n) for gram, n in found.items() if n > 1}
 

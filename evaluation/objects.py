@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import UserError, read_json
 
-MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: fair to attention maps of any coarseness
+MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: compensates for coarse attention maps
 NO_THING = "-"  # the first name in the line of things.txt whose names only look like things
 QUALIFIERS = ("baby", "adult", "child", "passenger")  # persons, but not before another thing
 COLUMNS = ("attention", "near", "evidence", "near", "inside", "chance", "CHAIRi", "CHAIRs")

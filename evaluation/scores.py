@@ -51,8 +51,8 @@ def tokenize(systems, references, tokens=None):
 
 def measure(systems, references, names, novel=None):
     """
-    Compute metrics for several sets of captions of the same images, whose references are also what
-    CIDEr counts document frequencies in.
+    Compute metrics for several sets of captions of the same images. CIDEr's document frequencies
+    are those of the references.
 
     systems: each a list of N captions; references: per image a list; a caption is a list of words
     names: from NAMES
@@ -134,20 +134,20 @@ def scores_by_image(metrics, num_images):
 
 def resample(metrics, resamples, seed=0):
     """
-    The metrics of `resamples` sets of N images, drawn from the N with replacement: {name:
-    float64 (resamples,)}. The same seed draws the same images, so that two systems can be compared
-    in pairs. CIDEr's document frequencies stay those of all images. METEOR is left out,
-    since its program scores a set of images, and so is the vocabulary: a resample has 63 % of the
-    images, so it would always be too small.
+    The metrics of `resamples` sets of N images, sampled from the N with replacement: {name:
+    float64 (resamples,)}. The same seed gives the same images, so that two systems can be compared
+    in pairs. CIDEr's document frequencies stay those of all images. METEOR is left out, since its
+    program scores whole sets of images, and so is the vocabulary, which would always be too small:
+    a resample has 63 % of the images.
     """
     metrics = {name: metric for name, metric in metrics.items() if metric.sums is not None}
-    drawn, rng = {name: [] for name in metrics}, np.random.default_rng(seed)
+    sums, rng = {name: [] for name in metrics}, np.random.default_rng(seed)
     n = max((len(metric.sums) for metric in metrics.values()), default=1)
     for _ in range(resamples):
         counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
         for name, metric in metrics.items():
-            drawn[name].append(counts @ metric.sums)
-    return {name: metric.value(np.array(drawn[name])) for name, metric in metrics.items()}
+            sums[name].append(counts @ metric.sums)
+    return {name: metric.value(np.array(sums[name])) for name, metric in metrics.items()}
 
 
 def interval(values):

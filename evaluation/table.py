@@ -21,7 +21,7 @@ EXPLAINED = {
     "CIDEr": "CIDEr: as in the paper, without stemming; neither clipped nor length-penalised",
     "CIDEr-D": 'CIDEr-D: clipped and length-penalised; coco-caption prints it as "CIDEr"',
     "vocabulary": "vocabulary: distinct words used",
-    "unseen": "unseen: % of captions that are no training caption",
+    "unseen": "unseen: % of captions that are not training captions",
     "length": "length: words per caption",
 }
 
@@ -37,7 +37,7 @@ class BeamResult(NamedTuple):
     objects: tuple  # texts of `objects.summarise`; None if the data have no boxes of objects
 
     def texts(self, name):
-        """A metric and the ends of its interval as texts, dashes for what there is not"""
+        """A metric and the ends of its interval as texts, dashes for missing ones"""
         value = self.metrics[name].total if name in self.metrics else None
         return [cell(name, x) for x in (value, *(self.intervals or {}).get(name, (None, None)))]
 
@@ -78,8 +78,8 @@ def evaluate_captions(title, by_beam, data, training, has_objects, args):
         for found, beam_size, captions, metrics in rows:
             intervals = None
             if args.bootstrap:
-                drawn = scores.resample(metrics, args.bootstrap, args.seed)
-                intervals = {name: scores.interval(values) for name, values in drawn.items()}
+                resampled = scores.resample(metrics, args.bootstrap, args.seed)
+                intervals = {name: scores.interval(values) for name, values in resampled.items()}
             named = summarise([caption.objects for caption in captions]) if has_objects else None
             found.append(BeamResult(beam_size, source, captions, metrics, intervals, named))
     if "unseen" in missing:
@@ -100,8 +100,8 @@ def footnotes(args, tokens, missing):
         notes += [EXPLAINED[name] for name in args.names if name in {*EXPLAINED} - {*missing}]
         notes += [f"{name}: –, {reason}" for name, reason in missing.items()]
     if args.bootstrap:
-        drawn = f"{args.bootstrap} resamples of the images, seed {args.seed}"
-        notes.append(f"low, high: 95 % interval, {drawn}")
+        resamples = f"{args.bootstrap} resamples of the images, seed {args.seed}"
+        notes.append(f"low, high: 95 % interval, {resamples}")
         if set(scores.CIDER) & set(args.names):
             notes.append("CIDEr's document frequencies are those of all images in every resample")
     return notes
@@ -130,7 +130,7 @@ def print_evaluation(evaluation):
 
 
 def table_rows(evaluation):
-    """The evaluation as rows of texts, the heading first; intervals stand in their cells."""
+    """The evaluation as rows of texts, the heading first; a cell includes its interval."""
     sources = any(beam.source for beam in evaluation.beams)
     objects = COLUMNS if evaluation.beams[0].objects else ()
     rows = [["beam", *["source"] * sources, *evaluation.names, *objects]]

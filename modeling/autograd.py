@@ -22,8 +22,8 @@ CPU_CHUNK, GPU_CHUNK = 4 << 20, 1 << 30
 @lru_cache
 def find_onednn():
     """
-    oneDNN's operators for inference, `linear` and `pack`. They are private to PyTorch, and another
-    version may lack them or call them differently: they are tried, and then this is None.
+    oneDNN's operators for inference, `linear` and `pack`. They are private to PyTorch, so another
+    version may lack them or take other arguments: they are tried once, and None if that fails.
     """
     x = torch.eye(2)
     try:
@@ -48,7 +48,7 @@ def uses_onednn(*tensors):
 def linear(x, weight, bias=None):
     """
     F.linear, by oneDNN where it takes the tensors: on processors with AVX-512 it is up to 2.5 times
-    as fast as the library that PyTorch prefers. It needs rows that lie one after the other.
+    as fast as the library that PyTorch prefers. It needs contiguous rows.
     """
     if uses_onednn(x, weight):
         return find_onednn()[0](x.contiguous(), weight.contiguous(), bias)
@@ -73,7 +73,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One time step of a layer. A layer does not hold its anchor: a cycle would keep memory."""
+    """One time step of a layer. A layer does not hold its anchor: that would be a memory cycle."""
 
     @staticmethod
     def forward(ctx, x, anchor, layer):
@@ -84,7 +84,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous()  # not a view that keeps more
+        grad = grad.contiguous()  # a view would keep a larger tensor alive
         return ctx.layer.backward(*ctx.saved_tensors, grad, ctx.needs_input_grad[0]), None, None
 
 
@@ -92,7 +92,7 @@ def deferred_linear(weight, bias=None):
     """
     A function like F.linear(x, weight, bias), weight (O, I), bias (O,) or None, x (M, I), where M
     may differ from call to call. Under autocast the weight is cast once, not at every step; on a
-    CPU it is laid out once as oneDNN reads it.
+    CPU it is packed once for oneDNN.
     """
     device = weight.device.type
     if torch.is_autocast_enabled(device):
@@ -106,7 +106,7 @@ def deferred_linear(weight, bias=None):
 class _Linear:
     def __init__(self, weight, bias=None):
         self.weight, self.bias, self.inputs, self.grads = weight, bias, [], []
-        self.packed = {}  # the weight or its transpose, until the gradient is made
+        self.packed = {}  # the weight or its transpose, until `gradients`
 
     def forward(self, x):
         return linear(x, self.pack(transposed=False), self.bias)
@@ -129,8 +129,8 @@ class _Linear:
     def gradients(self):
         self.packed.clear()
         x, grad = _join(self.inputs), _join(self.grads)
-        # Some rows at a time, since large new tensors, as of a transposed copy, are slow; in half
-        # precision all at once, since the sum of rounded parts would lose digits.
+        # A few rows at a time, since allocating large tensors, such as transposed copies, is slow;
+        # in half precision all at once, since a sum of rounded parts would lose precision.
         half = x.element_size() < 4
         rows = len(x) if half else _chunk_size(x, min(x.shape[1], grad.shape[1]))
         parts = zip(grad.split(rows), x.split(rows))
@@ -152,7 +152,7 @@ def deferred_embedding(weight):
     return lambda tokens: _Step.apply(tokens, anchor, layer)
 
 
-class _Embedding(_Linear):  # its inputs stand for vectors that are 1 at the token and else 0
+class _Embedding(_Linear):  # its inputs are ids in place of one-hot vectors
     def forward(self, tokens):
         return F.embedding(tokens, self.weight)
 

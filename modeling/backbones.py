@@ -29,7 +29,7 @@ class Backbone(NamedTuple):
     body: nn.Sequential  # the classifier's children without its head
     channels: int  # of the feature map: E
     fine_tuned: list  # modules beyond stride 4: blocks 2-4 of a ResNet
-    mean: tuple  # with which its images, 0..1, are normalised
+    mean: tuple  # to normalise its images, 0..1
     std: tuple
 
 
@@ -39,7 +39,7 @@ def load_backbone(name, weights, stride=32):
     tokens form a grid (ViT, DINO, Swin)
     weights: "imagenet" (downloaded once), "none" (random), the path of a state dict or of one of
     our checkpoints, or None where a checkpoint will be loaded into it
-    stride: pixels of the image to a cell of the feature map. 32 is the network as it is (some, such
+    stride: image pixels per cell of the feature map. 32 is the network as it is (some, such
     as VGG, have 16 then); at 16 the last stage keeps the resolution of the one before and dilates
     its convolutions instead (Yu and Koltun 2016, arXiv 1511.07122), with the same weights.
 
@@ -86,14 +86,14 @@ def load_backbone(name, weights, stride=32):
         with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
             _load_file(weights, name, model, body)
     if weights == "none":
-        # Statistics of noise images for random networks' BatchNorms: with the initial ones,
+        # BatchNorm statistics of noise images, for a random network: with the initial ones, the
         # activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.
         torch.optim.swa_utils.update_bn([torch.randn(4, 3, 128, 128)], body)
     return Backbone(body, channels, fine_tuned, mean, std)
 
 
 class TokenGrid(nn.Module):
-    """A transformer of timm whose tokens, without those that stand for no place, are a map."""
+    """A transformer of timm, with its patch tokens as a feature map."""
 
     def __init__(self, model):
         super().__init__()
@@ -140,12 +140,12 @@ def _from_timm(name, weights, stride):
     url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
     model = None
     with _one_line_download(url if weights == "imagenet" else None):
-        # Transformers are made for one size of images, unless they are told otherwise.
+        # Transformers take one image size only, unless told otherwise.
         for options in (
             {"dynamic_img_size": True, "dynamic_img_pad": True},
             {"img_size": 256, "strict_img_size": False},
         ):
-            with suppress(TypeError):  # others do not take the option
+            with suppress(TypeError):  # models that do not take the option
                 model = model or create(**options)
         model = model or _dilated(create, stride, output_stride=16)
     return model, config.mean, config.std
@@ -161,10 +161,10 @@ def _dilated(create, stride, **options):
 
 @contextmanager
 def _one_line_download(url):
-    """A UserError for whatever fails meanwhile; url: None if nothing is downloaded"""
+    """Turn any error of a download into a UserError; url: None if nothing is downloaded"""
     try:
         yield
-    except Exception as error:  # OSError, HTTPException, RuntimeError for a wrong hash, timm's many
+    except Exception as error:  # OSError, HTTPException, RuntimeError (wrong hash), timm's
         if url is None:
             raise
         reason = str(error).strip().partition("\n")[0]
@@ -194,14 +194,14 @@ def _load_file(path, name, model, body):
             raise UserError(f"{path} has the encoder {found}, not {name}; pass --encoder {found}")
         body.load_state_dict({k.removeprefix("resnet."): t for k, t in root["encoder"].items()})
         return
-    for key in ("state_dict", "model", "model_state_dict"):  # around it, by training programs
+    for key in ("state_dict", "model", "model_state_dict"):  # training programs wrap it
         if isinstance(root, dict) and isinstance(root.get(key), dict | legacy_checkpoints.Stub):
             root = root[key]
     state = legacy_checkpoints.find_tensors(root)
     if not state:
         raise ValueError("it holds no weights")
     own = model.state_dict()
-    # The head is thrown away: its weights may be missing, or of another number of classes.
+    # The head is not used: its weights may be missing, or for another number of classes.
     head = {k for k in own.keys() | state if _HEADS.fullmatch(k.partition(".")[0])}
     optional = {k: t for k, t in own.items() if k in head or k.endswith("num_batches_tracked")}
     model.load_state_dict(optional | {k: t for k, t in state.items() if k not in head})
@@ -235,7 +235,7 @@ def _probe(body):
 
 
 def _probe_tokens(body, model):
-    """As `_probe`, for a `TokenGrid`: all blocks are fine-tuned, but not how patches are cut."""
+    """As `_probe`, for a `TokenGrid`: all blocks are fine-tuned, but not the patch embedding."""
     found, names = _channels_and_stride(body, 256), ("blocks", "layers", "stages", "norm")
     blocks = [module for name, module in model.named_children() if name in names]
     return (found[0], blocks, found[1]) if found and blocks else None
@@ -254,9 +254,9 @@ def _channels_and_stride(body, side):
 
 def fold_batchnorm(network):
     """
-    Multiply each BatchNorm into the convolution before it, in place, for inference alone: the same
-    function with one pass less over each feature map. Networks of torchvision and of this program
-    use their layers in the order in which they define them; others stay as they are.
+    Fold each BatchNorm into the convolution before it, in place, for inference only: the same
+    function with one pass fewer over each feature map. Networks of torchvision and of this program
+    apply their layers in the order of their definition; others stay as they are.
     """
     for module in network.modules():
         if type(module).__module__.split(".")[0] not in ("torchvision", "modeling", "torch"):

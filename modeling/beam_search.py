@@ -1,12 +1,12 @@
 """
-`find_captions`: the most probable captions of a batch of images, by beam search, or sampled ones.
+`find_captions`: captions of a batch of images, the most probable by beam search, or sampled.
 
 The search's index spaces, N images and K beams:
 
 image   0 .. N-1, in the order of the batch
-row     of an image that is not done: rows[row] is the image. Once half are done, these are dropped.
-beam    0 .. K-1, of a row; it is open until it has reached <end>
-lines   (M,) row * K + beam of each open beam, in rising order; the decoder's state has a line each
+row     of an image still searched: rows[row]. Finished rows are dropped once they are half of all.
+beam    0 .. K-1, within a row; it is open until it has reached <end>
+lines   (M,) row * K + beam of each open beam, ascending: the indices of the decoder's state
 """
 
 import math
@@ -25,16 +25,16 @@ from utils import MAX_LENGTH_PENALTY, UserError
 @dataclass(frozen=True)
 class Search:
     """
-    What is asked of `find_captions`; ValueError for values that are impossible or not read.
+    Options of `find_captions`; ValueError for values that are invalid or would be ignored.
 
     beam_size: K; 1 is greedy decoding
-    n_best: captions of an image, at most K unless they are sampled
+    n_best: captions per image, at most K unless they are sampled
     length_penalty: finished captions are ranked by their score over length ** length_penalty,
     <end> counted; at 1 that is the mean per word
-    no_unk: never choose <unk>; probabilities stay as they are
-    no_repeat_ngram: never choose a token that would repeat so many in the same order; 0: allowed
-    hard_attention: see only the most attended location (section 4.1)
-    sample: at random instead, with `sampling.token_probabilities` of this temperature and top_p
+    no_unk: never choose <unk>; scores are not renormalised
+    no_repeat_ngram: never choose a token that would repeat an n-gram of this length; 0: allowed
+    hard_attention: attend only to the most attended location (section 4.1)
+    sample: instead of searching, sample from `sampling.token_probabilities` (temperature, top_p)
     """
 
     beam_size: int = 5
@@ -62,9 +62,9 @@ class Search:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be {rule}")
         if self.sample and (self.length_penalty or self.hard_attention):
-            raise ValueError("length_penalty and hard_attention are not for sample=True")
+            raise ValueError("length_penalty and hard_attention exclude sample=True")
         if not self.sample and (self.temperature, self.top_p) != (1, 1):
-            raise ValueError("temperature and top_p are for sample=True")
+            raise ValueError("temperature and top_p need sample=True")
 
 
 class Caption(NamedTuple):
@@ -101,8 +101,8 @@ def find_captions(
     and parents of the beams kept from them, (n, K), scores -inf beyond the row's width
 
     The rule is the tutorial's: a beam that reaches <end> is set aside, and the search continues
-    with one beam less; of those set aside, the best total log-probability wins. At most max_len
-    words and <end>; if none has finished, the best unfinished one of max_len words.
+    with one beam fewer; of the beams set aside, the one with the best score wins. A caption has at
+    most max_len words and <end>; if no beam has finished, the best one of max_len words is taken.
 
     Returns N Captions. Raises UserError if the decoder's logits are not finite.
     """
@@ -126,7 +126,7 @@ def _search(decoder, features, word_map, search, callback):
     dtype = torch.promote_types(state[0].dtype, torch.float32)
     scores = torch.full((n, k), -torch.inf, device=device, dtype=dtype)
     scores[:, 0], lines = 0, torch.arange(0, n * k, k, device=device)
-    width = torch.full((n, 1), k, device=device)  # beams left for each row
+    width = torch.full((n, 1), k, device=device)  # beams that each row has left
     best_finished = scores.new_full((n, search.n_best), -torch.inf)
     paths = tokens.new_zeros(n, k, 0)  # each beam's tokens so far, with no_repeat_ngram
     history = []
@@ -155,7 +155,7 @@ def _search(decoder, features, word_map, search, callback):
         bound = scores.amax(1) / (search.max_len + 1) ** search.length_penalty
         active = bound > best_finished[:, -1]
         is_open = ((scores > -torch.inf) & active.unsqueeze(1)).flatten()
-        # The search's only transfer from the device in a step:
+        # The only transfer from the device in a step:
         num_open, num_active = torch.stack([is_open.sum(), active.sum()]).tolist()
         if num_open == 0:
             break
@@ -228,20 +228,20 @@ def _backtrack(history, n, end, search):
 
 
 def _path(columns, end, step, beam):
-    """The Caption that ends here; columns: tokens, parents, scores (T, K) and alphas (T, K, P)"""
+    """The Caption that ends in `beam` at `step`; columns: as `_search` returns, of one image"""
     tokens, parents, scores, alphas = columns
     score, finished = float(scores[step, beam]), bool(tokens[step, beam] == end)
     path, attention = [], []
     for t in range(step, -1, -1):
         path.insert(0, int(tokens[t, beam]))
-        beam = parents[t, beam]  # attention is kept by the beams before the step
+        beam = parents[t, beam]  # alphas are indexed by the parent beams
         attention.insert(0, alphas[t, beam])
     length = len(path) - finished  # without <end>
     return Caption(path[:length], np.stack(attention)[:length], score, finished, [])
 
 
 def _sampled(decoder, features, word_map, search):
-    """The most probable of n_best samples of an image, by the model's own scores, and the others"""
+    """For each image, the sampled Caption with the best score; `alternatives`: its other samples"""
     captions, lengths = sample_captions(decoder, features, word_map, search)
     output = decoder(features, captions, lengths)
     log_probs = output.logits.double().log_softmax(-1).gather(1, output.targets.unsqueeze(1))
@@ -266,6 +266,6 @@ def _sampled(decoder, features, word_map, search):
 def _check_finite(is_finite):
     if not is_finite:
         raise UserError(
-            "the model's scores are not finite: it is damaged, or too large for --amp fp16; leave "
-            "that out, or pass another --model"
+            "the model's scores are not finite: the model is damaged, or its numbers are too large "
+            "for --amp fp16; leave --amp out, or pass another --model"
         )

@@ -1,13 +1,13 @@
 """
-The decoder's steps for a batch of images, which training, search and sampling take: `PlainSteps`
-call the lines of models.py, `FastSteps` compute the same numbers faster. Both are used alike:
+The decoder's steps for a batch of images, in training, search and sampling: `PlainSteps` calls the
+methods of models.py, `FastSteps` computes the same numbers faster. Both have the same interface:
 
     steps = decoder.steps(features)             # once per batch of images
     state = steps.initial_state(rows)           # rows (M,): the image of each of M captions
     state, alpha, weights = steps.step(tokens, state, rows)
     logits = steps.logits(state[0])
 
-Where `rows` is known on the CPU it may stay there; then a GPU is never waited for.
+`rows` may be on the CPU; then no step waits for a GPU.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from modeling.autograd import attention_energy, deferred_embedding, deferred_lin
 State = tuple[Tensor, ...]  # the LSTM's h and c, each (M, H)
 HardAttention = Callable[[Tensor], Tensor]  # alpha (M, P) -> weights (M, P): modeling/sampling.py
 
-# What FastSteps compute: methods of models.py with this `source_digest`, and layers with biases
+# The decoder that FastSteps computes: methods with this `source_digest`, and layers with biases
 KNOWN_SOURCE = 2077254964
 KNOWN_LAYERS = {"embedding": nn.Embedding, "dropout": nn.Dropout, "decode_step": nn.LSTMCell}
 KNOWN_LAYERS |= dict.fromkeys(("init_h", "init_c", "f_beta", "fc"), nn.Linear)
@@ -35,23 +35,23 @@ KNOWN_PARAMETERS = 19
 
 
 def make_steps(decoder, features, per_image):
-    """FastSteps, unless the decoder is to be plain or they would not compute what it does"""
+    """FastSteps; PlainSteps if the decoder is `plain` or not the one that FastSteps computes"""
     if not decoder.plain:
         if is_known(decoder):
             return FastSteps(decoder, features, per_image)
-        _say_plain(type(decoder).__name__)
+        _report_plain(type(decoder).__name__)
     return PlainSteps(decoder, features)
 
 
 @lru_cache
-def _say_plain(name):
-    """Once for each kind of decoder"""
-    message = f"the step of {name} is not the one that modeling/decoding.py makes fast: it runs as"
-    print(message, "it is written", file=sys.stderr)
+def _report_plain(name):
+    """Once for each class of decoder"""
+    message = f"{name} differs from the decoder that modeling/decoding.py computes faster:"
+    print(message, "its steps run as they are written", file=sys.stderr)
 
 
 def is_known(decoder):
-    """Whether FastSteps compute what this decoder would; they would not call its layers' hooks."""
+    """Whether FastSteps computes what this decoder does; it would not call hooks of the layers."""
     methods = decoder.init_hidden_state, decoder.step, decoder.logits, decoder.attention.forward
     layers = {name: type(x) for name, x in decoder.named_modules() if not any(x.children())}
     inner = [vars(module).items() for module in list(decoder.modules())[1:]]
@@ -65,7 +65,7 @@ def is_known(decoder):
 
 @lru_cache
 def source_digest(*functions):
-    """A number that changes with the text of these functions; None where it cannot be read."""
+    """A checksum of the functions' source; None if it cannot be read or a function is wrapped."""
     try:
         text = "".join(map(inspect.getsource, functions))
     except OSError:  # typed at a prompt, for example
@@ -75,7 +75,7 @@ def source_digest(*functions):
 
 
 class PlainSteps:
-    """The lines of models.py, for any decoder."""
+    """Calls the methods of any decoder."""
 
     def __init__(self, decoder, features):
         size = decoder.args["encoded_image_size"]
@@ -86,14 +86,14 @@ class PlainSteps:
         self._rows, self._of_captions = None, None
 
     def initial_state(self, rows: Tensor) -> State:
-        """h and c of captions that have not begun"""
+        """h and c before the first token of each caption"""
         return tuple(x[rows] for x in self.decoder.init_hidden_state(self.annotations))
 
     def step(
         self, tokens: Tensor, state: State, rows: Tensor, hard: HardAttention | None = None
     ) -> tuple[State, Tensor, Tensor]:
         """As the decoder's `step`, for annotations[rows]"""
-        # In teacher forcing captions only end, the last ones first: one copy serves all steps.
+        # In teacher forcing captions only end, from the last row on: one copy serves all steps.
         if self._rows is None or not torch.equal(self._rows[: len(rows)], rows):
             self._rows, self._of_captions = rows, self.annotations[rows]
         return self.decoder.step(tokens, state, self._of_captions[: len(rows)], hard)
@@ -103,18 +103,18 @@ class PlainSteps:
         return self.decoder.logits(h)
 
     def keep(self, images: Tensor) -> None:
-        """Forget all images but these, (n,) indices; from here on `rows` count among them."""
+        """Keep only these images, (n,) indices; from then on `rows` are indices into them."""
         self.annotations, self._rows = self.annotations[images], None
 
 
 class FastSteps:
     """
-    The same numbers as `PlainSteps`, by arranging the work differently.
+    Computes the same numbers as `PlainSteps`, with the work rearranged:
 
     - Pooling from the backbone's G cells to P locations is linear, so it commutes with linear
       layers: encoder_att sees G cells, and the context vector is a sum over G cells.
     - encoder_att is applied once per image, and all captions of an image share the result.
-    - decoder_att, f_beta and the LSTM's weights for h all read h: they are one matrix.
+    - decoder_att, f_beta and the LSTM's weights for h all multiply h, as one joined matrix.
     - Weight gradients are summed over all steps by one product, see modeling/autograd.py, where
       the ReLU and full_att are computed in blocks that fit the processor's cache.
 
@@ -178,7 +178,7 @@ class FastSteps:
             x = x.flatten(0, 1)
             return x if slots is None else x.index_select(0, slots)
 
-        # softmax does not see the bias, which so gets a gradient of 0, as the plain one does
+        # The bias cancels in the softmax; it is added so that it gets a gradient, of 0.
         energy = self._energy(to_grid(query)) + self.decoder.attention.full_att.bias
         on_grid = energy.softmax(-1)
         alpha = weights = from_grid(on_grid)
@@ -192,7 +192,7 @@ class FastSteps:
     def _arrange(self, rows):
         """The grid's shape (n, R), and the slots, or None where the captions fill it in order"""
         ordered, order = rows.sort(stable=True)
-        # which caption of its image each one is
+        # of each caption among those of its image
         rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         rank = torch.empty_like(rank).index_copy_(0, order, rank)
         n, r = self.grid_shape(rows, rank)
@@ -204,7 +204,7 @@ class FastSteps:
         """n and R of the grid in which these captions lie, each the rank-th of its image"""
         if rows.device.type == "cpu":
             return int(rows.max()) + 1, int(rank.max()) + 1
-        # A larger grid perhaps, but no waiting for the device to say how large
+        # Perhaps larger than needed, but the exact size would have to be read from the device.
         return len(self.features), self.per_image or int(rank.max()) + 1
 
     def keep(self, images: Tensor) -> None:

@@ -86,8 +86,8 @@ def distributed(device=None):
     missing = ", ".join(name for name in TORCHRUN_VARIABLES if not os.environ.get(name))
     if missing or world_size == "1":
         if world_size != "1":  # batch systems set some of them
-            message = f"WORLD_SIZE is {world_size}, but {missing} not set: this is a single process"
-            print(f"{message}; for several start torchrun", file=sys.stderr)
+            message = f"WORLD_SIZE is {world_size}, but {missing} not set: running a single process"
+            print(f"{message}; to run several, start torchrun", file=sys.stderr)
         yield Distributed(device)
         return
     try:

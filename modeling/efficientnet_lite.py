@@ -1,11 +1,11 @@
 """
 EfficientNet-Lite, the encoder of the model that comes with the program, in torch alone.
 
-timm has it too, and with the same names and numbers; but to import timm, and torchvision with it,
-takes longer than all of torch, and whoever wants a sentence about one photograph waits for it.
+timm has it too, with the same names and outputs; but importing timm, and torchvision with it, takes
+longer than importing torch, which would be most of the time for a caption of one photograph.
 
-Tan and Le 2019 (arXiv 1905.11946); Lite, of Liu 2020, leaves out squeeze-and-excitation, has ReLU6
-for swish, and scales neither stem and head nor the depth of the first and last stage.
+Tan and Le 2019 (arXiv 1905.11946); Lite, of Liu 2020, leaves out squeeze-and-excitation, replaces
+swish by ReLU6, and scales neither stem and head nor the depth of the first and last stage.
 """
 
 import math
@@ -24,7 +24,7 @@ SCALES = {
 }
 MEAN = STD = (0.5, 0.5, 0.5)  # of the images it was trained on, 0..1
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
-# Blocks, kernel size, stride, expansion of the channels, channels: of each stage of B0
+# Of each stage of B0: blocks, kernel size, stride, expansion of the channels, output channels
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -38,11 +38,11 @@ _STAGES = (
 
 class Conv2dSame(nn.Conv2d):
     """
-    A convolution with stride 2 that pads as TensorFlow does: of an odd number of cells to add, the
-    right and the bottom get one more than the left and the top.
+    A convolution with stride 2 that pads as TensorFlow does: if the padding of a dimension is odd,
+    right or bottom gets one more than left or top.
 
-    To copy x into a larger tensor takes longer than the convolution. Instead all sides are padded
-    alike, and where a side of x is even, the weights get a row or column of zeros before them.
+    Copying x into a larger tensor takes longer than the convolution. Instead all sides are padded
+    equally, and where a side of x is even, the weights get a row or column of zeros before them.
     """
 
     def forward(self, x):
@@ -68,8 +68,8 @@ class NormAct(nn.BatchNorm2d):
 
 class Block(nn.Module):
     """
-    Expand the channels, convolve each by itself, reduce the channels again; a block that changes
-    neither size nor channels adds its input.
+    Expand the channels, convolve depthwise, reduce the channels again; a block that changes neither
+    size nor channels adds its input.
     """
 
     def __init__(self, channels, out_channels, kernel_size, stride, dilation, expansion):
@@ -99,8 +99,8 @@ class EfficientNetLite(nn.Sequential):
     name: a key of SCALES; stride: of its feature map, 32, or 16 with its last stages dilated
 
     images (N, 3, S, S) -> logits (N, 1000); the encoder takes its layers without the head.
-    `feature_map` is what `modeling.backbones` would have to encode an image to find: channels of
-    the map, modules whose output is beyond stride 4, stride of the map.
+    `feature_map` saves `modeling.backbones` from encoding an image to find it: channels of the map,
+    modules whose output is beyond stride 4, stride of the map.
     """
 
     def __init__(self, name, stride=32):
@@ -132,7 +132,7 @@ class EfficientNetLite(nn.Sequential):
                 classifier=nn.Linear(_HEAD, _CLASSES),
             )
         )
-        for module in self.modules():  # as timm: normal, by the inputs that each output weighs
+        for module in self.modules():  # as timm: normal, with variance 2 / fan-out
             if isinstance(module, nn.Conv2d):
                 fan_out = module.weight[:, 0].numel() // module.groups
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))

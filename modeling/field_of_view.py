@@ -1,9 +1,9 @@
 """
-Where the cells of an encoder look.
+Where the locations of an encoder look.
 
-A cell is drawn at its place in the grid, but its field of view need not be centred there. A layer
-of stride 2 whose window does not lie in the middle of the pixels it replaces shifts the field by
-half a pixel of its input. Five such layers make half a cell: to the upper left with PyTorch's usual
+A location is drawn at its place in the grid, but its field of view may lie beside it. A layer
+of stride 2 whose window is not centred on the pixels it replaces shifts the field by half a pixel
+of its input. Five such layers shift it by half a cell: to the upper left with PyTorch's usual
 padding, to the lower right with TensorFlow's "same"; training moves it further. So it is measured,
 when attention is drawn or compared with boxes.
 """
@@ -12,13 +12,13 @@ import math
 
 import torch
 
-NOISE_IMAGES = 8  # the more, the more exact: with 8, about 0.01 of the image
+NOISE_IMAGES = 8  # with 8, the error is about 0.01 of the image
 
 
 def known_offset(encoder):
     """
     The offset of a `models.Encoder` as measured before or stored with a checkpoint; None if there
-    is none, or while the encoder is trained: its fields move.
+    is none, or while the encoder is trained, which moves its fields of view.
     """
     trained = any(weight.requires_grad for weight in encoder.parameters())
     return None if trained else getattr(encoder, "offset", None)
@@ -26,8 +26,8 @@ def known_offset(encoder):
 
 def find_offset(encoder):
     """
-    `known_offset`, or else `measure_offset`, which is kept as `encoder.offset`. Who changes a
-    frozen encoder's weights or its image size sets that to None.
+    `known_offset`, or else `measure_offset`, which is kept as `encoder.offset`. Code that changes
+    a frozen encoder's weights or its image size must set that to None.
     """
     if known_offset(encoder) is None:
         encoder.offset = measure_offset(encoder, encoder.args["image_size"])
@@ -36,13 +36,13 @@ def find_offset(encoder):
 
 def measure_offset(encoder, side):
     """
-    How far the field of view of a central cell lies to the right of and below the place at which
-    the cell is drawn: (x, y) as fractions of the image.
+    How far the field of view of a central location lies to the right of and below the place at
+    which the location is drawn: (x, y) as fractions of the image.
 
-    encoder: normalised images (N, 3, side, side) -> features (N, G, E), rows of a square grid
+    encoder: normalised images (N, 3, side, side) -> features (N, P, E), row by row of a square grid
 
-    The field is where a change of a pixel changes the cell's features: the squared gradient of
-    random projections of them, on noise images. Its centroid is its place.
+    The field is measured by the squared gradient, with respect to the pixels of noise images, of
+    random projections of the location's features. Its centroid is its place.
     """
     weight = next(encoder.parameters())
     # A generator of its own: measuring changes no random number of a training run.

@@ -5,7 +5,7 @@ modules as in the tutorial's checkpoints.
 Such a file contains a pickle, a program that can call any function it names. It is copied first,
 instruction by instruction: those that torch.save does not write are refused, and those that call or
 change an object become a persistent id of the same operands. So Python's unpickler makes plain
-values, tuples and lists only; all else is done by `InertUnpickler.persistent_load`, where a name
+values, tuples and lists only; the rest is done by `InertUnpickler.persistent_load`, where a name
 stands for a function of this file or for `Stub`. torch's own restricted unpickler
 (weights_only=True) does not read whole modules of torch before 1.6, nor limit what colliding keys
 or strides of 0 cost.
@@ -27,7 +27,7 @@ from utils import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the start of a file in the format before zip
 # A ResNet-152 with its optimizers has a pickle of 0.3 MB and 2000 parts, a word of a word map 20
-# bytes in 3 steps. With these limits no file takes more than 10 seconds and 1 GB beside tensors.
+# bytes in 3 steps. With these limits no file takes more than 10 seconds, and 1 GB besides tensors.
 MAX_PICKLE, MAX_STEPS, MAX_NAME, MAX_ARGUMENTS, MAX_PARTS = 6 << 20, 1_500_000, 500, 100, 100_000
 
 COPIED = set(
@@ -88,7 +88,7 @@ def _tensor(storage, offset, shape, stride, *options):
 
 
 def _dictionary(pairs=()):
-    """pairs: a list of those that Python 2 writes"""
+    """pairs: a list of keys with values, as Python 2 writes it"""
     items = [part for key, value in pairs for part in (key, value)]
     if pairs:
         pairs.clear()  # so that a file cannot have the same long list copied again and again
@@ -168,7 +168,7 @@ def _harmless_copy(pickles):
         if name in REPLACED:
             parts += data[copied:start], REPLACED[name]
             copied = pickles.tell()
-        # Python allocates a memo of as many places as the largest one that is named.
+        # Python allocates a memo as long as the largest index in it.
         elif name not in COPIED or name == "LONG_BINPUT" and argument > MAX_STEPS:
             raise Refused(FOREIGN)
         if step > MAX_STEPS:

@@ -1,4 +1,4 @@
-"""`LongestFirst`: a padded batch of captions in order of falling length, for teacher forcing."""
+"""`LongestFirst`: a padded batch of captions in order of decreasing length, for teacher forcing."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 class LongestFirst:
     """
-    Captions sorted by length, so that those that go on at step t are the first ones, and so are
-    their images. W is the number of tokens to predict, all except <start>.
+    Captions sorted by length, so that those that have not ended at step t are the first ones, and
+    so are their images. W is the number of tokens to predict, all except <start>.
 
-    lengths: (N, R), <start> and <end> counted. The order is computed on the CPU: the loop over
-    time steps never waits for a GPU to know how many captions go on.
+    lengths: (N, R), <start> and <end> counted. The order is computed on the CPU, so that the loop
+    over time steps never waits for a GPU to know how many captions have not ended.
 
     images (N,)    the image with the longest caption first, on the device
-    rows (N R,)    of each caption, longest first: the index in `images` of its image, on the CPU
-    batch_sizes    for each of T steps the number M of captions that go on
+    rows (N R,)    for each caption, longest first, its image's index in `images`, on the CPU
+    batch_sizes    for each of T steps the number M of captions that have not ended
     """
 
     def __init__(self, lengths: Tensor, device: torch.device):

@@ -8,8 +8,8 @@ import torch
 
 def sample_categorical(probabilities):
     """
-    Sample an index per row of probabilities (..., K): (...) int64. It is the first of K events with
-    these rates; unlike torch.multinomial, that does not make the CPU wait for a GPU.
+    Sample an index per row of probabilities (..., K) -> (...) int64: the first of K exponential
+    waiting times with these rates. Unlike torch.multinomial, the CPU does not wait for a GPU.
     """
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
@@ -25,9 +25,9 @@ def _one_hot(alpha, locations):
 
 def locations_sampler(count, fraction, device):
     """
-    Hard attention in training, for this fraction of `count` captions: a function of alpha (M, P) of
-    the first M -> weights (M, P), 1 at a location sampled from alpha (equation 8) for the captions
-    that were chosen, alpha itself, the expectation, for the others. None if the fraction is 0.
+    Hard attention in training, for about this fraction of `count` captions: a function that maps
+    alpha (M, P) of the first M captions to weights (M, P). For the chosen captions these are 1 at a
+    location sampled from alpha (equation 8), for the others alpha. None if the fraction is 0.
     """
     if not fraction:
         return None
@@ -52,7 +52,7 @@ def scheduled_sampling(tokens, h, logits, probability):
 
 def token_probabilities(logits, temperature=1.0, top_p=1.0):
     """
-    What to sample tokens with, not normalised: softmax of logits (..., V) / temperature, and 0
+    Unnormalised probabilities of tokens: softmax of logits (..., V) / temperature, and 0
     outside the smallest set of likeliest tokens whose probabilities sum to top_p or more (nucleus
     sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
@@ -86,12 +86,12 @@ def sample_captions(decoder, features, word_map, search):
     mode; features: as in its `steps`; search: a `beam_search.Search`
 
     Returns captions (N, R, L), <start> ... <end> <pad>, and their lengths (N, R) on the CPU, as the
-    decoder's forward takes them. <end> may follow max_len words; a caption that has not ended with
-    the next token is cut off after it, without <end>.
+    decoder's forward takes them. At most max_len + 1 tokens follow <start>; a caption that has not
+    ended with them has no <end>.
     """
     n, r, device = len(features), search.n_best, features.device
     steps = decoder.steps(features, r)
-    going_on = torch.arange(n * r, device=device)  # captions, image by image
+    going_on = torch.arange(n * r, device=device)  # unfinished captions, image by image
     state = steps.initial_state(going_on // r)
     captions = torch.full((n * r, search.max_len + 2), word_map["<pad>"], device=device)
     captions[:, 0] = word_map["<start>"]

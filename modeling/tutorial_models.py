@@ -1,6 +1,6 @@
 """
-The tutorial's checkpoints, whose encoder and decoder are whole modules or state dicts and which
-have no word map, as entries of our own.
+The tutorial's checkpoints as entries of our own format. Their encoder and decoder are whole modules
+or state dicts, and they have no word map.
 """
 
 import math
@@ -11,7 +11,7 @@ BACKBONES = {  # by whether a layer has three convolutions, and the number of la
     False: {2: "resnet18", 6: "resnet34"},
     True: {6: "resnet50", 23: "resnet101", 36: "resnet152"},
 }
-DECODER_ARGS = {  # the decoder's matrix, and which of its sizes this argument is
+DECODER_ARGS = {  # the weight of the decoder, and the axis whose size this argument is
     "attention_dim": ("attention.encoder_att.weight", 0),
     "embed_dim": ("embedding.weight", 1),
     "decoder_dim": ("decode_step.weight_hh", 1),

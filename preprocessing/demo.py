@@ -110,7 +110,7 @@ def fit(points, side, centre):
 
 
 def choose_centres(sizes, where, rng):
-    """Centres (x, y) in pixels for objects of these sizes, so that where is clearly true."""
+    """Centres (x, y) in pixels for objects of these sizes, so that `where` is clearly true."""
     lows = [MARGIN + size / 2 for size in sizes]
     highs = [SIDE - low for low in lows]
     if len(sizes) == 1:

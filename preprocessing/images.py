@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from datasets import IMAGE_SIZE
 from utils import UserError, check_is_file
 
-# Pillow's formats for photographs. It knows others, and for some of them starts other programs.
+# Pillow's formats for photographs. It reads others, for some of which it starts other programs.
 FORMATS = "JPEG PNG GIF WEBP TIFF BMP DIB AVIF JPEG2000 PPM TGA ICO PCX SGI".split()
 try:
     import pillow_heif
@@ -55,7 +55,7 @@ def read_rgb(source):
     if not isinstance(source, (str, os.PathLike)):
         name = getattr(source, "name", "the picture")
     try:
-        # By its name, Pillow would map a TIFF into memory, and not turn it upright.
+        # Given its path, Pillow would map a TIFF into memory, and not turn it upright.
         with _open(source) as file, Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except UserError:
@@ -64,7 +64,7 @@ def read_rgb(source):
         raise UserError(f"{name} not found") from None
     except UnidentifiedImageError:
         reason = "it is empty, or in none of the formats of photographs"
-    except Exception as error:  # decoders raise many kinds: EOFError, RuntimeError, struct.error
+    except Exception as error:  # decoders raise many types: EOFError, RuntimeError, struct.error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     reason = reason.partition("\n")[0]
     raise UserError(f"{name} is not a readable image: {reason}")
@@ -75,7 +75,7 @@ def _open(source):
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if hasattr(source, "read"):
-        return nullcontext(source)  # its owner closes it
+        return nullcontext(source)  # the caller closes it
     if is_url(source):
         return io.BytesIO(_download(source))
     check_is_file(source)
@@ -120,7 +120,7 @@ def _to_8_bits(pixels):
     low, high = pixels.min(initial=0), pixels.max(initial=0)
     white = next((w for w in (FLOAT_WHITES if is_float else WHITES) if high <= w), None)
     if low < 0 or white is None:
-        raise ValueError(f"its values from {low:g} to {high:g} do not say what is white")
+        raise ValueError(f"its values from {low:g} to {high:g} fit no bit depth")
     return np.round(pixels / np.float32(white) * np.float32(255)).astype(np.uint8)
 
 

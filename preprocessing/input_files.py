@@ -57,7 +57,7 @@ def _check_words(captions, min_word_freq):
 
 
 def _find_images(splits):
-    """The splits, {split: CaptionedImages}, with those whose file exists, and a line for others."""
+    """The splits, {split: CaptionedImages}, of images whose file exists, and a line per other."""
     found, missing = {split: [] for split in splits}, []
     for split, images in splits.items():
         for image in images:
@@ -181,8 +181,8 @@ def refuse_existing(output_folder, name):
 
 
 @contextmanager
-def _appearing_together(output_folder, name):
-    """A folder for new files, which are moved to the output folder at the end if all are made."""
+def _moved_when_complete(output_folder, name):
+    """A folder for new files, which are moved to the output folder once all are written."""
     os.makedirs(output_folder, exist_ok=True)
     prefix = f".unfinished_{name}"
     for left in os.listdir(output_folder):
@@ -217,8 +217,8 @@ def create_input_files(
 
     For SPLIT in TRAIN (train and restval), VAL, TEST and N_c = captions_per_image:
       {SPLIT}_IMAGES_{NAME}.hdf5      "images" (I, 3, S, S) uint8, attribute captions_per_image
-      {SPLIT}_CAPTIONS_{NAME}.json    N_c * I lists of max_len + 2 word ids; i is of image i // N_c
-      {SPLIT}_CAPLENS_{NAME}.json     N_c * I lengths in words, with <start> and <end>
+      {SPLIT}_CAPTIONS_{NAME}.json    N_c * I lists of max_len + 2 token ids; i is of image i // N_c
+      {SPLIT}_CAPLENS_{NAME}.json     N_c * I lengths in tokens, with <start> and <end>
       {SPLIT}_REFERENCES_{NAME}.json  I entries: filename, image_id, all the captions as words, and
                                       the objects of the picture if the data set has them
       WORDMAP_{NAME}.json             word -> id
@@ -243,7 +243,7 @@ def create_input_files(
     _check_words(_training_captions(splits), min_word_freq)
     workers = os.cpu_count() if workers is None else workers
     disk = writing_hdf5(output_folder, "free up space, or pass another --output_folder")
-    with disk, _appearing_together(output_folder, name) as folder:
+    with disk, _moved_when_complete(output_folder, name) as folder:
         splits, unreadable = _store_images(
             folder, name, splits, captions_per_image, image_size, skip_bad_images, workers
         )

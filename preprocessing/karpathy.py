@@ -32,7 +32,7 @@ def read_karpathy(path, dataset):
             wanted = f"dataset_{dataset}.json"
             if wanted in members:
                 return json.loads(archive.read(members[wanted]))
-    except Exception as error:  # zipfile and json raise many kinds for foreign bytes
+    except Exception as error:  # zipfile and json raise many types for damaged files
         reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise UserError(f"{path} {reason}") from None
     names = [Path(name).stem.removeprefix("dataset_") for name in members if "dataset_" in name]
@@ -44,7 +44,7 @@ def read_karpathy(path, dataset):
 def read_sources(sources, folders, dataset, max_len):
     """
     The splits of one or several data sets, {split: CaptionedImages}, as `read_splits` returns them.
-    If there are several, each image's record has the "source" it comes from: what the file says,
+    If there are several, each image's record has the "source" it comes from: the file's "dataset",
     else its name without folder and suffix; numbered if two are equal.
 
     sources, folders: as karpathy_json_path and image_folder of `create_input_files`

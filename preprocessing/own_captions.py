@@ -4,7 +4,7 @@ Captions of your own -> Karpathy's format. The kind of file is recognised by its
   COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   JSON lines  {"image": "a.jpg", "caption": "A dog."}, or "captions": [several]; or a list of these
   JSON        {"a.jpg": "A dog.", "b.jpg": [several]}
-  folder      a.txt beside a.jpg, a caption a line
+  folder      a.txt beside a.jpg, a caption per line
   Flickr8k    a.jpg#0<TAB>A dog.
   table       separated by tabs, |, commas or semicolons, such as Flickr30k's results.csv and
               Kaggle's captions.txt: a header names the columns; without one there are two, file
@@ -122,7 +122,7 @@ def _read_table(path, lines):
         if len(row) > width or any("\n" in cell for cell in row):
             raise UserError(
                 f"{path}, line {number} has {len(row)} columns, not {width}, or a quotation "
-                f"mark that is not closed; correct it, a caption stands on one line"
+                f"mark that is not closed; correct it, a caption must be on one line"
             )
         if len(row) == width:
             yield dict(zip(header, map(_cell_content, header, row)))
@@ -182,7 +182,7 @@ def _first(keys, entry):
 
 
 def _captions_of(entry, where):
-    """The file name in an entry, and its captions; `where` it stands, for errors"""
+    """The file name in an entry, and its captions; where: the entry's place, for errors"""
     image = captions = None
     if isinstance(entry, dict):
         image, captions = (entry.get(_first(keys, entry)) for keys in (IMAGE_KEYS, CAPTION_KEYS))
@@ -262,7 +262,7 @@ def read_all_captions(paths, seed, val_fraction, test_fraction):
 
 def read_sentences(paths):
     """
-    Captions without images, from text files, which may be compressed (.gz): a caption a line, or
+    Captions without images, from text files, which may be compressed (.gz): one per line, or
     IMAGE TAB CAPTION. Returns lists of words; UserError if there are none.
     """
     lines = [line for path in paths for line in _read_lines(path)]

@@ -48,6 +48,6 @@ def _start_worker(_):
 
 
 def _end_with_parent():
-    # torch's own watch ends a worker only once it has sent its results, which nobody reads.
+    # torch's own watchdog ends a worker only after it has sent its results, which nobody reads.
     multiprocessing.parent_process().join()
     os._exit(1)

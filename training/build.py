@@ -19,7 +19,7 @@ from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, count
 
 VALIDATION_BATCH = 64  # images
-# The options that describe a model: the argument each is, and its value in older checkpoints.
+# The options that describe a model: the argument of each, and its value in older checkpoints.
 MODEL_OPTIONS = {
     "encoder": ("encoder_args", "name", "resnet101"),
     "encoder_stride": ("encoder_args", "stride", 32),
@@ -48,7 +48,7 @@ def load_splits(args):
 def build_model(args, checkpoint, datasets, processes):
     """
     Encoder and decoder on the device: the checkpoint's, or new ones as the options say. The
-    datasets, for training and validation, get the word map of a model that knows more words.
+    datasets, for training and validation, get the word map of the checkpoint's model.
     """
     word_map, image_size = datasets[0].word_map, datasets[0].image_size
     if checkpoint:
@@ -120,7 +120,7 @@ def _pretrain_on_text(decoder, word_map, args, processes):
 
 
 def _check_options(args, checkpoint, path):
-    """UserError unless the options suit the checkpoint's model."""
+    """UserError unless the options fit the checkpoint's model."""
     for option, value in model_options(checkpoint).items():
         asked = getattr(args, option)
         same = option == "dropout" or asked in (None, value)
@@ -155,8 +155,8 @@ def _words_of_checkpoint(path, resume, checkpoint, word_map, processes):
 
 def _grow_words(checkpoint, word_map, processes):
     """
-    Give the checkpoint's decoder the words of word_map, too, in place; returns the new word map. A
-    new word begins as what it was to the model before, <unk>: they share its probability equally.
+    Add the words of word_map to the checkpoint's decoder, in place; returns the new word map. New
+    words begin with the weights of <unk>, as which the model knew them, and share its probability.
     """
     known, unknown_before = checkpoint["word_map"], checkpoint["word_map"]["<unk>"]
     others = [word for word in known if word not in word_map]

@@ -22,7 +22,7 @@ def load_embeddings(emb_file, word_map):
             for line_number, line in enumerate(file, 1):
                 word, *values = line.rstrip().split(" ")
                 if line_number == 1 and len(values) == 1 and word.isdigit():
-                    continue  # word2vec's and fastText's first line: how many, and of what size
+                    continue  # the header of word2vec and fastText: number and size of the vectors
                 size = size or len(values)
                 if len(values) > size and _to_floats(values[:1]) is None:
                     continue  # glove.840B has words with spaces inside, like "at name@domain.com"

@@ -49,7 +49,7 @@ def train_one_epoch(state, loader, epoch, run):
                 if save_due and step > first_step:
                     totals.update_progress(step)
                     run.save()
-                # Dropout depends on these numbers alone, so a resumed run has the same.
+                # Dropout depends on this seed alone, so that of a resumed run is the same.
                 torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
                 if args.augment:
                     images = augment(images, captions, loader.dataset.word_map)
@@ -61,7 +61,7 @@ def train_one_epoch(state, loader, epoch, run):
                     totals.check_finite(loss + totals.total, step + 1)
                     bar.set_postfix(loss=f"{loss.item():.3f}")
                 step += 1
-        except WorkerDied:  # between two steps, so what is done is whole
+        except WorkerDied:  # between two steps, so the state is consistent
             totals.update_progress(step)
             raise
         totals.update_progress(step)
@@ -100,7 +100,7 @@ def train_step(state, batch, num_tokens, num_captions):
 
 
 def scheduled_sampling_prob(args, epoch):
-    """It rises by --sampling_step after every --sampling_every epochs, up to --sampling_max."""
+    """It rises by --sampling_step every --sampling_every epochs, up to --sampling_max."""
     return min(args.sampling_max, args.sampling_step * ((epoch - 1) // args.sampling_every))
 
 
@@ -110,7 +110,7 @@ def derive_seed(*numbers):
 
 
 def encode(cells, batch, device, num_tokens, num_captions):
-    """A `Batch` from one of `CaptionDataset`, whose images may be features; cells: the encoder's"""
+    """An Item as a `Batch`; images may be features already; cells: the encoder's method"""
     images, captions, lengths, indices = batch
     images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
     features = cells(images) if images.dtype == torch.uint8 else images.float()
@@ -133,7 +133,7 @@ def augment(images, captions, word_map):
 
 
 class EpochTotals:
-    """Sums over an epoch; those of the batches done and of all processes are `Progress.sums`."""
+    """Sums over an epoch; `Progress.sums` has those of the batches done, over all processes."""
 
     def __init__(self, state, epoch):
         self._state, self._epoch, self._start = state, epoch, time.perf_counter()
@@ -168,9 +168,9 @@ class EpochTotals:
 @torch.inference_mode()
 def validate(state, loader):
     """
-    Metrics of the averaged models by their names in the log: the `generated_metrics` of captions
-    searched for once per image, one of which decides which model is the best; with teacher forcing
-    loss, top-5 accuracy, and BLEU-4 as the tutorial reports it.
+    Metrics of the averaged models by their names in the log: `generated_metrics` of one caption per
+    image, found by beam search, one of which decides which model is the best; and, with teacher
+    forcing, loss, top-5 accuracy and BLEU-4 as the tutorial reports it.
     """
     args, processes, data = state.args, state.processes, loader.dataset
     encoder, decoder = state.averaged_encoder, state.averaged_decoder.eval()
@@ -205,8 +205,8 @@ def validate(state, loader):
 def generated_metrics(generated):
     """
     BLEU-1..4 and CIDEr-D of pairs of an image's entry in REFERENCES and the words of its caption.
-    If the images come from several sources, these are means over the sources, so that none decides
-    alone because it is large; each source's own have its name, as in cider_d_coco.
+    If the images come from several sources, these are means over the sources, so that a large one
+    does not decide alone; the metrics of each source have its name, as in cider_d_coco.
     """
     by_source = {}
     for entry, words in generated:
@@ -227,8 +227,8 @@ def generated_metrics(generated):
 
 def teacher_forced_pairs(output, lengths):
     """
-    Pairs for BLEU, one per caption that counts: its image's references, and the most likely token
-    after each true beginning, all as strings. lengths: (N, R)
+    Pairs for BLEU, one per caption that is not a repetition: its image's references, and the most
+    likely token after each true beginning, all as strings. lengths: (N, R)
     """
     sizes, r = (lengths - 1).flatten().tolist(), lengths.shape[1]
     references, hypotheses = (

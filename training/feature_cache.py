@@ -18,20 +18,20 @@ from datasets import open_hdf5, writing_hdf5
 from modeling.backbones import fold_batchnorm
 from utils import UserError
 
-# Of an image file, for its fingerprint: a file of up to 64 MB is read whole.
+# Of an image file, for its fingerprint; a file of up to 64 MB is read whole
 SAMPLES, SAMPLE_BYTES = 1024, 1 << 16
-SAVE_SECONDS = 10  # of work that is lost at most if the process is killed
+SAVE_SECONDS = 10  # of work, the maximum lost if the process is killed
 
 
 def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=None):
     """
-    Encode each image of the dataset and write the annotation vectors to an HDF5 file in a folder,
-    by default that of its images: "features" (I, G, E) float16. Returns the file's path.
+    Encode each image of the dataset and write the encoder's `cells` to an HDF5 file in a folder, by
+    default that of its images: "features" (I, G, E) float16. Returns the file's path.
 
     The name contains a hash of the image file's content, the encoder, its weights and amp (see
     modeling.devices.autocast), so a cache is never used for other images or another encoder; a
-    complete one is used again, also where both files were copied to. The work of an interrupted
-    call is kept, and the next call continues it.
+    complete one is used again, also after both files were copied. The work of an interrupted call
+    is kept, and the next call continues it.
     Raises UserError if the file cannot be written, another process is writing it, or a feature is
     too large for float16.
     """
@@ -45,7 +45,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
     fold_batchnorm(folded.resnet)
     unfinished = path.with_name(f".unfinished_{path.name}")
     next_step = (
-        "run the same command to continue, or pass --features_folder, a folder for it, or "
+        "run the same command to continue, or pass another folder for it as --features_folder, or "
         "--no-cache_features"
     )
     try:
@@ -53,7 +53,7 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 _write_features(unfinished, images, folded, device, batch_size)
-            except UserError:  # what was written is of no use
+            except UserError:  # the features written are useless
                 unfinished.unlink(missing_ok=True)
                 raise
             os.replace(unfinished, path)
@@ -65,14 +65,14 @@ def cache_features(dataset, encoder, device, amp=None, batch_size=32, folder=Non
 
 
 def _count_done(path, dataset, encoder):
-    """How many images' features the file has; None if it is missing, damaged or of others."""
+    """How many images' features the file has; None if missing, damaged or of another data set."""
     try:
         with open_hdf5(path) as file:
             features, done = file["features"], int(file.attrs.get("done", 0))
             count, _, width = features.shape
             valid = (count, width) == (dataset.num_images, encoder.encoder_dim)
             return done if valid and features.dtype == np.float16 else None
-    except Exception:  # HDF5 raises many kinds for foreign bytes
+    except Exception:  # h5py raises many types for damaged files
         return None
 
 
@@ -82,9 +82,9 @@ def _write_features(path, images, encoder, device, batch_size):
     done = _count_done(path, images, encoder)
     with h5py.File(path, "w" if done is None else "r+", locking="best-effort") as file:
         if done is None:
-            cells = encoder.cells(images[np.arange(1)].images.to(device)).shape[1:]
+            shape = encoder.cells(images[np.arange(1)].images.to(device)).shape[1:]
             # Without times, the same content gives the same bytes.
-            file.create_dataset("features", (len(images), *cells), np.float16, track_times=False)
+            file.create_dataset("features", (len(images), *shape), np.float16, track_times=False)
             file.attrs["done"] = done = 0
         saved = time.monotonic()
         bar = tqdm(desc="encoding", unit="image", initial=done, total=len(images), disable=None)
@@ -109,7 +109,7 @@ def _write_features(path, images, encoder, device, batch_size):
 
 
 def _save(file, done):
-    """Write the rows to disk, then that they are there."""
+    """Write the rows to disk, and only then count them as done."""
     file.flush()
     os.fsync(file.id.get_vfd_handle())
     file.attrs["done"] = done

@@ -59,7 +59,7 @@ class Interrupts:
 
 
 def leave_signals_to_parent(_=None):
-    """In a worker: ignore signals, so that its parent can finish a step, but the parent's own."""
+    """In a worker: ignore signals, so that its parent can finish a step, except the parent's."""
 
     def exit_at_sigterm_of_parent():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():

@@ -1,4 +1,4 @@
-"""Before phase 1: the decoder learns to write from text, captions that have no images."""
+"""Before phase 1: pretraining of the decoder as a language model, on captions without images."""
 
 import copy
 from functools import partial
@@ -20,8 +20,8 @@ LONGEST = 30  # words; few captions are longer, and they would pad their batches
 def pretrain(decoder, captions, word_map, epochs, processes, amp=None):
     """
     Train a decoder as a language model, in place: teacher forcing's cross-entropy for a blank image
-    of one location, whose annotation vector is zero. Then the context vector is zero at each step,
-    and what only reads it stays as it is. All processes do the same.
+    of one location, whose annotation vector is zero. So the context vector is zero at each step,
+    and weights that only read it do not change. All processes do the same.
 
     captions: lists of words, of which those that are not in word_map count as <unk>
     Returns the mean loss of the last epoch, in nats per token.

@@ -27,8 +27,8 @@ MIN_ALPHA = 1e-30  # smaller attention weights are raised to this before the log
 
 class Batch(NamedTuple):
     """
-    A batch on the device, or a part of one. num_tokens and num_captions, by which the loss's sums
-    are divided, are the whole step's over the number of processes, which average their gradients.
+    A batch on the device, or a part of one. The loss's sums are divided by num_tokens and
+    num_captions: those of the whole step per process, since processes average their gradients.
     """
 
     features: Tensor  # (N, G, E)
@@ -69,7 +69,7 @@ def doubly_stochastic_loss(
 def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
     """
     alphas (N, R, T, P), lengths (N, R) -> (N, R): the mean over locations of (1 - sum over steps)
-    squared; 0 for captions of no tokens, which are not decoded
+    squared; 0 for captions of length 1, which have no tokens to predict
     """
     penalty = (1 - alphas.sum(2)).square().mean(-1)
     return penalty * (lengths > 1).to(penalty.device, non_blocking=True)
@@ -81,7 +81,7 @@ class TeacherForcing:
     dropout = True
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     hard_fraction = 0.0
-    baseline = torch.zeros(())  # all of a criterion's state that is saved
+    baseline = torch.zeros(())  # the only state of a criterion that is saved
 
     def __init__(self, alpha_c: float = 1.0):
         self.alpha_c = alpha_c
@@ -94,12 +94,12 @@ class TeacherForcing:
             output, batch.lengths, self.alpha_c, batch.num_tokens, batch.num_captions
         )
         correct = top_k_correct(output.logits.detach(), output.targets)
-        # The logged loss leaves out hard attention's objective: it is comparable with soft ones.
+        # The logged loss is without hard attention's objective, so it compares with soft attention.
         objective = self.objective(output, batch.lengths) / batch.num_tokens
         return loss - objective, loss.detach() * batch.num_tokens, correct
 
     def objective(self, output: DecoderOutput, lengths: Tensor) -> Tensor | float:
-        """What is maximised besides, summed over captions and tokens."""
+        """What is maximised in addition, summed over captions and tokens."""
         return 0.0
 
     def count_captions(self, lengths: Tensor) -> int:
@@ -119,7 +119,7 @@ class HardAttention(TeacherForcing):
     Stochastic hard attention, section 4.1: the decoder attends to one location, sampled from alpha.
     Sampling has no gradient, so it is rewarded with the log-probability of the caption (REINFORCE,
     equation 11), minus a moving average of earlier ones (`baseline`, nats). lambda_r and lambda_e
-    weigh the reward and alpha's entropy.
+    are the weights of the reward and of alpha's entropy.
     """
 
     hard_fraction = 0.5  # of captions have sampled locations; the others use the expectation
@@ -217,8 +217,8 @@ def self_critical_loss(
     output: DecoderOutput, lengths: Tensor, rewards: Tensor, num_captions: float
 ) -> Tensor:
     """
-    A scalar whose gradient estimates minus that of the expected reward, averaged over the samples:
-    R > 1 captions of each image, of these lengths and rewards (N, R).
+    A scalar whose gradient estimates that of minus the expected reward, as a mean over the samples,
+    R > 1 captions per image. lengths, rewards: (N, R)
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     weights = (rewards - others).flatten().repeat_interleave((lengths - 1).flatten())  # (W,)

@@ -1,4 +1,4 @@
-"""Validation photographs with what the model says of them after each epoch, for TensorBoard."""
+"""Validation photographs with the model's captions after each epoch, for TensorBoard."""
 
 import html
 
@@ -37,8 +37,8 @@ class ValidationPictures:
         photographs = zip(self.names, self.images, self.references, self._caption(state))
         for name, image, reference, (words, alphas) in photographs:
             texts = name, " ".join(words), reference
-            cells = [html.escape(text).replace("|", "&#124;") for text in texts]  # <unk> is no tag
-            rows.append(f"| {' | '.join(cells)} |")
+            texts = [html.escape(text).replace("|", "&#124;") for text in texts]  # <unk> is no tag
+            rows.append(f"| {' | '.join(texts)} |")
             photograph = image.permute(1, 2, 0).numpy()
             figure = attention_grid(photograph, words, alphas, offset=offset, dpi=DPI)
             figure.canvas.draw()
@@ -48,7 +48,7 @@ class ValidationPictures:
 
     @torch.inference_mode()
     def _caption(self, state):
-        """Pairs of each caption's words and their attention (T, P), searched for as validated."""
+        """Pairs of each caption's words and their attention (T, P), found as in the validation."""
         args, device = state.args, state.processes.device
         with autocast(device, args.amp):
             features = state.averaged_encoder.cells(self.images.to(device))

@@ -1,8 +1,8 @@
 """
 Resuming a run, so that it ends with the weights of a run that was not interrupted, on a CPU bit for
-bit. Beside what `TrainingState.load_state_dict` restores that takes the same batches, whose order
-`ResumableBatchSampler` derives from seed and epoch, random numbers, which `train_one_epoch` seeds
-for each step, and options and data, which are compared here.
+bit. Besides what `TrainingState.load_state_dict` restores, that takes the same batches (their order
+is derived by `ResumableBatchSampler` from seed and epoch), the same random numbers (seeded by
+`train_one_epoch` for each step), and the same options and data, which are compared here.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import checkpoints
 from utils import UserError, count
 
-# Options of a single start of the script, which are not saved with the run.
+# Options of one start of the script, which are not saved with the run.
 TRANSIENT_OPTIONS = ("resume", "checkpoint", "overwrite")
 # Options that a resumed run keeps, since optimizer and model depend on them; within an epoch, since
 # the order of its batches does; and with --cosine, since the learning rate does.
@@ -45,7 +45,7 @@ def check_unchanged(path, given, saved, progress):
 
 
 def check_same_data(args, checkpoint, train_data):
-    """UserError unless the checkpoint's run was trained on this data; older ones do not say."""
+    """UserError unless the checkpoint's run used this data; older checkpoints do not say which."""
     data, saved = describe_data(args, train_data), checkpoint.get("data")
     if saved and saved != data:
         raise UserError(

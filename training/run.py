@@ -79,7 +79,7 @@ class Run:
         if not self.processes.is_main:
             return
         encoder, decoder = self.state.averaged_encoder, self.state.averaged_decoder
-        if self.args.fine_tune_encoder:  # what was measured for pictures is of older weights
+        if self.args.fine_tune_encoder:  # it was measured with older weights
             encoder.offset = None
         options = {k: v for k, v in vars(self.args).items() if k not in resume.TRANSIENT_OPTIONS}
         content = {"options": options, "data": self.data, **self.state.state_dict()}
@@ -173,7 +173,7 @@ class Log:
                 self._writer.add_scalar(key, value, self._previous_rows + row["epoch"])
 
     def draw(self, state):
-        """The curves, without which a run goes on if they fail, and TensorBoard's pictures."""
+        """The curves, whose failure does not end the run, and TensorBoard's pictures."""
         try:
             from visualization.curves import write_curves  # only here: matplotlib is slow
 
@@ -197,10 +197,10 @@ def lock_run(args, processes):
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"another run of {name} is training in {folder}; wait for it or pass another "
         busy += "--checkpoint_folder"
-        # Worker processes of a killed run may hold the lock for some seconds.
+        # The workers of a killed run may hold the lock for some seconds.
         lock = exclusive_lock(str(folder / f".train_{name}.lock"), busy, timeout=15)
     with lock:
-        for path in (last_path(args), best_path(args)):  # in all processes: each stops with a line
+        for path in (last_path(args), best_path(args)):  # in all processes, so that all of them end
             if path.exists() and not args.overwrite and not continues(args):
                 raise UserError(
                     f"{path} is of an earlier run; pass --resume to continue it, --overwrite to "

@@ -26,17 +26,17 @@ class Progress:
     rows: int = 0  # in the log, from earlier phases
     baseline: float = 0.0  # of hard attention
     step: int = 0  # batches done in the current epoch
-    sums: list = field(default_factory=lambda: list(NO_SUMS))  # theirs, of EpochTotals
+    sums: list = field(default_factory=lambda: list(NO_SUMS))  # over these, see EpochTotals
 
     @property
     def epochs_without_improvement(self):
-        """As the tutorial counts them: a first epoch with a score of 0 is one, though the best."""
+        """As in the tutorial, a first epoch with a score of 0 counts, although it is the best."""
         return self.stale + (self.stale == self.epoch - 1 and self.best == 0)
 
     @classmethod
     def from_dict(cls, content):
         """The inverse of `dataclasses.asdict`, for older checkpoints too."""
-        content = {"best": content.get("best_bleu4"), **content}  # when BLEU-4 alone could decide
+        content = {"best": content.get("best_bleu4"), **content}  # of versions with BLEU-4 only
         return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
 
@@ -129,7 +129,7 @@ class TrainingState:
         return improved
 
     def set_score_to_beat(self, stats):
-        """A phase is to improve on the model that it starts from; stats: its metrics."""
+        """stats: the metrics of the model to improve on"""
         self.progress.best, self.progress.best_loss = self._score(stats)
 
     def _score(self, stats):
@@ -141,7 +141,7 @@ class TrainingState:
         return score if score >= 0.005 else 0.0, stats["val_loss"]
 
     def state_dict(self):
-        """A checkpoint's content besides the averaged models; `trained`: weights to be averaged."""
+        """A checkpoint's content besides the averaged models; `trained`: the weights averaged"""
         trained = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
         return {
             "trained": trained if self.args.ema else None,
@@ -152,7 +152,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state):
-        """Restore `state_dict`, also an older version's; the models have its weights already."""
+        """Restore `state_dict`, also an older version's; the models already have its weights."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # empty for other precisions
             self.scaler.load_state_dict(state["scaler"])

@@ -22,7 +22,7 @@ BACKGROUND, TEXT, CURRENT_TEXT = "#111111", "#9a9a9a", "#ffc53d"
 def write_animation(path, image, words, alphas, smooth=True, offset=(0.0, 0.0)):
     """
     Write a GIF or MP4, according to the path's suffix, with `atomic_write`: the overlays of
-    `attention.attention_grid`, whose arguments these are, each fading into the next, and at the end
+    `attention.attention_grid`, with its arguments, each fading into the next, and at the end
     the photograph with the complete sentence.
 
     Raises ValueError for alphas as there, UserError for an MP4 without the package imageio-ffmpeg.

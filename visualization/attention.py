@@ -14,7 +14,7 @@ from visualization.overlay import attention_overlays
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
 DPI = 120
 PANEL_SIDE = 2.8  # inches, of a square photograph; others get the same area
-MIN_COLUMN, MAX_COLUMN = 1.3, 1.8  # inches; columns over slim photographs widen for long words
+MIN_COLUMN, MAX_COLUMN = 1.3, 1.8  # inches; columns of narrow photographs widen for long words
 GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
 FONT, SMALLEST = 12, 9  # points; a letter's width is about 0.65 of it; columns widen below SMALLEST
 

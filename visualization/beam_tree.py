@@ -107,14 +107,14 @@ def draw_tree(tree, path):
             _draw_node(axes, f"{printable(node.word)}   {node.total:.2f}", x, y, node.kind, style)
             places[node] = x, y
             from_x, from_y = places[node.parent]
-            order = list(COLOURS).index(node.kind)  # what is later lies above
+            order = list(COLOURS).index(node.kind)  # later kinds lie on top
             axes.plot((from_x + BOX, x), (from_y, y), color=COLOURS[node.kind][0], zorder=order)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched
         save(figure, path)
 
 
 def _draw_node(axes, text, x, y, kind, style):
-    """A line of text in a box whose left edge has its middle at x, y"""
+    """A line of text in a box with the middle of its left edge at x, y"""
     edge, fill = COLOURS[kind]
     axes.add_patch(Rectangle((x, y - 0.4), BOX, 0.8, facecolor=fill, edgecolor=edge, zorder=5))
     colour = "0.5" if kind == "dropped" else "black"

@@ -13,7 +13,7 @@ from visualization import figures
 # The panels: their titles, and the keys of a log row with their labels and line styles
 PANELS = [
     ("Loss, nats per word", {"train_loss": ("training", "--"), "val_loss": ("validation", "-")}),
-    ("Reward: CIDEr-D / 100 of drawn captions", {"train_reward": ("", "-")}),
+    ("Reward: CIDEr-D / 100 of sampled captions", {"train_reward": ("", "-")}),
     (
         "BLEU-4 of validation",
         {"bleu4": ("free-running", "-"), "teacher_forced_bleu4": ("teacher-forced", "--")},
@@ -36,7 +36,7 @@ def write_curves(log, path):
 def read_phases(log):
     """
     The phases of training in a log_NAME.jsonl: for each a list of rows, dictionaries of numbers,
-    whose "epoch" continues the count of the phase before. Lines that are no row are skipped, such
+    whose "epoch" continues the count of the phase before. Lines that are not rows are skipped, such
     as one cut off when a run was killed.
     """
     phases, before, last = [], 0, 0  # epochs in earlier phases; the last epoch of this phase
@@ -70,10 +70,10 @@ def draw_curves(phases):
         for before, after in pairwise(phases):
             start = (before[-1]["epoch"] + after[0]["epoch"]) / 2
             axes.axvline(start, color=COLOUR, alpha=0.6, linewidth=0.7)
-        drawn = [key for key in keys if key in logged]
-        for key in drawn:
+        found = [key for key in keys if key in logged]
+        for key in found:
             _draw_lines(axes, phases, key, *keys[key])
-        if len(drawn) > 1:
+        if len(found) > 1:
             axes.legend(fontsize=9, framealpha=1, edgecolor="none")
         axes.set_title(title, fontsize=10, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

@@ -48,10 +48,10 @@ def font_families(words):
 
 
 def find_format(path):
-    """The picture format for a path's suffix, png if it has none; ValueError if there is none."""
+    """The picture format of a path's suffix, png if it has none; ValueError if not supported."""
     suffix = Path(path).suffix[1:].lower() or "png"
     if suffix not in FigureCanvasAgg.get_supported_filetypes():
-        raise ValueError(f"{suffix!r} is not a format of pictures, as png, jpg, pdf and svg are")
+        raise ValueError(f"{suffix!r} is not a picture format, such as png, jpg, pdf or svg")
     return suffix
 
 

@@ -13,7 +13,7 @@ from visualization import page
 
 OVERLAY = "_attention.png"
 ANIMATIONS = (".gif", ".mp4")
-ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # what --out of several images cannot be
+ONE_FILE = (".png", ".jpg", ".pdf", ".svg", *ANIMATIONS)  # not for --out of several images
 
 
 def find_images(patterns):
@@ -44,8 +44,8 @@ def find_images(patterns):
 
 def overlay_paths(paths, out, single):
     """
-    A path for the overlay of each image, all different, and none that of an image. out: as in the
-    options of caption.py; single: whether it may be the file of the only overlay
+    A path for the overlay of each image, all different, and none the path of an image. out: as in
+    the options of caption.py; single: whether it may be the file of the only overlay
 
     Raises UserError if that would overwrite the image, or if out is a file but a folder is needed.
     """

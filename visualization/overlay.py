@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 OPACITY = 0.8  # of the heat map at the most attended location
-UPSCALE = 8  # pixels of a location's edge, before these are resized to the photograph's
+UPSCALE = 8  # pixels per location and side, before resizing to the photograph
 
 
 def attention_overlays(photograph, words, alphas, smooth=True, offset=(0.0, 0.0)):
@@ -45,7 +45,7 @@ def heat_layers(words, alphas, size, smooth=True, offset=(0.0, 0.0)):
 def spread(alpha, size, smooth=True, offset=(0.0, 0.0)):
     """
     Attention (side, side) over its largest value, float32 (height, width) for a picture of this
-    size, (width, height). Beyond the first and the last location their values continue.
+    size, (width, height). Beyond the outermost locations, their values continue.
     """
     border = 1 + math.ceil(len(alpha) * max(map(abs, offset)))  # locations
     grid, scale, method = np.pad(alpha, border, mode="edge"), 1, Image.Resampling.BOX

@@ -1,5 +1,5 @@
 // Shows where the model looked for a word, in every .sat of the document, also in those that are
-// added later. A notebook runs this once for each of its views; only the first time counts.
+// added later. A notebook runs this once for each of its views; later runs do nothing.
 (() => {
   if (window.satReady) return;
   window.satReady = true;

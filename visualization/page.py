@@ -20,7 +20,7 @@ from visualization.overlay import grey_layer, heat_layers
 LONGEST = 640  # pixels, of a photograph's longer edge in the page
 QUALITY = 85  # of its JPEG
 HEAT = 56, 56  # pixels of a word's heat map, which the browser stretches over the photograph
-# A ninth of the photograph with less of the attention than this is not named; 0.11 is average.
+# A ninth of the photograph with a smaller share of the attention is not named; the mean is 0.11.
 SPREAD = 0.17
 POSITIONS = (
     *("at the upper left", "at the top", "at the upper right"),
@@ -37,7 +37,7 @@ STYLE, SCRIPT = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind 
 
 
 def escape(text):
-    """Plain text escaped for HTML; Markup, and what is no text, as it is."""
+    """Plain text escaped for HTML; Markup and values that are not text unchanged."""
     is_plain = isinstance(text, str) and not isinstance(text, Markup)
     return Markup.escape(printable(text)) if is_plain else text
 
@@ -72,8 +72,8 @@ def is_page(path):
 
 def write_page(path, captioned, title):
     """
-    Write a page of several images with `atomic_write`; captioned: as of `view`; title: of the
-    document. Raises ValueError as `view`.
+    Write a page of several images with `atomic_write`; captioned: a list of what `view` takes;
+    title: of the document. Raises ValueError as `view` does.
     """
     views = [view(one, "h2") for one in captioned]
     count = "" if len(views) == 1 else f"{len(views)} photographs. "
