@@ -42,11 +42,12 @@ from utils import (
     UserError,
     add_device_options,
     add_search_options,
+    large_int,
     non_negative_int,
-    positive_int,
     printable,
     run_script,
     search_options,
+    small_int,
 )
 from visualization import page
 from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
@@ -228,9 +229,9 @@ def get_args(argv=None):
     group.add_argument("-i", "--img", required=True, **several)
     add_model_options(group)
     add = parser.add_argument_group("captions").add_argument
-    add("-b", "--beam_size", type=positive_int, default=5, help="1 is greedy decoding")
-    add("--n_best", type=positive_int, default=1, help="captions per image")
-    add("--batch_size", type=positive_int, default=32, help="images at a time")
+    add("-b", "--beam_size", type=small_int, default=5, help="1 is greedy decoding")
+    add("--n_best", type=small_int, default=1, help="captions per image")
+    add("--batch_size", type=large_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
     add_search_options(parser, no_unk=True)
     add("--seed", type=non_negative_int, default=0, help="of --sample")

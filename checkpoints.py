@@ -173,7 +173,7 @@ def check_model(checkpoint, path):
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE):
         with torch.device("meta"), _NoInitialWeights():  # sizes only, no memory
             decoder = build_decoder(checkpoint["decoder_args"])
-        _check_sizes("decoder", decoder, checkpoint)
+        _check_tensors("decoder", decoder, checkpoint)
         args = {"stride": 32, "image_size": IMAGE_SIZE, **checkpoint["encoder_args"]}
         grids = {decoder.args["encoded_image_size"], args.get("encoded_image_size", 1)}
         x, y = checkpoint.get("offset") or (0.0, 0.0)
@@ -191,12 +191,15 @@ def check_model(checkpoint, path):
         _check_vocab_size(check_word_map(checkpoint["word_map"], path), checkpoint, path)
 
 
-def _check_sizes(part, model, checkpoint):
-    """KeyError or ValueError unless a checkpoint has all tensors of this part in their sizes"""
+def _check_tensors(part, model, checkpoint):
+    """KeyError or ValueError unless a checkpoint has this part's tensors, in size and finite"""
     for name, tensor in model.state_dict().items():
-        sizes = tuple(checkpoint[part][name].shape), tuple(tensor.shape)
-        if sizes[0] != sizes[1]:
+        saved = checkpoint[part][name]
+        if saved.shape != tensor.shape:
+            sizes = tuple(saved.shape), tuple(tensor.shape)
             raise ValueError(f"the {part}'s {name} has size {sizes[0]}, not {sizes[1]}")
+        if not saved.sum(dtype=torch.float32).isfinite():  # quicker than of each weight
+            raise ValueError(f"the {part}'s {name} is not finite")
 
 
 def _check_vocab_size(word_map, checkpoint, path):
@@ -218,7 +221,7 @@ def build(checkpoint, path):
     args = {**checkpoint["encoder_args"], "weights": None}
     with legacy_checkpoints.one_line_errors(path, INCOMPLETE), _NoInitialWeights():
         with torch.device("meta"):  # sizes only: a small file may claim any encoder
-            _check_sizes("encoder", Encoder(**args), checkpoint)
+            _check_tensors("encoder", Encoder(**args), checkpoint)
         encoder = Encoder(**args)
         decoder = build_decoder(checkpoint["decoder_args"])
         sizes = encoder.encoder_dim, decoder.args["encoder_dim"]

@@ -15,7 +15,7 @@ from datasets import IMAGE_SIZE, MAX_SIZE, MIN_SIZE
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files, data_set_name, refuse_existing
 from preprocessing.own_captions import read_all_captions
-from utils import Number, Parser, UserError, non_negative_int, positive_int, run_script
+from utils import Number, Parser, UserError, non_negative_int, process_count, run_script, small_int
 
 
 def get_args(argv=None):
@@ -37,12 +37,12 @@ def get_args(argv=None):
     for split, purpose in (("val", "validation"), ("test", "testing")):
         text = f"share of the images for {purpose}, if --captions has no column split"
         add(f"--{split}_fraction", type=fraction, default=0.1, help=text)
-    add("--captions_per_image", type=positive_int, default=5, help="captions sampled per image")
+    add("--captions_per_image", type=small_int, default=5, help="captions sampled per image")
     text = "width and height to which images are resized; a model keeps that of its training"
     add("--image_size", type=size, default=IMAGE_SIZE, help=text)
     text = "words that occur at most this often become <unk>"
     add("--min_word_freq", type=non_negative_int, default=5, help=text)
-    add("--max_len", type=positive_int, default=50, help="longest caption to train on, in words")
+    add("--max_len", type=small_int, default=50, help="longest caption to train on, in words")
     text = "for sampling captions, and for splits if --captions has none"
     add("--seed", type=non_negative_int, default=123, help=text)
     add = parser.add_argument_group("output").add_argument
@@ -50,7 +50,7 @@ def get_args(argv=None):
     add("--overwrite", action="store_true", help="make the files again even if they exist")
     add("--skip_bad_images", action="store_true", help="leave out images that can't be read")
     text = "processes that decode images; all CPUs if not given"
-    add("--workers", type=non_negative_int, help=text)
+    add("--workers", type=process_count, help=text)
     return parser.parse_args(argv)
 
 

@@ -82,7 +82,12 @@ def open_hdf5(path):
     import h5py  # only here: a caption of a photograph needs none
 
     check_is_file(path)
-    return h5py.File(path, "r", locking=False)
+    for locking in (False, None, True):
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as error:  # in one process all must open a file with the same flag
+            if locking or "flag values don't match" not in str(error):
+                raise
 
 
 @contextmanager

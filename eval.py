@@ -27,10 +27,12 @@ from utils import (
     add_device_options,
     add_search_options,
     count,
+    large_int,
     non_negative_int,
-    positive_int,
+    process_count,
     run_script,
     search_options,
+    small_int,
 )
 
 
@@ -41,13 +43,13 @@ def get_args(argv=None):
     add_data_options(group)
     add = group.add_argument
     add("--split", choices=("val", "test"), default="test", help="which images of the data set")
-    add("--batch_size", type=positive_int, default=64, help="images at a time")
-    add("--workers", type=non_negative_int, default=1, help="processes that load images; 0: none")
+    add("--batch_size", type=large_int, default=64, help="images at a time")
+    add("--workers", type=process_count, default=1, help="processes that load images; 0: none")
     add_device_options(parser.add_argument_group("device"))
     add_search_options(parser)
     add = parser.add_argument_group("scores").add_argument
     text = "one row of the table for each; 1 is greedy decoding"
-    add("--beam_sizes", type=positive_int, nargs="+", default=[1, 3, 5], help=text)
+    add("--beam_sizes", type=small_int, nargs="+", default=[1, 3, 5], help=text)
     text = f"all, BLEU, or some of {', '.join(NAMES)}; BLEU if not given"
     add("--metrics", nargs="+", metavar="NAME", type=str.lower, choices=GROUPS, help=text)
     text = "the PTB tokenizer's words (default for --metrics if there is Java) or the data set's"
@@ -55,7 +57,7 @@ def get_args(argv=None):
     text = "COCO's instances_….json: are the things that captions name there, and looked at?"
     add("--boxes", metavar="FILE", help=text)
     text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
-    add("--bootstrap", type=positive_int, metavar="N", help=text)
+    add("--bootstrap", type=large_int, metavar="N", help=text)
     add("--seed", type=non_negative_int, default=0, help="of resamples, --sample, random images")
     add = parser.add_argument_group("output").add_argument
     text = "write captions of the last beam size as JSON, with --metrics also each image's scores"

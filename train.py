@@ -32,13 +32,17 @@ from utils import (
     Parser,
     UserError,
     add_device_options,
+    large_int,
     non_negative_float,
     non_negative_int,
     positive_int,
+    process_count,
     run_script,
+    small_int,
 )
 
 share = Number(float, minimum=0, below=1)
+size = Number(int, minimum=1, maximum=10_000)  # of a layer: larger ones fill the memory
 
 
 def train(args, checkpoint, processes):
@@ -132,10 +136,10 @@ def make_parser():
 
     group = parser.add_argument_group("data")
     add_data_options(group)
-    add("--batch_size", positive_int, 80, "captions per step, over all processes")
+    add("--batch_size", large_int, 80, "captions per step, over all processes")
     add("--accumulate", positive_int, 1, "take each step in this many parts, in less memory")
     flag("--single_captions", "shuffle single captions instead of images with all their captions")
-    add("--workers", non_negative_int, 1, "processes that load batches; 0: none")
+    add("--workers", process_count, 1, "processes that load batches; 0: none")
     flag("--cache_features", "encode each image once, while the encoder is frozen", True)
     add("--features_folder", help="where to keep cached features; if not given, beside the data")
     cache_help = "where to read them from while training; if not given, the fastest that fits them"
@@ -150,11 +154,11 @@ def make_parser():
     weights_help = "imagenet, none (random) or a file: a state dict, or a checkpoint's encoder"
     add("--encoder_weights", str, "imagenet", weights_help)
     embeddings_help = "size of the word embeddings; if not given, that of --embeddings, else 512"
-    add("--emb_dim", positive_int, help=embeddings_help)
+    add("--emb_dim", size, help=embeddings_help)
     attention_help = "hard: train with one sampled location at a time (section 4.1 of the paper)"
     add("--attention", str, "soft", attention_help, choices=DECODERS)
-    add("--attention_dim", positive_int, 512, "size of the hidden layer that scores each location")
-    add("--decoder_dim", positive_int, 512, "size of the LSTM's state")
+    add("--attention_dim", size, 512, "size of the hidden layer that scores each location")
+    add("--decoder_dim", size, 512, "size of the LSTM's state")
     text_help = "pretrain on captions without images, one per line, or IMAGE TAB CAPTION"
     add("--pretrain_text", help=text_help, nargs="+", metavar="FILE")
     add("--pretrain_epochs", positive_int, 5, "epochs of --pretrain_text")
@@ -176,7 +180,7 @@ def make_parser():
     add("--lr_decay", Number(float, above=0, maximum=1), 0.8, decay_help)
     add("--decay_after", positive_int, 8, "see --lr_decay")
     add("--stop_after", positive_int, 20, "end the run after this many epochs without improvement")
-    add("--val_beam_size", positive_int, 1, "beam size of the free-running validation")
+    add("--val_beam_size", small_int, 1, "beam size of the free-running validation")
     add("--seed", non_negative_int, 0, "of initial weights, dropout and the order of batches")
 
     group = parser.add_argument_group("loss")
@@ -188,7 +192,8 @@ def make_parser():
     add("--sampling_step", non_negative_float, 0.05, "it starts at 0 and rises by this ...")
     add("--sampling_every", positive_int, 5, "... after every so many epochs")
     flag("--self_critical", "with --checkpoint: train on the CIDEr-D of sampled captions")
-    add("--samples", Number(int, minimum=2), 5, "--self_critical: captions sampled per image")
+    samples_help = "--self_critical: captions sampled per image"
+    add("--samples", Number(int, minimum=2, maximum=1000), 5, samples_help)
     share_help = "--self_critical: the share of the true captions' cross-entropy in the loss"
     add("--cross_entropy_share", share, 0.0, share_help)
 

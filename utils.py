@@ -120,6 +120,10 @@ class Number:
 
 positive_int = Number(int, minimum=1)
 non_negative_int = Number(int, minimum=0)
+# What nobody needs is refused before it fills the memory: words, captions or beams; batches, sizes
+small_int = Number(int, minimum=1, maximum=1000)
+large_int = Number(int, minimum=1, maximum=100_000)
+process_count = Number(int, minimum=0, maximum=1000)
 non_negative_float = Number(float, minimum=0)
 
 
@@ -159,14 +163,25 @@ class Parser(argparse.ArgumentParser):
     def set_options_from(self, source, values):
         """
         Make these values the defaults, {option: value}; unknown names are ignored. Raises UserError
-        that names the file `source` for a value that is not among its option's choices.
+        that names the file `source` for a value that its option cannot have.
         """
         for action in self._actions:
             if action.dest in values:
                 value = values[action.dest]
-                if action.choices and value not in (None, *action.choices):
-                    raise UserError(f"{source} is damaged: its option {action.dest} is {value!r}")
+                if not _can_have(action, value):
+                    shown = repr(value)[:200]
+                    raise UserError(f"{source} is damaged: its option {action.dest} is {shown}")
                 self.set_defaults(**{action.dest: value})
+
+
+def _can_have(action, value):
+    if value is None or action.choices:
+        return value in (None, *(action.choices or ()))
+    if isinstance(action.type, Number):
+        with suppress(ValueError, OverflowError, argparse.ArgumentTypeError):
+            return isinstance(value, int | float) and action.type(value) == value
+        return False
+    return isinstance(value, {0: bool, "+": list}.get(action.nargs, str))
 
 
 def add_device_options(parser):
@@ -181,7 +196,7 @@ def add_device_options(parser):
 def add_search_options(parser, no_unk=False):
     """The options of the search for captions; no_unk: the default of --no_unk."""
     add = parser.add_argument_group("search").add_argument
-    add("--max_len", type=positive_int, default=50, help="longest caption, in words")
+    add("--max_len", type=small_int, default=50, help="longest caption, in words")
     power = Number(float, minimum=0, maximum=MAX_LENGTH_PENALTY)
     text = "rank captions by their score over length to this power; 1: mean per word"
     add("--length_penalty", type=power, default=0.0, help=text)

@@ -48,7 +48,7 @@ def tokenize(captions):
     done = subprocess.run(
         ["java", *UTF8, *program, "-preserveLines", "-lowerCase"],
         cwd=program_folder("tokenizer"),
-        input=lines.encode(),
+        input=lines.encode(errors="replace"),
         capture_output=True,
     )
     found = done.stdout.decode(errors="replace").split("\n")[:-1]

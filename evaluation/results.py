@@ -39,7 +39,11 @@ def read_results(path):
             image = f"{row['source']} {row['image_id']}" if "source" in row else row["image_id"]
             if image in found:
                 raise UserError(f"{path} has image {image} twice; give one caption per image")
-            found[image] = row["caption"].split(), [text.split() for text in row["references"]]
+            texts = [row["caption"], *row["references"]]
+            "".join([str(image), *texts]).encode()
+            found[image] = texts[0].split(), [text.split() for text in texts[1:]]
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: image {image} has half a surrogate pair; remove it") from None
     except (TypeError, KeyError, AttributeError):
         found = {}
     if not found:

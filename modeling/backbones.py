@@ -85,6 +85,8 @@ def load_backbone(name, weights, stride=32):
             raise UserError(f"{weights} not found; --encoder_weights takes imagenet, none or FILE")
         with legacy_checkpoints.one_line_errors(weights, f"does not hold weights of {name}"):
             _load_file(weights, name, model, body)
+            if not all(t.sum(dtype=torch.float32).isfinite() for t in body.state_dict().values()):
+                raise ValueError("they are not finite")
     if weights == "none":
         # BatchNorm statistics of noise images, for a random network: with the initial ones, the
         # activations of a deep residual network grow with every block, to 1e5 in a ResNet-101.

@@ -68,9 +68,9 @@ class Search:
 
 
 class Caption(NamedTuple):
-    tokens: list[int]  # T ids, without <start> and <end>
+    tokens: list[int]  # T ids, without <start>, <end> and <pad>, also where these were generated
     alphas: np.ndarray  # (T, P) the context vector's weights for each token
-    score: float  # total log-probability in nats, <end> included, not divided by length
+    score: float  # total log-probability in nats of all tokens, not divided by length
     finished: bool  # whether <end> was reached
     alternatives: list["Caption"]  # the next best, n_best - 1 at most
 
@@ -111,7 +111,7 @@ def find_captions(
     if search.sample:
         return _sampled(decoder, features, word_map, search)
     history = _search(decoder, features, word_map, search, callback)
-    return _backtrack(history, len(features), word_map["<end>"], search)
+    return _backtrack(history, len(features), word_map, search)
 
 
 def _search(decoder, features, word_map, search, callback):
@@ -201,7 +201,7 @@ def _true_indices(mask, count):
     return mask.byte().argsort(dim=0, descending=True, stable=True)[:count]
 
 
-def _backtrack(history, n, end, search):
+def _backtrack(history, n, word_map, search):
     """Follow the parents back from the best last tokens. Returns N Captions."""
     steps, alpha = len(history), history[0][-1]
     tokens, parents = np.zeros((2, steps, n, alpha.shape[1]), dtype=np.int64)
@@ -212,7 +212,8 @@ def _backtrack(history, n, end, search):
         for full, part in zip((tokens, parents, scores, alphas), columns):
             full[t, rows] = part
 
-    last, is_end = min(steps, search.max_len) - 1, (tokens == end) & (scores > -np.inf)
+    last = min(steps, search.max_len) - 1
+    is_end = (tokens == word_map["<end>"]) & (scores > -np.inf)
     unfinished = ~is_end.any((0, 2))
     is_end[last, unfinished] = scores[last, unfinished] > -np.inf
     _check_finite(is_end.any((0, 2)).all())
@@ -222,22 +223,28 @@ def _backtrack(history, n, end, search):
         ranks = scores[ends[:, 0], i, ends[:, 1]] / (ends[:, 0] + 1.0) ** search.length_penalty
         best = ends[np.argsort(-ranks, kind="stable")[: search.n_best]]
         columns = tokens[:, i], parents[:, i], scores[:, i], alphas[:, i]
-        first, *others = (_path(columns, end, *last) for last in best)
+        first, *others = (_path(columns, word_map, *last) for last in best)
         captions.append(first._replace(alternatives=others))
     return captions
 
 
-def _path(columns, end, step, beam):
+def _path(columns, word_map, step, beam):
     """The Caption that ends in `beam` at `step`; columns: as `_search` returns, of one image"""
     tokens, parents, scores, alphas = columns
-    score, finished = float(scores[step, beam]), bool(tokens[step, beam] == end)
-    path, attention = [], []
+    score, path, attention = float(scores[step, beam]), [], []
     for t in range(step, -1, -1):
         path.insert(0, int(tokens[t, beam]))
         beam = parents[t, beam]  # alphas are indexed by the parent beams
         attention.insert(0, alphas[t, beam])
-    length = len(path) - finished  # without <end>
-    return Caption(path[:length], np.stack(attention)[:length], score, finished, [])
+    return _caption(path, np.stack(attention), score, word_map)
+
+
+def _caption(path, attention, score, word_map):
+    """The Caption of a path, without the tokens that the tutorial's evaluation leaves out"""
+    left_out = [word_map[token] for token in ("<start>", "<end>", "<pad>")]
+    words = [t for t, token in enumerate(path) if token not in left_out]
+    finished = path[-1] == word_map["<end>"]
+    return Caption([path[t] for t in words], attention[words], score, finished, [])
 
 
 def _sampled(decoder, features, word_map, search):
@@ -255,9 +262,8 @@ def _sampled(decoder, features, word_map, search):
             finished = path[len(scores)] == word_map["<end>"]
             if not finished:  # what follows max_len words only shows that it did not end
                 scores = scores[: search.max_len]
-            length = len(scores) - finished
-            score, tokens = float(scores.sum()), path[1 : length + 1]
-            of_image.append(Caption(tokens, attention[:length], score, finished, []))
+            tokens = path[1 : len(scores) + 1]
+            of_image.append(_caption(tokens, attention, float(scores.sum()), word_map))
         first, *others = sorted(of_image, key=lambda caption: -caption.score)
         found.append(first._replace(alternatives=others))
     return found

@@ -182,8 +182,10 @@ def one_line_errors(path, problem="is damaged or not a checkpoint"):
     try:
         yield
         return
-    except UserError:
-        raise
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        problem += f": {error}"[:200]
     except FileNotFoundError:
         problem = "not found; train a model first or pass another file"
     except Refused as error:

@@ -204,8 +204,8 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     path = Path(folder) / "dataset_demo.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
+    scenes = choose_scenes(train + val + test, Random(str(seed)))
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    scenes = choose_scenes(len(splits), Random(str(seed)))
     names = [f"demo_{i:05d}.png" for i in range(len(scenes))]
     items = [(scene, f"{seed} {i}", path.parent / names[i]) for i, scene in enumerate(scenes)]
     for shape in SHAPES:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from collections import Counter
 from itertools import chain
@@ -13,6 +14,10 @@ from utils import UserError, check_is_file, count, read_json
 
 # Karpathy's name of a split -> that of our files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
+# What programs that train put around captions, such as <start>, </s>, [SEP], <|endoftext|>, endseq
+_MARK = r"(?:(?i:<(?:start|begin|end|go|/?s|[bes]o[sc]|pad|null|(?:start|end)seq|\|\w+\|)>"
+_MARK += r"|\b(?:startseq|endseq|ssss|eeee)\b)|\[(?:CLS|SEP|[BES]OS|START|END|PAD)\])"
+_MARKS = re.compile(rf"^(?:\W*?{_MARK})+|(?:{_MARK}\W*)+$")
 
 
 class CaptionedImage(NamedTuple):
@@ -39,6 +44,19 @@ def read_karpathy(path, dataset):
     raise UserError(
         f"{path} has no {wanted}; pass --dataset, one of: {', '.join(names) or 'none in it'}"
     )
+
+
+def strip_marks(captions):
+    """Captions without marks of their beginning and end, and how many had some"""
+    pairs = [_MARKS.subn("", caption) for caption in captions]
+    return [text for text, _ in pairs], sum(found > 0 for _, found in pairs)
+
+
+def say_marks(source, number, print_line=print):
+    """number: of the captions in the file `source` that had marks"""
+    if number:
+        captions = count(number, "caption")
+        print_line(f"{source}: marks such as <start> and <end> removed from {captions}")
 
 
 def read_sources(sources, folders, dataset, max_len):
@@ -86,8 +104,8 @@ def read_sources(sources, folders, dataset, max_len):
 def read_splits(karpathy, source, image_folder, max_len):
     """
     The content of a JSON file as {split: CaptionedImages} for TRAIN, VAL and TEST, in the order of
-    the file, without images that have no caption of 1 to max_len words. source: its path, for
-    errors
+    the file, without images of other splits, as in the tutorial, or that have no caption of 1 to
+    max_len words. source: its path, for errors
 
     Raises UserError unless every image is in Karpathy's format, occurs once and is inside the image
     folder. Whether its file exists is not checked.
@@ -97,14 +115,23 @@ def read_splits(karpathy, source, image_folder, max_len):
     if not os.path.isdir(image_folder):
         raise UserError(f"image folder {image_folder} not found")
     splits = {split: [] for split in SPLITS.values()}
-    skipped, seen = Counter(), set()
+    skipped, left_out, seen, marked = Counter(), Counter(), set(), 0
     for index, entry in enumerate(karpathy["images"]):
         where = f"{source}: image {index}"
         if isinstance(entry, dict) and "filename" in entry:
             where += f", {entry['filename']}"
         if wrong := _find_mistake(entry):
             raise UserError(f"{where}: {wrong}")
-        image, split = _captioned_image(entry, index, image_folder, max_len), SPLITS[entry["split"]]
+        if (split := SPLITS.get(entry["split"])) is None:
+            left_out[entry["split"]] += 1
+            continue
+        captions = [sentence["tokens"] for sentence in entry["sentences"]]
+        texts, number = strip_marks(map(" ".join, captions))
+        if number:
+            captions, marked = [text.split() for text in texts], marked + number
+        if reserved := set(chain(*captions)).intersection(SPECIAL_TOKENS):
+            raise UserError(f"{where}: a caption has {min(reserved)}, a reserved token; remove it")
+        image = _captioned_image(entry, captions, index, image_folder, max_len)
         if image.record["filename"].startswith("../"):
             raise UserError(f"{where} is not inside the image folder {image_folder}")
         if image.path in seen:
@@ -114,6 +141,10 @@ def read_splits(karpathy, source, image_folder, max_len):
             splits[split].append(image)
         else:
             skipped[split] += 1
+    say_marks(source, marked)
+    if left_out:
+        images, names = count(left_out.total(), "image"), ", ".join(map(repr, left_out))
+        print(f"{source}: {images} left out, of split {names}, not {', '.join(SPLITS)}")
     for split, number in skipped.items():
         images = count(number, "image")
         print(f"{split}: {images} skipped, without a caption of 1 to {max_len} words")
@@ -137,16 +168,12 @@ def _find_mistake(entry):
             "not in Karpathy's format: filename, split and sentences, each with a list of tokens, "
             "which are words; objects, if there are any, have a box of 4 numbers and words"
         )
-    if entry["split"] not in SPLITS:
-        return f"split {entry['split']!r} is not one of {', '.join(SPLITS)}"
-    if reserved := set(chain(*captions)).intersection(SPECIAL_TOKENS):
-        return f"a caption has {min(reserved)}, a reserved token; remove it"
 
 
-def _captioned_image(entry, index, image_folder, max_len):
+def _captioned_image(entry, captions, index, image_folder, max_len):
     name = os.path.join(entry.get("filepath", ""), entry["filename"])
     name = os.path.relpath(os.path.join(image_folder, name), image_folder)
-    captions = [sentence["tokens"] for sentence in entry["sentences"] if sentence["tokens"]]
+    captions = list(filter(None, captions))
     record = {
         "filename": name.replace(os.sep, "/"),
         "image_id": entry.get("cocoid", entry.get("imgid", index)),

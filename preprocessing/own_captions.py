@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from preprocessing.images import find_suffixes
+from preprocessing.karpathy import SPLITS, say_marks, strip_marks
 from utils import UserError, broken_json, check_is_file, read_text
 
 IMAGE_KEYS = (
@@ -222,17 +223,23 @@ def read_captions(path, seed=123, val_fraction=0.1, test_fraction=0.1, default_s
     seed and the fractions of the images are used only if the file has no splits; default_split is
     that of the images of a file in COCO's format, which has none inside.
     """
-    images = {}
+    images, marked = {}, 0
     for number, entry in enumerate(_read(path, default_split), 1):
         filename, captions = _captions_of(entry, f"{path}, entry {number}")
         new = {"filename": filename, "split": entry.get("split") or None, "imgid": len(images)}
         image = images.setdefault(filename, new | {"sentences": []}) if captions else new
         if image["split"] != new["split"]:
             raise UserError(f"{path}: {filename} is in {image['split']} and in {new['split']}")
+        if new["split"] not in (None, *SPLITS):
+            known = ", ".join(SPLITS)
+            raise UserError(f"{path}: {filename} has split {new['split']!r}, not one of {known}")
         if "cocoid" in entry:
             image["cocoid"] = entry["cocoid"]
+        captions, found = strip_marks(captions)
+        marked += found
         for caption in captions:
             image["sentences"].append({"tokens": split_words(caption), "raw": caption.strip()})
+    say_marks(path, marked)
     if not images:
         raise UserError(
             f"{path} has no captions; pass a file of images and captions or a folder of .txt"
@@ -260,13 +267,16 @@ def read_all_captions(paths, seed, val_fraction, test_fraction):
     ]
 
 
-def read_sentences(paths):
+def read_sentences(paths, print_line=print):
     """
     Captions without images, from text files, which may be compressed (.gz): one per line, or
     IMAGE TAB CAPTION. Returns lists of words; UserError if there are none.
     """
-    lines = [line for path in paths for line in _read_lines(path)]
-    captions = [words for line in lines if (words := split_words(line.split("\t", 1)[-1]))]
+    captions = []
+    for path in paths:
+        texts, marked = strip_marks(line.split("\t", 1)[-1] for line in _read_lines(path))
+        captions += filter(None, map(split_words, texts))
+        say_marks(path, marked, print_line)
     if not captions:
         raise UserError(f"{', '.join(paths)}: no captions")
     return captions

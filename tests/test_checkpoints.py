@@ -178,6 +178,13 @@ def test_incomplete_or_impossible_model_is_named(path):
             for wrong in (lacking, larger):
                 torch.save({**whole, part: wrong}, path)
                 refused(path, name)
+    for part, value in (("encoder", float("inf")), ("decoder", float("nan"))):
+        name = [name for name, weight in whole[part].items() if weight.is_floating_point()][-1]
+        wrong = torch.full_like(whole[part][name], value)
+        torch.save({**whole, part: {**whole[part], name: wrong}}, path)
+        refused(path, f"the {part}'s {name} is not finite")
+    change(path, **{**whole, "encoder_args": {**whole["encoder_args"], "name": "x" * 100_000}})
+    refused(path, "does not hold a complete model: unknown encoder x")
     args, sizes = whole["decoder_args"], ("vocab_size", "attention_dim", "decoder_dim", "embed_dim")
     changes = [("decoder_args", {**args, size: 1 << 40}, "") for size in sizes]  # no memory
     changes += [

@@ -110,6 +110,31 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script):
         assert err.count("\n") == 1 and sorted(here.iterdir()) == before and not out, arguments
 
 
+FILLING = {  # options whose largest values would fill the memory; what else ends the script
+    "create_input_files": (
+        "--captions none.csv --image_folder none",
+        "--max_len --captions_per_image --workers",
+    ),
+    "train": (
+        "--data_folder nowhere",
+        "--batch_size --workers --emb_dim --attention_dim --decoder_dim --val_beam_size --samples",
+    ),
+    "eval": (
+        "--data_folder nowhere",
+        "--max_len --batch_size --workers --beam_sizes --bootstrap",
+    ),
+    "caption": ("--img nothing.jpg", "--max_len --beam_size --n_best --batch_size"),
+}
+
+
+@pytest.mark.parametrize("script", FILLING)
+def test_a_value_that_would_fill_the_memory_is_refused(call, script):
+    others, options = FILLING[script]
+    for option in options.split():
+        code, _, err = call(script, *others.split(), option, "2147483647")
+        assert code == 2 and f"{option} is 2147483647, it must be at least " in err
+
+
 def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_path):
     options = ["--karpathy_json", "none.json", "--image_folder", tmp_path]
     done = run_script("create_input_files.py", *options)

@@ -113,6 +113,12 @@ def test_references_are_those_of_their_file_or_read_back_from_word_ids(data):
         refused(path, "create_input_files.py", load=lambda _: read(data[0]).entry(0))
 
 
+@pytest.mark.parametrize("locking", [None, True, False, "best-effort"])
+def test_images_that_this_process_has_open_are_read(data, locking):
+    with h5py.File(data[0] / PIXELS, locking=locking):
+        np.testing.assert_array_equal(read(data[0])[1].images, data[1][1])
+
+
 # What is wrong with files
 
 

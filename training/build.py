@@ -110,7 +110,8 @@ def _decoder_arguments(args):
 
 
 def _pretrain_on_text(decoder, word_map, args, processes):
-    captions = [words for words in read_sentences(args.pretrain_text) if len(words) <= LONGEST]
+    captions = read_sentences(args.pretrain_text, processes.print)
+    captions = [words for words in captions if len(words) <= LONGEST]
     if not captions:
         files = ", ".join(args.pretrain_text)
         raise UserError(f"{files}: no caption of at most {LONGEST} words; pass a file with some")

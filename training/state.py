@@ -37,7 +37,10 @@ class Progress:
     def from_dict(cls, content):
         """The inverse of `dataclasses.asdict`, for older checkpoints too."""
         content = {"best": content.get("best_bleu4"), **content}  # of versions with BLEU-4 only
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        found = cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        for number in (found.epoch, found.stale, found.rows, found.step):
+            range(number)  # TypeError unless it is whole
+        return found
 
 
 def monitored_metric(args):
@@ -121,8 +124,8 @@ class TrainingState:
         progress.stale = 0 if improved else progress.stale + 1
         progress.epoch, progress.bleu4 = stats["epoch"], stats["bleu4"]
         progress.step, progress.sums = 0, list(NO_SUMS)
-        due = progress.stale and progress.stale % args.decay_after == 0
-        if due and args.lr_decay < 1 and not args.cosine:
+        stale = progress.epochs_without_improvement
+        if stale and stale % args.decay_after == 0 and args.lr_decay < 1 and not args.cosine:
             for group in self.optimizer.param_groups:
                 group["lr"] *= args.lr_decay
             self.processes.print(f"learning rate is now {self.last_lr:.3g}")
@@ -153,7 +156,11 @@ class TrainingState:
 
     def load_state_dict(self, state):
         """Restore `state_dict`, also an older version's; the models already have its weights."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+        for group, old in zip(groups, saved["param_groups"], strict=True):
+            # Only what changes: another version of torch may have other settings of Adam.
+            group["params"], group["lr"] = old["params"], float(old["lr"])
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         if state.get("scaler"):  # empty for other precisions
             self.scaler.load_state_dict(state["scaler"])
         if self.args.ema:

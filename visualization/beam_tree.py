@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -73,10 +74,12 @@ def build_tree(decoder, features, word_map, search):
     [best] = find_captions(decoder, features, word_map, search, callback=record_step)
     tree = Tree(search.beam_size, steps, [words[i] for i in best.tokens], best.score)
     best_words = tree.words + ["<end>"] * best.finished
-    for last in steps[len(best_words) - 1]:
-        if [node.word for node in last.path()] == best_words:
-            for node in last.path():
-                node.kind = "best"
+    for last in chain(*steps):
+        path, left_out = last.path(), ("<pad>", "<start>")  # of a caption's words
+        if last.total == best.score and last.kind != "dropped":
+            if [node.word for node in path if node.word not in left_out] == best_words:
+                for node in path:
+                    node.kind = "best"
     return tree
 
 

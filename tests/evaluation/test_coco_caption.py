@@ -38,6 +38,7 @@ def test_tokens_equal_pycocoevalcap_in_any_locale(monkeypatch):
     expected = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     monkeypatch.setenv("LC_ALL", "C")
     assert [[" ".join(words)] for words in coco_caption.tokenize(texts)] == list(expected.values())
+    assert coco_caption.tokenize(["a \ud800 dog"]) == [["a", "dog"]]
 
 
 @pytest.mark.slow  # loads METEOR's paraphrases twice

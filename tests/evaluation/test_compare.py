@@ -62,6 +62,9 @@ def test_files_that_cannot_be_compared_say_why(tmp_path):
         ("[{", "bad.json.*broken JSON"),
         *((rows, "bad.json is not a list") for rows in ([], {"a": 1}, 3, without_references)),
         ([result(1), result(1)], "bad.json has image 1 twice"),
+        ([result(1, "a \ud800")], "bad.json: image 1 has half a surrogate pair"),
+        ([result(1, references=["\ud800"])], "bad.json: image 1 has half a surrogate pair"),
+        ([result("\ud800")], "bad.json: image .ud800 has half a surrogate pair"),
         ([result(2)], "different images: 1 is only in .*good.json"),
         ([result(1, references=["a dog"])], "image 1 has other references"),
     ):

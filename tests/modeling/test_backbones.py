@@ -276,6 +276,7 @@ def test_weights_that_do_not_fit_or_are_none_end_in_one_line(tmp_path, classifie
         (lacking, KEY),
         ({**state, "decoder.fc": torch.zeros(1)}, "decoder.fc"),
         ({**state, KEY: torch.zeros(3)}, KEY),
+        ({**state, KEY: state[KEY] * float("nan")}, "not finite"),
         ({"encoder_args": 3, "encoder": 4}, ""),
         ({"encoder_args": {"name": "squeezenet1_1"}, "encoder": {"resnet.0": torch.ones(1)}}, ""),
         (5, "no weights"),

@@ -10,11 +10,20 @@ from modeling.beam_search import Search, beam_search
 from modeling.sampling import most_likely_location, token_probabilities
 from utils import UserError
 
-END, UNK, MAX_LEN = WORD_MAP["<end>"], WORD_MAP["<unk>"], 12
+PAD, UNK, START, END = (WORD_MAP[token] for token in ("<pad>", "<unk>", "<start>", "<end>"))
+MAX_LEN = 12
 
 
 def run(decoder, features, beam_size=3, max_len=MAX_LEN, **options):
     return beam_search(decoder, features, WORD_MAP, beam_size, max_len=max_len, **options)
+
+
+def make_case_of_words(seed, end_bias):
+    """A decoder that never says <pad> or <start>, and images"""
+    decoder, features = make_case(seed, end_bias)
+    with torch.no_grad():
+        decoder.fc.bias[[PAD, START]] = -1e3
+    return decoder, features
 
 
 def run_both(decoder, features, beam_size, n_best=1, hard_attention=False, **options):
@@ -30,10 +39,12 @@ def run_both(decoder, features, beam_size, n_best=1, hard_attention=False, **opt
         found = [caption, *caption.alternatives]
         assert len(found) == min(n_best, len(expected))
         for ours, (words, alphas, score) in zip(found, expected):
-            finished = words[-1] == END
-            assert ours.tokens == words[1 : len(words) - finished] and ours.finished == finished
+            # as the tutorial's evaluation does
+            kept = [t for t, word in enumerate(words[1:]) if word not in (PAD, START, END)]
+            assert ours.tokens == [words[1 + t] for t in kept]
+            assert ours.finished == (words[-1] == END)
             assert ours.score == pytest.approx(score, abs=1e-9)
-            expected_alphas = torch.stack(alphas)[: len(ours.tokens)]
+            expected_alphas = torch.stack(alphas)[kept]
             assert ours.alphas.shape == expected_alphas.shape
             np.testing.assert_allclose(ours.alphas, expected_alphas, atol=1e-6)
     return captions
@@ -67,13 +78,15 @@ def test_batched_search_equals_one_image_at_a_time(beam_size):
 def test_options_of_the_search_change_both_alike(options):
     changed = 0
     for seed in range(6):
-        decoder, features = make_case(seed, end_bias=(-9, -4, -1)[seed % 3])
+        # n-grams are those of all tokens
+        make = make_case_of_words if "no_repeat_ngram" in options else make_case
+        decoder, features = make(seed, end_bias=(-9, -4, -1)[seed % 3])
         with torch.no_grad():
             decoder.fc.bias[UNK] += 4 * ("no_unk" in options)
         for beam_size in (1, 4):
             captions = run_both(decoder, features, beam_size, n_best=min(3, beam_size), **options)
             free = run(decoder, features, beam_size)
-            changed += sum(a.tokens != b.tokens for a, b in zip(free, captions))
+            changed += sum(a.score != b.score for a, b in zip(free, captions))
             for tokens in (caption.tokens for caption in captions):
                 assert UNK not in tokens or "no_unk" not in options
                 n = options.get("no_repeat_ngram", MAX_LEN + 1)
@@ -83,7 +96,7 @@ def test_options_of_the_search_change_both_alike(options):
 
 
 def test_end_may_follow_the_last_of_max_len_words_as_in_the_tutorial():
-    decoder, features = make_case(2, end_bias=-1)
+    decoder, features = make_case_of_words(2, end_bias=-1)
     free = run(decoder, features, max_len=50)
     lengths = [len(caption.tokens) for caption in free]
     assert all(caption.finished for caption in free) and len(set(lengths)) > 2
@@ -94,6 +107,17 @@ def test_end_may_follow_the_last_of_max_len_words_as_in_the_tutorial():
             exact.append(found.finished and found.tokens == expected.tokens)
     assert sum(exact) >= len(exact) - 1  # a narrower search may set another beam aside
     assert all(len(caption.tokens) <= 1 for caption in run(decoder, features, max_len=1))
+
+
+def test_a_generated_pad_or_start_is_no_word_of_the_caption():
+    decoder, features = make_case(0, end_bias=-9)
+    with torch.no_grad():
+        decoder.fc.bias[[PAD, START]] += 9
+    for options in ({}, {"sample": True, "n_best": 3}):
+        for caption in run(decoder, features, **options):
+            for found in (caption, *caption.alternatives):
+                assert not {PAD, START} & set(found.tokens) and len(found.tokens) < MAX_LEN
+                assert found.alphas.shape == (len(found.tokens), 196) and not found.finished
 
 
 def test_captions_may_be_empty_beams_wider_than_the_vocabulary_and_batches_without_image():
@@ -135,7 +159,7 @@ def test_scores_that_are_not_finite_are_an_error():
 
 
 def test_sampled_captions_have_the_models_own_scores_and_attention():
-    decoder, features = make_case(0, end_bias=-8)
+    decoder, features = make_case_of_words(0, end_bias=-8)
     torch.manual_seed(0)
     captions = run(decoder, features, sample=True, temperature=0.8, top_p=0.95, n_best=3)
     lengths, finished = set(), set()
@@ -183,7 +207,7 @@ def test_the_same_seed_samples_the_same_captions_and_options_hold():
 
 def test_tokens_are_sampled_as_often_as_they_are_probable():
     """800 captions of one word, for each of 8 images: frequencies against the softmax"""
-    decoder, features = make_case(2, end_bias=0)
+    decoder, features = make_case_of_words(2, end_bias=0)
     state = decoder.init_hidden_state(reference.encode(features))
     start = torch.full((8,), WORD_MAP["<start>"])
     state, *_ = decoder.step(start, state, reference.encode(features))

@@ -52,11 +52,13 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.json*"))
 
 
-def test_more_scenes_than_exist_are_refused():
+def test_more_scenes_than_exist_are_refused(tmp_path):
     count = len(demo.ONE_OBJECT) + len(demo.TWO_OBJECTS)
     assert len(demo.choose_scenes(count, Random(0))) == count
     with pytest.raises(demo.UserError, match=str(count)):
         demo.choose_scenes(count + 1, Random(0))
+    with pytest.raises(demo.UserError, match=str(count)):  # before a list of so many is made
+        demo.make_demo(tmp_path, train=1 << 60)
 
 
 def test_splits_have_the_sizes_asked_for_and_share_no_scene(folder, images):

@@ -4,8 +4,8 @@ import json
 import zipfile
 
 import pytest
+from factories import ONE_PER_SPLIT, refused, write_input_files
 from factories import karpathy_entry as entry
-from factories import refused
 
 from preprocessing.input_files import create_input_files
 from preprocessing.karpathy import read_karpathy
@@ -22,7 +22,7 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
     path, foreign = tmp_path / "dataset.json", "image 0, a.png: not in Karpathy's format"
     box = [0, 0, 1]
     for change, message in [
-        ({"split": "dev"}, "a.png: split 'dev' is not one of train, restval, val, test"),
+        ({"split": "dev"}, "no image to train on"),
         ({"split": ["train"]}, foreign),
         ({"filename": "../a.png"}, "../a.png is not inside the image folder"),
         ({"sentences": []}, "no image to train on"),
@@ -32,7 +32,8 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
         ({"sentences": [{"tokens": "a dog"}]}, foreign),
         ({"sentences": [{"tokens": ["a", None]}]}, foreign),
         ({"sentences": [{"tokens": ["\ud800"]}]}, foreign),
-        ({"sentences": [{"tokens": ["the", "<end>"]}]}, "a.png: a caption has <end>"),
+        ({"sentences": [{"tokens": ["the", "<end>", "dog"]}]}, "a.png: a caption has <end>"),
+        ({"sentences": [{"tokens": ["the", "<unk>"]}]}, "a.png: a caption has <unk>"),
         *(({"objects": [obj]}, foreign) for obj in (
             {"box": box, "words": []}, {"box": [*box, "1"], "words": []}, {"box": [*box, 1]},
             {"box": [*box, 1], "words": "dog"}, {"box": [*box, 1], "words": [5]},
@@ -47,6 +48,24 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
             create(path)
         assert message in str(error.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_images_of_other_splits_are_left_out_as_in_the_tutorial_and_counted(tmp_path, capsys):
+    others = [entry("e.png", "extra"), entry("f.png", "dev"), entry("g.png", "extra")]
+    read = write_input_files(tmp_path, [*others, *ONE_PER_SPLIT])
+    assert [image["filename"] for image in read("TRAIN_REFERENCES")] == ["a.png", "d.png"]
+    line = f"{tmp_path / 'dataset.json'}: 3 images left out, of split 'extra', 'dev', not train, "
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_marks_around_tokens_are_removed_and_counted(tmp_path, capsys):
+    captions = "<start> a dog <end>", "startseq a dog endseq", "start a dog end", "a dog </s> <pad>"
+    read = write_input_files(tmp_path, [entry("a.png", captions=captions)], max_len=5)
+    references = [" ".join(words) for words in read("TRAIN_REFERENCES")[0]["references"]]
+    assert references == ["a dog", "a dog", "start a dog end", "a dog"]
+    assert "dataset.json: marks such as <start> and <end> removed from 3 captions\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_wrong_file_is_refused_by_name(tmp_path):

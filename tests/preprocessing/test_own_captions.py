@@ -102,6 +102,7 @@ def test_unrecognised_captions_are_refused_with_the_line(tmp_path):
         ('image,caption\na.jpg,"never closed\nb.jpg,x\n', "quotation mark"),
         ("image,split,caption\na.jpg,val,x\na.jpg,test,x\n", "a.jpg is in val and in test"),
         ("image,split,caption\na.jpg,val,x\nb.jpg,,x\n", "b.jpg has no split"),
+        ("image,split,caption\na.jpg,dev,x\n", "a.jpg has split 'dev', not one of train, "),
         ("caption\timage\nx\ta.jpg\ty\n", "line 2 has 3 columns, not 2"),
         ('{"image": "a.jpg", "caption": "x"}\n{"image": }\n', "line 2: broken JSON"),
         ('{"image": "a.jpg"}\n{"image": "b.jpg"}\n', "entry 1 lacks"),
@@ -116,6 +117,27 @@ def test_unrecognised_captions_are_refused_with_the_line(tmp_path):
     ]:
         (tmp_path / "captions.any").write_text(text)
         refused(tmp_path / "captions.any", message, load=read_captions)
+
+
+def test_marks_of_beginning_and_end_are_no_words_and_are_counted(read, tmp_path, capsys):
+    marked = [
+        "<start> A dog . <end>", "startseq a dog endseq", "<s>A dog.</s>", "<BOS> a dog <EOS> .",
+        "[CLS] A dog [SEP]", "<|startoftext|>A dog<|endoftext|>", "'<sos> <sos> a dog <pad> <pad>'",
+    ]  # fmt: skip
+    plain = {
+        "Start of a race to the end": "start of a race to the end",
+        "End of a [pad]": "end of a pad",
+        "a dog <end> of a line": "a dog end of a line",
+        "startseqs": "startseqs",
+        "<started>": "started",
+    }
+    expected = ["a dog"] * len(marked) + [*plain.values()]
+    line = f": marks such as <start> and <end> removed from {len(marked)} captions\n"
+    assert words(read(json.dumps({"a.jpg": [*marked, *plain]}))) == {"a.jpg": expected}
+    assert capsys.readouterr().out == f"{tmp_path / 'captions.any'}{line}"
+    (tmp_path / "text").write_text("\n".join([*marked, *plain]))
+    assert [" ".join(text) for text in read_sentences([str(tmp_path / "text")])] == expected
+    assert capsys.readouterr().out == f"{tmp_path / 'text'}{line}"
 
 
 def test_words_of_other_scripts_are_not_split():

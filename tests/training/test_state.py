@@ -82,6 +82,18 @@ def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
         assert same(getattr(state, name).state_dict(), getattr(resumed, name).state_dict())
 
 
+def test_settings_of_another_torch_do_not_matter():
+    state, resumed = make_state(), make_state()
+    saved = copy.deepcopy(state.state_dict())
+    [group] = saved["optimizer"]["param_groups"]
+    for name in group.keys() - {"params", "lr"}:
+        del group[name]
+    group |= {"lr": 0.25, "of_another_torch": True}
+    resumed.load_state_dict(saved)
+    [expected], [found] = state.optimizer.param_groups, resumed.optimizer.param_groups
+    assert {**found, "params": 0} == {**expected, "params": 0, "lr": 0.25}
+
+
 def test_the_average_of_weights_equals_a_loop_by_hand():
     state = make_state("--ema 0.7 --no-fine_tune_embeddings")
     assert state.averaged_encoder is state.encoder  # which is frozen
@@ -148,3 +160,9 @@ def test_a_run_stops_after_stop_after_epochs_without_improvement():
             after_epochs(state, scores[epoch - 1 :][:1], losses[epoch - 1 :][:1])
             done.append(epoch)
         assert done == list(range(1, epochs + 1))
+
+
+def test_a_first_score_of_zero_counts_for_the_rate_as_in_the_tutorial():
+    for scores, rates in (([0.0] * 6, [1, 1, 0.5, 0.5, 0.5, 0.25]), ([1.0] * 4, [1, 1, 1, 0.5])):
+        state = make_state("--decoder_lr 1 --lr_decay 0.5 --decay_after 3")
+        assert [rate for _, rate in after_epochs(state, scores)] == rates
