@@ -24,7 +24,7 @@ from training.build import (
     model_options,
 )
 from training.engine import train_one_epoch, validate
-from training.resume import check_same_data, check_unchanged, load_run, restore_state
+from training.resume import check_folders, check_same_data, check_unchanged, load_run, restore_state
 from training.run import Run, lock_run
 from training.state import TrainingState
 from utils import (
@@ -91,6 +91,7 @@ def get_options_and_checkpoint(argv):
         options = {**checkpoint["options"], "checkpoint_folder": str(Path(resume).parent)}
         parser.set_options_from(resume, options)
         check_unchanged(resume, given, parser.options(), checkpoint["progress"])
+        check_folders(resume, given, parser.options())
     elif path:
         combine(parser, given)  # refuses contradictions, also if the file is missing
         checkpoint = checkpoints.load(path)
