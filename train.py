@@ -36,6 +36,7 @@ from utils import (
     non_negative_int,
     positive_int,
     run_script,
+    timed,
 )
 
 share = Number(float, minimum=0, below=1)
@@ -57,7 +58,8 @@ def train(args, checkpoint, processes):
         restore_state(state, checkpoint)
     elif checkpoint:
         # Before Run: interrupted here, the phase has not begun, and there is nothing to resume.
-        start = validate(state, val_loader)
+        with timed("validation of the model to start from", processes.print):
+            start = validate(state, val_loader)
     with Run(state, train_data) as run:
         if start:
             run.start_phase(start)

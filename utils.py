@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from operator import ge, gt, le, lt
@@ -64,6 +65,15 @@ def run_script(main):
     sys.exit(code)
 
 
+@contextmanager
+def timed(what, say):
+    """Say when a long phase begins and how long it took, also where no progress bar is shown."""
+    start = time.monotonic()
+    say(f"{what} ...")
+    yield
+    say(f"{what} took {time.monotonic() - start:.0f} s")
+
+
 def set_up_process():
     """
     The settings of a script's whole process. Importing a module of this repository changes none.
@@ -72,7 +82,8 @@ def set_up_process():
         # Any text can be printed: files and pipes get UTF-8, a terminal escapes for what it lacks.
         if isinstance(stream, io.TextIOWrapper):
             encoding = None if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            options = {"errors": "backslashreplace", "line_buffering": True}  # for log files
+            stream.reconfigure(encoding=encoding, **options)
     if "torch" in sys.modules:  # else nothing will be computed, and to import it takes a second
         import torch
 

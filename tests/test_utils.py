@@ -44,7 +44,7 @@ def settings():
 def run_code(code, *arguments, exit_code=0):
     code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport utils\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == exit_code, done.stderr.decode()
     return done
@@ -150,6 +150,7 @@ def main():
     assert all(stream[2] == "backslashreplace" for stream in found["streams"])
     assert sum("PIL" in entry or "Glyph" in entry for entry in found["warnings"]) == 2
     print("– 猫 \ud800")
+    os._exit(0)  # in a log file a line is there at once
 utils.run_script(main)
 """
     done = run_code(SETTINGS + code)

@@ -12,7 +12,7 @@ from training import resume
 from training.interrupts import Interrupted, Interrupts
 from training.resume import best_path, continues, last_path
 from training.state import monitored_metric
-from utils import UserError, atomic_write, exclusive_lock
+from utils import UserError, atomic_write, count, exclusive_lock
 
 
 class Run:
@@ -61,10 +61,15 @@ class Run:
 
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
-        args, progress = self.args, self.state.progress
+        args, progress, begin = self.args, self.state.progress, self.state.progress.epoch
         while (
             progress.epoch < args.epochs and progress.epochs_without_improvement < args.stop_after
         ):
+            if progress.epoch == begin:  # it may be an hour until the epoch's line
+                batches = count(self.state.steps_per_epoch, "batch", "batches")
+                self.state.processes.print(
+                    f"training from epoch {begin + 1}, {batches} an epoch ..."
+                )
             yield progress.epoch + 1
 
     def save_due(self):

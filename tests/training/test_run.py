@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 
@@ -103,6 +104,8 @@ def test_the_log_holds_the_metrics_that_are_printed_also_without_curves(
     train.main(train_args(data, tmp_path, "--epochs 2"))
     printed, errors = capsys.readouterr()
     assert errors.count(f"log_{NAME}.png was not drawn: ") == 2
+    phases = r".* features of 22 images \.\.\.\n.* took \d+ s\n.* features of 6 .*\n.* took \d+ s\n"
+    assert re.match(phases + r"training from epoch 1, 2 batches an epoch \.\.\.\nepoch ", printed)
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
     names = "val_loss val_top5 teacher_forced_bleu4 bleu1 captions_per_second lr train_top5"
     for row in log_rows(tmp_path):
@@ -153,7 +156,8 @@ def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(
 def test_fine_tuning_trains_the_decoder_and_blocks_2_to_4_only(data, tmp_path, best, capsys):
     options = f"--checkpoint {best} --fine_tune_encoder --epochs 1 --batch_size 55"
     train.main(train_args(data, tmp_path, options))
-    assert "start " in capsys.readouterr().out
+    begin, end = "validation of the model to start from ...", "validation of .* took [0-9]+ s"
+    assert re.search(f"{begin}\n{end}\nstart ", capsys.readouterr().out)
     before, after = torch.load(best, weights_only=True), load_checkpoint(tmp_path)
     assert before["encoder_args"] == after["encoder_args"]
     pairs = {name: (weight, after["encoder"][name]) for name, weight in before["encoder"].items()}
