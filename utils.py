@@ -61,7 +61,8 @@ def run_script(main):
             raise
         message = "the memory is full; pass a smaller --batch_size (train.py: or a larger "
         message += "--accumulate, which takes the same steps in parts)"
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be closed
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -134,6 +134,13 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
         run_script(Mock(side_effect=RuntimeError("a bug")))
 
 
+def test_a_closed_terminal_does_not_change_the_exit_code(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError(5, "I/O error"))))
+    with pytest.raises(SystemExit) as end:
+        run_script(Mock(side_effect=KeyboardInterrupt()))
+    assert end.value.code == 130
+
+
 def test_a_closed_pipe_ends_a_script_without_a_word():
     code = "import utils; utils.run_script(lambda: print('x' * 10**6))"
     command = f"'{sys.executable}' -c \"{code}\" | head -c 1"

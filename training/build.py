@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.devices import autocast
+from modeling.workers import start_worker
 from models import DECODERS, Encoder
 from preprocessing.own_captions import read_sentences
 from training.embeddings import load_embeddings
 from training.feature_cache import cache_features, load_features
-from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
 from utils import UserError, count, timed
@@ -220,7 +220,7 @@ def build_loaders(args, train_data, val_data, processes):
             num_workers=0 if data.in_memory else args.workers,
             persistent_workers=args.workers > 0 and not data.in_memory,
             pin_memory=processes.device.type == "cuda" and not data.in_memory,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # not the global one, which dropout uses
         )
         for data, sampler in ((train_data, train_sampler), (val_data, val_sampler))

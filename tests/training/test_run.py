@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -182,21 +183,31 @@ def test_options_that_do_not_suit_the_model_or_each_other_are_named(data, tmp_pa
 
 
 @needs_fork
+@pytest.mark.parametrize("split, batch, epoch", [("TRAIN", 5, 0), ("VAL", 1, 0), ("", 0, 1)])
 def test_a_killed_loading_process_ends_the_run_in_one_line_with_all_steps_saved(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, split, batch, epoch
 ):
-    get, batches = CaptionDataset.__getitem__, itertools.count(1)
+    """While it loads a batch for training or validation, or, without a split, between epochs"""
+    get, batches, end_epoch = CaptionDataset.__getitem__, itertools.count(1), Run.end_epoch
 
-    def killed_at_the_fifth_batch(self, index):
-        if get_worker_info() is not None and next(batches) > 4:
+    def killed(self, index):
+        if get_worker_info() and split in self.path.name and next(batches) == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         return get(self, index)
 
-    options = "--no-cache_features --batch_size 10 --epochs 1 --workers 1"
+    def end_epoch_and_kill(run, stats):
+        end_epoch(run, stats)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    options = "--no-cache_features --batch_size 10 --epochs 2 --workers 1"
     with monkeypatch.context() as patched:
-        patched.setattr(CaptionDataset, "__getitem__", killed_at_the_fifth_batch)
-        with pytest.raises(UserError, match="was killed, .* continue with: python train"):
+        patched.setattr(CaptionDataset, "__getitem__", killed)
+        patched.setattr(Run, "end_epoch", end_epoch_and_kill)
+        with pytest.raises(UserError, match="was killed.* continue with: python train"):
             train.main(train_args(data, tmp_path, options))
-    assert 0 < load_checkpoint(tmp_path)["progress"]["step"] <= 4
+    progress = load_checkpoint(tmp_path)["progress"]
+    steps = {"TRAIN": range(1, 5), "VAL": [11], "": [0]}[split]
+    assert progress["epoch"] == epoch and progress["step"] in steps
     train.main(resume_args(tmp_path, "--workers 0"))
-    assert load_checkpoint(tmp_path)["progress"]["epoch"] == 1
+    assert load_checkpoint(tmp_path)["progress"]["epoch"] == 2
