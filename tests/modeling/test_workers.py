@@ -1,10 +1,12 @@
 """Processes that load batches: what their parent hears of them, and which signals they hear."""
 
+import errno
 import multiprocessing
 import os
 import resource
 import subprocess
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,15 +70,15 @@ def test_a_batch_that_shared_memory_does_not_take_is_an_error_of_the_parent(limi
 
 
 @needs_fork
-def test_processes_that_cannot_be_started_are_one_line():
-    loader = DataLoader([1], batch_size=None, num_workers=9, worker_init_fn=start_worker)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 9, limits[1]))
-    try:
-        with pytest.raises(WorkerDied, match="Too many open files.* ulimit -n.* --workers 0"):
-            list(load_batches(loader))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+@pytest.mark.parametrize(
+    "number, message",
+    [(errno.EMFILE, "Too many open files.* ulimit -n"), (errno.EAGAIN, "temporarily unavailable")],
+)
+def test_a_process_that_cannot_be_started_is_one_line(monkeypatch, number, message):
+    monkeypatch.setattr(os, "fork", Mock(side_effect=OSError(number, os.strerror(number))))
+    loader = DataLoader([1], batch_size=None, num_workers=1, worker_init_fn=start_worker)
+    with pytest.raises(WorkerDied, match=f"{message}.* --workers 0"):
+        list(load_batches(loader))
 
 
 @needs_signals
