@@ -10,6 +10,8 @@ captions of two models.
 """
 
 import os
+import sys
+from functools import partial
 from pathlib import Path
 
 from checkpoints import add_model_options, find_model, load_captioner
@@ -32,6 +34,7 @@ from utils import (
     run_script,
     search_options,
     small_int,
+    timed,
 )
 
 
@@ -121,14 +124,17 @@ def evaluate(args, processes):
         from evaluation.report import check_photographs, write_report
 
         check_photographs(data, args.image_folder)
-    captions = caption_split(model, data, args, processes)
+    say = partial(processes.print, file=sys.stderr)  # stdout is for the table
+    with timed(f"captioning {count(len(data), 'image')}", say):
+        captions = caption_split(model, data, args, processes)
     if not processes.is_main:
         return
     training = read_training_captions(args.data_folder, name) if "unseen" in args.names else None
     title = f"{path} on {count(len(data), f'{args.split} image')} of {name}"
     if args.sample:
         title += f", sampled at temperature {args.temperature:g}, top_p {args.top_p:g}"
-    evaluation = evaluate_captions(title, captions, data, training, args)
+    with timed("scoring", say):
+        evaluation = evaluate_captions(title, captions, data, training, args)
     if args.results:  # the files first: printing may fail
         last = evaluation.beams[-1]
         scores = scores_by_image(last.metrics, len(data)) if args.metrics else None
