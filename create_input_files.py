@@ -63,7 +63,7 @@ def find_captions(args):
             raise UserError("no captions given; pass --karpathy_json FILE or --captions FILE")
         folder = os.path.join(args.output_folder, "demo")
         print(f"no --captions and no --karpathy_json: drawing the demo's scenes in {folder}")
-        return make_demo(folder), folder
+        return make_demo(folder, workers=args.workers), folder
     if not args.image_folder:
         raise UserError("no images given; pass --image_folder FOLDER")
     if args.karpathy_json:

@@ -5,8 +5,6 @@ map, and `ResumableBatchSampler`, which determines the order of the batches.
 
 import json
 import os
-import signal
-import threading
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -309,33 +307,3 @@ class ResumableBatchSampler(Sampler):
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share):
                 yield share
-
-
-class WorkerDied(UserError):
-    """A process that loads batches was killed."""
-
-
-def load_batches(loader):
-    """
-    Yield a DataLoader's batches. Raises WorkerDied if one of its processes is killed, because the
-    memory is full for example, and UserErrors of these processes as they were raised there.
-    """
-    batches, workers = iter(loader), loader.num_workers
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if workers and hasattr(signal, "SIGCHLD") and in_main_thread:
-        # torch's handler raises wherever the program is, also in the middle of a step. Without it,
-        # the loader notices within seconds, when a batch is missing.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from batches
-    except UserError as error:  # torch puts the process and its traceback before the message
-        raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        # The last three: the process was killed while it handed over a finished batch.
-        handing_over = workers and not isinstance(error, RuntimeError)
-        if "DataLoader worker" not in str(error) and not handing_over:
-            raise
-        raise WorkerDied(
-            "a process that loads batches was killed, perhaps because the memory is full; "
-            "pass fewer --workers, or --workers 0"
-        ) from None

@@ -10,6 +10,8 @@ captions of two models.
 """
 
 import os
+import sys
+from functools import partial
 from pathlib import Path
 
 from checkpoints import add_model_options, find_model, load_captioner
@@ -33,6 +35,7 @@ from utils import (
     run_script,
     search_options,
     small_int,
+    timed,
 )
 
 
@@ -125,14 +128,17 @@ def evaluate(args, processes):
 
         check_photographs(data, args.image_folder)
     objects = Objects(data, args.boxes)
-    captions = caption_split(model, data, objects, args, processes)
+    say = partial(processes.print, file=sys.stderr)  # stdout is for the table
+    with timed(f"captioning {count(len(data), 'image')}", say):
+        captions = caption_split(model, data, objects, args, processes)
     if not processes.is_main:
         return
     training = read_training_captions(args.data_folder, name) if "unseen" in args.names else None
     title = f"{path} on {count(len(data), f'{args.split} image')} of {name}"
     if args.sample:
         title += f", sampled at temperature {args.temperature:g}, top_p {args.top_p:g}"
-    evaluation = evaluate_captions(title, captions, data, training, bool(objects), args)
+    with timed("scoring", say):
+        evaluation = evaluate_captions(title, captions, data, training, bool(objects), args)
     if args.results:  # the files first: printing may fail
         last = evaluation.beams[-1]
         scores = scores_by_image(last.metrics, len(data)) if args.metrics else None

@@ -24,7 +24,7 @@ from training.build import (
     model_options,
 )
 from training.engine import train_one_epoch, validate
-from training.resume import check_same_data, check_unchanged, load_run, restore_state
+from training.resume import check_folders, check_same_data, check_unchanged, load_run, restore_state
 from training.run import Run, lock_run
 from training.state import TrainingState
 from utils import (
@@ -39,6 +39,7 @@ from utils import (
     process_count,
     run_script,
     small_int,
+    timed,
 )
 
 share = Number(float, minimum=0, below=1)
@@ -61,7 +62,8 @@ def train(args, checkpoint, processes):
         restore_state(state, checkpoint)
     elif checkpoint:
         # Before Run: interrupted here, the phase has not begun, and there is nothing to resume.
-        start = validate(state, val_loader)
+        with timed("validation of the model to start from", processes.print):
+            start = validate(state, val_loader)
     with Run(state, train_data) as run:
         if start:
             run.start_phase(start)
@@ -95,6 +97,7 @@ def get_options_and_checkpoint(argv):
         options = {**checkpoint["options"], "checkpoint_folder": str(Path(resume).parent)}
         parser.set_options_from(resume, options)
         check_unchanged(resume, given, parser.options(), checkpoint["progress"])
+        check_folders(resume, given, parser.options())
     elif path:
         combine(parser, given)  # refuses conflicts, also if the file is missing
         checkpoint = checkpoints.load(path)

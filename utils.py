@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from operator import ge, gt, le, lt
@@ -60,8 +61,18 @@ def run_script(main):
             raise
         message = "the memory is full; pass a smaller --batch_size (train.py: or a larger "
         message += "--accumulate, which takes the same steps in parts)"
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be closed
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def timed(what, say):
+    """Say when a long phase begins and how long it took, also where no progress bar is shown."""
+    start = time.monotonic()
+    say(f"{what} ...")
+    yield
+    say(f"{what} took {time.monotonic() - start:.0f} s")
 
 
 def set_up_process():
@@ -72,7 +83,8 @@ def set_up_process():
         # Any text can be printed: as UTF-8 to files and pipes, with escapes to a limited terminal.
         if isinstance(stream, io.TextIOWrapper):
             encoding = None if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            options = {"errors": "backslashreplace", "line_buffering": True}  # for log files
+            stream.reconfigure(encoding=encoding, **options)
     if "torch" in sys.modules:  # else nothing will be computed, and importing it takes a second
         import torch
 

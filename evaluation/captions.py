@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import ResumableBatchSampler, load_batches
+from datasets import ResumableBatchSampler
 from modeling.beam_search import Search, find_captions
 from modeling.devices import autocast
 from modeling.evidence import find_evidence
 from modeling.field_of_view import find_offset
 from modeling.sampling import most_likely_location
+from modeling.workers import load_batches, start_worker
 from utils import UserError, read_json
 
 
@@ -51,7 +52,8 @@ def caption_split(model, data, objects, args, processes):
     rank, world_size = processes.rank, processes.world_size
     batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, rank, world_size)
     options = {"num_workers": args.workers, "pin_memory": processes.device.type == "cuda"}
-    loaded = load_batches(DataLoader(data, sampler=batches, batch_size=None, **options))
+    options |= {"sampler": batches, "batch_size": None, "worker_init_fn": start_worker}
+    loaded = load_batches(DataLoader(data, **options))
     hidden, found = None if processes.is_main else True, []
     for images, *_, indices in tqdm(loaded, args.split, len(batches), unit="batch", disable=hidden):
         with autocast(processes.device, args.amp):

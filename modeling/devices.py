@@ -51,9 +51,9 @@ class Distributed(NamedTuple):
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def print(self, *args):
+    def print(self, *args, file=None):
         if self.is_main:
-            print(*args, flush=True)
+            print(*args, file=file, flush=True)
 
     def all_gather(self, items):
         """The items of all processes in one list, rank by rank, in every process."""

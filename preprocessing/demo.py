@@ -192,14 +192,14 @@ def draw_scene(item):
     return [[round(float(v) / SIDE, 5) for v in box(points)] for _, points, _ in polygons]
 
 
-def make_demo(folder, train=1600, val=100, test=200, seed=0):
+def make_demo(folder, train=1600, val=100, test=200, seed=0, workers=None):
     """
     Draw train + val + test different scenes as 256×256 PNG files, captioned in Karpathy's format.
 
     Every image has "objects": [{"box": [x0, y0, x1, y1], "words": [colour, shape]}], the tight box
     in fractions of the width and height, and the words that name this object and no other there.
     Returns the path of folder/dataset_demo.json, written last. The same arguments give the same
-    files.
+    files. workers: processes that draw; None: one per CPU
     """
     path = Path(folder) / "dataset_demo.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,8 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0):
     items = [(scene, f"{seed} {i}", path.parent / names[i]) for i, scene in enumerate(scenes)]
     for shape in SHAPES:
         stamp(shape)  # before processes are forked, which then have them too
-    drawn = map_in_processes(draw_scene, items, os.cpu_count() if len(items) > 100 else 1)
+    workers = (os.cpu_count() if workers is None else workers) if len(items) > 100 else 1
+    drawn = map_in_processes(draw_scene, items, workers)
     images = []
     for i, boxes in enumerate(tqdm(drawn, "Drawing", len(scenes), delay=2, disable=None)):
         sentences = [

@@ -99,6 +99,7 @@ def _try_read(path, size):
 def _store_images(folder, name, splits, captions_per_image, size, skip_bad_images, workers):
     """Write the HDF5 files. Returns the splits with the images read, and a line for each other."""
     paths = [image.path for images in splits.values() for image in images]
+    print(f"reading {count(len(paths), 'image')} ...")
     pictures = map_in_processes(partial(_try_read, size=size), paths, workers)
     pictures = iter(tqdm(pictures, "reading", len(paths), unit="image", disable=None))
     shape, good, bad, start = (3, size, size), {}, [], time.monotonic()

@@ -1,14 +1,8 @@
 """A function of many items, computed by worker processes."""
 
-import multiprocessing
-import os
-import signal
-import threading
-
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import load_batches
-from utils import set_up_process
+from modeling.workers import load_batches, start_worker
 
 
 class _Results(Dataset):
@@ -34,20 +28,8 @@ def map_in_processes(function, items, workers):
         _Results(function, items),
         batch_size=4,
         collate_fn=list,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         **options,
     )
     for several in load_batches(results):
         yield from several
-
-
-def _start_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
-    set_up_process()  # for spawned processes; forked ones have these settings already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    # torch's own watchdog ends a worker only after it has sent its results, which nobody reads.
-    multiprocessing.parent_process().join()
-    os._exit(1)

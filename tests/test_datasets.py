@@ -22,12 +22,10 @@ from torch.utils.data import DataLoader
 from datasets import (
     CaptionDataset,
     ResumableBatchSampler,
-    WorkerDied,
     add_data_options,
     find_data_name,
-    load_batches,
 )
-from utils import Parser, UserError
+from utils import Parser
 
 PIXELS, CAPTIONS, LENGTHS, WORDS = (
     f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5",
@@ -248,28 +246,3 @@ def test_processes_share_the_batches_of_one():
         assert {len(share) for share in shares} == {len(whole)}
         if items // world >= -(-items // size):  # a batch of one process feeds all of them
             assert whole == epoch(0, items, size)
-
-
-class Loader(list):
-    """Yields its items as a DataLoader would; an exception is raised."""
-
-    num_workers = 1
-
-    def __iter__(self):
-        for item in super().__iter__():
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-
-def test_a_loading_process_killed_while_it_makes_or_hands_over_a_batch_is_named():
-    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    for error in (killed, ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError()):
-        batches = load_batches(Loader([1, error]))
-        assert next(batches) == 1
-        with pytest.raises(WorkerDied, match="--workers"):
-            next(batches)
-    with pytest.raises(RuntimeError, match="size"):  # other errors stay what they are
-        list(load_batches(Loader([RuntimeError("wrong size")])))
-    with pytest.raises(UserError, match=r"^x.hdf5: no$"):  # as torch wraps it
-        list(load_batches(Loader([UserError("Traceback ...\nutils.UserError: x.hdf5: no\n")])))

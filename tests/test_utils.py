@@ -44,7 +44,7 @@ def settings():
 def run_code(code, *arguments, exit_code=0):
     code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport utils\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == exit_code, done.stderr.decode()
     return done
@@ -134,6 +134,13 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
         run_script(Mock(side_effect=RuntimeError("a bug")))
 
 
+def test_a_closed_terminal_does_not_change_the_exit_code(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError(5, "I/O error"))))
+    with pytest.raises(SystemExit) as end:
+        run_script(Mock(side_effect=KeyboardInterrupt()))
+    assert end.value.code == 130
+
+
 def test_a_closed_pipe_ends_a_script_without_a_word():
     code = "import utils; utils.run_script(lambda: print('x' * 10**6))"
     command = f"'{sys.executable}' -c \"{code}\" | head -c 1"
@@ -150,6 +157,7 @@ def main():
     assert all(stream[2] == "backslashreplace" for stream in found["streams"])
     assert sum("PIL" in entry or "Glyph" in entry for entry in found["warnings"]) == 2
     print("– 猫 \ud800")
+    os._exit(0)  # in a log file a line is there at once
 utils.run_script(main)
 """
     done = run_code(SETTINGS + code)

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 import checkpoints
 from datasets import CaptionDataset, ResumableBatchSampler
 from modeling.devices import autocast
+from modeling.workers import start_worker
 from models import DECODERS, Encoder
 from preprocessing.own_captions import read_sentences
 from training.embeddings import load_embeddings
 from training.feature_cache import cache_features, load_features
-from training.interrupts import leave_signals_to_parent
 from training.language_model import LONGEST, pretrain
 from training.losses import HardAttention, SelfCritical, TeacherForcing
-from utils import UserError, count
+from utils import UserError, count, timed
 
 VALIDATION_BATCH = 64  # images
 # The options that describe a model: the argument of each, and its value in older checkpoints.
@@ -115,9 +115,10 @@ def _pretrain_on_text(decoder, word_map, args, processes):
     if not captions:
         files = ", ".join(args.pretrain_text)
         raise UserError(f"{files}: no caption of at most {LONGEST} words; pass a file with some")
-    loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, processes, args.amp)
-    epochs = count(args.pretrain_epochs, "epoch")
-    processes.print(f"{count(len(captions), 'caption')} of text, {epochs}: loss {loss:.3f}")
+    text = f"{count(len(captions), 'caption')} of text, {count(args.pretrain_epochs, 'epoch')}"
+    with timed(f"training on {text}", processes.print):
+        loss = pretrain(decoder, captions, word_map, args.pretrain_epochs, processes, args.amp)
+    processes.print(f"{text}: loss {loss:.3f}")
 
 
 def _check_options(args, checkpoint, path):
@@ -189,11 +190,13 @@ def cache_features_if_frozen(args, encoder, datasets, processes):
         if not processes.is_main:
             processes.barrier()  # the main process writes the cache, the others read it
         folder = args.features_folder
-        with autocast(processes.device, args.amp):
-            path = cache_features(data, encoder, processes.device, args.amp, folder=folder)
-        if processes.is_main:
-            processes.barrier()
-        data.use_features(load_features(path, args.cache_in, processes.device))
+        what = f"reading or making the features of {count(data.num_images, 'image')}"
+        with timed(what, processes.print):
+            with autocast(processes.device, args.amp):
+                path = cache_features(data, encoder, processes.device, args.amp, folder=folder)
+            if processes.is_main:
+                processes.barrier()
+            data.use_features(load_features(path, args.cache_in, processes.device))
 
 
 def build_loaders(args, train_data, val_data, processes):
@@ -218,7 +221,7 @@ def build_loaders(args, train_data, val_data, processes):
             num_workers=0 if data.in_memory else args.workers,
             persistent_workers=args.workers > 0 and not data.in_memory,
             pin_memory=processes.device.type == "cuda" and not data.in_memory,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # not the global one, which dropout uses
         )
         for data, sampler in ((train_data, train_sampler), (val_data, val_sampler))

@@ -8,10 +8,12 @@ import torch
 from torch.nn.utils import clip_grad_value_
 from tqdm import tqdm
 
-from datasets import Item, WorkerDied, load_batches
+from datasets import Item
 from evaluation.metrics import CiderD, bleu, top_k_correct
 from modeling.beam_search import beam_search
 from modeling.devices import autocast
+from modeling.workers import WorkerDied, load_batches
+from training.interrupts import Interrupted
 from training.losses import Batch, doubly_stochastic_loss
 from utils import UserError
 
@@ -32,39 +34,46 @@ def train_one_epoch(state, loader, epoch, run):
     loader.sampler.epoch, loader.sampler.start = epoch, first_step
     totals = EpochTotals(state, epoch)
     extent = {"initial": first_step, "total": state.steps_per_epoch}
-    bar = progress_bar(load_batches(loader), processes, desc=f"epoch {epoch}", **extent)
-    with run.interrupts.deferred():
-        try:
-            for images, captions, lengths, indices in bar:
-                # The loss is a mean over the tokens of the joint batch of all processes.
-                num_tokens, num_captions, stop, save_due = processes.all_reduce(
-                    int((lengths - 1).sum()),
-                    criterion.count_captions(lengths),
-                    bool(run.interrupts.signum),
-                    processes.is_main and run.save_due(),
-                )
-                if stop:  # some process got a signal: all of them stop at this step
-                    run.interrupts.signum = run.interrupts.signum or signal.SIGTERM
-                    break
-                if save_due and step > first_step:
-                    totals.update_progress(step)
-                    run.save()
-                # Dropout depends on this seed alone, so that of a resumed run is the same.
-                torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
-                if args.augment:
-                    images = augment(images, captions, loader.dataset.word_map)
-                batch = Item(images, captions, lengths, indices)
-                divisors = num_tokens / processes.world_size, num_captions / processes.world_size
-                loss, total, correct = train_step(state, batch, *divisors)
-                totals.add(total, correct, int(num_tokens), int(num_captions))
-                if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
-                    totals.check_finite(loss + totals.total, step + 1)
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-                step += 1
-        except WorkerDied:  # between two steps, so the state is consistent
-            totals.update_progress(step)
-            raise
+    batches = load_batches(loader)
+    bar = progress_bar(None, processes, desc=f"epoch {epoch}", **extent)
+    with run.interrupts.deferred(), bar:
+        while step < state.steps_per_epoch:
+            died, counts = None, (0, 0)
+            try:
+                with run.interrupts.waiting():
+                    images, captions, lengths, indices = next(batches)
+                counts = int((lengths - 1).sum()), criterion.count_captions(lengths)
+            except WorkerDied as error:
+                died = error
+            except Interrupted:
+                pass
+            # The loss is a mean over the tokens of the joint batch of all processes.
+            num_tokens, num_captions, stop, save_due = processes.all_reduce(
+                *counts,
+                bool(died or run.interrupts.signum),
+                processes.is_main and run.save_due(),
+            )
+            if stop:  # some process got a signal or no batch: all of them stop at this step
+                break
+            if save_due and step > first_step:
+                totals.update_progress(step)
+                run.save()
+            # Dropout depends on this seed alone, so that of a resumed run is the same.
+            torch.manual_seed(derive_seed(args.seed, epoch, step, processes.rank))
+            if args.augment:
+                images = augment(images, captions, loader.dataset.word_map)
+            batch = Item(images, captions, lengths, indices)
+            divisors = num_tokens / processes.world_size, num_captions / processes.world_size
+            loss, total, correct = train_step(state, batch, *divisors)
+            totals.add(total, correct, int(num_tokens), int(num_captions))
+            if step % CHECK_EVERY == 0 or processes.device.type == "cpu":
+                totals.check_finite(loss + totals.total, step + 1)
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            step += 1
+            bar.update()
         totals.update_progress(step)
+        if step < state.steps_per_epoch:
+            raise died or Interrupted(run.interrupts.signum or signal.SIGTERM)
     total, correct, tokens, captions, seconds = state.progress.sums
     return {
         "lr": state.last_lr,

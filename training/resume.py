@@ -44,6 +44,20 @@ def check_unchanged(path, given, saved, progress):
             )
 
 
+def check_folders(path, given, saved):
+    """UserError unless a run finds what it was saved to read, whose paths may be relative."""
+    options = saved | given
+    read = {"data_folder": f"WORDMAP_{options['data_name']}.json"}
+    if options["cache_features"] and not options["fine_tune_encoder"]:
+        read["features_folder"] = ""  # it would be made, and filled for hours
+    for option, file in read.items():
+        folder = saved[option]
+        if folder and option not in given and not os.path.exists(os.path.join(folder, file)):
+            raise UserError(
+                f"{path} was run with --{option} {folder}, which is not here; pass --{option}"
+            )
+
+
 def check_same_data(args, checkpoint, train_data):
     """UserError unless the checkpoint's run used this data; older checkpoints do not say which."""
     data, saved = describe_data(args, train_data), checkpoint.get("data")

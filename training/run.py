@@ -7,12 +7,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import checkpoints
-from datasets import CaptionDataset, WorkerDied
+from datasets import CaptionDataset
+from modeling.workers import WorkerDied
 from training import resume
 from training.interrupts import Interrupted, Interrupts
 from training.resume import best_path, continues, last_path
 from training.state import monitored_metric
-from utils import UserError, atomic_write, exclusive_lock
+from utils import UserError, atomic_write, count, exclusive_lock
 
 
 class Run:
@@ -36,16 +37,16 @@ class Run:
         state, progress = self.state, self.state.progress
         advice = f"continue with: {resume.resume_command(self.args, self.processes)}"
         try:
-            if isinstance(error, Interrupted):
-                self.interrupts.saving = True  # a second Ctrl-C must not interrupt it
+            if isinstance(error, (Interrupted, WorkerDied)):
+                self.interrupts.saving = True  # which another signal must not interrupt
                 self.save()
+            if isinstance(error, Interrupted):
                 if not self.processes.is_main:
                     raise SystemExit(error.code) from None
                 done = f"{progress.step} of {state.steps_per_epoch} batches, all saved; {advice}"
                 message = f"stopped in epoch {progress.epoch + 1} after {done}"
                 raise Interrupted(error.signum, message) from None
             if isinstance(error, WorkerDied):
-                self.save()
                 raise UserError(f"{error}; all steps are saved, {advice}") from None
         finally:
             self.interrupts.__exit__()
@@ -61,10 +62,15 @@ class Run:
 
     def epochs(self):
         """Yield the numbers of the remaining epochs, until the options say to stop."""
-        args, progress = self.args, self.state.progress
+        args, progress, begin = self.args, self.state.progress, self.state.progress.epoch
         while (
             progress.epoch < args.epochs and progress.epochs_without_improvement < args.stop_after
         ):
+            if progress.epoch == begin:  # it may be an hour until the epoch's line
+                batches = count(self.state.steps_per_epoch, "batch", "batches")
+                self.state.processes.print(
+                    f"training from epoch {begin + 1}, {batches} an epoch ..."
+                )
             yield progress.epoch + 1
 
     def save_due(self):

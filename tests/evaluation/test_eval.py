@@ -19,7 +19,10 @@ def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(
     evaluate, summary, tmp_path, capsys
 ):
     evaluate("--results", tmp_path / "r.json")
-    _, heading, row, *_ = capsys.readouterr().out.splitlines()
+    out, phases = capsys.readouterr()
+    _, heading, row, *_ = out.splitlines()
+    words = ("captioning 8 images ...", "captioning 8 images took", "scoring ...", "scoring took")
+    assert all(map(str.startswith, phases.splitlines(), words)) and phases.count("\n") == 4
     assert heading.split() == ["beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", *COLUMNS]
     rows = json.loads((tmp_path / "r.json").read_text())
     references = [[text.split() for text in row["references"]] for row in rows]

@@ -89,7 +89,9 @@ def test_captions_are_sampled_without_replacement_and_repeated_if_too_few(tmp_pa
     assert len(set(captions[:5])) == 5
     assert len(captions) == 10
     assert {caption[1] for caption in captions[5:]} == {read("WORDMAP")[word] for word in "xy"}
-    assert "TRAIN: 2 images, 7 captions, filled up to 10\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "TRAIN: 2 images, 7 captions, filled up to 10\n" in out
+    assert out.startswith("reading 2 images ...\n2 images read in ")
     dataset = CaptionDataset(tmp_path / "out", NAME.replace("2_cap", "5_cap"), "TRAIN")
     assert dataset.lengths.view(2, 5).gt(1).sum(1).tolist() == [5, 2]  # each caption counts once
 

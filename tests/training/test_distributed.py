@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -97,3 +98,27 @@ def test_two_processes_evaluate_like_one(data, tmp_path):
     assert results[0] == results[1] and scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert len(results[0]) == 6 and all(len(row["references"]) == 5 for row in results[0])
     assert results[0][0].keys() == {"image_id", "filename", "caption", "references"}
+
+
+def test_a_signal_to_one_process_that_waits_for_a_batch_stops_both_at_the_same_step(data, tmp_path):
+    patch = """
+import os, signal, time, train
+from datasets import CaptionDataset
+from torch.utils.data import get_worker_info
+get, calls = CaptionDataset.__getitem__, []
+def late(self, index):
+    calls.append(index)
+    if get_worker_info() and os.environ["RANK"] == "1" and len(calls) == 3:
+        time.sleep(1)
+        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(60)
+    return get(self, index)
+CaptionDataset.__getitem__ = late
+"""
+    script = patched_script(tmp_path / "late.py", patch)
+    options = "--epochs 1 --batch_size 30 --no-cache_features --workers 1"
+    begin = time.monotonic()
+    done = run_script(script, *train_args(data, tmp_path, options), processes=2)
+    assert done.returncode and time.monotonic() - begin < 50
+    assert "stopped in epoch 1 after 2 of 4 batches, all saved; continue with" in done.stderr
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 2

@@ -1,6 +1,7 @@
 """Signals: the step is finished, everything saved, and the run continues bit for bit."""
 
-import multiprocessing
+import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -13,17 +14,20 @@ from factories import (
     ROOT,
     load_checkpoint,
     log_rows,
+    needs_fork,
     raise_signal_at,
     resume_args,
     same,
     timeless_rows,
     train_args,
 )
+from torch.utils.data import get_worker_info
 
 import checkpoints
 import train
+from datasets import CaptionDataset
 from modeling.devices import Distributed
-from training.interrupts import Interrupted, leave_signals_to_parent
+from training.interrupts import Interrupted, Interrupts
 from training.resume import resume_command
 
 STEP, UPDATE = "training.engine.derive_seed", "training.engine.clip_grad_value_"
@@ -35,10 +39,10 @@ CRITICAL = "--self_critical --cross_entropy_share 0.2"
     "call, signum, function, options",
     [
         (2, "SIGINT", "training.engine.doubly_stochastic_loss", ""),  # in a validation
-        (6, "SIGINT", STEP, "--workers 2 --cache_in disk --single_captions --decay_after 1"),
+        (6, "SIGHUP", STEP, "--workers 2 --cache_in disk --single_captions --decay_after 1"),
         (1, "SIGTERM", UPDATE, "--fine_tune_encoder --ema 0.9 --augment --epochs 1"),
         (1, "SIGINT", "training.state.TrainingState.after_epoch", "--amp fp16"),
-        (7, "SIGTERM", UPDATE, f"--attention hard --ema 0.9 --cosine --accumulate 2 {SAMPLING}"),
+        (7, "SIGUSR1", UPDATE, f"--attention hard --ema 0.9 --cosine --accumulate 2 {SAMPLING}"),
         (3, "SIGINT", STEP, f"{CRITICAL} --epochs 1 --checkpoint BEST"),
     ],
 )
@@ -81,33 +85,44 @@ def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch
     assert steps == [3] and load_checkpoint(tmp_path)["progress"]["step"] == 3
 
 
-def test_workers_ignore_signals_except_from_their_parent():
-    def serve(ready):
-        leave_signals_to_parent()
-        ready.send(1)
-        time.sleep(60)
+@needs_fork
+def test_a_signal_ends_the_wait_for_a_batch(data, tmp_path, monkeypatch):
+    get, calls = CaptionDataset.__getitem__, itertools.count(1)
+    last = tmp_path / f"checkpoint_{NAME}.pth.tar"
 
-    context = multiprocessing.get_context("fork")
-    ready, sender = context.Pipe(False)
-    worker = context.Process(target=serve, args=(sender,))
-    worker.start()
-    ready.recv()
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # another process's
-    subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
-    worker.join(1)
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(10)
-    assert worker.exitcode == 0
+    def late(self, index):
+        if get_worker_info() and next(calls) == 3:
+            time.sleep(1)
+            os.kill(os.getppid(), signal.SIGTERM)
+            end = time.monotonic() + 20
+            while not last.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+        return get(self, index)
+
+    monkeypatch.setattr(CaptionDataset, "__getitem__", late)
+    start, options = time.monotonic(), "--epochs 1 --batch_size 30 --no-cache_features --workers 1"
+    with pytest.raises(Interrupted, match="after 2 of 4 batches, all saved"):
+        train.main(train_args(data, tmp_path, options))
+    assert time.monotonic() - start < 15
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_the_script_with_the_command_that_continues(data, tmp_path, signum):
     command = [sys.executable, ROOT / "train.py", *train_args(data, tmp_path, "--epochs 1000")]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes)
-    assert process.stdout.readline().startswith("epoch   1")
+    assert any(line.startswith("epoch   1") for line in process.stdout)
     process.send_signal(getattr(signal, signum))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, signum)

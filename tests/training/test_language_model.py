@@ -81,7 +81,8 @@ def test_a_run_begins_with_the_text(data, tmp_path, capsys, best, finished):
     text.write_text("".join(f"{i % 9}\ta red circle is above a blue square\n" for i in range(99)))
     options = f"--pretrain_text {text} --batch_size 30"
     train.main(train_args(data, tmp_path / "a", options, "--epochs 1"))
-    assert "99 captions of text, 5 epochs" in capsys.readouterr().out
+    phase = "training on 99 captions of text, 5 epochs"
+    assert f"{phase} ...\n{phase} took " in capsys.readouterr().out
     assert log_rows(tmp_path / "a")[0]["train_loss"] < log_rows(finished)[0]["train_loss"]
     train.main(resume_args(tmp_path / "a", "--epochs 2"))
     train.main(train_args(data, tmp_path / "b", options, "--epochs 2"))

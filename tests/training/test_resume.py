@@ -83,7 +83,7 @@ def test_a_failed_validation_leaves_the_epoch_saved(data, tmp_path, monkeypatch)
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1]
 
 
-def test_a_run_of_an_older_version_is_resumed(run):
+def test_a_run_of_an_older_version_or_a_newer_torch_is_resumed(run):
     checkpoint = load_checkpoint(run)
     for new in ("trained", "data", "scaler"):
         del checkpoint[new]
@@ -95,6 +95,7 @@ def test_a_run_of_an_older_version_is_resumed(run):
     progress["best_bleu4"], progress["of_another_version"] = progress.pop("best") + 50, 1
     for group in checkpoint["optimizer"]["param_groups"]:
         del group["initial_lr"]
+        group["of_another_torch"] = True
     torch.save(checkpoint, run / f"checkpoint_{NAME}.pth.tar")
     train.main(resume_args(run, "--epochs 4"))
     progress = load_checkpoint(run)["progress"]
@@ -158,3 +159,22 @@ def test_resuming_a_run_that_is_done_says_so(run, capsys):
     out = capsys.readouterr().out
     assert "3 epochs and 0 batches are done\n" in out
     assert "nothing is left to do: --epochs is 3; pass more to go on" in out
+    assert "training from" not in out
+
+
+def test_a_folder_that_a_resumed_run_reads_and_does_not_find_is_asked_for(
+    run, tmp_path, monkeypatch
+):
+    """Relative ones, from another folder; no features are encoded again for hours."""
+    monkeypatch.chdir(tmp_path)
+    data = load_checkpoint(run)["options"]["data_folder"]
+    for option in ("data_folder", "features_folder"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        change(run, options={"data_folder": data, option: "data" if "data_" in option else "gone"})
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "load_splits", lambda *args: 1 / 0)
+            with pytest.raises(UserError, match=f"run with --{option} .*; pass --{option}"):
+                train.main(resume_args(run, "--epochs 4"))
+    for options in ("--no-cache_features", "--features_folder new"):
+        train.main(resume_args(run, options))
+    assert not (tmp_path / "gone").exists() and list((tmp_path / "new").iterdir())

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import multiprocessing
 import os
+import re
 import signal
 import sys
 
@@ -103,6 +105,8 @@ def test_the_log_holds_the_metrics_that_are_printed_also_without_curves(
     train.main(train_args(data, tmp_path, "--epochs 2"))
     printed, errors = capsys.readouterr()
     assert errors.count(f"log_{NAME}.png was not drawn: ") == 2
+    phases = r".* features of 22 images \.\.\.\n.* took \d+ s\n.* features of 6 .*\n.* took \d+ s\n"
+    assert re.match(phases + r"training from epoch 1, 2 batches an epoch \.\.\.\nepoch ", printed)
     assert [row["epoch"] for row in log_rows(tmp_path)] == [1, 2]
     names = "val_loss val_top5 teacher_forced_bleu4 bleu1 captions_per_second lr train_top5"
     for row in log_rows(tmp_path):
@@ -153,7 +157,8 @@ def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(
 def test_fine_tuning_trains_the_decoder_and_blocks_2_to_4_only(data, tmp_path, best, capsys):
     options = f"--checkpoint {best} --fine_tune_encoder --epochs 1 --batch_size 55"
     train.main(train_args(data, tmp_path, options))
-    assert "start " in capsys.readouterr().out
+    begin, end = "validation of the model to start from ...", "validation of .* took [0-9]+ s"
+    assert re.search(f"{begin}\n{end}\nstart ", capsys.readouterr().out)
     before, after = torch.load(best, weights_only=True), load_checkpoint(tmp_path)
     assert before["encoder_args"] == after["encoder_args"]
     pairs = {name: (weight, after["encoder"][name]) for name, weight in before["encoder"].items()}
@@ -178,21 +183,31 @@ def test_options_that_do_not_suit_the_model_or_each_other_are_named(data, tmp_pa
 
 
 @needs_fork
+@pytest.mark.parametrize("split, batch, epoch", [("TRAIN", 5, 0), ("VAL", 1, 0), ("", 0, 1)])
 def test_a_killed_loading_process_ends_the_run_in_one_line_with_all_steps_saved(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, split, batch, epoch
 ):
-    get, batches = CaptionDataset.__getitem__, itertools.count(1)
+    """While it loads a batch for training or validation, or, without a split, between epochs"""
+    get, batches, end_epoch = CaptionDataset.__getitem__, itertools.count(1), Run.end_epoch
 
-    def killed_at_the_fifth_batch(self, index):
-        if get_worker_info() is not None and next(batches) > 4:
+    def killed(self, index):
+        if get_worker_info() and split in self.path.name and next(batches) == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         return get(self, index)
 
-    options = "--no-cache_features --batch_size 10 --epochs 1 --workers 1"
+    def end_epoch_and_kill(run, stats):
+        end_epoch(run, stats)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    options = "--no-cache_features --batch_size 10 --epochs 2 --workers 1"
     with monkeypatch.context() as patched:
-        patched.setattr(CaptionDataset, "__getitem__", killed_at_the_fifth_batch)
-        with pytest.raises(UserError, match="was killed, .* continue with: python train"):
+        patched.setattr(CaptionDataset, "__getitem__", killed)
+        patched.setattr(Run, "end_epoch", end_epoch_and_kill)
+        with pytest.raises(UserError, match="was killed.* continue with: python train"):
             train.main(train_args(data, tmp_path, options))
-    assert 0 < load_checkpoint(tmp_path)["progress"]["step"] <= 4
+    progress = load_checkpoint(tmp_path)["progress"]
+    steps = {"TRAIN": range(1, 5), "VAL": [11], "": [0]}[split]
+    assert progress["epoch"] == epoch and progress["step"] in steps
     train.main(resume_args(tmp_path, "--workers 0"))
-    assert load_checkpoint(tmp_path)["progress"]["epoch"] == 1
+    assert load_checkpoint(tmp_path)["progress"]["epoch"] == 2
