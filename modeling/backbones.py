@@ -259,7 +259,7 @@ def fold_batchnorm(network):
     use their layers in the order in which they define them; others stay as they are.
     """
     for module in network.modules():
-        if type(module).__module__.split(".")[0] not in ("torchvision", "modeling", "torch"):
+        if not type(module).__module__.startswith(("torchvision.", "torch.", f"{__package__}.")):
             continue
         children = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):
