@@ -4,18 +4,22 @@ address. Photographs stay on this computer, for at most an hour, and are removed
 """
 
 import os
+import shutil
 import signal
 import socket
 import tempfile
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from caption import Captioner
 from checkpoints import add_model_options, find_model
-from utils import Number, Parser, UserError, add_device_options, run_script
+from utils import Number, Parser, UserError, add_device_options, exclusive_lock, run_script
 from visualization import page
 
 EXAMPLES = sorted((Path(__file__).parent / "docs" / "examples").glob("*.jpg"))
+FOLDER = "show_attend_tell_app_"
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 SEARCHES = ("most probable", "most probable, with hard attention", "at random")
 
 
@@ -23,8 +27,11 @@ def get_args(argv=None):
     parser = Parser(description="A page to try the model in a browser.")
     add_model_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("address").add_argument
-    add("--host", help="0.0.0.0: allow other computers; only this one if not given")
-    add("--port", type=Number(int, minimum=1, maximum=65535), help="default: first free from 7860")
+    host, port = map(os.environ.get, ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"))
+    text = "0.0.0.0: allow other computers; only this one if not given"
+    add("--host", default=host, help=text)
+    text = "the first free one from 7860 if not given"
+    add("--port", type=Number(int, minimum=1, maximum=65535), default=port, help=text)
     add_device_options(parser.add_argument_group("device"))
     return parser.parse_args(argv)
 
@@ -74,10 +81,31 @@ def build_page(gradio, captioner):
     return blocks
 
 
+def interrupt(*_):
+    """As Ctrl-C, but once, so that the folder is removed: a closed terminal sends two signals."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def photographs_folder():
+    """A temporary folder. Those that killed processes left, whose locks are free, are removed."""
+    where = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+    for left in Path(where).glob(f"{FOLDER}*"):
+        with suppress(UserError, OSError), exclusive_lock(left / "lock", "", 0):
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER, dir=where) as folder:
+        with exclusive_lock(os.path.join(folder, "lock"), "", 0):
+            yield folder
+
+
 def main():
     args = get_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
-    with tempfile.TemporaryDirectory() as folder:
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, interrupt)
+    with photographs_folder() as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ["no_proxy"] = "*"  # Gradio connects to its own server at the start
         try:

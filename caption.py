@@ -21,36 +21,45 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
-from modeling.beam_search import Search, find_captions
-from modeling.devices import autocast, find_device, set_seed
-from modeling.field_of_view import find_offset
-from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    add_search_options,
-    large_int,
-    non_negative_int,
-    printable,
-    run_script,
-    search_options,
-    small_int,
-)
-from visualization import page
-from visualization.files import OVERLAY, find_images, overlay_paths, save_attention, writing
+try:
+    from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
+    from modeling.beam_search import Search, find_captions
+    from modeling.devices import autocast, find_device, set_seed
+    from modeling.field_of_view import find_offset
+    from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
+    from utils import (
+        Parser,
+        UserError,
+        add_device_options,
+        add_search_options,
+        large_int,
+        non_negative_int,
+        printable,
+        run_script,
+        search_options,
+        small_int,
+    )
+    from visualization import files, page
+except ImportError as error:
+    name, here = (error.name or "").partition(".")[0], Path(__file__).parent
+    theirs = getattr(sys.modules.get(name), "__file__", None) or __file__
+    if Path(theirs).is_relative_to(here) or name not in {path.stem for path in here.iterdir()}:
+        raise
+    advice = "rename it, or use torch.hub.load as README.md says"
+    raise ImportError(f"{theirs} hides the {name} of {here}: {advice}") from error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +79,7 @@ class Captioned:
     n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
     encoder: Any = field(repr=False)  # a `models.Encoder`, for `offset`
     pixels: np.ndarray | None = field(repr=False)  # of `image`; None: it is read from its path
+    checksum: int = field(repr=False)  # of the pixels
 
     @property
     def text(self) -> str:
@@ -77,8 +87,11 @@ class Captioned:
 
     @property
     def image(self) -> np.ndarray:
-        """The upright photograph, uint8 (H, W, 3); that of a path is read at each access."""
-        return read_rgb(self.name) if self.pixels is None else self.pixels
+        """The upright photograph, uint8 (H, W, 3), of a path read again; UserError if it changed"""
+        pixels = read_rgb(self.name) if self.pixels is None else self.pixels
+        if crc32(pixels.data) != self.checksum:
+            raise UserError(f"{self.name} has changed since it was captioned; caption it again")
+        return pixels
 
     @cached_property
     def offset(self) -> tuple[float, float]:
@@ -96,7 +109,7 @@ class Captioned:
         Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture; ValueError for any other. smooth: as in `figure`; pages always blend locations
         """
-        save_attention(self, path, smooth)
+        files.save_attention(self, path, smooth)
 
     def _repr_html_(self):  # in a notebook
         return page.fragment(self)
@@ -121,9 +134,8 @@ class Captioner:
         plain: bool = False,
     ):
         self.device, self.amp = find_device(device), amp
-        self.encoder, self.decoder, self.word_map, _ = load_captioner(
-            os.fspath(model), self.device, word_map
-        )
+        loaded = load_captioner(os.fspath(model), self.device, word_map)
+        self.encoder, self.decoder, self.word_map, _ = loaded
         self.decoder.plain = plain
         self.image_size = self.encoder.args["image_size"]
         self.words = {i: word for word, i in self.word_map.items()}
@@ -137,7 +149,7 @@ class Captioner:
         Returns a Captioned, or a list for several images. Raises UserError if one is not readable.
         """
         one = isinstance(images, (str, bytes, bytearray)) or hasattr(images, "read")
-        one = one or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
+        one = one or not isinstance(images, Iterable) or getattr(images, "ndim", 1) in (0, 2, 3)
         results = []
         for result in self.each([images] if one else images, **options):
             if isinstance(result, UserError):
@@ -159,20 +171,24 @@ class Captioner:
         with ThreadPoolExecutor() as pool:
 
             def start_reading():
-                batch = islice(images, batch_size)
-                return [pool.submit(_read, image, self.image_size) for image in batch]
+                reading = []
+                for image in islice(images, batch_size):
+                    reading.append(pool.submit(_read, image, self.image_size))
+                    if not isinstance(image, (str, os.PathLike, bytes)):
+                        wait(reading)  # a camera may put its next picture into the same array
+                return reading
 
             reading = start_reading()
             while reading:
                 batch, reading = reading, start_reading()
-                squares = [future.result()[2] for future in batch if not future.exception()]
+                squares = [future.result()[-1] for future in batch if not future.exception()]
                 captions = iter(self._search(find_captions, squares, search) if squares else [])
                 for future in batch:
                     if isinstance(future.exception(), UserError):
                         yield future.exception()
                     else:
-                        name, pixels, _ = future.result()
-                        yield self._to_words(name, pixels, next(captions))
+                        *source, _ = future.result()
+                        yield self._to_words(next(captions), *source)
 
     def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
         """What the search for an image's caption kept and dropped; options: those of `each`"""
@@ -187,19 +203,19 @@ class Captioner:
             images = torch.from_numpy(np.stack(squares)).to(self.device)
             return find(self.decoder, self.encoder.cells(images), self.word_map, search)
 
-    def _to_words(self, name, pixels, best):
+    def _to_words(self, best, name, pixels, checksum):
         """The Captioned of a beam_search.Caption"""
         found = (best, *best.alternatives)
         words = [[self.words[i] for i in caption.tokens] for caption in found]
         n_best = [(" ".join(text), caption.score) for text, caption in zip(words, found)]
-        rest = (n_best, self.encoder, pixels)
+        rest = (n_best, self.encoder, pixels, checksum)
         return Captioned(name, words[0], best.alphas, best.score, best.finished, *rest)
 
 
 def _read(source, size):
     """
-    The name and pixels of a `Captioned`, and uint8 (3, size, size) for the encoder; UserError if
-    what `Captioner` was given cannot be read
+    The name, pixels and checksum of a `Captioned`, and uint8 (3, size, size) for the encoder;
+    UserError if what `Captioner` was given cannot be read
     """
     is_path = isinstance(source, (str, os.PathLike))
     if is_path or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
@@ -214,8 +230,9 @@ def _read(source, size):
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             kind = type(source).__name__
             raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
-    kept = None if is_path and not is_url(source) else pixels
-    return os.fspath(source) if is_path else "image", kept, resize_square(pixels, size)
+    kept = None if is_path and not is_url(source) else pixels  # there may be thousands of files
+    name = os.fspath(source) if is_path else "image"
+    return name, kept, crc32(pixels.data), resize_square(pixels, size)
 
 
 # The script
@@ -237,7 +254,7 @@ def get_args(argv=None):
     add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
     text = "file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "
-    text += f"those of several, or one .html for all; if not given, photo{OVERLAY} beside photo.jpg"
+    text += f"those of several, or one .html for all; if not given, NAME{files.OVERLAY} beside it"
     add("--out", help=text)
     add("--no_attention", action="store_true", help="draw no overlays")
     add("--smooth", action="store_true", default=True, help="blend the attention's locations")
@@ -262,18 +279,18 @@ def check_options(args, single):
 
 def main():
     args = get_args()
-    paths = find_images(args.img)
+    paths = files.find_images(args.img)
     single = len(paths) == 1 and paths == args.img  # not a folder that happens to hold one
     check_options(args, single)
     search = {"beam_size": args.beam_size, "n_best": args.n_best, **search_options(args)}
     one_page = args.out and page.is_page(args.out) and not single  # for all images
-    overlays = overlay_paths(paths, None if one_page else args.out, single)
+    overlays = files.overlay_paths(paths, None if one_page else args.out, single)
     if single and not is_url(paths[0]) and not os.path.exists(paths[0]):
         raise UserError(f"{paths[0]} not found")  # before the model is loaded
     model = find_model(args.model, args.checkpoint_folder, partial(print, file=sys.stderr))
     captioner = Captioner(model, args.word_map, args.device, args.amp, args.plain)
     set_seed(args.seed)
-    draws = not args.no_attention and (args.out or can_write_beside(overlays))
+    draws = not args.no_attention and (args.out or files.can_write_beside(overlays))
     failed, for_page = 0, []
     results = captioner.each(paths, batch_size=args.batch_size, **search)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
@@ -285,7 +302,7 @@ def main():
             if one_page:
                 for_page.append(result)
             elif draws:
-                with writing(overlay):
+                with files.writing(overlay):
                     result.save(overlay, args.smooth)
         except UserError as error:  # the other images are captioned
             if single:
@@ -300,27 +317,17 @@ def main():
     if args.beam_tree:
         from visualization.beam_tree import draw_tree
 
-        with writing(args.beam_tree):
-            draw_tree(captioner.grow_tree(paths[0], **search), args.beam_tree)
+        with files.writing(args.beam_tree):
+            draw_tree(captioner.grow_tree(result.image, **search), args.beam_tree)
         print(f"beam tree: {args.beam_tree}", file=sys.stderr)
     if for_page:
-        with writing(args.out):
+        with files.writing(args.out):
             page.write_page(args.out, for_page, f"{len(for_page)} captions")
     if draws and failed < len(paths):
-        where = overlays[0] if single else args.out or f"*{OVERLAY} beside the images"
+        where = overlays[0] if single else args.out or f"*{files.OVERLAY} beside the images"
         print(f"attention: {where}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(paths)} images could not be captioned or drawn")
-
-
-def can_write_beside(overlays):
-    """Whether overlays can be written beside the images; prints which folder is read-only"""
-    for folder in {os.path.dirname(path) or "." for path in overlays}:
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            advice = "is read-only; pass --out FOLDER for the overlays"
-            print(f"caption.py: {folder} {advice}", file=sys.stderr)
-            return False
-    return True
 
 
 def print_captions(captioned, args, single):

@@ -1,40 +1,54 @@
 """
 A `caption.Captioner` in one line, torch.hub.load("PATH", "show_attend_tell", source="local"), from
-any folder; the other entries, `encoder`, `decoder` and `word_map`, are its parts.
+any folder; the other entries, `encoder`, `decoder` and `word_map`, are its parts. They can be
+pickled; a process that reads the pickle calls torch.hub.load first.
 """
 
+import builtins
+import importlib.machinery
+import pathlib
 import sys
-from importlib import import_module
-from pathlib import Path
+import types
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "h5py", "filelock", "tqdm"]
-_here, _ours = Path(__file__).resolve().parent, "_show_attend_tell_"
+_here, _package = pathlib.Path(__file__).resolve().parent, "show_attend_tell_hub"
+_names = {path.stem for path in _here.iterdir()}
 
-if f"{_ours}caption" not in sys.modules:  # else an earlier torch.hub.load has imported them
-    # Foreign modules with the names of ours, such as `utils`, are restored afterwards. Only our
-    # packages keep their names, for imports within functions.
-    _names = {path.stem for path in _here.iterdir()}
-    _others = {key: sys.modules.pop(key) for key in [*sys.modules] if key.split(".")[0] in _names}
-    sys.path.insert(0, str(_here))
-    try:
-        for _path in _here.glob("visualization/[!_]*.py"):
-            import_module(f"visualization.{_path.stem}")
-        for _name in ("models", "caption"):
-            sys.modules[_ours + _name] = import_module(_name)
-    finally:
-        sys.path.remove(str(_here))
-        for _path in _here.glob("*.py"):
-            sys.modules.pop(_path.stem, None)
-        sys.modules.update(_others)
 
-show_attend_tell = sys.modules[f"{_ours}caption"].Captioner
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Makes our modules those of a package, since others too have a `utils` or `visualization`."""
+
+    @staticmethod
+    def find_spec(name, path, _):
+        if name.startswith(f"{_package}."):
+            if spec := importlib.machinery.PathFinder.find_spec(name, path):
+                spec.loader = _Loader(name, spec.origin)
+            return spec
+
+    def exec_module(self, module):
+        vars(module)["__builtins__"] = vars(builtins) | {"__import__": _import}
+        super().exec_module(module)
+
+
+def _import(name, *args):
+    """What `import` calls in our modules: our names are those of the package."""
+    ours = name.partition(".")[0] in _names
+    return builtins.__import__(f"{_package}.{name}" if ours else name, *args)
+
+
+if _package not in sys.modules:  # else they are those of an earlier torch.hub.load
+    sys.modules[_package] = types.ModuleType(_package)
+    sys.modules[_package].__path__ = [str(_here)]
+    sys.meta_path.insert(0, _Loader)
+show_attend_tell = importlib.import_module(f"{_package}.caption").Captioner
+_models = importlib.import_module(f"{_package}.models")
 
 
 def encoder(pretrained=True, **options):
     """Its `models.Encoder`, or a new one of these options: name="resnet101", stride=32, ..."""
     if pretrained:
         return show_attend_tell(device="cpu").encoder
-    return sys.modules[f"{_ours}models"].Encoder(weights="none", **options).eval()
+    return _models.Encoder(weights="none", **options).eval()
 
 
 def decoder(pretrained=True, **sizes):
@@ -43,7 +57,7 @@ def decoder(pretrained=True, **sizes):
         return show_attend_tell(device="cpu").decoder
     sizes = {"attention_dim": 512, "embed_dim": 512, "decoder_dim": 512, **sizes}
     sizes.setdefault("vocab_size", len(word_map()))
-    return sys.modules[f"{_ours}models"].DecoderWithAttention(**sizes).eval()
+    return _models.DecoderWithAttention(**sizes).eval()
 
 
 def word_map():

@@ -20,7 +20,7 @@ AMP = {"bf16": "bfloat16", "fp16": "float16"}  # torch's names
 MAX_LENGTH_PENALTY = 10  # beyond it only the length would count, and powers overflow
 MAX_INT = 2**31 - 1  # of an option: larger numbers overflow in NumPy, torch or HDF5
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def printable(text):
@@ -37,7 +37,10 @@ class UserError(Exception):
     """A user's mistake: a line that names the file, the value and the next step; details: more."""
 
     def __init__(self, message, details=()):
-        super().__init__("\n  ".join(map(printable, (message, *details))))
+        lines = map(printable, (message, *details))
+        # What a line echoes may be of any length; the file and the next step are at its ends.
+        lines = (x if len(x) <= 600 else f"{x[:300]} … {x[-297:]}" for x in lines)
+        super().__init__("\n  ".join(lines))
 
 
 def run_script(main):
@@ -53,7 +56,7 @@ def run_script(main):
     except KeyboardInterrupt as error:
         message, code = str(error) or "interrupted", getattr(error, "code", 130)
     except (UserError, OSError) as error:  # OSError: a full disk, for example
-        message = str(error) if isinstance(error, UserError) else printable(str(error))
+        message = str(error if isinstance(error, UserError) else UserError(str(error)))
     except RuntimeError as error:
         import torch
 
@@ -97,6 +100,7 @@ def set_up_process():
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(_M_TRIM_THRESHOLD, -1)
             libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_ARENA_MAX, 1)  # else each thread keeps what it has freed for itself
     from PIL import PngImagePlugin
 
     # Read PNGs with large texts or colour profiles too, which Pillow refuses by default.

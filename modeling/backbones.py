@@ -261,7 +261,7 @@ def fold_batchnorm(network):
     apply their layers in the order of their definition; others stay as they are.
     """
     for module in network.modules():
-        if type(module).__module__.split(".")[0] not in ("torchvision", "modeling", "torch"):
+        if not type(module).__module__.startswith(("torchvision.", "torch.", f"{__package__}.")):
             continue
         children = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):

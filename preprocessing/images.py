@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 import urllib.request
 from contextlib import nullcontext
 
@@ -25,7 +26,11 @@ OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, with 8 bits per chann
 # Possible values of white: a camera's 10, 12 or 14 bits are often stored as they are in 16 or 32.
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 FLOAT_WHITES = (1, 255, 65535)
+LARGE = 1 << 25  # pixels of a picture that takes so much memory that threads read it in turns
 MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
+
+
+_reading_large = threading.Lock()
 
 
 def find_suffixes():
@@ -57,7 +62,8 @@ def read_rgb(source):
     try:
         # Given its path, Pillow would map a TIFF into memory, and not turn it upright.
         with _open(source) as file, Image.open(file, formats=FORMATS) as image:
-            return to_rgb(image)
+            with _reading_large if image.width * image.height > LARGE else nullcontext():
+                return to_rgb(image)
     except UserError:
         raise
     except FileNotFoundError:

@@ -50,10 +50,11 @@ def test_choices_of_the_page_are_those_of_the_search(captioner):
 
 
 def test_what_keeps_the_page_from_starting_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    environment = os.environ.copy()
 
-    def start(*arguments):
+    def start(*arguments, **variables):
+        monkeypatch.setattr(os, "environ", environment | variables)
         monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
         with pytest.raises(SystemExit) as end:
             run_script(app.main)
@@ -67,8 +68,23 @@ def test_what_keeps_the_page_from_starting_is_one_line(monkeypatch, capsys):
     assert "192.0.2.1" in start("--host", "192.0.2.1")
     assert "no.such.invalid" in start("--host", "no.such.invalid")
     assert "--port is 70000" in start("--port", "70000")
+    assert "192.0.2.1" in start(GRADIO_SERVER_NAME="192.0.2.1")
+    assert "--port: invalid int value: 'http'" in start(GRADIO_SERVER_PORT="http")
+    assert "nowhere" in start(GRADIO_TEMP_DIR="/nowhere")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install -r requirements-app.txt" in start()
+
+
+def test_photographs_of_killed_servers_are_removed_and_those_of_running_ones_are_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    killed = "import app, os\nwith app.photographs_folder() as folder:\n    os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed], cwd=ROOT)
+    assert len(list(tmp_path.iterdir())) == 1
+    with app.photographs_folder() as first, app.photographs_folder() as second:
+        assert sorted(map(str, tmp_path.iterdir())) == sorted([first, second])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +211,7 @@ def test_it_answers_on_this_computer_only_and_leaves_no_file_behind(ask, server)
     assert server.address.startswith("http://127.0.0.1:")
     ask(PHOTOGRAPHS[0])
     assert list(server.folder.rglob("photo.jpg"))
-    server.process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as when a terminal is closed
+        server.process.send_signal(signal.SIGHUP)
     server.process.wait(30)
     assert list(server.folder.iterdir()) == []

@@ -255,6 +255,8 @@ def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(ca
     arrays = [np.asarray(Image.open(path)).copy() for path in paths]
     for images in (
         deque(map(str, paths)),
+        np.array(list(map(str, paths))),
+        np.array(paths),  # of objects
         tuple(Image.open(path) for path in paths),
         dict(enumerate(arrays)).values(),
         [torch.from_numpy(array) for array in arrays],
@@ -285,11 +287,45 @@ def test_each_reads_a_batch_ahead_of_what_is_asked_for_and_goes_on_after_errors(
     assert next(asked) == 9
 
 
-def test_a_picture_of_a_web_address_is_read_once(captioner, monkeypatch):
+def test_a_picture_of_a_web_address_is_read_once(captioner, run, tmp_path, monkeypatch):
     pixels, read = np.zeros((30, 40, 3), np.uint8), []
     monkeypatch.setattr(caption, "read_rgb", lambda url: read.append(url) or pixels)
     found = captioner("http://x.org/1.png", max_len=6)
     assert found.image is pixels and read == [found.name] == ["http://x.org/1.png"]
+    tree = tmp_path / "tree.svg"
+    code, *_ = run("http://x.org/2.png", "--beam_tree", tree, "--out", tmp_path / "x.html")
+    assert code == 0 and tree.exists() and read[1:] == ["http://x.org/2.png"]
+
+
+def test_pictures_that_change_later_are_captioned_and_drawn_as_they_were(captioner, photos):
+    paths = sorted(photos.glob("*.png"))
+    pictures = [Image.open(path).convert("RGB").resize((64, 64)) for path in paths]
+    expected = [one.text for one in captioner(pictures, max_len=6)]
+    array, picture, stream = np.zeros((64, 64, 3), np.uint8), pictures[0].copy(), io.BytesIO()
+
+    def frames(kind):  # of a camera, which uses its memory again
+        for frame in pictures:
+            array[:] = np.asarray(frame)
+            picture.paste(frame)
+            stream.seek(0), stream.truncate(), frame.save(stream, "PNG")
+            yield kind
+        array[:] = 0
+
+    assert len(set(expected)) > 1
+    for kind in (array, picture, stream):
+        found = captioner(frames(kind), max_len=6)
+        assert [one.text for one in found] == expected
+        for one, frame in zip(found, pictures):
+            np.testing.assert_array_equal(one.image, np.asarray(frame))
+
+
+def test_a_file_that_was_replaced_by_another_picture_is_not_drawn(captioner, photos):
+    found, content = captioner(photos / "0.png", max_len=6), (photos / "0.png").read_bytes()
+    (photos / "0.png").write_bytes((photos / "1.png").read_bytes())
+    with pytest.raises(UserError, match=r"0\.png has changed"):
+        found.save(photos / "x.html")
+    (photos / "0.png").write_bytes(content)
+    found.save(photos / "x.html")
 
 
 def test_what_it_cannot_read_or_search_for_is_named(captioner, photos):
@@ -300,9 +336,25 @@ def test_what_it_cannot_read_or_search_for_is_named(captioner, photos):
         for function in (captioner, captioner.grow_tree):
             with pytest.raises(UserError, match="is not a readable image"):
                 function(image)
+    closed = io.BytesIO()
+    closed.close()
+    for image, reason in ((closed, "closed file"), ("iVBORw0KGgo" * 8000, "File name too long")):
+        with pytest.raises(UserError, match=f"is not a readable image: .*{reason}") as error:
+            captioner(image)
+        assert len(str(error.value)) <= 600
     for options in ({"batch_size": 0}, {"max_len": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             captioner(photos / "0.png", **options)
+
+
+@pytest.mark.parametrize("file", ["utils.py", "datasets/__init__.py", "modeling.py"])
+def test_a_foreign_module_of_our_name_is_an_import_error_that_names_it(tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    code = "try: import caption\nexcept ImportError as error: print(error)"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    assert done.stdout.startswith(f"{tmp_path / file} hides ") and "torch.hub" in done.stdout
 
 
 def test_the_beam_tree_holds_the_caption_and_a_notebook_shows_the_view(captioner, photos):

@@ -26,21 +26,43 @@ def run(code, folder):
 
 
 def test_the_model_loads_in_one_line_beside_foreign_modules_of_our_names(tmp_path):
-    for name in ("datasets", "evaluation", "caption", "utils", "models"):
+    names = "datasets", "evaluation", "caption", "utils", "models", "visualization", "modeling"
+    for name in names:
         (tmp_path / f"{name}.py").write_text("THEIRS = True\n")
     code = f"""
 import datasets, evaluation, caption
 captioned = load("show_attend_tell")({PHOTO!r})
 captioned.save("photo.html"), captioned.save("photo.png"), captioned.save("photo.gif")
 assert datasets.THEIRS and sys.modules["caption"] is caption and caption.THEIRS
-import evaluation, utils, models
-assert evaluation.THEIRS and utils.THEIRS and models.THEIRS
+import utils, models, visualization, modeling
+assert all(sys.modules[name].THEIRS for name in {names})
 again = load("show_attend_tell")({PHOTO!r})
 assert type(again) is type(captioned) and again.text == captioned.text
 print(again.text)
 """
     assert len(run(code, tmp_path)[-1].split()) > 3
     assert {"photo.html", "photo.png", "photo.gif"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_what_it_returns_can_be_pickled_for_a_process_that_loads_it_too(tmp_path):
+    code = f"""
+import pickle
+captioner = load("show_attend_tell", device="cpu")
+captioned = captioner({PHOTO!r})
+pickle.dump((captioner, captioned), open("x.pickle", "wb"))
+print(captioned.text)
+"""
+    text = run(code, tmp_path)[-1]
+    code = f"""
+import pickle
+try: pickle.load(open("x.pickle", "rb"))
+except ModuleNotFoundError as error: print(error)
+load("word_map")
+captioner, captioned = pickle.load(open("x.pickle", "rb"))
+captioned.save("x.gif")
+print(captioned.text), print(captioner({PHOTO!r}).text)
+"""
+    assert run(code, tmp_path)[-3:] == ["No module named 'show_attend_tell_hub'", text, text]
 
 
 @pytest.mark.slow

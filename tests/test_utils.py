@@ -101,6 +101,9 @@ def test_every_message_is_printable_on_its_lines():
     error = UserError("a\nb \x1b[31m\ud800 \u2028", ["c\td", "é 猫"])
     assert str(error) == "a\\nb \\x1b[31m\\ud800 \\u2028\n  c\\td\n  é 猫"
     assert printable("a dog") == "a dog"
+    long = str(UserError(f"x.json: {'y' * 80_000} is no word; run z", ["z" * 700, "a dog"]))
+    assert long.startswith("x.json: yyy") and "y … y" in long and " is no word; run z\n" in long
+    assert [len(line) for line in long.splitlines()] == [600, 602, 7]
 
 
 def test_numbers_are_within_their_bounds():
@@ -123,13 +126,14 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "--batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "--batch_size"),
         (OSError(28, "No space left on device", "x.json\n"), 2, "No space left"),
+        (OSError(36, "File name too long", "y" * 80_000), 2, "File name too long"),
         (UserError("x.json is damaged"), 2, "x.json is damaged"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ):
         with pytest.raises(SystemExit) as end:
             run_script(Mock(side_effect=error))
         err = capsys.readouterr().err
-        assert end.value.code == code and err.count("\n") == 1 and name in err
+        assert end.value.code == code and err.count("\n") == 1 and name in err and len(err) < 650
     with pytest.raises(RuntimeError, match="a bug"):
         run_script(Mock(side_effect=RuntimeError("a bug")))
 
@@ -162,6 +166,25 @@ utils.run_script(main)
 """
     done = run_code(SETTINGS + code)
     assert done.stdout.split() == ["–".encode(), "猫".encode(), b"\\ud800"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_that_a_thread_of_a_script_has_freed_is_there_for_the_others():
+    code = """
+import resource, threading, numpy as np, torch
+utils.set_up_process()
+lock, together = threading.Lock(), threading.Barrier(8)
+def read():
+    together.wait()
+    with lock:
+        np.ones(25 << 20, np.uint8)
+    together.wait()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+threads = [threading.Thread(target=read) for _ in range(8)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    assert int(run_code(code).stdout) < 100  # MB
 
 
 def test_importing_every_module_and_captioning_changes_no_setting_of_the_process():

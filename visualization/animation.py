@@ -1,5 +1,7 @@
 """GIF and MP4: attention moves over the photograph word by word, and the sentence grows below."""
 
+import os
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from visualization.attention import resize_image
 from visualization.figures import find_font
 from visualization.overlay import attention_overlays
 
+MP4 = "-f mp4 -c:v h264 -pix_fmt yuv420p -crf 20 -v error -y".split()  # as every browser plays
 TICK = 0.1  # seconds
 FADE, HOLD, HOLD_END = 2, 4, 24  # ticks: from word to word, on a word, on the complete sentence
 SIZE = 400  # pixels, the frame's width; the photograph fits into a square of it
@@ -27,23 +30,29 @@ def write_animation(path, image, words, alphas, smooth=True, offset=(0.0, 0.0)):
 
     Raises ValueError for alphas as there, UserError for an MP4 without the package imageio-ffmpeg.
     """
-    suffix = Path(path).suffix.lower()
     frames, ticks = make_frames(image, words, alphas, smooth, offset)
-    if suffix == ".gif":
+    if os.fspath(path).lower().endswith(".gif"):
         durations = [round(1000 * TICK) * count for count in ticks]
         options = {"plugin": "pillow", "duration": durations, "loop": 0}
-    else:
-        try:
-            import imageio_ffmpeg
+        content = imageio.imwrite("<bytes>", frames, extension=".gif", is_batch=True, **options)
+        with atomic_write(path) as temporary:
+            Path(temporary).write_bytes(content)
+        return
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
 
-            imageio_ffmpeg.get_ffmpeg_exe()
-        except (ImportError, RuntimeError):  # no package, or it contains no ffmpeg
-            raise UserError("MP4 needs ffmpeg; run pip install imageio-ffmpeg") from None
-        frames = [frame for frame, count in zip(frames, ticks) for _ in range(count)]
-        options = {"plugin": "FFMPEG", "fps": 1 / TICK, "quality": 6, "macro_block_size": 2}
-    content = imageio.imwrite("<bytes>", frames, extension=suffix, is_batch=True, **options)
+        ffmpeg = get_ffmpeg_exe()
+    except (ImportError, RuntimeError):  # no package, or it contains no ffmpeg
+        raise UserError("MP4 needs ffmpeg; run pip install imageio-ffmpeg") from None
+    height, width, _ = frames[0].shape
+    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1 / TICK} -i -".split()
+    pixels = b"".join(frame.tobytes() * count for frame, count in zip(frames, ticks))
     with atomic_write(path) as temporary:
-        Path(temporary).write_bytes(content)
+        command = [ffmpeg, *source, *MP4, f"file:{temporary}"]
+        done = subprocess.run(command, input=pixels, capture_output=True)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise UserError(f"{path} cannot be written: {ffmpeg} failed: {reason}")
 
 
 def make_frames(image, words, alphas, smooth=True, offset=(0.0, 0.0)):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import printable
-from visualization.figures import font_families
+from visualization.figures import default_style, font_families
 from visualization.overlay import attention_overlays
 
 ASPECT = 1.4  # the width over height that figures approximate, as that of screens and pages
@@ -19,6 +19,7 @@ GAP, TITLE = 0.12, 0.34  # inches, between panels and for the word above each
 FONT, SMALLEST = 12, 9  # points; a letter's width is about 0.65 of it; columns widen below SMALLEST
 
 
+@default_style
 def attention_grid(image, words, alphas, smooth=True, offset=(0.0, 0.0), dpi=DPI):
     """
     One panel per word, row by row: the photograph in dim grey, and over it the word's attention as

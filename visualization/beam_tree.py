@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass
 from itertools import chain
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from modeling.beam_search import find_captions
 from utils import printable
-from visualization.figures import font_families, save
+from visualization.figures import default_style, font_families, save
 
 COLUMN, ROW = 1.9, 0.3  # inches, of a step and of a candidate
 BOX = 0.75  # of a column's width
@@ -83,6 +82,7 @@ def build_tree(decoder, features, word_map, search):
     return tree
 
 
+@default_style
 def draw_tree(tree, path):
     """
     Write the tree as a picture in the format of the path's suffix: a column for each step with its
@@ -112,8 +112,7 @@ def draw_tree(tree, path):
             from_x, from_y = places[node.parent]
             order = list(COLOURS).index(node.kind)  # later kinds lie on top
             axes.plot((from_x + BOX, x), (from_y, y), color=COLOURS[node.kind][0], zorder=order)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched
-        save(figure, path)
+    save(figure, path, {"svg.fonttype": "none"})  # text that can be searched
 
 
 def _draw_node(axes, text, x, y, kind, style):

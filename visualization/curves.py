@@ -55,6 +55,7 @@ def read_phases(log):
     return phases
 
 
+@figures.default_style
 def draw_curves(phases):
     """
     A matplotlib Figure with a panel for each quantity that `read_phases` found. Lines have a gap

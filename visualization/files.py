@@ -49,7 +49,8 @@ def overlay_paths(paths, out, single):
 
     Raises UserError if that would overwrite the image, or if out is a file but a folder is needed.
     """
-    if out and single and os.path.basename(out) and not os.path.isdir(out):
+    is_file = out and not os.path.isdir(out) and (os.path.splitext(out)[1] or os.path.isfile(out))
+    if single and is_file:
         if os.path.realpath(out) == os.path.realpath(paths[0]):
             raise UserError(f"--out {out} is the image itself; pass another file")
         if not page.is_page(out) and not out.lower().endswith(ANIMATIONS):
@@ -76,6 +77,16 @@ def overlay_paths(paths, out, single):
         overlays.append(next(name for name in names if name not in taken))
         taken.add(overlays[-1])
     return overlays
+
+
+def can_write_beside(overlays):
+    """Whether overlays can be written beside the images; prints which folder is read-only"""
+    for folder in {os.path.dirname(path) or "." for path in overlays}:
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            advice = "is read-only; pass --out FOLDER for the overlays"
+            print(f"caption.py: {folder} {advice}", file=sys.stderr)
+            return False
+    return True
 
 
 def save_attention(captioned, path, smooth=True):

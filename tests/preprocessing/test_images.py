@@ -7,6 +7,7 @@ import struct
 import subprocess
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -259,3 +260,21 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
         content = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
         (tmp_path / "bomb.png").write_bytes(content)
         refused(tmp_path / "bomb.png", "decompression bomb", load=read_rgb)
+
+
+def test_threads_read_large_pictures_in_turns_and_others_at_once(tmp_path, monkeypatch):
+    picture, together = quadrants(), threading.Barrier(2)
+    picture.save(tmp_path / "x.png")
+
+    def read(path):
+        try:
+            return read_rgb(path) is None
+        except UserError:  # the other thread was not there within the time
+            return True
+
+    monkeypatch.setattr(images, "to_rgb", lambda _: together.wait(0.3))
+    for limit, alone in ((picture.width * picture.height, False), (0, True)):
+        monkeypatch.setattr(images, "LARGE", limit)
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(read, [tmp_path / "x.png"] * 2)) == [alone] * 2
+        together.reset()

@@ -101,6 +101,19 @@ def test_words_neither_leave_the_frame_nor_touch_each_other(monkeypatch):
         assert after[2] > before[2] or after[2] == before[2] and after[0] >= before[1] + 8
 
 
+def test_an_ffmpeg_that_fails_gives_its_own_reason_and_leaves_no_file(tmp_path, monkeypatch):
+    program, reason = tmp_path / "ffmpeg", "Error closing file: No space left on device"
+    program.write_text(f"#!/bin/sh\necho first >&2; echo {reason} >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(UserError, match=f"x.mp4 cannot be written: {program} failed: {reason}$"):
+        write_animation(tmp_path / "x.mp4", GREY, WORDS, ALPHAS)
+    program.chmod(0o644)
+    with pytest.raises(OSError, match=f"{program}"):
+        write_animation(tmp_path / "x.mp4", GREY, WORDS, ALPHAS)
+    assert list(tmp_path.iterdir()) == [program]
+
+
 def test_a_gif_needs_no_ffmpeg_and_an_mp4_without_it_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match="pip install imageio-ffmpeg"):

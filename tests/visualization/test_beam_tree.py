@@ -85,7 +85,7 @@ def test_the_drawing_shows_each_steps_best_candidates_linked_to_their_parents(
     seed, beam_size, monkeypatch, tmp_path
 ):
     tree, figures = make_tree(seed, beam_size)[0], []
-    monkeypatch.setattr(beam_tree, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(beam_tree, "save", lambda figure, *_: figures.append(figure))
     draw_tree(tree, tmp_path / "tree.svg")
     [axes] = figures[0].axes
     boxes = {box.get_xy(): to_hex(box.get_facecolor()) for box in axes.patches if box.get_y() > -1}

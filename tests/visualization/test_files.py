@@ -1,5 +1,6 @@
 """Which images the arguments stand for, and where their overlays are written."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,8 +29,11 @@ def test_no_two_overlays_share_a_file_and_none_is_an_image():
 
 
 def test_a_single_image_may_have_any_file_of_a_known_format(tmp_path):
-    for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg", "x"):
+    for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg"):
         assert overlay_paths(["photo.jpg"], name, True) == [name]
+    for folder in ("x", "x.gif/", "a.b/.x"):  # also one that does not exist yet
+        path = os.path.join(folder, "photo_attention.png")
+        assert overlay_paths(["photo.jpg"], folder, True) == [path]
     assert overlay_paths(["photo.jpg"], str(tmp_path), True) == [
         str(tmp_path / "photo_attention.png")
     ]
