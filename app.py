@@ -14,12 +14,12 @@ from pathlib import Path
 
 from caption import Captioner
 from checkpoints import add_model_options, find_model
+from modeling.workers import SIGNALS
 from utils import Number, Parser, UserError, add_device_options, exclusive_lock, run_script
 from visualization import page
 
 EXAMPLES = sorted((Path(__file__).parent / "docs" / "examples").glob("*.jpg"))
 FOLDER = "show_attend_tell_app_"
-SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 SEARCHES = ("most probable", "most probable, with hard attention", "at random")
 
 
@@ -45,7 +45,7 @@ def caption(gradio, captioner, photograph, words, beam_size, captions, temperatu
         options = {"beam_size": int(beam_size), "hard_attention": words == SEARCHES[1]}
         options["n_best"] = min(int(captions), int(beam_size))
     try:
-        captioned = captioner(photograph, **options)
+        captioned = captioner(photograph, evidence=True, **options)
     except UserError as error:
         line = str(error).replace(photograph, os.path.basename(photograph))
         raise gradio.Error(line, print_exception=False) from None

@@ -22,8 +22,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,15 +30,15 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 try:
     from checkpoints import PRETRAINED, add_model_options, find_model, load_captioner
     from modeling.beam_search import Search, find_captions
     from modeling.devices import autocast, find_device, set_seed
-    from modeling.field_of_view import find_offset
-    from preprocessing.images import is_url, read_rgb, resize_square, to_rgb
+    from modeling.evidence import find_evidence
+    from modeling.sampling import most_likely_location
+    from preprocessing.images import is_url, read_source, resize_square
     from utils import (
         Parser,
         UserError,
@@ -53,6 +52,7 @@ try:
         small_int,
     )
     from visualization import files, page
+    from visualization.captioned import Captioned
 except ImportError as error:
     name, here = (error.name or "").partition(".")[0], Path(__file__).parent
     theirs = getattr(sys.modules.get(name), "__file__", None) or __file__
@@ -62,57 +62,7 @@ except ImportError as error:
     raise ImportError(f"{theirs} hides the {name} of {here}: {advice}") from error
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from visualization.beam_tree import Tree
-
-
-@dataclass
-class Captioned:
-    """An image, its caption, and where the model looked for each word."""
-
-    name: str  # the path or web address, else "image"
-    words: list[str]  # T of them
-    attention: np.ndarray = field(repr=False)  # (T, P) weights for each word; rows sum to 1 at most
-    score: float  # total log-probability in nats
-    finished: bool  # whether the caption reached <end>; otherwise it was cut off at max_len
-    n_best: list[tuple[str, float]]  # texts and scores, the best first, which is this caption
-    encoder: Any = field(repr=False)  # a `models.Encoder`, for `offset`
-    pixels: np.ndarray | None = field(repr=False)  # of `image`; None: it is read from its path
-    checksum: int = field(repr=False)  # of the pixels
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-    @property
-    def image(self) -> np.ndarray:
-        """The upright photograph, uint8 (H, W, 3), of a path read again; UserError if it changed"""
-        pixels = read_rgb(self.name) if self.pixels is None else self.pixels
-        if crc32(pixels.data) != self.checksum:
-            raise UserError(f"{self.name} has changed since it was captioned; caption it again")
-        return pixels
-
-    @cached_property
-    def offset(self) -> tuple[float, float]:
-        """`modeling.field_of_view.find_offset`, measured only when something is to be drawn"""
-        return find_offset(self.encoder)
-
-    def figure(self, smooth: bool = True) -> "Figure":
-        """A matplotlib Figure with the attention for each word; smooth: blend its locations"""
-        from visualization.attention import attention_grid  # only here: matplotlib is slow
-
-        return attention_grid(self.image, self.words, self.attention, smooth, self.offset)
-
-    def save(self, path: str | os.PathLike, smooth: bool = True) -> None:
-        """
-        Write the attention for each word in the format of the path's suffix: .html, .gif or .mp4,
-        or a picture; ValueError for any other. smooth: as in `figure`; pages always blend locations
-        """
-        files.save_attention(self, path, smooth)
-
-    def _repr_html_(self):  # in a notebook
-        return page.fragment(self)
 
 
 class Captioner:
@@ -158,12 +108,19 @@ class Captioner:
         return results[0] if one else results
 
     def each(
-        self, images: Iterable[Any], *, batch_size: int = 32, no_unk: bool = True, **options: Any
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        no_unk: bool = True,
+        evidence: bool = False,
+        **options: Any,
     ) -> Iterator["Captioned | UserError"]:
         """
         Yield for each of these images, in order, a Captioned, or a UserError if it is not readable.
-        While the model captions one batch, threads read the next. no_unk, options: fields of a
-        `modeling.beam_search.Search`, as beam_size=5, n_best=1, or sample=True, temperature=0.7
+        While the model captions one batch, threads read the next. evidence: whether to compute it;
+        no_unk, options: fields of a `modeling.beam_search.Search`, as beam_size=5, n_best=1, or
+        sample=True, temperature=0.7
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
@@ -173,7 +130,7 @@ class Captioner:
             def start_reading():
                 reading = []
                 for image in islice(images, batch_size):
-                    reading.append(pool.submit(_read, image, self.image_size))
+                    reading.append(pool.submit(self._read, image))
                     if not isinstance(image, (str, os.PathLike, bytes)):
                         wait(reading)  # a camera may put its next picture into the same array
                 return reading
@@ -182,57 +139,53 @@ class Captioner:
             while reading:
                 batch, reading = reading, start_reading()
                 squares = [future.result()[-1] for future in batch if not future.exception()]
-                captions = iter(self._search(find_captions, squares, search) if squares else [])
+                captions = iter(self._caption(squares, search, evidence) if squares else [])
                 for future in batch:
                     if isinstance(future.exception(), UserError):
                         yield future.exception()
                     else:
                         *source, _ = future.result()
-                        yield self._to_words(next(captions), *source)
+                        yield self._to_words(*next(captions), *source)
 
     def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
         """What the search for an image's caption kept and dropped; options: those of `each`"""
         from visualization.beam_tree import build_tree
 
-        *_, square = _read(image, self.image_size)
-        return self._search(build_tree, [square], Search(no_unk=no_unk, **options))
-
-    def _search(self, find, squares, search):
-        """find(decoder, features, word map, search) of images uint8 (3, size, size)"""
+        *_, square = self._read(image)
+        search = Search(no_unk=no_unk, **options)
         with torch.inference_mode(), autocast(self.device, self.amp):
-            images = torch.from_numpy(np.stack(squares)).to(self.device)
-            return find(self.decoder, self.encoder.cells(images), self.word_map, search)
+            return build_tree(self.decoder, self._encode([square]), self.word_map, search)
 
-    def _to_words(self, best, name, pixels, checksum):
+    def _read(self, source):
+        """Name, pixels (None for those of a file) and checksum of a `Captioned`; a square for it"""
+        pixels, is_file = read_source(source)
+        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "image"
+        kept = None if is_file else pixels  # there may be thousands of files
+        return name, kept, crc32(pixels.data), resize_square(pixels, self.image_size)
+
+    def _encode(self, squares):
+        """Images uint8 (3, size, size) -> features (N, G, E)"""
+        return self.encoder.cells(torch.from_numpy(np.stack(squares)).to(self.device))
+
+    def _caption(self, squares, search, evidence):
+        """Pairs of each image's beam_search.Caption and its evidence, None unless asked for"""
+        hard = most_likely_location if search.hard_attention else None
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            features = self._encode(squares)
+            captions = find_captions(self.decoder, features, self.word_map, search)
+            if not evidence:
+                return [(best, None) for best in captions]
+            rest = self.word_map["<start>"], hard
+            pairs = zip(features, captions)
+            return [(best, find_evidence(self.decoder, x, best.tokens, *rest)) for x, best in pairs]
+
+    def _to_words(self, best, evidence, name, pixels, checksum):
         """The Captioned of a beam_search.Caption"""
         found = (best, *best.alternatives)
         words = [[self.words[i] for i in caption.tokens] for caption in found]
         n_best = [(" ".join(text), caption.score) for text, caption in zip(words, found)]
-        rest = (n_best, self.encoder, pixels, checksum)
+        rest = (n_best, self.encoder, pixels, checksum, evidence)
         return Captioned(name, words[0], best.alphas, best.score, best.finished, *rest)
-
-
-def _read(source, size):
-    """
-    The name, pixels and checksum of a `Captioned`, and uint8 (3, size, size) for the encoder;
-    UserError if what `Captioner` was given cannot be read
-    """
-    is_path = isinstance(source, (str, os.PathLike))
-    if is_path or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
-        pixels = read_rgb(source)
-    else:
-        try:
-            is_picture = isinstance(source, Image.Image)
-            picture = source if is_picture else Image.fromarray(np.asarray(source))
-            if 0 in picture.size:
-                raise ValueError("it has no pixels")
-            pixels = to_rgb(picture)
-        except Exception as error:  # Pillow's decoders raise errors of many kinds
-            kind = type(source).__name__
-            raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
-    kept = None if is_path and not is_url(source) else pixels  # there may be thousands of files
-    name = os.fspath(source) if is_path else "image"
-    return name, kept, crc32(pixels.data), resize_square(pixels, size)
 
 
 # The script
@@ -257,6 +210,8 @@ def get_args(argv=None):
     text += f"those of several, or one .html for all; if not given, NAME{files.OVERLAY} beside it"
     add("--out", help=text)
     add("--no_attention", action="store_true", help="draw no overlays")
+    text = "draw what each location contributed to the word, instead of attention to it"
+    add("--evidence", action="store_true", help=text)
     add("--smooth", action="store_true", default=True, help="blend the attention's locations")
     add("--no-smooth", "--dont_smooth", dest="smooth", action="store_false", help="draw blocks")
     add("--show", action="store_true", help="also show overlays in a window")
@@ -269,8 +224,8 @@ def check_options(args, single):
     """UserError for options that conflict; single: whether --img is one file"""
     if args.n_best > args.beam_size and not args.sample:
         raise UserError(f"--n_best {args.n_best} needs --beam_size {args.n_best} or more")
-    if args.no_attention and (args.show or args.out):
-        raise UserError("--no_attention leaves nothing to save or show; drop --out and --show")
+    if args.no_attention and (args.show or args.out or args.evidence):
+        raise UserError("--no_attention leaves nothing to draw; drop --out, --show and --evidence")
     if args.out and page.is_page(args.out) and not args.smooth:
         raise UserError(f"--no-smooth is for pictures; pages such as {args.out} always blend")
     if args.beam_tree and (args.sample or not single):
@@ -292,7 +247,8 @@ def main():
     set_seed(args.seed)
     draws = not args.no_attention and (args.out or files.can_write_beside(overlays))
     failed, for_page = 0, []
-    results = captioner.each(paths, batch_size=args.batch_size, **search)
+    options = {"batch_size": args.batch_size, "evidence": args.evidence, **search}
+    results = captioner.each(paths, **options)
     bar = tqdm(results, total=len(paths), unit="image", disable=single or None)
     for overlay, result in zip(overlays, bar):
         try:
@@ -325,7 +281,7 @@ def main():
             page.write_page(args.out, for_page, f"{len(for_page)} captions")
     if draws and failed < len(paths):
         where = overlays[0] if single else args.out or f"*{files.OVERLAY} beside the images"
-        print(f"attention: {where}", file=sys.stderr)
+        print(f"{'evidence' if args.evidence else 'attention'}: {where}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(paths)} images could not be captioned or drawn")
 

@@ -18,6 +18,7 @@ from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
+from evaluation.objects import Objects
 from evaluation.results import write_results
 from evaluation.scores import GROUPS, NAMES, scores_by_image
 from evaluation.table import evaluate_captions, print_evaluation, table_rows, write_table
@@ -56,6 +57,8 @@ def get_args(argv=None):
     add("--metrics", nargs="+", metavar="NAME", type=str.lower, choices=GROUPS, help=text)
     text = "the PTB tokenizer's words (default for --metrics if there is Java) or the data set's"
     add("--tokens", choices=("ptb", "data"), help=text)
+    text = "COCO's instances_….json: are the things that captions name there, and looked at?"
+    add("--boxes", metavar="FILE", help=text)
     text = "95 %% intervals from N resamples of the images; --compare: 1000 if not given"
     add("--bootstrap", type=large_int, metavar="N", help=text)
     add("--seed", type=non_negative_int, default=0, help="of resamples, --sample, random images")
@@ -124,9 +127,10 @@ def evaluate(args, processes):
         from evaluation.report import check_photographs, write_report
 
         check_photographs(data, args.image_folder)
+    objects = Objects(data, args.boxes)
     say = partial(processes.print, file=sys.stderr)  # stdout is for the table
     with timed(f"captioning {count(len(data), 'image')}", say):
-        captions = caption_split(model, data, args, processes)
+        captions = caption_split(model, data, objects, args, processes)
     if not processes.is_main:
         return
     training = read_training_captions(args.data_folder, name) if "unseen" in args.names else None
@@ -134,7 +138,7 @@ def evaluate(args, processes):
     if args.sample:
         title += f", sampled at temperature {args.temperature:g}, top_p {args.top_p:g}"
     with timed("scoring", say):
-        evaluation = evaluate_captions(title, captions, data, training, args)
+        evaluation = evaluate_captions(title, captions, data, training, bool(objects), args)
     if args.results:  # the files first: printing may fail
         last = evaluation.beams[-1]
         scores = scores_by_image(last.metrics, len(data)) if args.metrics else None

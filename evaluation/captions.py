@@ -12,35 +12,32 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import ResumableBatchSampler
-from evaluation.metrics import attention_hits
 from modeling.beam_search import Search, find_captions
 from modeling.devices import autocast
+from modeling.evidence import find_evidence
 from modeling.field_of_view import find_offset
+from modeling.sampling import most_likely_location
 from modeling.workers import load_batches, start_worker
 from utils import UserError, read_json
 
-MARGIN = 15 / 256  # Zhang et al. 2016, arXiv 1608.00507: compensates for coarse attention maps
-
 
 class ImageCaption(NamedTuple):
-    """The model's caption of one image at one beam size, and its attention accuracy"""
+    """The model's caption of one image at one beam size, and the objects that it names"""
 
     words: list
     score: float  # total log-probability in nats
-    object_words: int  # how many of the words name objects
-    hits: int  # for how many of them the attention was in the object's box
-    near_hits: int  # the same with the pointing game's margin
+    objects: list | None  # `objects.NamedObject`s; None for an image without boxes
     offset: tuple = (0.0, 0.0)  # of the encoder: `modeling.field_of_view.measure_offset`
     attention: np.ndarray = None  # (T, P), only at the last beam size and with --report
 
 
 @torch.inference_mode()
-def caption_split(model, data, args, processes):
+def caption_split(model, data, objects, args, processes):
     """
     Caption every image once at each of args.beam_sizes; each process takes its share.
 
     model: encoder, decoder and word map, as `checkpoints.load_captioner` returns them
-    data: the CaptionDataset of the split, whose own word map is not needed
+    data: the CaptionDataset of the split, whose own word map is not needed; objects: its Objects
     args: eval.py's options
 
     Returns for each beam size the ImageCaptions of all images, in every process.
@@ -50,8 +47,8 @@ def caption_split(model, data, args, processes):
     if (size := encoder.args["image_size"]) != (given := data.image_size):
         processes.print(f"the model was trained on images of {size} pixels, these are of {given}")
     words_of = {i: word for word, i in word_map.items()}
-    nouns = object_nouns(data)
-    offset = find_offset(encoder) if nouns or args.report else (0.0, 0.0)  # else not used
+    offset = find_offset(encoder) if objects or args.report else (0.0, 0.0)  # else not used
+    hard = most_likely_location if args.search["hard_attention"] else None
     rank, world_size = processes.rank, processes.world_size
     batches = ResumableBatchSampler(len(data), args.batch_size, False, 0, rank, world_size)
     options = {"num_workers": args.workers, "pin_memory": processes.device.type == "cuda"}
@@ -65,25 +62,21 @@ def caption_split(model, data, args, processes):
                 find_captions(decoder, features, word_map, Search(beam_size, **args.search))
                 for beam_size in args.beam_sizes
             ]
-        for i, captions in zip(indices.tolist(), zip(*searches)):
-            objects, by_beam = data.entry(i).get("objects", []), []
+        for i, image, captions in zip(indices.tolist(), features, zip(*searches)):
+            by_beam = []
             for caption in captions:
                 words = [words_of[token] for token in caption.tokens]
-                shown = words, caption.alphas, objects, nouns
-                hits, total = attention_hits(*shown, 0, offset)
-                near_hits, _ = attention_hits(*shown, MARGIN, offset)
-                by_beam.append(ImageCaption(words, caption.score, total, hits, near_hits, offset))
+                if named := objects.find(i, words):
+                    with autocast(processes.device, args.amp):
+                        start = word_map["<start>"]
+                        evidence = find_evidence(decoder, image, caption.tokens, start, hard)
+                    named = objects.measure(i, words, caption.alphas, evidence, offset)
+                by_beam.append(ImageCaption(words, caption.score, named, offset))
             if args.report:
                 by_beam[-1] = by_beam[-1]._replace(attention=captions[-1].alphas.astype(np.float16))
             found.append((i, by_beam))
     found = sorted(processes.all_gather(found), key=lambda item: item[0])
     return [list(captions) for captions in zip(*(by_beam for _, by_beam in found))]
-
-
-def object_nouns(data):
-    """The words that name objects in this data set; empty if it has no boxes of objects"""
-    objects = [obj for i in range(len(data)) for obj in data.entry(i).get("objects", [])]
-    return {noun for obj in objects for noun in obj["words"]}
 
 
 def read_training_captions(data_folder, data_name):

@@ -1,4 +1,4 @@
-"""BLEU, counted by NLTK, CIDEr and CIDEr-D, top-5 accuracy and attention accuracy."""
+"""BLEU, counted by NLTK, CIDEr and CIDEr-D, and top-5 accuracy."""
 
 import math
 import sys
@@ -162,45 +162,9 @@ class CiderD:
         return np.array(scores, dtype=np.float64)
 
 
-# Top-5 accuracy and attention accuracy
+# Top-5 accuracy
 
 
 def top_k_correct(logits: torch.Tensor, targets: torch.Tensor, k: int = 5) -> torch.Tensor:
     """How many of the targets (W,) are among the k largest logits (W, V), as a 0-dim tensor"""
     return (logits.topk(min(k, logits.shape[1])).indices == targets.unsqueeze(1)).any(1).sum()
-
-
-def attention_hits(
-    words: list[str],
-    alphas: np.ndarray,
-    objects: list[dict],
-    nouns: set[str],
-    margin: float = 0.0,
-    offset: tuple[float, float] = (0.0, 0.0),
-) -> tuple[int, int]:
-    """
-    Attention accuracy of one caption: at each word that names an object, is the most attended
-    location in that object's box? Returns the counts of hits and of such words.
-
-    words: T words, alphas: (T, P) on a square grid over the image
-    objects: [{"box": [left, top, right, bottom] as fractions of the image, "words": [...]}]
-    nouns: all words that name objects in the data set; one that no object here has is a miss
-    margin: how far outside the box the location may be, as a fraction of the image
-    offset: how far to the right of and below its place in the grid a location looks (see
-    `modeling.field_of_view`), but not beyond the image's edge
-    """
-    hits = []
-    for word, alpha in zip(words, alphas):
-        if word in nouns:
-            side = round(len(alpha) ** 0.5)
-            row, column = divmod(int(alpha.argmax()), side)
-            x = min(max((column + 0.5) / side + offset[0], 0), 1)
-            y = min(max((row + 0.5) / side + offset[1], 0), 1)
-            boxes = [obj["box"] for obj in objects if word in obj["words"]]
-            hits.append(
-                any(
-                    left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
-                    for left, top, right, bottom in boxes
-                )
-            )
-    return sum(hits), len(hits)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 from jinja2 import FileSystemLoader
 
+from evaluation.objects import COLUMNS
 from evaluation.scores import scores_by_image
 from preprocessing.images import read_rgb
 from utils import UserError, atomic_write
@@ -45,6 +46,7 @@ def write_report(path, evaluation, data, image_folder=None, seed=0):
         sections.append((heading, views))
     body = ENVIRONMENT.get_template("report.html").render(
         names=evaluation.names,
+        columns=list(COLUMNS if evaluation.beams[0].objects else ()),
         beams=evaluation.beams,
         map=map,
         notes=list(map(page.escape, evaluation.notes)),

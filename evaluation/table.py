@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation import scores
-from evaluation.captions import object_nouns
+from evaluation.objects import COLUMNS, summarise
 from utils import atomic_write
 
-ATTENTION = (
-    "attention: share of object words at which the most attended location lies in the "
-    "object's box; then, at most 15 pixels of 256 beside it (the pointing game)"
+OBJECTS = (
+    "attention, evidence: % of the words for objects at whose strongest location there is a box of "
+    "the object; near: at most 15 pixels of 256 beside it (the pointing game)",
+    "inside: % of attention in these boxes; chance: % of all locations",
+    "CHAIRi: % of the objects named that are not there; CHAIRs: % of captions with such an object",
 )
 EXPLAINED = {
     "CIDEr": "CIDEr: as in the paper, without stemming; neither clipped nor length-penalised",
@@ -32,7 +34,7 @@ class BeamResult(NamedTuple):
     captions: list  # an ImageCaption per image
     metrics: dict  # {name: scores.Metric}
     intervals: dict  # {name: (low, high)}; None without --bootstrap
-    attention: tuple  # two texts of `attention_accuracy`; None if the data have no boxes of objects
+    objects: tuple  # texts of `objects.summarise`; None if the data have no boxes of objects
 
     def texts(self, name):
         """A metric and the ends of its interval as texts, dashes for missing ones"""
@@ -49,13 +51,14 @@ class Evaluation(NamedTuple):
     notes: list  # lines below the table
 
 
-def evaluate_captions(title, by_beam, data, training, args):
+def evaluate_captions(title, by_beam, data, training, has_objects, args):
     """
     Score captions. Returns an Evaluation. The metrics of a source are those of its images alone,
     also in the document frequencies of CIDEr.
 
     by_beam: as `captions.caption_split` returns it; data: the CaptionDataset; training: its
-    training captions, a set of tuples of words, or None; args: eval.py's options
+    training captions, a set of tuples of words, or None; has_objects: whether their boxes are
+    known; args: eval.py's options
     """
     systems = [[caption.words for caption in captions] for captions in by_beam]
     references = [data.entry(i)["references"] for i in range(len(data))]
@@ -64,7 +67,7 @@ def evaluate_captions(title, by_beam, data, training, args):
     if training is not None:
         novel = [[tuple(words) not in training for words in captions] for captions in systems]
     systems, references, tokens = scores.tokenize(systems, references, args.tokens)
-    has_objects, sources = bool(object_nouns(data)), {}
+    sources = {}
     for i in range(len(data)):
         sources.setdefault(data.entry(i).get("source"), []).append(i)
     several, beams = len(sources) > 1, [[] for _ in by_beam]
@@ -77,11 +80,11 @@ def evaluate_captions(title, by_beam, data, training, args):
             if args.bootstrap:
                 resampled = scores.resample(metrics, args.bootstrap, args.seed)
                 intervals = {name: scores.interval(values) for name, values in resampled.items()}
-            attention = attention_accuracy(captions) if has_objects else None
-            found.append(BeamResult(beam_size, source, captions, metrics, intervals, attention))
+            named = summarise([caption.objects for caption in captions]) if has_objects else None
+            found.append(BeamResult(beam_size, source, captions, metrics, intervals, named))
     if "unseen" in missing:
         missing["unseen"] = f"{args.data_folder} has no TRAIN_REFERENCES file"
-    notes = ([ATTENTION] if has_objects else []) + footnotes(args, tokens, missing)
+    notes = [*OBJECTS] * has_objects + footnotes(args, tokens, missing)
     return Evaluation(title, args.names, sum(beams, []), notes)
 
 
@@ -110,14 +113,17 @@ def print_evaluation(evaluation):
     width = 4 if len(sources) == 1 else 6 + max(map(len, sources))
     heading = "beam  source".ljust(width)[:width] + "".join(f"  {name}" for name in names)
     print(evaluation.title)
-    print(heading + ("          attention" if beams[0].attention else ""))
+    columns = COLUMNS if beams[0].objects else ()
+    print(heading + "".join(f"  {name:>6}" for name in columns))
     for beam in beams:
         label = f"{beam.beam_size:4d}  {beam.source or 'all'}".ljust(width)[:width]
         lines = [f"{start:{width}}" for start in (label, " low", "high")]
         for name in names:
             texts = beam.texts(name)
             lines = [line + text.rjust(len(name) + 2) for line, text in zip(lines, texts)]
-        lines[0] += f"{'  '.join(beam.attention):>19}" if beam.attention else ""
+        lines[0] += "".join(
+            text.rjust(2 + max(6, len(name))) for name, text in zip(columns, beam.objects or ())
+        )
         print(*lines[: 1 if beam.intervals is None else 3], sep="\n")
     for note in evaluation.notes:
         print(note)
@@ -126,13 +132,13 @@ def print_evaluation(evaluation):
 def table_rows(evaluation):
     """The evaluation as rows of texts, the heading first; a cell includes its interval."""
     sources = any(beam.source for beam in evaluation.beams)
-    attention = ["attention", "attention near"] if evaluation.beams[0].attention else []
-    rows = [["beam", *["source"] * sources, *evaluation.names, *attention]]
+    objects = COLUMNS if evaluation.beams[0].objects else ()
+    rows = [["beam", *["source"] * sources, *evaluation.names, *objects]]
     for beam in evaluation.beams:
         row = [str(beam.beam_size), *[beam.source or "all"] * sources]
         for value, low, high in map(beam.texts, evaluation.names):
             row.append(value if low == "–" else f"{value} ({low}–{high})")
-        rows.append([*row, *(beam.attention or ())])
+        rows.append([*row, *(beam.objects or ())])
     return rows
 
 
@@ -163,10 +169,3 @@ def cell(name, value):
     if value is None:
         return "–"
     return f"{value:.0f}" if name == "vocabulary" else f"{value:.2f}"
-
-
-def attention_accuracy(captions):
-    """Attention accuracy as two texts, without and with margin; dashes if no object was named"""
-    total = sum(caption.object_words for caption in captions)
-    hits = sum(caption.hits for caption in captions), sum(caption.near_hits for caption in captions)
-    return tuple(f"{100 * hit / total:.2f} %" if total else "–" for hit in hits)

@@ -76,6 +76,25 @@ def read_rgb(source):
     raise UserError(f"{name} is not a readable image: {reason}")
 
 
+def read_source(source):
+    """
+    As `read_rgb`, also of a PIL image or an array uint8 (H, W), (H, W, 3) or (H, W, 4): the pixels,
+    and whether they can be read again, from a path. UserError if they cannot be read
+    """
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
+        return read_rgb(source), is_path and not is_url(source)
+    try:
+        is_picture = isinstance(source, Image.Image)
+        picture = source if is_picture else Image.fromarray(np.asarray(source))
+        if 0 in picture.size:
+            raise ValueError("it has no pixels")
+        return to_rgb(picture), False
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        kind = type(source).__name__
+        raise UserError(f"{kind} is not a readable image, uint8 (H, W, 3): {error}") from None
+
+
 def _open(source):
     """A context with an open binary file."""
     if isinstance(source, (bytes, bytearray)):

@@ -79,6 +79,9 @@ def read_sources(sources, folders, dataset, max_len):
         read_splits(content, path, folder, max_len)
         for content, path, folder in zip(contents, paths, folders * len(sources))
     ]
+    if not any(part["TRAIN"] for part in parts):
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no image to train on; give some the split 'train'")
     if len(parts) == 1:
         return parts[0]
     names = [
@@ -145,8 +148,6 @@ def read_splits(karpathy, source, image_folder, max_len):
     for split, number in skipped.items():
         images = count(number, "image")
         print(f"{split}: {images} skipped, without a caption of 1 to {max_len} words")
-    if not splits["TRAIN"]:
-        raise UserError(f"{source}: no image to train on; give some the split 'train'")
     return splits
 
 

@@ -19,7 +19,10 @@ import caption
 import checkpoints
 import utils
 from modeling import field_of_view
+from modeling.evidence import find_evidence
+from modeling.sampling import most_likely_location
 from models import DecoderWithAttention, Encoder
+from preprocessing.images import read_image
 from utils import UserError
 
 WORDS = ["a", "dog", "cat", "on", "the", "grass", "red", "ball"]
@@ -222,6 +225,7 @@ def test_options_that_contradict_each_other_are_errors_of_one_line(run, photos):
         ("--n_best 6", "--n_best --beam_size"),
         ("--no_attention --out x.png", "--no_attention --out"),
         ("--no_attention --show", "--no_attention --show"),
+        ("--no_attention --evidence", "--no_attention --evidence"),
         ("--out x.html --no-smooth", "--no-smooth x.html"),
         ("--beam_size 0", "--beam_size 0"),
         ("--img nowhere.jpg", "nowhere.jpg"),
@@ -245,6 +249,29 @@ def test_where_the_encoder_looks_is_measured_once_and_only_to_draw(captioner, ph
     assert first.offset == second.offset == (0.1, 0.2) and len(measured) == 1
     monkeypatch.setattr("visualization.attention.attention_grid", lambda *given: given)
     assert first.figure(False)[1:] == (first.words, first.attention, False, (0.1, 0.2))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_evidence_is_computed_if_asked_for_and_shown_instead_of_attention(
+    captioner, photos, monkeypatch, hard
+):
+    paths, rest = sorted(photos.glob("*.png")), (WORD_MAP["<start>"], None)
+    if hard:
+        rest = WORD_MAP["<start>"], most_likely_location
+    options = {"max_len": 6, "n_best": 2, "hard_attention": hard}
+    monkeypatch.setattr("visualization.attention.attention_grid", lambda *given: given)
+    plain, found = captioner(paths, **options), captioner(paths, evidence=True, **options)
+    for path, before, one in zip(paths, plain, found):
+        square = torch.from_numpy(read_image(path))[None]
+        with torch.inference_mode():
+            [features] = captioner.encoder.cells(square)
+        tokens = [WORD_MAP[word] for word in one.words]
+        expected = find_evidence(captioner.decoder, features, tokens, *rest)
+        np.testing.assert_allclose(one.evidence, expected, atol=1e-5)
+        assert one.text == before.text and before.evidence is None
+        assert one.figure()[2] is one.evidence and before.figure()[2] is before.attention
+        pages = one._repr_html_(), before._repr_html_()
+        assert ["show evidence" in page for page in pages] == [True, False]
 
 
 def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(captioner, photos):
@@ -289,7 +316,7 @@ def test_each_reads_a_batch_ahead_of_what_is_asked_for_and_goes_on_after_errors(
 
 def test_a_picture_of_a_web_address_is_read_once(captioner, run, tmp_path, monkeypatch):
     pixels, read = np.zeros((30, 40, 3), np.uint8), []
-    monkeypatch.setattr(caption, "read_rgb", lambda url: read.append(url) or pixels)
+    monkeypatch.setattr("preprocessing.images.read_rgb", lambda url: read.append(url) or pixels)
     found = captioner("http://x.org/1.png", max_len=6)
     assert found.image is pixels and read == [found.name] == ["http://x.org/1.png"]
     tree = tmp_path / "tree.svg"

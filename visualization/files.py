@@ -96,8 +96,8 @@ def save_attention(captioned, path, smooth=True):
     elif os.fspath(path).lower().endswith(ANIMATIONS):
         from visualization.animation import write_animation
 
-        words, alphas = captioned.words, captioned.attention
-        write_animation(path, captioned.image, words, alphas, smooth, captioned.offset)
+        words, weights = captioned.words, captioned.shown
+        write_animation(path, captioned.image, words, weights, smooth, captioned.offset)
     else:
         from visualization import figures
 

@@ -6,15 +6,15 @@
   const closest = (event, selector) => event.target.closest?.(selector);
   const wordsOf = (view) => [...view.querySelectorAll(".sat-word")];
 
-  // Shows a word's heat map, or the photograph if there is no word.
+  // Shows a word's heat map of attention or evidence, or the photograph if there is no word.
   function show(view, shown) {
-    const heats = view.querySelectorAll(".sat-heat"), status = view.querySelector(".sat-where");
-    wordsOf(view).forEach((word, i) => {
-      word.classList.toggle("sat-shown", word === shown);
-      heats[i].classList.toggle("sat-shown", word === shown);
-    });
+    const kind = view.querySelector(".sat-evidence")?.checked ? "evidence" : "attention";
+    const status = view.querySelector(".sat-where"), words = wordsOf(view);
+    for (const word of words) word.classList.toggle("sat-shown", word === shown);
+    view.querySelectorAll(".sat-heat").forEach((heat, i) => heat.classList.toggle(
+      "sat-shown", heat.dataset.kind === kind && words[i % words.length] === shown));
     view.classList.toggle("sat-looking", Boolean(shown));
-    status.textContent = shown ? `${shown.textContent}: ${shown.dataset.where}` : status.dataset.hint;
+    status.textContent = shown ? `${shown.textContent}: ${shown.dataset[kind]}` : status.dataset.hint;
   }
 
   // A selected word stays when the mouse leaves.
@@ -36,6 +36,10 @@
     const view = closest(event, ".sat"), word = closest(event, ".sat-word");
     if (word) select(view, word.getAttribute("aria-pressed") === "true" ? null : word);
     else if (closest(event, ".sat-picture")) select(view, null);
+  });
+  document.addEventListener("change", (event) => {
+    const view = closest(event, ".sat");
+    if (closest(event, ".sat-evidence")) show(view, view.querySelector("[aria-pressed=true]"));
   });
   document.addEventListener("focusin", (event) => {
     const view = closest(event, ".sat"), focused = closest(event, ".sat-word");

@@ -103,6 +103,7 @@ def view(captioned, heading, hint=""):
       score       total log-probability in nats
       n_best      (text, score), the best first, including the caption itself; shown if several
       references  optional: strings, which are collapsed
+      evidence    optional: (T, P), of `modeling.evidence`, to which the page can switch; or None
       offset      optional: as in `attention.attention_grid`
 
     Raises ValueError unless there is one row of attention per word on a square grid.
@@ -111,25 +112,27 @@ def view(captioned, heading, hint=""):
     ratio = photograph.width / photograph.height
     photograph.thumbnail((LONGEST, LONGEST))
     offset = getattr(captioned, "offset", (0.0, 0.0))
-    heats = heat_layers(captioned.words, captioned.attention, HEAT, offset=offset)
-    looks = [
-        {"word": word, "where": _describe(alpha), "heat": heat}
-        for word, alpha, heat in zip(captioned.words, captioned.attention, heats)
-    ]
+    kinds = {"attention": captioned.attention, "evidence": getattr(captioned, "evidence", None)}
+    kinds = {kind: weights for kind, weights in kinds.items() if weights is not None}
+    heats = {
+        kind: list(heat_layers(captioned.words, weights, HEAT, offset=offset))
+        for kind, weights in kinds.items()
+    }
+    places = {kind: [_describe(row, kind) for row in rows] for kind, rows in kinds.items()}
     layers = {"photograph": photograph, "grey": grey_layer(np.asarray(photograph)), "ratio": ratio}
-    return _macros().view(captioned, layers, looks, heading, hint)
+    return _macros().view(captioned, layers, heats, places, heading, hint)
 
 
 def _macros():
     return ENVIRONMENT.get_template("page.html").module
 
 
-def _describe(alpha):
-    """Text that names the ninth of the photograph with most of the attention (P,)."""
-    side = round(len(alpha) ** 0.5)
-    grid = Image.fromarray(np.asarray(alpha, np.float32).reshape(side, side))
+def _describe(weights, kind):
+    """Text that names the ninth of the photograph with most of the weights (P,) of this kind"""
+    side = round(len(weights) ** 0.5)
+    grid = Image.fromarray(np.asarray(weights, np.float32).reshape(side, side))
     ninths = np.asarray(grid.resize((3, 3), Image.Resampling.BOX)).ravel()
     share = ninths.max() / (ninths.sum() or 1)
     if share < SPREAD:
-        return "attention spread over the photograph"
-    return f"most attention {POSITIONS[ninths.argmax()]}, {100 * share:.0f} %"
+        return f"{kind} spread over the photograph"
+    return f"most {kind} {POSITIONS[ninths.argmax()]}, {100 * share:.0f} %"

@@ -9,10 +9,14 @@ from factories import karpathy_entry, write_karpathy, write_scenes
 import eval as eval_script
 from evaluation import coco_caption
 from evaluation.captions import ImageCaption
+from evaluation.objects import NamedObject
 from preprocessing.input_files import create_input_files
 
 # The stand-in's captions of the 8 test scenes: the first 2, 3, … 9 of these words
 WORDS = "there is a red circle above a blue square".split()
+# The objects that each of them names
+OBJECTS = [NamedObject(True, (1, 1, 1, 1, 0.5, 0.25)), NamedObject(True, (0, 1, 0, 0, 0.25, 0.25))]
+OBJECTS.append(NamedObject(False, None))
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +28,13 @@ def data(tmp_path_factory):
 @pytest.fixture
 def stub_captions():
     """The stand-in's captions of the test scenes, at every beam size"""
-    return [ImageCaption(WORDS[:n], -1.0, 3, 1, 2, attention=np.eye(196)[:n]) for n in range(2, 10)]
+    return [ImageCaption(WORDS[:n], -1.0, OBJECTS, attention=np.eye(196)[:n]) for n in range(2, 10)]
+
+
+@pytest.fixture
+def summary():
+    """The figures of OBJECTS in the table"""
+    return ["50.00", "100.00", "50.00", "50.00", "37.50", "25.00", "33.33", "100.00"]
 
 
 @pytest.fixture
@@ -32,7 +42,7 @@ def evaluate(data, stub_captions, monkeypatch, no_java):
     """Call eval.py without a model and without Java: evaluate(*options, data=…, by_beam=…)"""
 
     def call(*options, data=data, by_beam=None):
-        def found(model, data, args, processes):
+        def found(model, data, objects, args, processes):
             return by_beam or [stub_captions for _ in args.beam_sizes]
 
         monkeypatch.setattr(eval_script, "caption_split", found)

@@ -10,30 +10,26 @@ import eval as eval_script
 from evaluation import coco_caption
 from evaluation.captions import ImageCaption
 from evaluation.metrics import CiderD, bleu
+from evaluation.objects import COLUMNS
 from evaluation.scores import NAMES
-from evaluation.table import attention_accuracy
 from utils import UserError
 
 
-def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(evaluate, tmp_path, capsys):
+def test_without_metrics_the_table_is_bleu_of_the_data_sets_words(
+    evaluate, summary, tmp_path, capsys
+):
     evaluate("--results", tmp_path / "r.json")
     out, phases = capsys.readouterr()
     _, heading, row, *_ = out.splitlines()
     words = ("captioning 8 images ...", "captioning 8 images took", "scoring ...", "scoring took")
     assert all(map(str.startswith, phases.splitlines(), words)) and phases.count("\n") == 4
-    assert heading == "beam  BLEU-1  BLEU-2  BLEU-3  BLEU-4          attention"
+    assert heading.split() == ["beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", *COLUMNS]
     rows = json.loads((tmp_path / "r.json").read_text())
     references = [[text.split() for text in row["references"]] for row in rows]
     expected = bleu(references, [row["caption"].split() for row in rows])
-    assert row == "   1" + "".join(f"{value:8.2f}" for value in expected) + "   33.33 %  66.67 %"
+    assert row.split() == ["1", *(f"{value:.2f}" for value in expected), *summary]
+    assert len(row) == len(heading)
     assert rows[0].keys() == {"image_id", "filename", "caption", "score", "references"}
-
-
-def test_attention_accuracy_is_a_mean_over_words_and_a_dash_without_any():
-    some = ImageCaption(["a"] * 4, score=-1.0, object_words=4, hits=1, near_hits=2)
-    none = ImageCaption(["a"] * 4, score=-1.0, object_words=0, hits=0, near_hits=0)
-    assert attention_accuracy([some, some, none]) == ("25.00 %", "50.00 %")
-    assert attention_accuracy([none]) == ("–", "–")
 
 
 def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
@@ -41,7 +37,7 @@ def test_without_java_meteor_is_a_dash_and_other_metrics_are_computed(
 ):
     evaluate("--metrics", "all", "--results", tmp_path / "r.json")
     _, heading, row, *notes = capsys.readouterr().out.splitlines()
-    assert heading.split()[1:-1] == list(NAMES)
+    assert heading.split()[1:] == [*NAMES, *COLUMNS]
     cells = dict(zip(heading.split(), row.split()))
     assert cells["METEOR"] == "–" and float(cells["CIDEr-D"]) > 0 and cells["vocabulary"] == "8"
     assert float(cells["length"]) == np.mean([min(i + 2, 9) for i in range(8)]).round(2)
@@ -91,30 +87,32 @@ def test_unseen_is_a_dash_without_the_training_captions(evaluate, data, tmp_path
         evaluate("--tokens", "ptb")
 
 
-def test_table_for_a_paper_holds_what_is_printed(evaluate, tmp_path, capsys):
+def test_table_for_a_paper_holds_what_is_printed(evaluate, summary, tmp_path, capsys):
     for name in ("t.md", "t.tex"):
         options = ["--metrics", "bleu", "length", "--bootstrap", "50"]
         evaluate(*options, "--table", tmp_path / name)
     _, _, *lines = capsys.readouterr().out.splitlines()
     cells = list(zip(*(line.split()[1:6] for line in lines[:3])))  # (value, low, high)
     heading, rule, row, empty, *notes = (tmp_path / "t.md").read_text().splitlines()
-    names = "beam BLEU-1 BLEU-2 BLEU-3 BLEU-4 length attention".split()
-    assert heading == f"| {' | '.join(names)} | attention near |"
-    assert rule == "|" + "---|" * 8 and empty == ""
+    names = [*"beam BLEU-1 BLEU-2 BLEU-3 BLEU-4 length".split(), *COLUMNS]
+    assert heading == f"| {' | '.join(names)} |"
+    assert rule == "|" + "---|" * 14 and empty == ""
     texts = " | ".join(f"{value} ({low}–{high})" for value, low, high in cells)
-    assert row == f"| 1 | {texts} | 33.33 % | 66.67 % |"
+    assert row == f"| 1 | {texts} | {' | '.join(summary)} |"
     assert any("50 resamples" in note for note in notes)
     tex = (tmp_path / "t.tex").read_text().splitlines()
-    assert tex[0] == "% needs \\usepackage{booktabs}" and "\\begin{tabular}{lrrrrrrr}" in tex
+    assert (
+        tex[0] == "% needs \\usepackage{booktabs}" and f"\\begin{{tabular}}{{l{'r' * 13}}}" in tex
+    )
     [line] = [line for line in tex if line.startswith("1 & ")]
     texts = " & ".join(f"{value} {{\\scriptsize ({low}--{high})}}" for value, low, high in cells)
-    assert line == f"1 & {texts} & 33.33 \\% & 66.67 \\% \\\\"
+    assert line == f"1 & {texts} & {' & '.join(summary)} \\\\"
 
 
 def test_each_source_has_a_row_equal_to_its_images_alone(joined, evaluate, capsys, tmp_path):
     texts = ["a red bus on a street", "a dog runs in the park", "two men eat"]
     texts += ["a white oven in a kitchen", "a bowl of apples"]
-    captions = [ImageCaption(text.split(), -1.0, 0, 0, 0) for text in texts]
+    captions = [ImageCaption(text.split(), -1.0, []) for text in texts]
     # At beam size 1 the first word is missing.
     first = [caption._replace(words=caption.words[1:]) for caption in captions]
     last = [caption._replace(attention=np.eye(196)[: len(caption.words)]) for caption in captions]

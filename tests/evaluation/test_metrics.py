@@ -11,7 +11,7 @@ from factories import CAPTION_WORDS, as_coco, caption_sets
 from nltk.translate.bleu_score import corpus_bleu
 from pycocoevalcap.cider.cider import Cider as PycocoCider
 
-from evaluation.metrics import CiderD, TfIdf, attention_hits, bleu, cider, cider_d, top_k_correct
+from evaluation.metrics import CiderD, TfIdf, bleu, cider, cider_d, top_k_correct
 
 
 def count_ngrams(words, n):
@@ -184,44 +184,3 @@ def test_top_k_correct_by_hand():
     assert [int(top_k_correct(logits, targets, k)) for k in (1, 2, 3, 4)] == [1, 2, 2, 3]
     assert int(top_k_correct(logits, targets)) == 3  # of fewer than 5 words each is among 5
     assert int(top_k_correct(torch.arange(7.0).repeat(2, 1), torch.tensor([1, 2]))) == 1
-
-
-def hits(cell, box, margin=0.0, offset=(0.0, 0.0)):
-    """Whether attention to this (row, column) of 4 x 4 locations hits a cat in the box"""
-    alpha = np.full((4, 4), 0.01)
-    alpha[cell] = 0.5
-    objects = [{"box": box, "words": ["cat"]}]
-    hit, total = attention_hits(["cat"], [alpha.ravel()], objects, {"cat"}, margin, offset)
-    assert total == 1
-    return hit
-
-
-def test_attention_is_a_hit_if_its_maximum_is_in_the_box():
-    left, road = [0, 0, 0.5, 1], [0, 0.75, 1, 1]  # road: the lowest row, since rows come first
-    assert [hits(cell, left) for cell in ((0, 0), (3, 1), (0, 2), (3, 3))] == [1, 1, 0, 0]
-    assert [hits(cell, road) for cell in ((3, 0), (3, 3), (2, 3), (0, 3))] == [1, 1, 0, 0]
-    # Column 1 of 4 spans 0.25..0.5, its centre is 0.375; a box that ends exactly there contains it.
-    assert [hits((0, 1), [0, 0, right, 1]) for right in (0.37, 0.375, 0.38)] == [0, 1, 1]
-
-
-def test_a_location_counts_where_the_encoder_looks_within_a_margin_of_the_box():
-    # The location's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
-    for box in ([0, 0, 0.3, 1], [0.45, 0, 1, 1], [0, 0, 1, 0.3], [0, 0.45, 1, 1]):
-        assert [hits((1, 1), box, margin) for margin in (0, 0.07, 0.08)] == [0, 0, 1]
-    right = [0.5, 0.25, 0.95, 0.5]
-    offsets = ((0.0, 0.0), (0.12, 0.0), (0.13, 0.0), (0.13, 0.2))
-    assert [hits((1, 1), right, 0, offset) for offset in offsets] == [0, 0, 1, 0]
-    # One that would look beyond the image's edge, 0.875 + 0.2, is at the edge.
-    assert [hits((1, 3), right, margin, (0.2, 0.0)) for margin in (0.04, 0.06)] == [0, 1]
-    assert [hits((0, 1), [0.25, 0, 0.5, y], 0, (0.0, -0.2)) for y in (0.0, -0.1)] == [1, 0]
-    assert hits((3, 1), [0.25, 0.8, 0.5, 1], 0, (0.0, 0.2)) == 1
-
-
-def test_only_words_that_name_objects_count_and_any_object_of_that_name_is_a_hit():
-    left, right = ({"box": [x, 0, x + 0.5, 1], "words": ["cat", "kitten"]} for x in (0, 0.5))
-    alphas, nouns = np.eye(16)[[0, 0, 0, 3]], {"cat", "kitten", "dog"}
-    words = ["dog", "kitten", "the", "cat"]  # a dog is a miss, since the image has none
-    assert attention_hits(words, alphas, [left], nouns) == (1, 3)
-    assert attention_hits(words, alphas, [left, right], nouns) == (2, 3)
-    assert attention_hits(["the"], alphas, [left], nouns) == (0, 0)
-    assert attention_hits([], np.zeros((0, 16)), [], nouns) == (0, 0)

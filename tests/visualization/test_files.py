@@ -68,7 +68,13 @@ def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path, c
 
 def test_attention_is_saved_in_the_format_of_the_suffix(tmp_path):
     captioned = SimpleNamespace(
-        **{"name": "x.jpg", "text": "a", "words": ["a"], "attention": np.eye(4)[:1]},
+        **{
+            "name": "x.jpg",
+            "text": "a",
+            "words": ["a"],
+            "attention": np.eye(4)[:1],
+            "shown": np.eye(4)[:1],
+        },
         **{"image": np.zeros((20, 20, 3), np.uint8), "offset": (0.1, 0.0)},
         **{"score": -1.0, "n_best": [], "figure": lambda smooth: Figure()},
     )

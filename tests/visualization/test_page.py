@@ -21,7 +21,8 @@ def texts(source, tag):
 
 
 def pictures(source, kind):
-    """The PIL images of this class"""
+    """The PIL images of this class, or of this kind of heat map"""
+    kind = f'heat" data-kind="{kind}' if kind in ("attention", "evidence") else kind
     pattern = rf'<img class="sat-{kind}" alt="[^"]*" src="data:image/\w+;base64,(.*?)">'
     found = re.findall(pattern, source)
     return [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
@@ -32,16 +33,18 @@ def test_the_layers_of_the_page_are_those_of_the_figure(offset):
     y, x, phase = np.mgrid[:336, :448, :3]
     image = ((np.sin(x / 28 + y / 67 + phase) + 1) * 127).astype(np.uint8)
     one = captioned(image=image, offset=offset)
+    one.evidence = np.random.default_rng(1).dirichlet(np.full(196, 0.3), len(one.words)) / 7
     source = document(one)
     [photograph], [grey] = pictures(source, "photograph"), pictures(source, "grey")
     assert abs(np.asarray(photograph).astype(int) - image).mean() < 3
-    heats = pictures(source, "heat")
-    expected = list(attention_overlays(image, one.words, one.attention, True, offset))
-    assert len(heats) == len(expected) == 12
-    for heat, picture in zip(heats, expected):
-        ours = grey.convert("RGBA")
-        ours.alpha_composite(heat.convert("RGBA").resize(ours.size, Image.Resampling.BILINEAR))
-        assert abs(np.asarray(ours.convert("RGB")).astype(int) - picture).mean() < 3
+    for kind in ("attention", "evidence"):
+        heats = pictures(source, kind)
+        expected = list(attention_overlays(image, one.words, getattr(one, kind), True, offset))
+        assert len(heats) == len(expected) == 12
+        for heat, picture in zip(heats, expected):
+            ours = grey.convert("RGBA")
+            ours.alpha_composite(heat.convert("RGBA").resize(ours.size, Image.Resampling.BILINEAR))
+            assert abs(np.asarray(ours.convert("RGB")).astype(int) - picture).mean() < 3
 
 
 def test_large_photographs_are_scaled_down_to_640_pixels_and_a_word_takes_few_bytes():
@@ -71,16 +74,23 @@ def test_words_names_and_references_are_shown_as_they_are():
     links = re.findall(r'(?:src|href)="(.*?)"', source)
     assert len(links) == 15 and all(link.startswith("data:") for link in links)
     source = document(captioned([], np.zeros((0, 196)), n_best=[("", -1.0)]))
-    assert "The caption has no words." in source and pictures(source, "heat") == []
+    assert "The caption has no words." in source and pictures(source, "attention") == []
 
 
 def test_the_place_of_the_attention_is_described():
     places = {(0, 0): "at the upper left", (13, 7): "at the bottom", (6, 6): "in the centre"}
     expected = [f"most attention {place}, 100 %" for place in places.values()]
     alphas = np.concatenate([one_hot(*places), np.full((1, SIDE * SIDE), 1 / SIDE**2)])
-    source = page.fragment(captioned(["a", "big", "dog", "runs"], alphas))
-    described = re.findall(r'data-where="(.*?)"', source)
-    assert described == [*expected, "attention spread over the photograph"]
+    expected.append("attention spread over the photograph")
+    one = captioned(["a", "big", "dog", "runs"], alphas, evidence=None)
+    source = page.fragment(one)
+    assert re.findall(r' data-attention="(.*?)"', source) == expected
+    assert "data-evidence" not in source and "checkbox" not in source
+    one.evidence = np.zeros_like(alphas)  # nothing speaks for the words
+    one.evidence[0, 195] = 1
+    described = re.findall(r'data-evidence="(.*?)"', page.fragment(one))
+    spread = ["evidence spread over the photograph"] * 3
+    assert described == ["most evidence at the lower right, 100 %", *spread]
 
 
 def test_a_page_is_written_completely_or_not_at_all(tmp_path):

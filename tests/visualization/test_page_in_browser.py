@@ -154,6 +154,26 @@ def test_a_tap_or_click_selects_a_word_and_a_second_one_shows_the_photograph(bro
     assert browser.shown() == ["two"]
 
 
+def test_a_switch_shows_evidence_instead_of_attention(browser):
+    evidence = one_hot((12, 3), (4, 11))
+    browser.open([captioned(["one", "two"], one_hot((2, 2), (7, 7)), evidence=evidence)])
+    one, two = browser.all(".sat-word")
+    [switch], [status] = browser.all(".sat-evidence"), browser.all(".sat-where")
+    two.click()
+    assert np.allclose(brightest(browser.picture()), (7.5, 7.5), atol=0.3)
+    switch.click()
+    assert browser.shown() == ["two"] and "most evidence at the upper right" in status.text
+    assert np.allclose(brightest(browser.picture()), (4.5, 11.5), atol=0.3)
+    browser.hover(one)
+    assert np.allclose(brightest(browser.picture()), (12.5, 3.5), atol=0.3)
+    browser.press("escape")
+    assert browser.shown() == []
+    switch.click()
+    browser.hover(one)
+    assert "most attention" in status.text
+    assert np.allclose(brightest(browser.picture()), (2.5, 2.5), atol=0.3)
+
+
 def test_nothing_overflows_sideways_on_a_phone(browser):
     long, names = (
         ["w" * 90, *["word"] * 15],

@@ -1,0 +1,120 @@
+"""Objects that captions name: which they are, whether they are there, and hits in their boxes."""
+
+import numpy as np
+import pytest
+from factories import refused
+
+from evaluation.objects import MARGIN, Objects, find_things, in_boxes, read_boxes, summarise
+from utils import write_json
+
+
+class Data(list):
+    """Entries as those of a CaptionDataset"""
+
+    def entry(self, i):
+        return {"references": [], **self[i]}
+
+
+def inside(box, margin=0.0, offset=(0.0, 0.0)):
+    """The (row, column) of those of 4 x 4 locations that look at the box"""
+    return {divmod(int(i), 4) for i in in_boxes([box], 16, offset, margin).nonzero()[0]}
+
+
+def test_a_location_is_in_a_box_if_its_centre_is():
+    every = {(row, column) for row in range(4) for column in range(4)}
+    assert inside([0, 0, 0.5, 1]) == {place for place in every if place[1] < 2}
+    assert inside([0, 0.75, 1, 1]) == {place for place in every if place[0] == 3}
+    # Column 1 of 4 spans 0.25..0.5, its centre is 0.375; a box that ends exactly there contains it.
+    assert [(0, 1) in inside([0, 0, right, 1]) for right in (0.37, 0.375, 0.38)] == [0, 1, 1]
+    both = in_boxes([[0, 0, 0.2, 0.2], [0.8, 0.8, 1, 1]], 16)
+    assert both.nonzero()[0].tolist() == [0, 15]
+
+
+def test_a_location_counts_where_the_encoder_looks_within_a_margin_of_the_box():
+    # The location's centre, (0.375, 0.375), is 0.075 away from each of the boxes.
+    for box in ([0, 0, 0.3, 1], [0.45, 0, 1, 1], [0, 0, 1, 0.3], [0, 0.45, 1, 1]):
+        assert [(1, 1) in inside(box, margin) for margin in (0, 0.07, 0.08)] == [0, 0, 1]
+    right = [0.5, 0.25, 0.95, 0.5]
+    offsets = ((0.0, 0.0), (0.12, 0.0), (0.13, 0.0), (0.13, 0.2))
+    assert [(1, 1) in inside(right, 0, offset) for offset in offsets] == [0, 0, 1, 0]
+    # One that would look beyond the image's edge, 0.875 + 0.2, is at the edge.
+    assert [(1, 3) in inside(right, margin, (0.2, 0.0)) for margin in (0.04, 0.06)] == [0, 1]
+    assert [(0, 1) in inside([0.25, 0, 0.5, y], 0, (0.0, -0.2)) for y in (0.0, -0.1)] == [1, 0]
+    assert (3, 1) in inside([0.25, 0.8, 0.5, 1], 0, (0.0, 0.2))
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        ("two men ride horses past a bus", ["1 person", "3 horse", "6 bus"]),
+        ("a hot dog and a dog on benches", ["2 hot dog", "5 dog", "7 bench"]),
+        ("puppies with knives in a wine glass", ["0 dog", "2 knife", "6 wine glass"]),
+        ("a baby elephant by a train track", ["2 elephant"]),
+        ("a baby on a passenger train", ["1 person", "5 train"]),
+        ("traffic lights at the home plate", ["1 traffic light"]),
+        ("the glass looks grass green", []),
+        ("", []),
+    ],
+)
+def test_things_are_named_by_synonyms_plurals_and_pairs_of_words(caption, expected):
+    assert [f"{i} {thing}" for i, thing in find_things(caption.split())] == expected
+
+
+def test_figures_of_named_objects_are_those_counted_by_hand(tmp_path):
+    """Two images with boxes of 100 x 50 pixels, and one that the file does not have"""
+    content = {
+        "images": [{"id": 7, "width": 100, "height": 50}, {"id": 8, "width": 10, "height": 10}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [0, 0, 50, 50]},  # the left half
+            {"image_id": 7, "category_id": 2, "bbox": [75, 25, 25, 25]},  # 1 of 4 x 4 places: 12..
+            {"image_id": 7, "category_id": 2, "bbox": [0, 0, 25, 12.5]},
+        ],
+    }
+    write_json(tmp_path / "i.json", content)
+    boxes = read_boxes(tmp_path / "i.json")
+    assert boxes == {
+        7: {"cat": [[0, 0, 0.5, 1]], "dog": [[0.75, 0.5, 1, 1], [0, 0, 0.25, 0.25]]},
+        8: {},
+    }
+    data = Data([{"image_id": 7}, {"image_id": 8}, {"image_id": 9}])
+    data[0]["references"] = [["a", "kitten", "on", "a", "sofa"]]
+    objects = Objects(data, tmp_path / "i.json")
+    words = "a cat by dogs a couch a zebra".split()
+    assert bool(objects) and objects.find(2, words) is None
+    attention, evidence = np.full((8, 16), 0.01), np.zeros((8, 16))
+    attention[1, 2], evidence[1, 5] = 0.5, 1  # 2 is right of the cat's box by 1/8, 5 in it
+    attention[3, 15], evidence[3, 4] = 0.85, 1  # in a dog; below one
+    found = objects.measure(0, words, attention, evidence, (0.0, 0.0))
+    assert [one.exists for one in found] == [True, True, True, False]
+    cat, dog, couch, zebra = (one.figures for one in found)
+    assert couch is zebra is None  # the couch is known from a reference, without a box
+    assert cat == pytest.approx((0, 0, 1, 1, 0.08 / 0.65, 8 / 16))
+    assert dog == pytest.approx((1, 1, 0, 0, 0.87 / 1.0, 3 / 16))
+    assert MARGIN < 1 / 8
+    nothing = objects.measure(1, ["zebra"], attention, evidence, (0.0, 0.0))
+    mean = (0.08 / 0.65 + 0.87) / 2
+    expected = (50, 50, 50, 50, 100 * mean, 100 * 11 / 32, 100 * 2 / 5, 100)
+    texts = tuple(f"{x:.2f}" for x in expected)
+    assert summarise([found, nothing, None]) == texts
+    assert summarise([found, nothing, [], []])[-1] == "50.00"
+    assert summarise([None]) == ("–",) * 8
+
+
+def test_the_demos_objects_are_named_by_their_own_words():
+    left, right = ({"box": [x, 0, x + 0.5, 1], "words": ["cat", "red"]} for x in (0, 0.5))
+    data = Data([{"objects": [left, right]}, {"objects": [{**left, "words": ["dog"]}]}])
+    objects, alphas = Objects(data), np.eye(16)
+    assert objects.find(0, ["the", "dog", "red"]) == [(1, "dog"), (2, "red")]
+    found = objects.measure(0, ["the", "dog", "red"], alphas, alphas, (0.0, 0.0))
+    assert [one.exists for one in found] == [False, True] and found[1].figures[0] == 1
+    assert not Objects(Data([{}]))
+
+
+def test_a_file_that_is_no_coco_instances_is_named(tmp_path):
+    path = tmp_path / "i.json"
+    images, categories = [{"id": 1, "width": 1, "height": 1}], [{"id": 1, "name": "cat"}]
+    good = {"images": images, "categories": categories, "annotations": []}
+    for change in ({"images": 3}, {"annotations": [{"image_id": 2, "bbox": [0, 0, 1, 1]}]}, {}):
+        write_json(path, good | change)
+        refused(path, load=lambda path: Objects(Data([{"image_id": 1}]), path))
