@@ -141,7 +141,10 @@ def _boxes_by_word(objects):
 
 
 def in_boxes(
-    boxes: list[list[float]], locations: int, offset=(0.0, 0.0), margin: float = 0.0
+    boxes: list[list[float]],
+    locations: int,
+    offset: tuple[float, float] = (0.0, 0.0),
+    margin: float = 0.0,
 ) -> np.ndarray:
     """
     Which of P locations on a square grid, (P,) bool, look at one of these boxes, [left, top, right,

@@ -5,8 +5,8 @@ import inspect
 import caption
 import datasets
 import models
-from evaluation import metrics
-from modeling import beam_search
+from evaluation import metrics, objects
+from modeling import beam_search, evidence
 from training import losses
 
 DOORS = [
@@ -15,7 +15,8 @@ DOORS = [
     *(beam_search.beam_search, beam_search.find_captions),
     *(losses.TeacherForcing, losses.HardAttention, losses.SelfCritical, losses.Reward),
     *(losses.doubly_stochastic_loss, losses.token_losses, losses.self_critical_loss),
-    *(metrics.bleu, metrics.CiderD, metrics.cider_d, metrics.top_k_correct, metrics.attention_hits),
+    *(metrics.bleu, metrics.CiderD, metrics.cider_d, metrics.top_k_correct),
+    *(evidence.find_evidence, objects.find_things, objects.read_boxes, objects.in_boxes),
 ]
 
 
