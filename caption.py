@@ -17,6 +17,7 @@ As a library:
     captioned.save("photo_attention.png")       # or .html, .gif, .mp4; a notebook shows the page
 """
 
+import argparse
 import json
 import os
 import sys
@@ -213,7 +214,8 @@ def get_args(argv=None):
     text = "draw what each location contributed to the word, instead of attention to it"
     add("--evidence", action="store_true", help=text)
     add("--smooth", action="store_true", default=True, help="blend the attention's locations")
-    add("--no-smooth", "--dont_smooth", dest="smooth", action="store_false", help="draw blocks")
+    blocks = {"action": "store_false", "default": argparse.SUPPRESS, "help": "draw blocks"}
+    add("--no-smooth", "--dont_smooth", dest="smooth", **blocks)
     add("--show", action="store_true", help="also show overlays in a window")
     add("--beam_tree", metavar="FILE", help="draw the beam search for a single image")
     add_device_options(parser.add_argument_group("device"))

@@ -138,6 +138,8 @@ def _from_timm(name, weights, stride):
             f"timm.list_models()" + (f"; similar: {similar}" if similar else "")
         )
     config = timm.get_pretrained_cfg(name)
+    if weights == "imagenet" and not config.has_weights:
+        raise UserError(f"timm has no weights for {name}; pass --encoder_weights none or FILE")
     create = partial(timm.create_model, name, pretrained=weights == "imagenet")
     url = config.url or f"https://huggingface.co/{config.hf_hub_id}/tree/main"
     model = None

@@ -121,7 +121,8 @@ def _store_images(folder, name, splits, captions_per_image, size, skip_bad_image
             if skip_bad_images:
                 rows.resize(len(good[split]), axis=0)
     seconds = time.monotonic() - start
-    print(f"{len(paths)} images read in {seconds:.1f} s, {len(paths) / seconds:.0f} images/s")
+    images, rate = count(len(paths), "image"), len(paths) / seconds
+    print(f"{images} read in {seconds:.1f} s, {rate:.0f} images/s")
     return good, bad
 
 

@@ -214,6 +214,10 @@ def test_unknown_name_lists_similar_ones():
         load_backbone("efficientnet_lite", "none")
     with pytest.raises(UserError, match=r"unknown encoder resnet-xyz; see torchvision.*\(\)$"):
         load_backbone("resnet-xyz", "none")
+    with pytest.raises(
+        UserError, match="no weights for efficientnet_lite2; pass --encoder_weights"
+    ):
+        load_backbone("efficientnet_lite2", "imagenet")
 
 
 # Weights from a file
