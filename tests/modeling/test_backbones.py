@@ -214,9 +214,7 @@ def test_unknown_name_lists_similar_ones():
         load_backbone("efficientnet_lite", "none")
     with pytest.raises(UserError, match=r"unknown encoder resnet-xyz; see torchvision.*\(\)$"):
         load_backbone("resnet-xyz", "none")
-    with pytest.raises(
-        UserError, match="no weights for efficientnet_lite2"
-    ):
+    with pytest.raises(UserError, match="no weights for efficientnet_lite2"):
         load_backbone("efficientnet_lite2", "imagenet")
 
 
