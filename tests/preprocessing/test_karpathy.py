@@ -29,11 +29,10 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
         ({"sentences": [{"tokens": "a b c d e".split()}]}, "no image to train on"),
         ({"sentences": None}, foreign),
         ({"sentences": [{"raw": "x"}]}, foreign),
-        ({"sentences": [{"tokens": "a dog"}]}, foreign),
-        ({"sentences": [{"tokens": ["a", None]}]}, foreign),
-        ({"sentences": [{"tokens": ["\ud800"]}]}, foreign),
-        ({"sentences": [{"tokens": ["the", "<end>", "dog"]}]}, "a.png: a caption has <end>"),
-        ({"sentences": [{"tokens": ["the", "<unk>"]}]}, "a.png: a caption has <unk>"),
+        *(({"sentences": [{"tokens": tokens}]}, wrong) for tokens, wrong in (
+            ("a dog", foreign), (["a", None], foreign), (["\ud800"], foreign),
+            (["a", "<end>", "dog"], "a.png: a caption has <end>"),
+        )),
         *(({"objects": [obj]}, foreign) for obj in (
             {"box": box, "words": []}, {"box": [*box, "1"], "words": []}, {"box": [*box, 1]},
             {"box": [*box, 1], "words": "dog"}, {"box": [*box, 1], "words": [5]},

@@ -145,7 +145,9 @@ def test_ascii_is_split_as_unicode_is(text):
 
 
 def test_a_cell_may_hold_a_list_of_captions_and_windows_path_and_a_split_is_kept(read):
-    assert read('{"image": "a.jpg", "caption": "x", "split": "test"}')[0]["split"] == "test"
+    for key in ("image_path", "filepath", "path", "name"):
+        entry = {key: "a.jpg", "text": "x", "split": "test"}
+        assert read(json.dumps(entry))[0]["split"] == "test"
     for cell in ("['A dog runs.', \"A dog's ball\"]", '["A dog runs.", "A dog\'s ball"]'):
         quoted = '"' + cell.replace('"', '""') + '"'
         lines = f"img,split,description\na\\b.jpg,val,{quoted}\nb.jpg,train,[a] dog\n"
