@@ -292,7 +292,7 @@ def test_images_of_every_kind_get_the_same_caption_and_are_drawn_as_they_were(ca
         tuple(Image.open(path) for path in paths),
         dict(enumerate(arrays)).values(),
         [torch.from_numpy(array) for array in arrays],
-        (path.read_bytes() for path in paths),
+        (kind(path.read_bytes()) for kind, path in zip([bytes, bytearray] * 3, paths)),
         [io.BytesIO(path.read_bytes()) for path in paths],
     ):
         for found, one in zip(captioner(images, max_len=6), expected, strict=True):

@@ -48,12 +48,13 @@ def test_every_transparency_is_blended_with_white_and_rounded_to_the_nearest(tmp
         np.testing.assert_array_equal(read_saved(pixels, tmp_path / "a.png"), grey(expected))
 
 
-def test_palettes_print_colours_and_first_frames_are_shown_a_transparent_entry_white(tmp_path):
+def test_first_frames_and_palettes_are_shown_and_what_is_transparent_is_white(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     animated = {"save_all": True, "append_images": [blue], "duration": 50}
     for suffix in ("gif", "webp", "png"):
         got = read_saved(red, tmp_path / f"a.{suffix}", **animated).astype(int)
         assert np.abs(got - [255, 0, 0]).max() <= 3
+    assert read_saved(red, tmp_path / "a.png", transparency=(255, 0, 0)).min() == 255
     got = read_saved(np.array([[False, True]]), tmp_path / "a.png")  # one bit
     np.testing.assert_array_equal(got, grey([[0, 255]]))
     image = Image.fromarray(np.array([[0, 1]], np.uint8))
