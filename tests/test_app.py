@@ -93,12 +93,9 @@ def server(tmp_path_factory):
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("temporary")
     proxy = {"http_proxy": "http://127.0.0.1:9"}
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "app.py", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | proxy | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-    )
+    env = os.environ | proxy | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "app.py", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     process.stdout.readline()  # which model
     [address] = re.findall(r"Open (http\S+) in a browser", process.stdout.readline())
     yield SimpleNamespace(address=address, process=process, folder=folder)
@@ -170,9 +167,8 @@ def test_dropped_photographs_get_their_captions_and_their_words_light_up(
         seen.append(tuple(map(point_at, elements(".sat-word")[:2])))
     assert len({*seen[0], *seen[1]}) == 4 and seen[2] == seen[0]
     assert all(entry["level"] != "SEVERE" for entry in chromium.get_log("browser"))
-    messages = [
-        json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")
-    ]
+    entries = chromium.get_log("performance")
+    messages = [json.loads(entry["message"])["message"] for entry in entries]
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     addresses = [params["request"]["url"] for params in sent]
     ours = [url for url in addresses if url.startswith(server.address)]

@@ -1,7 +1,5 @@
 """eval.py with a stand-in for the model, since only its captions matter here."""
 
-import json
-
 import numpy as np
 import pytest
 from factories import karpathy_entry, write_karpathy, write_scenes
@@ -11,6 +9,7 @@ from evaluation import coco_caption
 from evaluation.captions import ImageCaption
 from evaluation.objects import NamedObject
 from preprocessing.input_files import create_input_files
+from utils import write_json
 
 # The stand-in's captions of the 8 test scenes: the first 2, 3, … 9 of these words
 WORDS = "there is a red circle above a blue square".split()
@@ -61,20 +60,17 @@ def no_java(monkeypatch):
 @pytest.fixture(scope="session")
 def joined(tmp_path_factory):
     """A data set joined from two, which have the same image ids; 3 and 2 test images"""
-    folder, paths, folders = tmp_path_factory.mktemp("joined"), [], []
-    sources = {
-        "street": ["a red bus on a wet street", "a dog runs in a park", "two men sit at a table"],
-        "kitchen": ["a white oven in a small kitchen", "a bowl of red apples"],
-    }
-    for source, captions in sources.items():
+    folder, paths = tmp_path_factory.mktemp("joined"), []
+    street = ["a red bus on a wet street", "a dog runs in a park", "two men sit at a table"]
+    kitchen = ["a white oven in a small kitchen", "a bowl of red apples"]
+    for source, captions in {"street": street, "kitchen": kitchen}.items():
         kinds = [(split, text) for split in ("train", "val", "test") for text in captions]
         entries = [
             karpathy_entry(f"{i}.png", split, [text, text + " today"], imgid=i + 10 - len(kinds))
             for i, (split, text) in enumerate(kinds)
         ]
-        path = write_karpathy(folder / source, entries)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": source}))
-        paths.append(str(path))
-        folders.append(str(folder / source / "images"))
+        paths.append(write_karpathy(folder / source, entries))
+        write_json(paths[-1], {"images": entries, "dataset": source})
+    folders = [path.parent / "images" for path in paths]
     create_input_files("both", paths, folders, 2, 0, str(folder / "data"), workers=0)
     return folder / "data"

@@ -95,53 +95,30 @@ def test_boxes_are_tight_around_what_each_object_changed():
             assert far_apart(changed, demo.box(points)) < 1.7  # pixels
 
 
-def test_shapes_are_drawn_where_their_polygons_are():
-    """The oracle: matplotlib's test of points in a polygon; the shapes are dark."""
-    path = pytest.importorskip("matplotlib.path")
-    columns, rows = np.meshgrid(np.arange(256) + 0.5, np.arange(256) + 0.5)
-    for shape in demo.SHAPES:
-        background, [polygon] = demo.compose(([("large", "black", shape)], (1, 1)), Random(3))
-        drawn = np.asarray(demo.draw(background, [polygon])).max(2) < 110
-        corners = np.stack([polygon[1].real, polygon[1].imag], 1)
-        inside = path.Path(corners).contains_points(np.stack([columns, rows], 2).reshape(-1, 2))
-        assert (drawn != inside.reshape(256, 256)).sum() < 0.02 * inside.sum(), shape
-
-
 def test_positions_and_sizes_in_captions_are_true_of_the_boxes(images):
-    """Read the captions, not the scene: each way to say it has its own test on the boxes."""
-
-    def above(a, b):
-        return a[3] < b[1] and b[1] + b[3] - a[1] - a[3] > 2 * abs(a[0] - b[0] + a[2] - b[2])
-
-    turned = lambda box: [box[1], box[0], box[3], box[2]]  # noqa: E731
-    relations = {
-        "above": above,
-        "below": lambda a, b: above(b, a),
-        "to the left of": lambda a, b: above(turned(a), turned(b)),
-        "to the right of": lambda a, b: above(turned(b), turned(a)),
-    }
-    corners = {f"in the {v} {h} corner": (x, y) for x, h in [(0, "left"), (2, "right")]
-               for y, v in [(0, "upper"), (2, "lower")]}  # fmt: skip
-    places = {"at the top": (1, 0), "at the bottom": (1, 2), "in the middle": (1, 1),
-              "on the left side": (0, 1), "on the right side": (2, 1)} | corners  # fmt: skip
-    checked = set()
+    """Read the captions, not the scene. One object is in a cell of 3 x 3, two are clearly apart."""
+    directions, checked = {"above": 1j, "below": -1j, "left": 1, "right": -1}, set()
     for image in images:
         boxes = {obj["words"][1]: obj["box"] for obj in image["objects"]}
         for text in captions(image):
             words = text.split()
-            named = [w for w in words if w in boxes]
-            [where] = [w for w in [*relations, *places] if w in text]
-            if where in relations:
-                assert relations[where](*(boxes[w] for w in named))
+            named = [word for word in words if word in boxes]
+            corners = [(complex(*boxes[name][:2]), complex(*boxes[name][2:])) for name in named]
+            centres, halves = [sum(pair) / 2 for pair in corners], [(b - a) / 2 for a, b in corners]
+            if len(named) == 2:
+                [way] = directions.keys() & set(words)
+                apart, sizes = (x / directions[way] for x in (centres[1] - centres[0], sum(halves)))
+                assert apart.real > max(abs(sizes.real), 2 * abs(apart.imag))
             else:
-                [box] = boxes.values()
-                assert places[where] == (int(1.5 * (box[0] + box[2])), int(1.5 * (box[1] + box[3])))
-            for name in named:
-                side = 256 * max(boxes[name][2] - boxes[name][0], boxes[name][3] - boxes[name][1])
-                size = words[words.index(name) - 2]
+                right = 1 + ("right" in words) - ("left" in words)
+                down = 1 + bool({"lower", "bottom"} & {*words}) - bool({"upper", "top"} & {*words})
+                way = right, down
+                assert way == (int(3 * centres[0].real), int(3 * centres[0].imag))
+            for name, half in zip(named, halves):
+                side, size = 512 * max(half.real, half.imag), words[words.index(name) - 2]
                 assert {"small": 89 < side < 99, "large": 113 < side < 123}.get(size, True)
-            checked.add(where)
-    assert checked >= relations.keys() and len(checked) > 8
+            checked.add(way)
+    assert checked >= directions.keys() and len(checked) > 8
 
 
 def test_every_colour_is_drawn_as_its_name():

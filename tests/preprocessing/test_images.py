@@ -1,7 +1,6 @@
 """Images of every kind become upright RGB."""
 
 import functools
-import io
 import os
 import struct
 import subprocess
@@ -41,29 +40,28 @@ def quadrants():
     return Image.fromarray(image)
 
 
-def test_grey_and_one_bit_become_three_equal_channels(tmp_path):
-    values = np.array([[0, 64, 65], [128, 254, 255]], np.uint8)
-    np.testing.assert_array_equal(read_saved(values, tmp_path / "a.png"), grey(values))
-    got = read_saved(values > 64, tmp_path / "a.png")
-    np.testing.assert_array_equal(got, grey([[0, 0, 255], [255, 255, 255]]))
-
-
-def test_palette_becomes_its_colours_and_its_transparent_entry_white(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putpixel((1, 0), 1)
-    assert read_saved(image, tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 0, 255]]]
-    for suffix in ("png", "gif"):
-        got = read_saved(image, tmp_path / f"a.{suffix}", transparency=0)
-        assert got.tolist() == [[[255, 255, 255], [0, 0, 255]]]
-
-
 def test_every_transparency_is_blended_with_white_and_rounded_to_the_nearest(tmp_path):
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
     expected = np.round(colour * (alpha / 255) + 255 * (1 - alpha / 255))
     for channels in (1, 3):
         pixels = np.stack([*[colour] * channels, alpha], 2).astype(np.uint8)
         np.testing.assert_array_equal(read_saved(pixels, tmp_path / "a.png"), grey(expected))
+
+
+def test_first_frames_and_palettes_are_shown_and_what_is_transparent_is_white(tmp_path):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    animated = {"save_all": True, "append_images": [blue], "duration": 50}
+    for suffix in ("gif", "webp", "png"):
+        got = read_saved(red, tmp_path / f"a.{suffix}", **animated).astype(int)
+        assert np.abs(got - [255, 0, 0]).max() <= 3
+    assert read_saved(red, tmp_path / "a.png", transparency=(255, 0, 0)).min() == 255
+    got = read_saved(np.array([[False, True]]), tmp_path / "a.png")  # one bit
+    np.testing.assert_array_equal(got, grey([[0, 255]]))
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    for suffix in ("png", "gif"):
+        got = read_saved(image, tmp_path / f"a.{suffix}", transparency=0)
+        assert got.tolist() == [[[255, 255, 255], [0, 0, 255]]]
 
 
 def test_few_bits_in_many_are_neither_black_nor_clipped(tmp_path):
@@ -88,15 +86,6 @@ def test_values_that_do_not_say_what_is_white_are_refused(tmp_path):
         dtype = np.float32 if isinstance(values[1], float) else np.int32
         Image.fromarray(np.array([values], dtype)).save(tmp_path / "a.tif")
         refused(tmp_path / "a.tif", "not a readable image", load=read_rgb)
-
-
-def test_print_colours_and_the_first_frame_of_an_animation_are_shown(tmp_path):
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    animated = {"save_all": True, "append_images": [blue], "duration": 50}
-    read = [read_saved(red, tmp_path / f"a.{s}", **animated) for s in ("gif", "webp", "png")]
-    read.append(read_saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "a.jpg"))
-    for got in read:
-        assert np.abs(got.astype(int) - [255, 0, 0]).max() <= 3
 
 
 def stored(upright, orientation):
@@ -178,25 +167,10 @@ def test_every_format_of_photographs_is_read_and_its_suffix_known(tmp_path):
     np.testing.assert_array_equal(read_rgb(tmp_path / "b.jpg"), np.asarray(quadrants()))
 
 
-def test_bytes_and_open_files_are_read_as_their_file_is(tmp_path):
-    quadrants().save(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    with open(tmp_path / "a.png", "rb") as file:
-        for source in (content, bytearray(content), io.BytesIO(content), file):
-            np.testing.assert_array_equal(read_rgb(source), np.asarray(quadrants()))
-        assert not file.closed
-    with pytest.raises(UserError, match="the picture is not a readable image"):
-        read_rgb(b"GIF89a")
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 def test_web_address_is_downloaded_up_to_a_bound(tmp_path, monkeypatch):
     quadrants().save(tmp_path / "a.png")
-    handler = functools.partial(QuietHandler, directory=tmp_path)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
@@ -208,22 +182,16 @@ def test_web_address_is_downloaded_up_to_a_bound(tmp_path, monkeypatch):
     refused(f"{url}/a.png", "could not be downloaded", load=read_rgb)
 
 
-def test_folders_devices_and_pipes_are_refused_at_once(tmp_path):
+def test_what_is_no_readable_picture_is_one_line_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "http:").mkdir()
+    for path in ("x.png", "http:/b.png"):  # a folder, no web address
+        refused(path, "not found", load=read_image)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, "/dev/zero", tmp_path / "pipe"):
         refused(path, "cannot be read", load=read_rgb)
-
-
-def test_file_name_is_never_taken_for_a_web_address(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("imageio:chelsea.png", "http:"):
-        (tmp_path / name).mkdir()
-        refused(f"{name}/b.png", "not found", load=read_rgb)
-
-
-def test_unreadable_picture_is_one_line_with_its_path(tmp_path):
+    refused("the picture", "not a readable image", load=lambda _: read_rgb(bytearray(b"GIF89a")))
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    refused(tmp_path / "x.png", "not found", load=read_image)
     for suffix in ("png", "jpg", "gif", "webp", "tif", "avif"):
         path = tmp_path / f"x.{suffix}"
         read_saved(noise, path)
@@ -236,11 +204,9 @@ def test_unreadable_picture_is_one_line_with_its_path(tmp_path):
 def test_image_is_resized_to_a_square_and_averaged_not_cropped(tmp_path):
     quadrants().save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", 64)
-    assert image.shape == (3, 64, 64) and image.dtype == np.uint8
-    for (y, x), colour in {
-        (0, 0): (255, 0, 0), (0, 63): (0, 255, 0), (63, 0): (0, 0, 255), (63, 63): (255, 255, 255),
-    }.items():  # fmt: skip
-        assert tuple(image[:, y, x]) == colour
+    assert image.dtype == np.uint8
+    corners = image[:, ::63, ::63].transpose(1, 2, 0)  # those of the quadrants
+    np.testing.assert_array_equal(corners, np.asarray(quadrants())[::31, ::47])
     board = np.indices((1024, 1024)).sum(0) % 2 * 255
     Image.fromarray(board.astype(np.uint8)).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png").astype(int)

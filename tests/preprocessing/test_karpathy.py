@@ -29,11 +29,10 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
         ({"sentences": [{"tokens": "a b c d e".split()}]}, "no image to train on"),
         ({"sentences": None}, foreign),
         ({"sentences": [{"raw": "x"}]}, foreign),
-        ({"sentences": [{"tokens": "a dog"}]}, foreign),
-        ({"sentences": [{"tokens": ["a", None]}]}, foreign),
-        ({"sentences": [{"tokens": ["\ud800"]}]}, foreign),
-        ({"sentences": [{"tokens": ["the", "<end>", "dog"]}]}, "a.png: a caption has <end>"),
-        ({"sentences": [{"tokens": ["the", "<unk>"]}]}, "a.png: a caption has <unk>"),
+        *(({"sentences": [{"tokens": tokens}]}, wrong) for tokens, wrong in (
+            ("a dog", foreign), (["a", None], foreign), (["\ud800"], foreign),
+            (["a", "<end>", "dog"], "a.png: a caption has <end>"),
+        )),
         *(({"objects": [obj]}, foreign) for obj in (
             {"box": box, "words": []}, {"box": [*box, "1"], "words": []}, {"box": [*box, 1]},
             {"box": [*box, 1], "words": "dog"}, {"box": [*box, 1], "words": [5]},
@@ -50,22 +49,17 @@ def test_wrong_entry_is_refused_by_name(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_images_of_other_splits_are_left_out_as_in_the_tutorial_and_counted(tmp_path, capsys):
-    others = [entry("e.png", "extra"), entry("f.png", "dev"), entry("g.png", "extra")]
-    read = write_input_files(tmp_path, [*others, *ONE_PER_SPLIT])
-    assert [image["filename"] for image in read("TRAIN_REFERENCES")] == ["a.png", "d.png"]
-    line = f"{tmp_path / 'dataset.json'}: 3 images left out, of split 'extra', 'dev', not train, "
-    assert capsys.readouterr().out.count(line) == 1
-
-
-def test_marks_around_tokens_are_removed_and_counted(tmp_path, capsys):
+def test_images_of_other_splits_and_marks_around_tokens_are_left_out_and_counted(tmp_path, capsys):
     captions = "<start> a dog <end>", "startseq a dog endseq", "start a dog end", "a dog </s> <pad>"
-    read = write_input_files(tmp_path, [entry("a.png", captions=captions)], max_len=5)
-    references = [" ".join(words) for words in read("TRAIN_REFERENCES")[0]["references"]]
-    assert references == ["a dog", "a dog", "start a dog end", "a dog"]
-    assert "dataset.json: marks such as <start> and <end> removed from 3 captions\n" in (
-        capsys.readouterr().out
-    )
+    others = [entry("e.png", "extra"), entry("f.png", "dev"), entry("g.png", "extra")]
+    read = write_input_files(tmp_path, [*others, *ONE_PER_SPLIT, entry("h.png", "train", captions)])
+    *one, last = read("TRAIN_REFERENCES")
+    assert [e["filename"] for e in one] == ["a.png", "d.png"] and last["filename"] == "h.png"
+    found = [" ".join(words) for words in last["references"]]
+    assert found == ["a dog", "a dog", "start a dog end", "a dog"]
+    out, source = capsys.readouterr().out, f"{tmp_path / 'dataset.json'}: "
+    assert f"{source}marks such as <start> and <end> removed from 3 captions\n" in out
+    assert out.count(f"{source}3 images left out, of split 'extra', 'dev', not train, ") == 1
 
 
 def test_wrong_file_is_refused_by_name(tmp_path):

@@ -22,15 +22,14 @@ CAPTIONS = [
 ]  # fmt: skip
 LISTS = {"a.jpg": [CAPTIONS[0][1], CAPTIONS[2][1]], "b.jpg": [CAPTIONS[1][1], CAPTIONS[3][1]]}
 
+UNQUOTED = "".join(f"{image},{text}\n" for image, text in CAPTIONS)
 FORMATS = {
     "csv": 'image,caption\na.jpg,"A man\'s dog, running."\nb.jpg,Two dogs\n'
     'a.jpg,"A t-shirt | 3 ""dogs"""\nb.jpg,Dogs!\n',
-    "kaggle, commas unquoted": "image,caption\na.jpg,A man's dog, running.\nb.jpg,Two dogs\n"
-    'a.jpg,A t-shirt | 3 "dogs"\nb.jpg,Dogs!\n',
+    "kaggle, commas unquoted": f"image,caption\n{UNQUOTED}",
     "columns turned round": '\ufeffText;File_Name\r\n"A man\'s dog, running.";a.jpg\r\n'
     'Two dogs;b.jpg\r\n"A t-shirt | 3 ""dogs""";a.jpg\r\nDogs!;b.jpg\r\n',
-    "no header": "a.jpg,A man's dog, running.\nb.jpg,Two dogs\n"
-    'a.jpg,A t-shirt | 3 "dogs"\nb.jpg,Dogs!\n',
+    "no header": UNQUOTED,
     "tsv": "file\tsentence\n" + "".join(f"{image}\t{text}\n" for image, text in CAPTIONS),
     "results.csv": "image_name| comment_number| comment\n"
     + "".join(f"{image}| 0| {text}\n" for image, text in CAPTIONS)
@@ -72,13 +71,6 @@ def test_every_format_gives_the_same_karpathy_form(read):
         assert images[0]["split"] == "train" and images[1]["imgid"] > 0
         assert images[0].get("cocoid") == (4 if name == "coco" else None)
         assert images[1]["sentences"][1]["raw"] == "Dogs!"
-
-
-def test_split_column_is_kept(read):
-    images = read("image,split,caption\na.jpg,val,x\nb.jpg,train,y\na.jpg,val,z\n")
-    assert [image["split"] for image in images] == ["val", "train"]
-    images = read('{"image": "a.jpg", "caption": "x", "split": "test"}')
-    assert images[0]["split"] == "test"
 
 
 def test_images_not_captions_are_assigned_to_splits_whatever_their_order(read):
@@ -152,18 +144,17 @@ def test_ascii_is_split_as_unicode_is(text):
     assert split_words(text + " é") == [*separated.split(), "é"]
 
 
-def test_a_cell_with_a_list_holds_several_captions(read):
+def test_a_cell_may_hold_a_list_of_captions_and_windows_path_and_a_split_is_kept(read):
+    for key in ("image_path", "filepath", "path", "name"):
+        entry = {key: "a.jpg", "text": "x", "split": "test"}
+        assert read(json.dumps(entry))[0]["split"] == "test"
     for cell in ("['A dog runs.', \"A dog's ball\"]", '["A dog runs.", "A dog\'s ball"]'):
         quoted = '"' + cell.replace('"', '""') + '"'
-        found = words(read(f"image,caption\na.jpg,{quoted}\nb.jpg,[red] dog\n"))
-        assert found == {"a.jpg": ["a dog runs", "a dog s ball"], "b.jpg": ["red dog"]}
-
-
-def test_columns_are_known_by_the_names_that_people_give_them(read):
-    for header in ("image_path,caption", "filepath,text", "name,description", "path,captions"):
-        assert words(read(f"{header}\na.jpg,a dog\n")) == {"a.jpg": ["a dog"]}
-    # as Windows writes paths
-    assert words(read("img,raw\na\\b.jpg,a dog\n")) == {"a/b.jpg": ["a dog"]}
+        lines = f"img,split,description\na\\b.jpg,val,{quoted}\nb.jpg,train,[a] dog\n"
+        images = read(f"{lines}a\\b.jpg,val,z\n")
+        assert [image["split"] for image in images] == ["val", "train"]
+        expected = {"a/b.jpg": ["a dog runs", "a dog s ball", "z"], "b.jpg": ["a dog"]}
+        assert words(images) == expected
 
 
 def test_a_text_file_beside_each_picture_is_read(tmp_path):
@@ -191,34 +182,25 @@ def test_cocos_two_files_keep_their_splits_when_given_together(tmp_path):
     assert splits(str(files[1]), "--val_fraction", "0.34") == [{"train", "val"}]
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    """Calls create_input_files.py in a folder with images/0.png to 9.png."""
+def test_script_makes_the_files_and_warns_of_a_split_without_images(tmp_path, monkeypatch, capsys):
     prepare(tmp_path, [entry(f"{i}.png") for i in range(10)])
     monkeypatch.chdir(tmp_path)
-    fixed = "create_input_files.py --image_folder images --min_word_freq 0 --workers 1 --captions"
 
-    def call(*options):
+    def script(*options):
+        fixed = "x.py --image_folder images --min_word_freq 0 --workers 1 --captions mine.csv"
         monkeypatch.setattr("sys.argv", [*fixed.split(), *options])
         main()
 
-    return call
-
-
-def test_script_makes_the_files_of_own_captions(script, capsys):
     Path("mine.csv").write_text("".join(f"{i}.png,A dog.\n" for i in range(10)))
-    script("mine.csv", "--dataset", "mine")
+    script("--dataset", "mine")
     references = read_json("data/TRAIN_REFERENCES_mine_5_cap_per_img_0_min_word_freq.json")
     assert len(references) == 8 and references[0]["references"] == [["a", "dog"]]
     assert "TRAIN: 8 images, 8 captions, filled up to 40" in capsys.readouterr().out
-
-
-def test_a_split_without_images_is_a_warning_without_training_images_an_error(script, capsys):
     Path("mine.csv").write_text("0.png,A dog.\n")
-    script("mine.csv")
+    script()
     warnings = capsys.readouterr().err.splitlines()[:2]
     assert all(line.startswith("warning: mine.csv has no") for line in warnings)
-    halves = ["mine.csv", "--dataset", "x", "--val_fraction", "0.5", "--test_fraction", "0.5"]
+    halves = "--dataset x --val_fraction 0.5 --test_fraction 0.5".split()
     refused("--val_fraction 0.5", "--test_fraction 0.5", load=lambda _: script(*halves))
 
 

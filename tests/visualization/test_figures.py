@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factories import ROOT
-from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from visualization import figures
@@ -22,34 +21,24 @@ from visualization.attention import attention_grid
 IMAGE, LIMIT = np.zeros((40, 40, 3), np.uint8), resource.RLIMIT_FSIZE
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path, figure = tmp_path / "x.png", Figure()
-    path.write_text("old")
-    figure.savefig = lambda file, **_: file.write(b"half") and 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        figures.save(figure, path)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("kind", ["png", "jpg", "pdf", "svg"])
-def test_a_disk_that_becomes_full_is_an_error_of_the_system_and_leaves_no_file(tmp_path, kind):
+def test_a_disk_that_becomes_full_is_an_error_of_the_system_and_leaves_the_old_file(tmp_path, kind):
     figure, before = attention_grid(IMAGE, ["cat"], np.eye(4)[:1]), resource.getrlimit(LIMIT)
+    (path := tmp_path / f"x.{kind}").write_text("old")
     resource.setrlimit(LIMIT, (4096, before[1]))  # bytes
     try:
         with pytest.raises(OSError, match="File too large"):
-            figures.save(figure, tmp_path / f"x.{kind}")
+            figures.save(figure, path)
     finally:
         resource.setrlimit(LIMIT, before)
-    assert not list(tmp_path.iterdir())
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_pictures_are_the_same_whatever_backend_and_style_the_environment_has(tmp_path):
     """As in a notebook's `!python caption.py`, where the backend's package may be missing."""
     (tmp_path / "log").write_text('{"epoch": 1, "val_loss": 2}')
-    (tmp_path / "style").mkdir()
-    (tmp_path / "style" / "matplotlibrc").write_text(
-        "text.usetex: True\nimage.origin: lower\nsavefig.bbox: tight\nlines.linewidth: 9\n"
-    )
+    style = "text.usetex: True\nimage.origin: lower\nsavefig.bbox: tight\nlines.linewidth: 9\n"
+    (tmp_path / "matplotlibrc").write_text(style)
     code = """
 import os, sys
 before = dict(os.environ)
@@ -74,23 +63,13 @@ print(matplotlib.pyplot.get_backend())
     for backend in ("svg", "module://missing.backend", "not a backend"):
         variables = {"MPLBACKEND": backend, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         if found:
-            variables["MATPLOTLIBRC"] = "style"
+            variables["MATPLOTLIBRC"] = "matplotlibrc"
         (folder := tmp_path / f"of {backend[:3]}").mkdir()
         options = {"cwd": tmp_path, "env": os.environ | variables, "stdout": subprocess.PIPE}
         done = subprocess.run([sys.executable, "-c", code, folder], check=True, **options)
         found.append({path.name: path.read_bytes() for path in folder.iterdir()})
         assert done.stdout.decode() == f"{backend}\n" or backend == "not a backend"
     assert len(found[0]) == 5 and found[1] == found[0] and found[2] == found[0]
-
-
-def test_the_suffix_says_the_format_and_unknown_ones_are_refused(tmp_path):
-    starts = {"x.PNG": b"\x89PNG", "x.pdf": b"%PDF", "x.svg": b"<?xml", "x": b"\x89PNG"}
-    for name, start in starts.items():
-        figures.save(Figure(), tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(ValueError, match="abc"):
-        figures.save(Figure(), tmp_path / "x.abc")
-    assert len(list(tmp_path.iterdir())) == len(starts)
 
 
 def test_words_that_no_font_has_are_said_once_and_warn_of_nothing(tmp_path, capsys):

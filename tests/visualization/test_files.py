@@ -1,11 +1,11 @@
 """Which images the arguments stand for, and where their overlays are written."""
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from pages import captioned
 
 from utils import UserError
 from visualization.files import find_images, overlay_paths, save_attention, writing
@@ -13,17 +13,10 @@ from visualization.files import find_images, overlay_paths, save_attention, writ
 
 def test_no_two_overlays_share_a_file_and_none_is_an_image():
     paths = ["a/x.jpg", "b/x.jpg", "b/x.png", "https://example.org/y.jpg?z"]
-    assert overlay_paths(paths, None, False) == [
-        "a/x_attention.png",
-        "b/x_attention.png",
-        "b/x_2_attention.png",
-        "y_attention.png",
-    ]
-    assert overlay_paths(paths[:3], "out", False) == [
-        "out/x_attention.png",
-        "out/x_2_attention.png",
-        "out/x_3_attention.png",
-    ]
+    expected = [f"{stem}_attention.png" for stem in ("a/x", "b/x", "b/x_2", "y")]
+    assert overlay_paths(paths, None, False) == expected
+    expected = [f"out/{stem}_attention.png" for stem in ("x", "x_2", "x_3")]
+    assert overlay_paths(paths[:3], "out", False) == expected
     both = ["x.jpg", "x_attention.png"]
     assert not set(both) & set(overlay_paths(both, None, False))
 
@@ -31,12 +24,9 @@ def test_no_two_overlays_share_a_file_and_none_is_an_image():
 def test_a_single_image_may_have_any_file_of_a_known_format(tmp_path):
     for name in ("x.html", "x.GIF", "x.mp4", "x.png", "x.svg"):
         assert overlay_paths(["photo.jpg"], name, True) == [name]
-    for folder in ("x", "x.gif/", "a.b/.x"):  # also one that does not exist yet
+    for folder in ("x", "x.gif/", "a.b/.x", str(tmp_path)):  # also one that does not exist yet
         path = os.path.join(folder, "photo_attention.png")
         assert overlay_paths(["photo.jpg"], folder, True) == [path]
-    assert overlay_paths(["photo.jpg"], str(tmp_path), True) == [
-        str(tmp_path / "photo_attention.png")
-    ]
     for paths, out, single, match in [
         (["photo.jpg"], "x.abc", True, "x.abc cannot be written"),
         (["photo.jpg"], "./photo.jpg", True, "photo.jpg is the image itself"),
@@ -67,25 +57,17 @@ def test_folders_and_globs_stand_for_their_images_in_order_each_once(tmp_path, c
 
 
 def test_attention_is_saved_in_the_format_of_the_suffix(tmp_path):
-    captioned = SimpleNamespace(
-        **{
-            "name": "x.jpg",
-            "text": "a",
-            "words": ["a"],
-            "attention": np.eye(4)[:1],
-            "shown": np.eye(4)[:1],
-        },
-        **{"image": np.zeros((20, 20, 3), np.uint8), "offset": (0.1, 0.0)},
-        **{"score": -1.0, "n_best": [], "figure": lambda smooth: Figure()},
-    )
-    for name, start in [("x.html", b"<!DOCTYPE"), ("x.gif", b"GIF89a"), ("x.jpg", b"\xff\xd8")]:
-        save_attention(captioned, str(tmp_path / name))
+    fields = {"text": "a", "shown": np.eye(4)[:1], "offset": (0.1, 0.0)}
+    one = captioned(["a"], np.eye(4)[:1], **fields, figure=lambda smooth: Figure())
+    starts = {"x.html": b"<!DOCTYPE", "x.gif": b"GIF89a", "x.JPG": b"\xff\xd8", "x": b"\x89PNG"}
+    for name, start in starts.items():
+        save_attention(one, str(tmp_path / name))
         assert (tmp_path / name).read_bytes().startswith(start)
-    captioned.offset = (0.0, 0.0)
-    save_attention(captioned, tmp_path / "centred.gif")
+    one.offset = (0.0, 0.0)
+    save_attention(one, tmp_path / "centred.gif")
     assert (tmp_path / "centred.gif").read_bytes() != (tmp_path / "x.gif").read_bytes()
     with pytest.raises(ValueError, match="abc"):
-        save_attention(captioned, tmp_path / "x.abc")
+        save_attention(one, tmp_path / "x.abc")
 
 
 def test_an_error_of_writing_is_a_user_error_that_names_the_file(tmp_path):

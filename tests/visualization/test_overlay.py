@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from skimage.transform import pyramid_expand
 
-from visualization.overlay import attention_overlays, heat_layers, spread
+from visualization.overlay import attention_overlays, spread
 
 SIDE = 14
 SMOOTH = pytest.mark.parametrize("smooth", [True, False])
@@ -66,17 +66,6 @@ def test_overlays_without_smoothing_are_blocks_and_values_continue_beyond_the_gr
     shifted = spread(alpha, (5 * side, 6 * side), False, (1 / side, 0.0))  # one to the right
     np.testing.assert_allclose(shifted[:, 5:], found[:, :-5] / found[:, :-5].max(), atol=1e-6)
     np.testing.assert_allclose(shifted[:, :5], shifted[:, 5:10])
-
-
-def test_the_more_attention_the_more_opaque_and_even_attention_is_even():
-    [even] = heat_layers(["a"], np.full((1, 196), 1 / 196), (50, 40))
-    red, green, blue, opacity = even.convert("RGBA").split()
-    assert opacity.getextrema() == (204, 204)  # 0.8 of 255
-    assert red.getextrema() == (252, 252) and blue.getextrema() == (164, 164)  # inferno's last
-    alphas = np.array([[0.0, 0.25, 0.5, 1.0]])
-    [heat] = heat_layers(["a"], alphas, (2, 2), smooth=False)
-    opacities = np.asarray(heat.convert("RGBA"))[..., 3].ravel()
-    np.testing.assert_allclose(opacities, 204 * np.sqrt(alphas[0]), atol=1)
 
 
 @SMOOTH
