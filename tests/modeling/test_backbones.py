@@ -27,10 +27,42 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def before_pooling(model, image):
+    seen = []
+    model.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    model(image)
+    return seen[0]
+
+
+def all_but_the_last(model, image):
+    return nn.Sequential(*list(model.children())[:-1])(image)
+
+
+FEATURES = {  # of the whole classifier, before it is cut; the others are timm's
+    "resnet18": before_pooling,
+    "mobilenet_v2": lambda model, image: model.features(image),
+    "googlenet": before_pooling,  # its auxiliary classifiers stand between the blocks
+    "densenet121": lambda model, image: model.features(image),
+    "shufflenet_v2_x0_5": all_but_the_last,
+    "vgg11": lambda model, image: model.features[:-1](image),
+}
+MORE = (
+    "densenet121 shufflenet_v2_x0_5 vgg11 resnet18d tf_efficientnet_b0 ghostnet_050 convnext_atto"
+)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+@pytest.mark.parametrize(
+    "name",  # dla34 is not a sequence of its children
+    ["resnet18", "mobilenet_v2", "googlenet", "mobilenetv3_small_050", "dla34"]
+    + [slow(name) for name in (*MORE.split(), "repvgg_a0", "efficientvit_b0")],
+)
 @torch.no_grad()
-def features_of(monkeypatch, module, maker, name, features):
-    """What the whole classifier, before it is cut, and its body make of one image."""
-    make, image, seen = getattr(module, maker), torch.rand(1, 3, 128, 128), []
+def test_body_gives_the_classifiers_own_features(monkeypatch, name):
+    is_timms, image, seen = name not in FEATURES, torch.rand(1, 3, 128, 128), []
+    module, maker = (timm, "create_model") if is_timms else (torchvision.models, "get_model")
+    make = getattr(module, maker)
+    features = FEATURES.get(name, lambda model, image: model.forward_features(image))
 
     def watched(*args, **kwargs):
         model = make(*args, **kwargs)
@@ -39,60 +71,12 @@ def features_of(monkeypatch, module, maker, name, features):
 
     monkeypatch.setattr(module, maker, watched)
     backbone = load_backbone(name, None)  # "none" changes the BatchNorms after the cut
-    return seen[0], backbone.body.eval()(image), backbone
-
-
-def before_pooling(model, image):
-    seen = []
-    model.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    model(image)
-    return seen[0]
-
-
-def of_shufflenet(model, image):
-    layers = (model.conv1, model.maxpool, model.stage2, model.stage3, model.stage4, model.conv5)
-    return nn.Sequential(*layers)(image)
-
-
-@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
-@pytest.mark.parametrize(
-    "name, features",
-    [
-        ("resnet18", before_pooling),
-        ("mobilenet_v2", lambda model, image: model.features(image)),
-        slow("densenet121", lambda model, image: model.features(image)),
-        slow("shufflenet_v2_x0_5", of_shufflenet),
-        ("googlenet", before_pooling),  # its auxiliary classifiers stand between the blocks
-        slow("vgg11", lambda model, image: model.features[:-1](image)),
-    ],
-)
-def test_body_gives_torchvisions_own_features(monkeypatch, name, features):
-    args = (monkeypatch, torchvision.models, "get_model", name, features)
-    expected, got, backbone = features_of(*args)
-    torch.testing.assert_close(got, expected)
-    assert got.shape[1] == backbone.channels
+    torch.testing.assert_close(backbone.body.eval()(image), seen[0])
+    config, normal = timm.get_pretrained_cfg(name), (IMAGENET_MEAN, IMAGENET_STD)
     if name == "googlenet":  # its weights want -1..1
-        assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
-    else:
-        assert backbone.mean == IMAGENET_MEAN and backbone.std == IMAGENET_STD
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenetv3_small_050",
-        "dla34",  # is not a sequence of its children
-        *map(slow, ("resnet18d", "tf_efficientnet_b0", "ghostnet_050", "convnext_atto")),
-        *map(slow, ("repvgg_a0", "efficientvit_b0")),
-    ],
-)
-def test_body_gives_timms_own_features(monkeypatch, name):
-    args = (monkeypatch, timm, "create_model", name, lambda model, x: model.forward_features(x))
-    expected, got, backbone = features_of(*args)
-    torch.testing.assert_close(got, expected)
-    config = timm.get_pretrained_cfg(name)
-    assert got.shape[1] == backbone.channels
-    assert (backbone.mean, backbone.std) == (config.mean, config.std)
+        normal = ((0.5,) * 3,) * 2
+    assert seen[0].shape[1] == backbone.channels
+    assert backbone[3:] == ((config.mean, config.std) if is_timms else normal)
 
 
 def test_random_batchnorm_has_the_statistics_of_one_batch_of_noise():
@@ -153,16 +137,10 @@ def test_stride_16_keeps_the_weights_and_sees_the_same_at_every_second_cell(name
     fine.load_state_dict(coarse.state_dict())
     images = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
     with torch.no_grad():
-        coarse, fine = (
-            encoder.cells(images)[0].unflatten(0, (side, side))
-            for encoder, side in ((coarse, 16), (fine, 32))
-        )
-    tolerance = {"rtol": 1e-3, "atol": 1e-3 * coarse.abs().max()}
-    same = [
-        torch.allclose(fine[i::2, i::2][5:11, 5:11], coarse[5:11, 5:11], **tolerance)
-        for i in (0, 1)
-    ]
-    assert sum(same) == 1
+        coarse = coarse.cells(images)[0].unflatten(0, (16, 16))[5:11, 5:11]
+        fine = fine.cells(images)[0].unflatten(0, (32, 32))
+    near = {"rtol": 1e-3, "atol": 1e-3 * coarse.abs().max()}
+    assert sum(torch.allclose(fine[i::2, i::2][5:11, 5:11], coarse, **near) for i in (0, 1)) == 1
 
 
 def test_stride_16_is_refused_where_it_is_not_reached():

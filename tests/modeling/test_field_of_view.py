@@ -53,7 +53,7 @@ def test_measuring_changes_nothing_and_is_repeated_only_for_an_encoder_in_traini
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert all(weight.grad is None for weight in encoder.parameters())
-    monkeypatch.setattr(field_of_view, "measure_offset", lambda *_: (0.1, 0.2))
+    monkeypatch.setattr(field_of_view, "measure_offset", lambda _, side: (0.1, side))
     assert find_offset(encoder) == offset
     encoder.fine_tune()
-    assert find_offset(encoder) == (0.1, 0.2)
+    assert find_offset(encoder) == (0.1, 256)

@@ -58,16 +58,13 @@ class Call:
         return self.call
 
 
-class Saved:
+class Saved(tuple):
     """Pickled as this persistent id."""
-
-    def __init__(self, *parts):
-        self.id = parts
 
 
 class Pickler(pickle.Pickler):
     def persistent_id(self, value):
-        return value.id if isinstance(value, Saved) else None
+        return tuple(value) if type(value) is Saved else None
 
 
 def pickled(value):
@@ -90,18 +87,17 @@ def outcome(path, load=checkpoints.load):
 # Code: names that are not tensors' or modules', and ways to call, change or hash what is named
 
 NAMES = """
-    os.system posix.system subprocess.Popen builtins.eval builtins.getattr builtins.__import__
+    os.system posix.system subprocess.Popen builtins.eval builtins.setattr builtins.__import__
     io.open importlib.import_module functools.partial copyreg._reconstructor numpy.load
     torch.load torch.from_file torch.storage._load_from_bytes torch._utils._rebuild_wrapper_subclass
     torch.nn.modules.module.register_module_forward_hook torch.nn.modules.os.system
     torch.package.PackageImporter torchvision.models.os models.torch __main__.Evil canary.fire
     """.split()
-PLACES = {  # what is before and after a call
-    "root": (b"", b""),
-    "format 1": (b"}(U\6formatK\1U\7encoder", b"u"),
-    "module": (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs"),
-}
-
+PLACES = (  # what is before and after a call: at the root, in our format, in a module's state
+    (b"", b""),
+    (b"}(U\6formatK\1U\7encoder", b"u"),
+    (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs"),
+)
 FIRE = b"ccanary\nfire\n"
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -172,7 +168,7 @@ def hostile_pickles(command):
     for name in NAMES:
         module, function = name.encode().rsplit(b".", 1)
         call = b"c%s\n%s\nU%c%s\x85R" % (module, function, len(command), command)
-        for before, after in PLACES.values():
+        for before, after in PLACES:
             yield f" {name}, which", b"\x80\2" + before + call + after + b"."
     for data in ATTACKS:
         for pickle_ in (b"\x80\2" + data, b"\x80\2}(U\6formatK\1U\1x" + data[:-1] + b"u."):
@@ -256,7 +252,7 @@ WRONG = {  # what is changed, to which values
 def tensor(
     numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0", view=()
 ):
-    saved = Saved("storage", kind, key, "cpu", numel, *view)
+    saved = Saved(("storage", kind, key, "cpu", numel, *view))
     return Call(REBUILD, saved, offset, size, stride, False, OrderedDict())
 
 
