@@ -59,57 +59,48 @@ def test_peak_memory_is_that_of_tensors_alive_at_the_same_time():
 
 
 def test_table_and_json_hold_the_same_rows(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(benchmark.STAGES, "search", lambda args: model.search(args, 12, 6))
-    rows, printed = run_stages(tmp_path, "training", "search"), capsys.readouterr().out
-    assert len(rows) == 6
-    for row in rows:
-        assert row["stage"] in printed and row["ours"] > 0 and row["textbook"] > 0
-        assert f"{row['textbook'] / row['ours']:.1f}x" in printed
-        assert row["ours_bytes"] > 0 and row["textbook_bytes"] > 0
-    assert all(row["identical"] == 6 for row in rows[3:])
+    for name, stage in (
+        ("search", lambda args: model.search(args, 12, 6)),
+        ("folder", lambda args: scripts.folder(args, n=2)),
+        ("files", lambda args: scripts.files(args, 5, 20)),
+    ):
+        monkeypatch.setitem(benchmark.STAGES, name, stage)
+    rows = run_stages(tmp_path, "training", "search", "folder", "files")
+    printed = capsys.readouterr().out
+    assert len(rows) == 10
+    for i, row in enumerate(rows):
+        assert row["stage"] in printed and row["ours"] > 0
+        if i < 6:
+            assert f"{row['textbook'] / row['ours']:.1f}x" in printed
+            assert min(row["textbook"], row["ours_bytes"], row["textbook_bytes"]) > 0
+    assert all(row["identical"] == 6 for row in rows[3:6])
+    starts = "captions of a folder", "its cache", "preprocessing 5 photo", "opening 100 captions"
+    assert all(row["stage"].startswith(start) for row, start in zip(rows[6:], starts))
+    assert "images/s" in rows[8]["note"]
 
 
-def test_textbook_and_ours_compute_the_same_and_an_update_trains(small):
+def test_steps_of_textbook_and_ours_train_alike(small):
     """Otherwise their times could not be compared."""
     torch.manual_seed(0)
     decoder = DecoderWithAttention(8, 8, 8, 50, 16, dropout=0)
     batch, found = model.random_batch(4, 5, CPU), []
     for version in (model.plain(decoder), decoder):
-        model.make_step(version, batch)()
+        before = decoder.fc.weight.clone()
+        model.make_step(version, batch, lr=1e-9)()
         found.append([p.grad.clone() for p in decoder.parameters()])
+        assert not torch.equal(decoder.fc.weight, before)
     torch.testing.assert_close(*found)
-    before = decoder.fc.weight.clone()
-    model.make_step(decoder, batch, lr=1e-3)()
-    assert not torch.equal(decoder.fc.weight, before)
 
 
 def test_the_gpu_stage_runs_everything_in_tiny_on_a_cpu(small, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "ENCODER_DIM", 2048)
     rows = {row["stage"]: row for row in run_stages(tmp_path, "gpu")}
-    for name in ("TF32", "bf16"):
-        for stage in (
-            *(f"step of {n} captions" for n in (5, 10, 20)),
-            "self-critical step of 5 samples",
-            "fine-tuning step of 5 captions",
-            *(f"beam search, {name}, beam {k}, 4 images" for k in (1, 3, 5)),
-        ):
-            row = rows[stage if name in stage else f"{stage}, {name}"]
-            assert min(row["ours"], row["textbook"], row["ours_bytes"]) > 0
+    assert len(rows) == 21 and "fine-tuning step of 5 captions, bf16" in rows
+    for stage, row in rows.items():
+        if "float64" not in stage:
+            assert min(row["ours"], row.get("textbook", 1), row.get("ours_bytes", 1)) > 0
     step = rows["step of 10 captions, TF32"]
     assert step["epoch"] == pytest.approx(step["ours"] * 113_287 / 2)
     exact = rows["float32 against float64 on the CPU"]
     assert 0 < exact["error"] < 1e-4 and exact["identical"] > 4
     assert rows["bf16 against float64 on the CPU"]["error"] > 10 * exact["error"]
-
-
-def test_stages_of_files_and_scripts_are_rows_of_the_table(monkeypatch, tmp_path, small):
-    monkeypatch.setitem(benchmark.STAGES, "folder", lambda args: scripts.folder(args, n=2))
-    monkeypatch.setitem(benchmark.STAGES, "files", lambda args: scripts.files(args, 5, 20))
-    rows = run_stages(tmp_path, "folder", "files")
-    assert [row["stage"].partition(",")[0].partition(";")[0] for row in rows] == [
-        "captions of a folder",
-        "its cache",
-        "preprocessing 5 photographs",
-        "opening 100 captions",
-    ]
-    assert all(row["ours"] > 0 for row in rows) and "images/s" in rows[2]["note"]

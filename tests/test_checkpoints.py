@@ -102,30 +102,15 @@ def test_a_save_measures_nothing_and_a_conversion_stores_where_the_encoder_looks
 # Writing
 
 
-@pytest.mark.parametrize(
-    "error, reason",
-    [
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (RuntimeError("unexpected pos 64 vs 0\nmore"), "is the disk full?"),
-        (KeyboardInterrupt(), None),
-    ],
-)
-def test_interrupted_save_leaves_the_old_file_unchanged(path, models, monkeypatch, error, reason):
+def test_save_that_fails_is_one_line_and_leaves_the_old_file(path, models, monkeypatch):
+    """A limit on file size causes a system error like that of a full disk."""
+
+    errors = [KeyboardInterrupt("the disk full"), RuntimeError("unexpected pos 64 vs 0\nmore")]
+
     def interrupted(state, file):
         Path(file).write_bytes(b"half a checkpoint")
-        raise error
+        raise errors.pop()
 
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(UserError if reason else KeyboardInterrupt) as raised:
-        save(path, *models, WORD_MAP)
-    if reason:
-        assert str(path) in str(raised.value) and reason in str(raised.value)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-
-
-def test_full_disk_or_missing_folder_is_one_line_and_leaves_the_old_file(path, models):
-    """A limit on file size causes a system error like that of a full disk."""
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -137,8 +122,11 @@ def test_full_disk_or_missing_folder_is_one_line_and_leaves_the_old_file(path, m
     for folder in (path.parent / "no", path):
         with pytest.raises(UserError, match=f"{folder}/y cannot be written: "):
             save(folder / "y", *models, WORD_MAP)
-    save(path, *models, WORD_MAP, epoch=4)
-    assert load(path)["epoch"] == 4 and os.listdir(path.parent) == [path.name]
+    monkeypatch.setattr(torch, "save", interrupted)
+    for kind in (UserError, KeyboardInterrupt):
+        with pytest.raises(kind, match=r"disk full(\? unexpected pos 64 vs 0)?$"):
+            save(path, *models, WORD_MAP)
+        assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
 # Files that are not checkpoints
@@ -146,47 +134,37 @@ def test_full_disk_or_missing_folder_is_one_line_and_leaves_the_old_file(path, m
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_or_foreign_file_is_named(path):
-    data = path.read_bytes()
     refused(path.parent / "none.pth.tar", "not found")
-    refused(path.parent)
-    for length in (1, 2, 10, 100, 1000, len(data) // 2):
-        path.write_bytes(data[:length])
-        refused(path, "damaged")
-    for content in (b"", b"\0" * 5000, b"a cat sits\n" * 99, b"{}", b"\x89PNG\r\n\x1a\n" * 99):
+    foreign = b"", b"\0" * 5000, b"a cat sits\n" * 99, b"{}", pickle.dumps({"format": 1})
+    for content in foreign:
         path.write_bytes(content)
-        refused(path)
+        refused(path, "damaged")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("photo.jpg", "no photo")
-    refused(path)
-    path.write_bytes(pickle.dumps({"format": 1, "word_map": WORD_MAP}))
-    refused(path)
-    for content in ({"state_dict": {}}, [1, 2], torch.zeros(2), {"format": 99}):
+    refused(path, "damaged")
+    for content in (
+        {"state_dict": {}},
+        [1],
+        torch.zeros(2),
+        *({"format": x} for x in (99, WORD_MAP)),
+    ):
         torch.save(content, path)
         refused(path, "not a checkpoint of this program's format 1")
-    torch.save({"format": torch.zeros(2)}, path)
-    refused(path)
 
 
 def test_incomplete_or_impossible_model_is_named(path):
-    whole = torch.load(path, weights_only=True)
+    whole, changes = torch.load(path, weights_only=True), []
     for part in ("encoder", "decoder", "encoder_args", "decoder_args"):
         torch.save({key: value for key, value in whole.items() if key != part}, path)
         refused(path, "does not hold a complete model", part)
-        for name in list(whole[part])[-1:] if part in ("encoder", "decoder") else ():
+        for name, weight in list(whole[part].items())[-2:] if "args" not in part else ():
             lacking = {key: value for key, value in whole[part].items() if key != name}
-            larger = {**lacking, name: torch.zeros(99)}
-            for wrong in (lacking, larger):
-                torch.save({**whole, part: wrong}, path)
-                refused(path, name)
-    for part, value in (("encoder", float("inf")), ("decoder", float("nan"))):
-        name = [name for name, weight in whole[part].items() if weight.is_floating_point()][-1]
-        wrong = torch.full_like(whole[part][name], value)
-        torch.save({**whole, part: {**whole[part], name: wrong}}, path)
-        refused(path, f"the {part}'s {name} is not finite")
-    change(path, **{**whole, "encoder_args": {**whole["encoder_args"], "name": "x" * 100_000}})
-    refused(path, "does not hold a complete model: unknown encoder x")
-    args, sizes = whole["decoder_args"], ("vocab_size", "attention_dim", "decoder_dim", "embed_dim")
-    changes = [("decoder_args", {**args, size: 1 << 40}, "") for size in sizes]  # no memory
+            wrong = [torch.zeros(99), weight * float("nan")][: 1 + weight.is_floating_point()]
+            changes += [(part, x, name) for x in (lacking, *(lacking | {name: w} for w in wrong))]
+    changes += [("encoder_args", {**whole["encoder_args"], "name": "x" * 99_999}, "encoder x")]
+    build_refuses, args = len(changes), whole["decoder_args"]
+    for size in ("vocab_size", "attention_dim", "decoder_dim", "embed_dim"):  # no memory
+        changes += [("decoder_args", {**args, size: 1 << 40}, "")]
     changes += [
         ("decoder_args", {**args, "encoded_image_size": 1 << 20}, "encoded_image_size"),
         ("decoder_args", {**args, "dropout": float("nan")}, "dropout"),
@@ -195,15 +173,12 @@ def test_incomplete_or_impossible_model_is_named(path):
         ("encoder_args", {"name": "x", "stride": 8}, "stride"),
         ("encoder_args", {"name": "x", "image_size": 1 << 20}, "image_size"),
         ("encoder_args", {"name": "x", "encoded_image_size": 0}, "encoded_image_size"),
-        ("offset", [0.1, float("nan")], "offset"),
-        ("offset", [0.1, 0.6], "offset"),
-        ("offset", [0.1], ""),
-        ("offset", 0.1, ""),
+        *(("offset", wrong, "") for wrong in ([0.1, float("nan")], [0.1, 0.6], [0.1], 0.1)),
     ]
-    for part, value, named in changes:
+    for i, (part, value, named) in enumerate(changes):
         torch.save({**whole, part: value}, path)
-        with pytest.raises(UserError, match=f"{path} does not hold a complete model: .*{named}"):
-            load(path)
+        refuse = refused if i < build_refuses else factories.refused  # `load` alone
+        refuse(path, "does not hold a complete model: ", named)
 
 
 def test_decoder_of_another_encoder_is_refused(path, models):

@@ -1,12 +1,11 @@
-"""Encoder and decoder against torchvision's layers and one caption at a time, in float64."""
+"""The decoder against one caption at a time, in float64, and the encoder's pooling."""
 
 import pytest
 import reference
 import torch
 from factories import make_captions, make_decoder
-from torch import nn
 
-from models import DecoderWithAttention, Encoder
+from models import Encoder
 from training.losses import doubly_stochastic_loss
 
 
@@ -37,62 +36,14 @@ def test_a_batch_equals_its_captions_one_by_one(is_plain, n, r, cells):
         assert not found[len(alpha) :].any()
 
 
-def test_parameter_names_and_sizes_are_those_of_the_tutorial():
-    decoder = DecoderWithAttention(512, 512, 512, 9490)
-    sizes = {
-        "attention.encoder_att": (512, 2048),
-        "attention.decoder_att": (512, 512),
-        "attention.full_att": (1, 512),
-        "init_h": (512, 2048),
-        "init_c": (512, 2048),
-        "f_beta": (2048, 512),
-        "fc": (9490, 512),
-    }
-    expected = {f"{name}.weight": size for name, size in sizes.items()}
-    expected |= {f"{name}.bias": size[:1] for name, size in sizes.items()}
-    expected |= {"embedding.weight": (9490, 512), "decode_step.weight_ih": (2048, 2560)}
-    expected |= {"decode_step.weight_hh": (2048, 512), "decode_step.bias_ih": (2048,)}
-    expected |= {"decode_step.bias_hh": (2048,)}
-    assert {name: tuple(p.shape) for name, p in decoder.state_dict().items()} == expected
-
-
-def test_resnet101_encoder_equals_torchvisions_own_layers_and_fine_tunes_blocks_2_to_4():
-    from torchvision.models import resnet101
-
-    encoder = Encoder(weights="none").double()
-    model = resnet101().double()
-    names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-    model.load_state_dict(
-        {  # the tutorial's key resnet.5.x is layer2.x, and so on
-            names[int(key.split(".")[1])] + "." + key.split(".", 2)[2]: value
-            for key, value in encoder.state_dict().items()
-        },
-        strict=False,
-    )
-    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    x = images
-    for name in names:
-        x = getattr(model.eval(), name)(x)
+def test_resnet101_is_pooled_as_in_the_tutorial_and_blocks_2_to_4_are_fine_tuned():
+    encoder, images = Encoder(2, weights="none"), torch.randn(1, 3, 96, 96)
+    assert encoder.args["name"] == "resnet101"
     with torch.no_grad():
-        torch.testing.assert_close(encoder.cells(images), x.flatten(2).transpose(1, 2))
-        pooled = nn.functional.adaptive_avg_pool2d(x, 14)  # the tutorial's encoding
-        expected = pooled.permute(0, 2, 3, 1).flatten(1, 2)
-        torch.testing.assert_close(encoder(images), expected)
+        cells = encoder.feature_map(images).flatten(2).transpose(1, 2)  # 3 x 3
+        torch.testing.assert_close(encoder(images), reference.encode(cells, 2))
     assert not any(p.requires_grad for p in encoder.parameters())
     encoder.fine_tune()
     trained = {name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}
-    assert trained == {"5", "6", "7"}
-
-
-def test_vgg19_gives_the_papers_14_by_14_by_512_map():
-    encoder = Encoder(name="vgg19", weights="none").train()
-    assert encoder.cells(torch.zeros(1, 3, 224, 224)).shape == (1, 196, 512)
-    assert not encoder.training  # a backbone keeps its ImageNet statistics
-
-
-def test_uint8_images_are_normalised_like_imagenet():
-    encoder = Encoder(name="mobilenet_v3_small", weights="none")
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normal = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    torch.testing.assert_close(encoder(images), encoder(normal))
+    assert trained == {"5", "6", "7"}  # of conv1, bn1, relu, maxpool, layer1, ..., layer4
+    assert all(p.requires_grad for block in encoder.resnet[5:] for p in block.parameters())

@@ -1,4 +1,4 @@
-"""The layers of the fast steps, against finite differences and torch."""
+"""The linear layer in float32, and the memory of all; test_decoding.py has their gradients."""
 
 import weakref
 
@@ -8,40 +8,16 @@ import torch.nn.functional as F
 from factories import make_captions, make_decoder
 
 from modeling import autograd
-from modeling.autograd import attention_energy, deferred_embedding, deferred_linear
+from modeling.autograd import deferred_linear
 
 
-def energy_steps(keys, first, second, weight):
-    energy = attention_energy(keys, weight)
-    return energy(first), energy(second)
-
-
-def linear_steps(weight, bias, first, second):
-    layer = deferred_linear(weight, bias)
-    return layer(second * layer(first))
-
-
-def embedding_steps(weight):
-    embedding = deferred_embedding(weight)
-    return embedding(torch.tensor([1, 3, 1])) * embedding(torch.tensor([0, 0, 2])).sin()
-
-
-@pytest.mark.parametrize(
-    "two_steps, shapes",
-    [
-        (energy_steps, ((3, 6, 4), (3, 2, 4), (2, 1, 4), (4,))),  # one image has ended
-        (linear_steps, ((3, 3), (3,), (4, 3), (4, 3))),
-        (lambda weight, x: deferred_linear(weight)(x), ((2, 3), (4, 3))),
-        (embedding_steps, ((4, 3),)),
-    ],
-)
-def test_gradients_over_two_steps_equal_finite_differences(two_steps, shapes):
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(two_steps, inputs)
-
-
-def test_deferred_linear_and_its_gradients_in_float32_equal_those_in_float64():
+@pytest.mark.parametrize("has_onednn", [True, False])  # its operators are private to PyTorch
+def test_deferred_linear_and_its_gradients_are_those_in_float64(monkeypatch, has_onednn):
     """In a search, too, and for a slice of a weight, whose rows do not lie one after the other."""
+    monkeypatch.setattr(autograd, "find_onednn", autograd.find_onednn.__wrapped__)  # uncached
+    if not has_onednn:
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+        assert autograd.find_onednn() is None
     whole, bias = torch.randn(64, 100, requires_grad=True), torch.randn(64, requires_grad=True)
     for has_bias, rows in ((True, (1,)), (False, (5, 40)), (True, (5, 40))):
         inputs = [torch.randn(m, 60, requires_grad=True) for m in rows]
@@ -60,34 +36,6 @@ def test_deferred_linear_and_its_gradients_in_float32_equal_those_in_float64():
         with torch.no_grad():
             layer = deferred_linear(whole[:, 40:], bias if has_bias else None)
             expect_close([layer(x) for x in inputs], exact[0])
-
-
-def test_frozen_inputs_of_deferred_linear_get_no_gradient():
-    """Features of a frozen encoder: the product that would make theirs is a third of the layer."""
-    weight, x = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
-    deferred_linear(weight)(x).sum().backward()
-    assert x.grad is None
-    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 5))
-
-
-def test_products_without_onednns_private_operators_are_torchs(monkeypatch):
-    """Another version of PyTorch may lack them."""
-    x, weight, bias = torch.randn(7, 60), torch.randn(50, 60), torch.randn(50)
-    exact = F.linear(x.double(), weight.double(), bias.double())
-
-    def products():
-        layer = deferred_linear(weight, bias)
-        with torch.no_grad():
-            return [y.double() for y in (autograd.linear(x, weight, bias), layer(x))]
-
-    with_onednn = products()
-    monkeypatch.setattr(torch.ops, "mkldnn", object())
-    autograd.find_onednn.cache_clear()
-    assert autograd.find_onednn() is None
-    without = products()
-    monkeypatch.undo()
-    autograd.find_onednn.cache_clear()
-    torch.testing.assert_close(with_onednn + without, [exact] * 4, rtol=1e-5, atol=1e-4)
 
 
 def test_a_batch_without_backward_pass_keeps_no_memory():

@@ -95,31 +95,6 @@ def test_options_of_the_search_change_both_alike(options):
     assert changed > 3 or options == {"length_penalty": 0.3}
 
 
-def test_end_may_follow_the_last_of_max_len_words_as_in_the_tutorial():
-    decoder, features = make_case_of_words(2, end_bias=-1)
-    free = run(decoder, features, max_len=50)
-    lengths = [len(caption.tokens) for caption in free]
-    assert all(caption.finished for caption in free) and len(set(lengths)) > 2
-    exact = []
-    for i, (length, expected) in enumerate(zip(lengths, free)):
-        if length:
-            [found] = run(decoder, features[i : i + 1], max_len=length)
-            exact.append(found.finished and found.tokens == expected.tokens)
-    assert sum(exact) >= len(exact) - 1  # a narrower search may set another beam aside
-    assert all(len(caption.tokens) <= 1 for caption in run(decoder, features, max_len=1))
-
-
-def test_a_generated_pad_or_start_is_no_word_of_the_caption():
-    decoder, features = make_case(0, end_bias=-9)
-    with torch.no_grad():
-        decoder.fc.bias[[PAD, START]] += 9
-    for options in ({}, {"sample": True, "n_best": 3}):
-        for caption in run(decoder, features, **options):
-            for found in (caption, *caption.alternatives):
-                assert not {PAD, START} & set(found.tokens) and len(found.tokens) < MAX_LEN
-                assert found.alphas.shape == (len(found.tokens), 196) and not found.finished
-
-
 def test_captions_may_be_empty_beams_wider_than_the_vocabulary_and_batches_without_image():
     decoder, features = make_case(0, end_bias=1e4)
     for caption in run(decoder, features):
@@ -146,6 +121,7 @@ def test_impossible_options_and_those_that_nothing_would_read_are_errors():
         name = [*options][-2 if "sample" in options else -1]
         with pytest.raises(ValueError, match=name):
             Search(**options)
+    assert (Search().beam_size, Search().max_len, Search().hard_attention) == (5, 50, False)
 
 
 def test_scores_that_are_not_finite_are_an_error():
@@ -228,7 +204,3 @@ def test_nucleus_is_the_fewest_likeliest_words_that_reach_top_p():
         torch.testing.assert_close(found, logits.exp() * (found > 0))
     hot = token_probabilities(logits, temperature=2)
     torch.testing.assert_close(hot, logits.exp().sqrt() / logits.exp().sqrt().sum(1, True))
-
-
-def test_a_search_has_5_beams_and_50_words_unless_asked_otherwise():
-    assert (Search().beam_size, Search().max_len, Search().hard_attention) == (5, 50, False)

@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling import autograd
 from modeling.beam_search import beam_search
-from modeling.decoding import KNOWN_SOURCE, FastSteps, PlainSteps, pooling_matrix, source_digest
+from modeling.decoding import KNOWN_SOURCE, FastSteps, PlainSteps, source_digest
 from modeling.devices import autocast
 from models import Attention, DecoderWithAttention, Encoder
 from training.losses import doubly_stochastic_loss
@@ -167,14 +167,6 @@ def test_cells_and_pooled_annotations_of_any_image_give_the_same():
             for features in (encoder(images), encoder(images).unflatten(1, (14, 14))):
                 slow = plain(decoder)(features, captions, lengths)
                 torch.testing.assert_close(tuple(slow), tuple(fast), rtol=1e-9, atol=1e-11)
-
-
-def test_pooling_matrix_equals_adaptive_average_pooling():
-    for side in (1, 7, 8, 10, 14, 16):
-        grid = torch.randn(2, 3, side, side, dtype=torch.float64)
-        pool = pooling_matrix(side**2, 14, grid.device, grid.dtype)
-        expected = nn.AdaptiveAvgPool2d(14)(grid).flatten(2)
-        torch.testing.assert_close(expected, grid.flatten(2) @ pool.t())
     with pytest.raises(ValueError, match="60"):
         make_decoder().steps(torch.randn(1, 60, 9).double())
 

@@ -42,25 +42,15 @@ def test_initial_weights_are_spread_as_those_of_timm():
 @pytest.mark.parametrize("stride", [32, 16])
 def test_facts_of_its_feature_map_are_those_found_by_encoding_an_image(monkeypatch, stride):
     """Without them `load_backbone` looks for the channels, the stride and what is fine-tuned."""
-    known = load_backbone("tf_efficientnet_lite2", None, stride)
-    made = EfficientNetLite("tf_efficientnet_lite2", stride)
+    name = "tf_efficientnet_lite2"
+    known, made = load_backbone(name, None, stride), EfficientNetLite(name, stride)
     del made.feature_map
     monkeypatch.setattr(backbones.efficientnet_lite, "EfficientNetLite", lambda *_: made)
-    found = load_backbone("tf_efficientnet_lite2", None, stride)
+    found = load_backbone(name, None, stride)
     with pytest.raises(UserError, match=f"has {stride}"):
-        load_backbone("tf_efficientnet_lite2", None, 8)
-    assert known.channels == found.channels
-    names = [
-        [name for name, module in backbone.body.named_modules() if module in backbone.fine_tuned]
-        for backbone in (known, found)
-    ]
-    assert names[0] == names[1] != []
-
-
-def test_the_same_weights_are_fine_tuned_as_with_timm(monkeypatch):
-    ours = load_backbone("tf_efficientnet_lite2", None)
+        load_backbone(name, None, 8)
     monkeypatch.setattr(backbones.efficientnet_lite, "SCALES", {})
-    theirs = load_backbone("tf_efficientnet_lite2", None)
-    assert [[p.shape for p in module.parameters()] for module in ours.fine_tuned] == [
-        [p.shape for p in module.parameters()] for module in theirs.fine_tuned
-    ]
+    theirs = load_backbone(name, None, stride)  # timm's
+    shapes = [[[p.shape for p in m.parameters()] for m in x[2]] for x in (known, found, theirs)]
+    assert shapes[0] == shapes[1] == shapes[2] != []
+    assert known.channels == found.channels == theirs.channels

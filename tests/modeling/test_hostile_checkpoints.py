@@ -58,16 +58,13 @@ class Call:
         return self.call
 
 
-class Saved:
+class Saved(tuple):
     """Pickled as this persistent id."""
-
-    def __init__(self, *parts):
-        self.id = parts
 
 
 class Pickler(pickle.Pickler):
     def persistent_id(self, value):
-        return value.id if isinstance(value, Saved) else None
+        return tuple(value) if type(value) is Saved else None
 
 
 def pickled(value):
@@ -90,92 +87,66 @@ def outcome(path, load=checkpoints.load):
 # Code: names that are not tensors' or modules', and ways to call, change or hash what is named
 
 NAMES = """
-    os.system posix.system nt.system os.popen os.execv os.remove posix.mkdir os.environ.update
-    subprocess.Popen subprocess.check_output pty.spawn builtins.eval builtins.exec builtins.compile
-    builtins.open builtins.getattr builtins.setattr builtins.__import__ builtins.map io.open
-    importlib.import_module runpy.run_path code.interact ctypes.CDLL shutil.rmtree pickle.loads
-    marshal.loads types.FunctionType functools.partial functools.reduce operator.attrgetter
-    operator.methodcaller webbrowser.open timeit.timeit pdb.run logging.config.dictConfig
-    copyreg._reconstructor copyreg.add_extension socket.create_connection
-    urllib.request.urlopen numpy.load numpy.fromfile torch.load torch.save torch.serialization.load
-    torch.hub.load torch.jit.load torch.from_file torch.storage._load_from_bytes
-    torch._utils._rebuild_wrapper_subclass torch._tensor._rebuild_from_type_v2
+    os.system posix.system subprocess.Popen builtins.eval builtins.setattr builtins.__import__
+    io.open importlib.import_module functools.partial copyreg._reconstructor numpy.load
+    torch.load torch.from_file torch.storage._load_from_bytes torch._utils._rebuild_wrapper_subclass
     torch.nn.modules.module.register_module_forward_hook torch.nn.modules.os.system
     torch.package.PackageImporter torchvision.models.os models.torch __main__.Evil canary.fire
     """.split()
-PLACES = {  # what is before and after a call
-    "root": (b"", b""),
-    "format 1": (b"}(U\6formatK\1U\7encoder", b"u"),
-    "module": (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs"),
-}
-
+PLACES = (  # what is before and after a call: at the root, in our format, in a module's state
+    (b"", b""),
+    (b"}(U\6formatK\1U\7encoder", b"u"),
+    (b"}U\7encoderctorch.nn.modules.linear\nLinear\n)\x81}U\5state", b"sbs"),
+)
 FIRE = b"ccanary\nfire\n"
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 FLOATS_X = b"(U\7storagectorch\nFloatStorage\nU\1xU\3cpuK\4"  # the start of a storage's id
-ATTACKS = {
-    "REDUCE": FIRE + b")R.",
-    "NEWOBJ": b"ccanary\nFire\n)\x81.",
-    "NEWOBJ_EX": LINEAR + b")}\x92.",
-    "BUILD": b"ccanary\nFire\n)\x81}b.",
-    "INST": b"(icanary\nfire\n.",
-    "OBJ": b"(" + FIRE + b"o.",
-    "OBJ of a known name": b"(" + LINEAR + b"o.",
-    "EXT1": b"\x82\1)R.",
-    "EXT2": b"\x83\1\0)R.",
-    "EXT4": b"\x84\1\0\0\0)R.",
-    "PERSID": b"Pcanary.fire\n.",
-    "STACK_GLOBAL": b"\x8c\6canary\x8c\4fire\x93)R.",
-    "STACK_GLOBAL of memo": b"\x8c\6canary\x94\x8c\4fire\x94h\0h\1\x93)R.",
-    "STACK_GLOBAL of numbers": b"K\1K\1\x93.",
-    "dotted name": b"ctorch.nn.modules\nlinear.os.system\n)R.",
-    "dotted name on the stack": b"\x8c\5torch\x8c\x14nn.modules.os.system\x93.",
-    "known name cut elsewhere": b"\x8c\5torch\x8c\7nn.Size\x93.",
-    "key": b"}" + FIRE + b")RK\1s.",
-    "element": b"](" + FIRE + b")Re.",
-    "set": b"c__builtin__\nset\n](" + FIRE + b")Re\x85R.",
-    "default of a dictionary": b"ccollections\ndefaultdict\n" + FIRE + b"\x85R.",
-    "pairs of a dictionary": b"ccollections\nOrderedDict\n]" + FIRE + b")Ra\x85R.",
-    "storage's type": b"(U\7storage" + FIRE + b"U\1xU\3cpuK\4tQ.",
-    "module's type": b"(U\6module" + FIRE + b"U\1xU\1xtQ.",
-    "hooks of a tensor": TENSOR + b"(" + FIRE + b"t.",
-    "state of a module": LINEAR + b")\x81}U\1a" + FIRE + b"sb.",
-    "attributes of a module's class": LINEAR + b"N}U\1aK\1s\x86b.",
-    "attributes of a function": TENSOR + b"N}U\1aK\1s\x86b.",
-    "attributes of a list": b"]}U\1aK\1sb.",
-    "attributes of a tensor": TENSOR + b"(" + FLOATS_X + b"tQK\0))tR}b.",
-    "state of a tensor": TENSOR + b"(" + FLOATS_X + b"tQK\0))tR(K\0)NNtb.",
-    "slots of a type": LINEAR + b"N}U\4makeK\1s\x86b.",
-    "slots of a list": b"]N}U\1aK\1s\x86b.",
-    "slots of a storage": FLOATS_X + b"tQN}U\5numelK\x09s\x86b.",
-    "item of a module": LINEAR + b")RU\1aK\1s.",
-    "item of a module's class": LINEAR + b"U\1aK\1s.",
-    "item of a tensor": FLOATS_X + b"tQK\0K\1s.",
-    "item of a list": b"]K\1aK\0K\1s.",
-    "elements of a module": LINEAR + b")R(K\1e.",
-    "elements of a tensor": FLOATS_X + b"tQ(K\1e.",
-    "list appended to a dictionary": b"}K\1a.",
-    "elements of a set that is a dictionary": b"}(K\1\x90.",
-    "call of an object": LINEAR + b")R)R.",
-    "call of a string": b"U\1x)R.",
-    "call of a storage's type": b"ctorch\nFloatStorage\n)R.",
-    "call with a list": LINEAR + b"]R.",
-    "call with many arguments": LINEAR + b"(" + b"N" * 200 + b"tR.",
-    "call as a persistent id": FIRE + b")U\4call\x87Q.",
-    "attributes as a persistent id": TENSOR + b"}U\5build\x87Q.",
-    "items as a persistent id": FLOATS_X + b"tQK\0K\1\x86U\3set\x87Q.",
-    "long name": b"ctorch.nn.modules." + b"a" * 600 + b"\nA\n.",
-    "tuple as a key": b"})K\1s.",
-    "DICT with a tuple as a key": b"()K\1d.",
-    "large number as a key": b"}\x8a\x09" + b"\1" * 9 + b"K\1s.",
-    "FROZENSET": b"(\x91.",
-    "BYTEARRAY8": b"\x96\1\0\0\0\0\0\0\0x.",
-    "NEXT_BUFFER": b"\x97.",
-    "persistent id": b"U\4evil\x85Q.",
-    "empty persistent id": b")Q.",
-    "module that is none": b"(U\6moduleK\1NNtQ.",
-    "view of a storage": FLOATS_X + b"(U\1yK\0K\2ttQ.",
-}
+OBJECTS = b"]", b"U\1x", LINEAR, TENSOR, FLOATS_X + b"tQ"  # that no instruction calls or changes
+OBJECTS += (LINEAR + b")R", TENSOR + b"(" + FLOATS_X + b"tQK\0))tR")
+CHANGES = (
+    b"}U\1aK\1sb.",
+    b"N}U\5numelK\x09s\x86b.",
+    b"U\1aK\1s.",
+    b"K\0K\1s.",
+    b"(U\1aK\1u.",
+    b"]R.",
+)
+ATTACKS = [
+    *(a + b for a in OBJECTS for b in CHANGES if a[-2:] != b")R" or b[-2:] != b"b."),
+    *(a + b")R." for a in (OBJECTS[1], OBJECTS[4], OBJECTS[5], b"ctorch\nFloatStorage\n")),
+    FIRE + b")R.",
+    b"ccanary\nFire\n)\x81}b.",
+    b"(icanary\nfire\n.",  # INST
+    b"(" + FIRE + b"o.",  # OBJ
+    b"(" + LINEAR + b"o.",
+    LINEAR + b")}\x92.",  # NEWOBJ_EX
+    b"\x82\1)R.",  # EXT1
+    b"Pcanary.fire\n.",  # PERSID
+    b"\x8c\6canary\x8c\4fire\x93)R.",  # STACK_GLOBAL
+    b"K\1K\1\x93.",
+    b"ctorch.nn.modules\nlinear.os.system\n)R.",
+    b"\x8c\5torch\x8c\x14nn.modules.os.system\x93.",
+    b"\x8c\5torch\x8c\7nn.Size\x93.",  # a known name cut elsewhere
+    b"ctorch.nn.modules." + b"a" * 600 + b"\nA\n.",
+    b"}" + FIRE + b")RK\1s.",
+    b"(U\7storage" + FIRE + b"U\1xU\3cpuK\4tQ.",
+    TENSOR + b"(" + FIRE + b"t.",  # its hooks
+    b"}K\1a.",
+    b"}(K\1\x90.",
+    LINEAR + b")R(K\1e.",
+    FLOATS_X + b"tQ(K\1e.",
+    LINEAR + b"(" + b"N" * 200 + b"tR.",
+    b"})K\1s.",  # a tuple as a key
+    b"()K\1d.",
+    b"}\x8a\x09" + b"\1" * 9 + b"K\1s.",
+    b"(\x91.",  # FROZENSET
+    b"\x96\1\0\0\0\0\0\0\0x.",  # BYTEARRAY8
+    b"U\4evil\x85Q.",
+    b")Q.",
+    b"(U\6moduleK\1NNtQ.",
+    FLOATS_X + b"(U\1yK\0K\2ttQ.",  # a view
+]
 
 
 @pytest.fixture
@@ -197,20 +168,20 @@ def hostile_pickles(command):
     for name in NAMES:
         module, function = name.encode().rsplit(b".", 1)
         call = b"c%s\n%s\nU%c%s\x85R" % (module, function, len(command), command)
-        for before, after in PLACES.values():
+        for before, after in PLACES:
             yield f" {name}, which", b"\x80\2" + before + call + after + b"."
-    for data in ATTACKS.values():
+    for data in ATTACKS:
         for pickle_ in (b"\x80\2" + data, b"\x80\2}(U\6formatK\1U\1x" + data[:-1] + b"u."):
             yield "canary" if FIRE in data else "", pickle_
 
 
 def test_no_hostile_file_runs_anything(tmp_path, canary):
-    """All 412 ways that were found, and more, in both formats; each ends in one line."""
+    """In both formats; each file ends in one line."""
     path, proof, count = tmp_path / "x", tmp_path / "proof", 0
     checkpoints.load(checkpoints.PRETRAINED)  # whatever is imported then
     for form in FORMS:
         for named, data in hostile_pickles(f"touch {proof}".encode()):
-            write_pickle(path, data, form)
+            write_pickle(path, data, form, [("x", b"\0" * 16)])
             del heard[:]
             message = outcome(path)
             assert heard == canary == [] and not proof.exists(), (form, data)
@@ -222,19 +193,9 @@ def test_no_hostile_file_runs_anything(tmp_path, canary):
         parts[place] = b"\x80\2" + FIRE + b")R."
         path.write_bytes(b"".join(parts))
         assert "canary.fire" in outcome(path) and canary == []
-    assert count > 500
-
-
-def test_python_runs_what_is_refused_here(tmp_path):
-    """What was watched in the test above is what happens otherwise."""
-    proof, path = tmp_path / "proof", tmp_path / "x"
-    data = pickle.dumps([Call(os.system, f"touch {proof}")], 4)
-    for form in FORMS:
-        assert " posix.system, which" in outcome(write_pickle(path, data, form))
-    assert not proof.exists()
-    del heard[:]
-    pickle.loads(data)
-    assert proof.exists() and "os.system" in heard
+    assert count > 400
+    pickle.loads(pickle.dumps(Call(os.system, f"touch {proof}")))
+    assert proof.exists() and "os.system" in heard  # as Python itself reads it
 
 
 # What may be in a file
@@ -291,7 +252,7 @@ WRONG = {  # what is changed, to which values
 def tensor(
     numel=4, offset=0, size=(2, 2), stride=(2, 1), kind=torch.FloatStorage, key="0", view=()
 ):
-    saved = Saved("storage", kind, key, "cpu", numel, *view)
+    saved = Saved(("storage", kind, key, "cpu", numel, *view))
     return Call(REBUILD, saved, offset, size, stride, False, OrderedDict())
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of whole modules, as the tutorial wrote them, load without their code."""
 
 import json
-import os
 import pickle
 import struct
 import sys
@@ -175,7 +174,7 @@ def test_backbone_is_recognised_by_its_third_block(path, state):
     refused(write(path, state), "no ResNet of torchvision has 5 layers")
 
 
-def test_old_file_captions_after_conversion(path, as_models, monkeypatch, capsys):
+def test_old_file_of_a_whole_resnet_is_converted(path, as_models, monkeypatch):
     torch.manual_seed(2)
     children = list(torchvision.models.resnet18(weights=None).children())[:-2]
     state, new = tutorial(Encoder(children), 512), path.parent / "NEW.pth.tar"
@@ -184,17 +183,9 @@ def test_old_file_captions_after_conversion(path, as_models, monkeypatch, capsys
     words = path.parent / "WORDMAP.json"
     words.write_text(json.dumps(WORD_MAP))
     checkpoints.main([str(path), str(new), "--word_map", str(words)])
-    assert capsys.readouterr().out == f"wrote {new} (resnet18, 6 words)\n"
-    checkpoint = load(new)
-    encoder, decoder = checkpoints.build(checkpoint, new)
-    found = (checkpoint[key] for key in ("word_map", "epoch", "bleu4"))
-    assert tuple(found) == (WORD_MAP, 3, 0.215)
+    encoder, decoder = checkpoints.build(load(new), new)
     assert_same(encoder.state_dict(), state["encoder"])
     assert_same(decoder.state_dict(), state["decoder"])
-    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    with torch.no_grad():
-        output = decoder(encoder(image), torch.tensor([[[4, 1, 5]]]), torch.tensor([[3]]))
-    assert output.logits.isfinite().all()
 
 
 # The format of torch 0.4, by hand: Parameter called, no counts in BatchNorm, source code saved.
@@ -267,45 +258,17 @@ def test_what_is_missing_or_misshapen_is_named(path, state):
         refused(write(path, {**state, name: {"fc.bias": 1}}), f"has no module {name}")
 
 
-class Call:
-    """Pickled as a call of this function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_call_in_a_checkpoint_of_the_tutorial_is_refused_and_not_made(path, state):
-    proof = path.parent / "proof"
-    state["decoder"].dropout.p = Call(os.system, f"touch {proof}")
-    refused(write(path, state), " posix.system, which", "nothing in the file was run")
-    assert not proof.exists()
-
-
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n)R"
-MODULES, PUT = LINEAR + b"}U\x08_modules}", b"r\xff\0\0\0"
+MODULES = b"}U\x08_modules}"
+ROOT = LINEAR + b"r\xff\0\0\0" + MODULES  # the module in place 255 of the memo
 SHARED = b"(}(" + b"".join(b"U\5%05dN" % i for i in range(60_000)) + b"uq\0"
 MANY = [b"U\5%05d" % i + LINEAR + b"}U\x0b_parametersh\0sb" for i in range(20_000)]
-TWICE = [MODULES + b"(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1) for i in range(60)]
-TREES = {  # pickles that put a module into place 255 of the memo
-    "in itself": LINEAR + PUT + b"}U\x08_modules}U\1aj\xff\0\0\0ssb",
-    "deep": LINEAR
-    + PUT
-    + MODULES[len(LINEAR) :]
-    + b"U\1a"
-    + (MODULES + b"U\1a") * 5000
-    + LINEAR
-    + b"ssb" * 5001,
-    "twice in each": b"(" + LINEAR + b"q\0" + b"".join(TWICE) + PUT + b"t",
-    "one large dictionary in each": SHARED
-    + LINEAR
-    + PUT
-    + MODULES[len(LINEAR) :]
-    + b"("
-    + b"".join(MANY)
-    + b"usbt",
+TWICE = [LINEAR + MODULES + b"(U\1ah%cU\1bh%cusbq%c" % (i, i, i + 1) for i in range(60)]
+TREES = {
+    "in itself": ROOT + b"U\1aj\xff\0\0\0ssb",
+    "deep": ROOT + b"U\1a" + (LINEAR + MODULES + b"U\1a") * 5000 + LINEAR + b"ssb" * 5001,
+    "twice in each": b"(" + LINEAR + b"q\0" + b"".join(TWICE) + b"r\xff\0\0\0t",
+    "one large dictionary in each": SHARED + ROOT + b"(" + b"".join(MANY) + b"usbt",
 }
 
 
