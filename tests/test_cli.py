@@ -95,9 +95,7 @@ MISTAKES = {
         ("gone.pth.tar 0.png", "0.png exists already; pass another name for the new file"),
         ("0.png new", "0.png is damaged or not a checkpoint"),
     ],
-    "benchmark": [
-        ("--stages dinner", "invalid choice: 'dinner'"),
-    ],
+    "benchmark": [("--stages dinner", "invalid choice: 'dinner'")],
 }
 
 
@@ -119,10 +117,7 @@ FILLING = {  # options whose largest values would fill the memory; what else end
         "--data_folder nowhere",
         "--batch_size --workers --emb_dim --attention_dim --decoder_dim --val_beam_size --samples",
     ),
-    "eval": (
-        "--data_folder nowhere",
-        "--max_len --batch_size --workers --beam_sizes --bootstrap",
-    ),
+    "eval": ("--data_folder nowhere", "--max_len --batch_size --workers --beam_sizes --bootstrap"),
     "caption": ("--img nothing.jpg", "--max_len --beam_size --n_best --batch_size"),
 }
 

@@ -19,12 +19,7 @@ from factories import (
 )
 from torch.utils.data import DataLoader
 
-from datasets import (
-    CaptionDataset,
-    ResumableBatchSampler,
-    add_data_options,
-    find_data_name,
-)
+from datasets import CaptionDataset, ResumableBatchSampler, add_data_options, find_data_name
 from utils import Parser
 
 PIXELS, CAPTIONS, LENGTHS, WORDS = (
@@ -71,17 +66,6 @@ def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by
     for outside in (-1, len(dataset)):
         with pytest.raises(IndexError):
             dataset[outside]
-
-
-def test_a_repeated_caption_has_nothing_to_predict_and_is_no_item(tmp_path):
-    captions, lengths = list(TUTORIAL_CAPTIONS), list(TUTORIAL_LENGTHS)
-    captions[3], lengths[3] = captions[2], lengths[2]  # image 1
-    write_tutorial_files(tmp_path, captions, lengths)
-    assert read(tmp_path)[1].lengths.tolist() == [lengths[2], 1]
-    assert read(tmp_path).entry(1)["references"] == [["a", "cat", "sits"]]
-    by_caption = read(tmp_path, by_image=False)
-    assert len(by_caption) == IMAGES * R - 1
-    assert by_caption[4].captions.tolist() == [captions[5]] != [captions[4]]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

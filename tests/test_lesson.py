@@ -80,8 +80,7 @@ def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_pat
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setitem(sys.modules, "google.colab", sys)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="into REPOSITORY first"):
-        exec(cell, {})
+    pytest.raises(SystemExit, exec, cell, {}).match("into REPOSITORY first")
     for _ in range(2):
         exec(cell.replace('"URL"  #', '"https://x"  #'), {})
     assert commands[0] == ["git", "clone", "-q", "https://x", "show-attend-and-tell"]

@@ -53,8 +53,7 @@ def run_code(code, *arguments, exit_code=0):
 def test_json_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, [1])
-    with pytest.raises(TypeError):
-        write_json(path, [object()])
+    pytest.raises(TypeError, write_json, path, [object()])
     with pytest.raises(ValueError), atomic_write(path) as temporary:
         Path(temporary).write_text("half")
         raise ValueError
@@ -68,18 +67,14 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_or_replaced_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json not found"):
-        read_json(tmp_path / "none.json")
+    pytest.raises(UserError, read_json, tmp_path / "none.json").match(r"none\.json not found")
     (tmp_path / "x.json").write_text('{"a":\n]}')
-    with pytest.raises(UserError, match=r"x\.json, line 2: broken JSON"):
-        read_json(tmp_path / "x.json")
+    pytest.raises(UserError, read_json, tmp_path / "x.json").match(r"x\.json, line 2: broken JSON")
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/null", tmp_path / "pipe", tmp_path):
-        with pytest.raises(UserError, match=f"{path} is not a file"):
-            write_json(path, 1)
+        pytest.raises(UserError, write_json, path, 1).match(f"{path} is not a file")
         assert not os.path.isfile(path)
-        with pytest.raises(UserError, match=f"{path} cannot be read"):
-            read_json(path)
+        pytest.raises(UserError, read_json, path).match(f"{path} cannot be read")
 
 
 def test_a_lock_is_held_by_one_process_and_is_released_with_it(tmp_path, monkeypatch):
@@ -117,8 +112,7 @@ def test_numbers_are_within_their_bounds():
         for text in good:
             assert kind(text) == float(text)
         for text in bad:
-            with pytest.raises(argparse.ArgumentTypeError, match="must be "):
-                kind(text)
+            pytest.raises(argparse.ArgumentTypeError, kind, text).match("must be ")
 
 
 def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
@@ -134,8 +128,7 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
             run_script(Mock(side_effect=error))
         err = capsys.readouterr().err
         assert end.value.code == code and err.count("\n") == 1 and name in err and len(err) < 650
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_script(Mock(side_effect=RuntimeError("a bug")))
+    pytest.raises(RuntimeError, run_script, Mock(side_effect=RuntimeError("a bug"))).match("a bug")
 
 
 def test_a_closed_terminal_does_not_change_the_exit_code(monkeypatch):

@@ -68,8 +68,7 @@ def test_a_folder_is_of_one_run_at_a_time_and_of_an_earlier_one_in_every_process
     assert not list(tmp_path.iterdir())
     (tmp_path / f"checkpoint_{NAME}.pth.tar").touch()
     for process in processes:
-        with pytest.raises(UserError, match="pass --resume"):
-            lock_run(args, process).__enter__()
+        pytest.raises(UserError, lock_run(args, process).__enter__).match("pass --resume")
 
 
 def test_curves_are_drawn_after_each_epoch(data, tmp_path, monkeypatch):
@@ -121,8 +120,7 @@ def test_resume_continues_a_second_phase_from_its_start(data, run, monkeypatch):
     phase = f"--checkpoint {run}/BEST_checkpoint_{NAME}.pth.tar --fine_tune_encoder"
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main(train_args(data, run, phase))
+        pytest.raises(ZeroDivisionError, train.main, train_args(data, run, phase))
     assert load_checkpoint(run)["options"]["fine_tune_encoder"]
     assert [row["epoch"] for row in log_rows(run)] == [1, 2, 3]
     train.main(resume_args(run, "--epochs 2"))
@@ -178,8 +176,7 @@ def test_options_that_do_not_suit_the_model_or_each_other_are_named(data, tmp_pa
         ("--augment", "--augment .* --fine_tune_encoder .* --no-cache_features"),
         ("--accumulate 12", "--accumulate 12 .* 11 images .* --batch_size"),
     ):
-        with pytest.raises(UserError, match=message):
-            train.main(train_args(data, tmp_path, options))
+        pytest.raises(UserError, train.main, train_args(data, tmp_path, options)).match(message)
 
 
 @needs_fork
