@@ -18,7 +18,7 @@ import utils
 from checkpoints import PRETRAINED
 from evaluation import captions
 from modeling.beam_search import Search
-from utils import UserError, search_options
+from utils import search_options
 
 
 @pytest.fixture
@@ -27,12 +27,9 @@ def call(monkeypatch, capsys):
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        code = 0
-        try:
-            utils.run_script(importlib.import_module(script).main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            sys.exit(utils.run_script(importlib.import_module(script).main) or 0)
+        return end.value.code, *capsys.readouterr()
 
     return call
 
@@ -55,7 +52,6 @@ MISTAKES = {
     "create_input_files": [
         ("--karpathy_json none.json --image_folder empty", "none.json not found"),
         ("--karpathy_json broken.json --image_folder empty", "broken.json, line 2: broken JSON"),
-        ("--karpathy_json empty --image_folder empty", "empty cannot be read: Is a directory"),
         ("--karpathy_json a --captions b", "--karpathy_json and --captions exclude each other"),
         ("--captions captions.csv", "--image_folder"),
         ("--image_size 31", "--image_size is 31, it must be at least 32 and at most 2048"),
@@ -157,16 +153,13 @@ def test_help_shows_the_defaults(call):
 def test_search_options_reach_the_search_of_both_scripts(data, monkeypatch, call):
     options = "--max_len 7 --length_penalty 0.5 --no_unk --attention hard --no_repeat_ngram 3"
     options = [*options.split(), "--device", "cpu", "--model", PRETRAINED]
-    asked = []
-    for module in (captions, caption):
-        find = Mock(side_effect=module.find_captions)
-        monkeypatch.setattr(module, "find_captions", find)
-        asked.append(find)
+    asked = [Mock(side_effect=caption.find_captions) for _ in range(2)]
+    monkeypatch.setattr(captions, "find_captions", asked[0])
+    monkeypatch.setattr(caption, "find_captions", asked[1])
     call("eval", "--data_folder", data, "--beam_sizes", "2", "--workers", "0", *options)
     call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
-    expected = Search(
-        2, max_len=7, length_penalty=0.5, no_unk=True, hard_attention=True, no_repeat_ngram=3
-    )
+    numbers = {"max_len": 7, "length_penalty": 0.5, "no_repeat_ngram": 3}
+    expected = Search(2, **numbers, no_unk=True, hard_attention=True)
     found = [find.call_args.args[3] for find in asked]
     assert found == [expected, replace(expected, beam_size=5)]
     args = eval_script.get_args("--sample --temperature 2 --top_p 0.5 --beam_sizes 3".split())
@@ -182,15 +175,7 @@ def test_caption_says_unk_only_when_asked_and_eval_unless_asked():
 
 
 def test_options_from_a_checkpoint_are_defaults_that_the_command_line_overrides():
-    options = {
-        "epochs": 7,
-        "decoder_lr": 1,
-        "emb_dim": None,
-        "amp": None,
-        "of_another_version": object(),
-    }
+    options = {"epochs": 7, "decoder_lr": 1, "emb_dim": None, "amp": None, "unknown": object()}
     args = train.get_args(["--epochs", "9"], "x.pth.tar", options)
     assert (args.epochs, args.decoder_lr, args.emb_dim, args.dropout) == (9, 1, None, 0.5)
-    assert not hasattr(args, "of_another_version")
-    with pytest.raises(UserError, match="^x.pth.tar is damaged: its option attention is 'purple'"):
-        train.get_args([], "x.pth.tar", {"attention": "purple"})
+    assert not hasattr(args, "unknown")

@@ -22,12 +22,8 @@ from torch.utils.data import DataLoader
 from datasets import CaptionDataset, ResumableBatchSampler, add_data_options, find_data_name
 from utils import Parser
 
-PIXELS, CAPTIONS, LENGTHS, WORDS = (
-    f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5",
-    f"TRAIN_CAPTIONS_{TUTORIAL_NAME}.json",
-    f"TRAIN_CAPLENS_{TUTORIAL_NAME}.json",
-    f"WORDMAP_{TUTORIAL_NAME}.json",
-)
+PIXELS, WORDS = f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5", f"WORDMAP_{TUTORIAL_NAME}.json"
+CAPTIONS, LENGTHS = (f"TRAIN_{kind}_{TUTORIAL_NAME}.json" for kind in ("CAPTIONS", "CAPLENS"))
 
 
 @pytest.fixture
@@ -81,11 +77,9 @@ def test_workers_and_pickled_copies_give_the_batches_of_one_process(data, method
 
 
 def test_references_are_those_of_their_file_or_read_back_from_word_ids(data):
-    assert read(data[0]).entry(1) == {
-        "filename": None,
-        "image_id": 1,
-        "references": [["a", "cat", "sits"], ["a", "<unk>"]],
-    }
+    references = [["a", "cat", "sits"], ["a", "<unk>"]]
+    found = read(data[0]).entry(1)
+    assert found == {"filename": None, "image_id": 1, "references": references}
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     entry = {"filename": "1.jpg", "image_id": 1, "references": [["un", "chat"]]}
     path.write_text(json.dumps([entry] * IMAGES))
@@ -137,9 +131,7 @@ def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
 
 def test_images_of_another_shape_or_type_are_refused(data):
     for shape, dtype, count in [
-        ((IMAGES, 3, 8, 8), "uint8", R),
-        ((IMAGES,), "uint8", R),
-        ((IMAGES, 256, 256, 3), "uint8", R),
+        *(((IMAGES, *shape), "uint8", R) for shape in ((3, 8, 8), (), (256, 256, 3))),
         ((IMAGES, 3, 256, 256), "float32", R),
         ((IMAGES, 3, 256, 256), "uint8", 0),
     ]:

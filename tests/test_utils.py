@@ -115,7 +115,7 @@ def test_numbers_are_within_their_bounds():
             pytest.raises(argparse.ArgumentTypeError, kind, text).match("must be ")
 
 
-def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
+def test_full_memory_interrupts_and_full_disks_are_one_line(capsys, monkeypatch):
     for error, code, name in (
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "--batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "--batch_size"),
@@ -129,9 +129,7 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
         err = capsys.readouterr().err
         assert end.value.code == code and err.count("\n") == 1 and name in err and len(err) < 650
     pytest.raises(RuntimeError, run_script, Mock(side_effect=RuntimeError("a bug"))).match("a bug")
-
-
-def test_a_closed_terminal_does_not_change_the_exit_code(monkeypatch):
+    # A closed terminal does not change the exit code.
     monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError(5, "I/O error"))))
     with pytest.raises(SystemExit) as end:
         run_script(Mock(side_effect=KeyboardInterrupt()))
@@ -181,12 +179,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 def test_importing_every_module_and_captioning_changes_no_setting_of_the_process():
-    names = [
-        ".".join((*path.parent.relative_to(ROOT).parts, path.stem))
-        for folder in ("", "modeling", "preprocessing", "training", "evaluation", "visualization")
-        for path in sorted((ROOT / folder).glob("*.py"))
-        if path.stem not in ("__init__", "hubconf")
+    paths = [
+        *ROOT.glob("*.py"),
+        *(p for init in ROOT.glob("*/__init__.py") for p in init.parent.glob("[!_]*.py")),
     ]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(paths)]
+    names.remove("hubconf")
     assert {"train", "utils", "preprocessing.images", "visualization.figures"} <= set(names)
     code = f"""
 for name in ("imageio", "matplotlib", "nltk", "skimage", "timm", "torchvision"):

@@ -78,12 +78,8 @@ def test_empty_captions_and_words_in_angle_brackets_are_shown_as_they_are(
     decoder = DecoderWithAttention(8, 8, 8, len(val_data.word_map), encoder.encoder_dim)
     with torch.no_grad():
         decoder.fc.bias[val_data.word_map["<end>"]] = 100
-    state = SimpleNamespace(
-        args=train.get_args([]),
-        averaged_encoder=encoder,
-        averaged_decoder=decoder,
-        processes=Distributed(torch.device("cpu")),
-    )
+    state = SimpleNamespace(args=train.get_args([]), processes=Distributed(torch.device("cpu")))
+    state.averaged_encoder, state.averaged_decoder = encoder, decoder
     shown = pictures.ValidationPictures(val_data, val_data.word_map)
     shown.references[0] = "a <unk> | b"
     with writer_module.SummaryWriter(tmp_path / "log") as writer:

@@ -8,7 +8,7 @@ from factories import TUTORIAL_NAME, make_captions, make_decoder, write_tutorial
 from datasets import CaptionDataset
 from models import DecoderOutput
 from training.engine import teacher_forced_pairs
-from training.losses import Batch, TeacherForcing
+from training.losses import Batch, TeacherForcing, doubly_stochastic_penalty
 
 
 def test_loss_and_gradients_are_those_of_the_distinct_captions_alone():
@@ -16,6 +16,7 @@ def test_loss_and_gradients_are_those_of_the_distinct_captions_alone():
     lengths[[0, 0, 1, 1, 1], [2, 3, 1, 2, 3]] = 1  # 2, 1 and 4 captions are distinct
     features = torch.randn(3, 16, 9, dtype=torch.float64)
     assert TeacherForcing().count_captions(lengths) == 7
+    assert doubly_stochastic_penalty(torch.zeros(1, 2, 2, 9), lengths[1:2, :2]).tolist() == [[1, 0]]
     batch = Batch(features, captions, lengths, [0, 1, 2], float((lengths - 1).sum()), 7)
     loss, *_ = TeacherForcing(0.7)(decoder, batch)
     ours = torch.autograd.grad(loss, list(decoder.parameters()))

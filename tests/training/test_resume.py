@@ -71,16 +71,6 @@ def test_a_run_saved_within_an_epoch_continues_bit_for_bit(data, tmp_path, monke
             assert same(load_checkpoint(whole)[key], load_checkpoint(parts)[key]), step
 
 
-def test_a_failed_validation_leaves_the_epoch_saved(data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "validate", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main(train_args(data, tmp_path, "--epochs 1 --batch_size 30"))
-    assert load_checkpoint(tmp_path)["progress"]["step"] == 4
-    train.main(resume_args(tmp_path))
-    assert [row["epoch"] for row in log_rows(tmp_path)] == [1]
-
-
 def test_a_run_of_an_older_version_or_a_newer_torch_is_resumed(run):
     checkpoint = load_checkpoint(run)
     for new in ("trained", "data", "scaler"):

@@ -5,8 +5,10 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -57,11 +59,8 @@ def test_a_folder_is_of_one_run_at_a_time_and_of_an_earlier_one_in_every_process
     """In each, since torchrun prints the traceback of those that wait for the first one."""
     args = train.get_args(["--checkpoint_folder", str(tmp_path), "--data_name", NAME])
     processes = [Distributed(torch.device("cpu"), rank, 2) for rank in (0, 1)]
-
-    def impatient(path, busy, timeout):
-        return exclusive_lock(path, busy, 0.1)
-
-    monkeypatch.setattr(run_module, "exclusive_lock", impatient)
+    impatient = partial(exclusive_lock, timeout=0.1)
+    monkeypatch.setattr(run_module, "exclusive_lock", lambda *args, timeout: impatient(*args))
     with lock_run(args, processes[0]):
         with pytest.raises(UserError, match=f"{NAME} .*{tmp_path}.* --checkpoint_folder"):
             lock_run(args, processes[0]).__enter__()
@@ -88,13 +87,10 @@ def test_curves_are_drawn_after_each_epoch(data, tmp_path, monkeypatch):
 
 def test_broken_references_are_reported_before_the_first_epoch(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
-    for path in data.glob(f"*{NAME}*"):
-        (tmp_path / path.name).symlink_to(path)
-    references = tmp_path / f"VAL_REFERENCES_{NAME}.json"
-    references.unlink()
-    references.write_text("[{")
-    with pytest.raises(UserError, match="VAL_REFERENCES.* is damaged: "):
-        train.main(train_args(tmp_path, tmp_path / "run"))
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / f"VAL_REFERENCES_{NAME}.json").write_text("[{")
+    arguments = train_args(folder, tmp_path)
+    pytest.raises(UserError, train.main, arguments).match("VAL_REFERENCES.* is damaged: ")
 
 
 def test_the_log_holds_the_metrics_that_are_printed_also_without_curves(
