@@ -3,20 +3,12 @@
 import json
 import pickle
 
+import factories
 import h5py
 import numpy as np
 import pytest
 import torch
-from factories import (
-    IMAGES,
-    TUTORIAL_CAPTIONS,
-    TUTORIAL_LENGTHS,
-    TUTORIAL_NAME,
-    TUTORIAL_WORD_MAP,
-    R,
-    refused,
-    write_tutorial_files,
-)
+from factories import IMAGES, TUTORIAL_LENGTHS, TUTORIAL_NAME, TUTORIAL_WORD_MAP, R, refused
 from torch.utils.data import DataLoader
 
 from datasets import CaptionDataset, ResumableBatchSampler, add_data_options, find_data_name
@@ -29,7 +21,7 @@ CAPTIONS, LENGTHS = (f"TRAIN_{kind}_{TUTORIAL_NAME}.json" for kind in ("CAPTIONS
 @pytest.fixture
 def data(tmp_path):
     """The folder of the tutorial's files, and their pixels"""
-    return tmp_path, write_tutorial_files(tmp_path)
+    return tmp_path, factories.write_tutorial_files(tmp_path)
 
 
 def read(folder, by_image=True):
@@ -55,7 +47,7 @@ def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by
         assert int(index) == i
         assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
         np.testing.assert_array_equal(image, pixels[i * r // R])
-        assert captions.tolist() == TUTORIAL_CAPTIONS[r * i : r * i + r]
+        assert captions.tolist() == factories.TUTORIAL_CAPTIONS[r * i : r * i + r]
         assert lengths.tolist() == TUTORIAL_LENGTHS[r * i : r * i + r]
     index = np.array([3, 0, 4])
     assert equal(dataset[index], stacked(dataset[int(i)] for i in index))
@@ -111,7 +103,7 @@ def test_missing_damaged_or_foreign_file_is_named(data):
 
 
 def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
-    captions, lengths = TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS
+    captions, lengths = factories.TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS
     bad_lengths = [[*lengths[:-1], n] for n in (0, 1, 4.5, 5, 99, 2**40, 2**70, "a")]
     bad_last = [[1, 1, 4, 6, 0, 0], [5, 7, 4, 6, 0, 0], [5, -1, 4, 6, 0, 0], [5, 6]]
     bad_captions = [[*captions[:-1], last] for last in bad_last]
@@ -125,7 +117,7 @@ def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
     ]:
         for path in tmp_path.iterdir():
             path.unlink()
-        write_tutorial_files(tmp_path, wrong, wrong_lengths)
+        factories.write_tutorial_files(tmp_path, wrong, wrong_lengths)
         refused(tmp_path, "CAP", "create_input_files.py again", load=read)
 
 

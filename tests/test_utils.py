@@ -11,17 +11,8 @@ import pytest
 import torch
 from factories import ROOT
 
-from utils import (
-    Number,
-    UserError,
-    atomic_write,
-    exclusive_lock,
-    positive_int,
-    printable,
-    read_json,
-    run_script,
-    write_json,
-)
+import utils
+from utils import Number, UserError, exclusive_lock, printable, read_json, run_script, write_json
 
 # The settings that belong to a process, and so to the program that imports our modules.
 SETTINGS = """
@@ -54,7 +45,7 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, [1])
     pytest.raises(TypeError, write_json, path, [object()])
-    with pytest.raises(ValueError), atomic_write(path) as temporary:
+    with pytest.raises(ValueError), utils.atomic_write(path) as temporary:
         Path(temporary).write_text("half")
         raise ValueError
     assert read_json(path) == [1] and list(tmp_path.iterdir()) == [path]
@@ -104,7 +95,7 @@ def test_every_message_is_printable_on_its_lines():
 def test_numbers_are_within_their_bounds():
     fraction, share = Number(float, minimum=0, below=1), Number(float, above=0, maximum=1)
     for kind, good, bad in (
-        (positive_int, ["1", "2147483647"], ["0", "-1", "2147483648", "9" * 400]),
+        (utils.positive_int, ["1", "2147483647"], ["0", "-1", "2147483648", "9" * 400]),
         (Number(int, maximum=9), ["9", "-5"], ["10", "2147483648"]),
         (fraction, ["0", "0.99"], ["1", "-0.1", "nan", "inf"]),
         (share, ["1", "0.01"], ["0", "1.01", "nan"]),

@@ -7,17 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+import factories
 import pytest
 import torch
-from factories import (
-    NAME,
-    caption_sets,
-    contents,
-    load_checkpoint,
-    log_rows,
-    resume_args,
-    train_args,
-)
+from factories import NAME, contents, load_checkpoint, log_rows, resume_args, train_args
 
 import eval as eval_script
 import train
@@ -49,9 +42,7 @@ def overfitted(tmp_path_factory):
     return folder
 
 
-def test_training_overfits_to_bleu_100_and_learning_nothing_has_the_loss_of_the_validation(
-    overfitted, tmp_path
-):
+def test_training_overfits_and_without_a_step_is_as_validated(overfitted, tmp_path):
     best = load_checkpoint(overfitted, "BEST_")["bleu4"]
     assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(overfitted))
     options = f"--checkpoint {overfitted}/BEST_checkpoint_{NAME}.pth.tar --decoder_dim 96"
@@ -62,9 +53,7 @@ def test_training_overfits_to_bleu_100_and_learning_nothing_has_the_loss_of_the_
     assert row["train_top5"] == pytest.approx(row["val_top5"], abs=0.5)
 
 
-def test_self_critical_training_saves_the_best_cider_d_and_eval_confirms_the_validation(
-    overfitted, tmp_path, capsys
-):
+def test_self_critical_training_is_scored_as_by_eval(overfitted, tmp_path, capsys):
     """Of averaged weights, from images."""
     best = overfitted / f"BEST_checkpoint_{NAME}.pth.tar"
     options = f"--checkpoint {best} --self_critical --epochs 2 --samples 3 --decoder_lr 1e-2"
@@ -130,9 +119,7 @@ def test_half_precision_trains_like_float32(data, tmp_path, finished):
 
 
 @pytest.mark.parametrize("broken", ["loss", "weight"])
-def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
-    run, monkeypatch, broken
-):
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(run, monkeypatch, broken):
     before = contents(run)
     calls, clip, step = itertools.count(1), engine.clip_grad_value_, engine.train_step
 
@@ -177,7 +164,7 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
 
 
 def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
-    sets, pairs = dict(zip("ab", caption_sets(2, 5))), {}
+    sets, pairs = dict(zip("ab", factories.caption_sets(2, 5))), {}
     for source, (references, captions) in sets.items():
         entries = [{"source": source, "references": texts} for texts in references]
         pairs[source] = list(zip(entries, captions))

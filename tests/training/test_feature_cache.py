@@ -6,19 +6,12 @@ import signal
 import subprocess
 import sys
 
+import factories
 import h5py
 import numpy as np
 import pytest
 import torch
-from factories import (
-    IMAGES,
-    TUTORIAL_CAPTIONS,
-    TUTORIAL_NAME,
-    R,
-    needs_fork,
-    refused,
-    write_tutorial_files,
-)
+from factories import IMAGES, TUTORIAL_CAPTIONS, TUTORIAL_NAME, R, needs_fork, refused
 
 from datasets import CaptionDataset
 from models import Encoder
@@ -41,7 +34,7 @@ def encoder():
 
 @pytest.fixture
 def small(tmp_path):
-    pixels = write_tutorial_files(tmp_path)
+    pixels = factories.write_tutorial_files(tmp_path)
     return CaptionDataset(tmp_path, TUTORIAL_NAME, "TRAIN"), torch.from_numpy(pixels)
 
 
@@ -96,9 +89,7 @@ def test_other_weights_images_or_precision_have_their_own_file(small, encoder, t
 
 @needs_fork
 @pytest.mark.parametrize("end", ["an interrupt", "a kill"])
-def test_an_unfinished_cache_is_continued_where_its_counter_stands(
-    small, encoder, monkeypatch, end
-):
+def test_an_unfinished_cache_is_continued(small, encoder, monkeypatch, end):
     path = cache_features(small[0], encoder, "cpu", batch_size=1)
     expected, calls, cells = path.read_bytes(), [], Encoder.cells
     path.unlink()

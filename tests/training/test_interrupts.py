@@ -7,20 +7,10 @@ import subprocess
 import sys
 import time
 
+import factories
 import pytest
 import torch
-from factories import (
-    NAME,
-    ROOT,
-    load_checkpoint,
-    log_rows,
-    needs_fork,
-    raise_signal_at,
-    resume_args,
-    same,
-    timeless_rows,
-    train_args,
-)
+from factories import NAME, ROOT, load_checkpoint, raise_signal_at, same, timeless_rows, train_args
 from torch.utils.data import get_worker_info
 
 import checkpoints
@@ -46,7 +36,7 @@ CRITICAL = "--self_critical --cross_entropy_share 0.2"
         (3, "SIGINT", STEP, f"{CRITICAL} --epochs 1 --checkpoint BEST"),
     ],
 )
-def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
+def test_a_stopped_run_continues_bit_for_bit(
     data, tmp_path, monkeypatch, best, call, signum, function, options
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -60,12 +50,12 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
     last = parts / f"checkpoint_{NAME}.pth.tar"
     assert str(stopped.value).endswith(f"continue with: python train.py --resume {last}")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    train.main(resume_args(parts, "--workers 1"))
+    train.main(factories.resume_args(parts, "--workers 1"))
     a, b = load_checkpoint(whole), load_checkpoint(parts)
     for key in ("encoder", "decoder", "trained", "optimizer", "scaler", "bleu4"):
         assert same(a[key], b[key]), key
     assert same(*(load_checkpoint(folder, "BEST_")["decoder"] for folder in (whole, parts)))
-    assert timeless_rows(whole) == timeless_rows(parts) and log_rows(whole)
+    assert timeless_rows(whole) == timeless_rows(parts) and factories.log_rows(whole)
 
 
 def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch):
@@ -85,7 +75,7 @@ def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch
     assert steps == [3] and load_checkpoint(tmp_path)["progress"]["step"] == 3
 
 
-@needs_fork
+@factories.needs_fork
 def test_a_signal_ends_the_wait_for_a_batch(data, tmp_path, monkeypatch):
     get, calls = CaptionDataset.__getitem__, itertools.count(1)
     last = tmp_path / f"checkpoint_{NAME}.pth.tar"

@@ -5,18 +5,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import factories
 import pytest
 import torch
-from factories import (
-    NAME,
-    load_checkpoint,
-    log_rows,
-    raise_signal_at,
-    resume_args,
-    same,
-    timeless_rows,
-    train_args,
-)
+from factories import NAME, load_checkpoint, log_rows, resume_args, same, timeless_rows, train_args
 
 import checkpoints
 import train
@@ -93,7 +85,7 @@ def test_a_run_of_an_older_version_or_a_newer_torch_is_resumed(run):
 
 def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        raise_signal_at(patched, 2, signal.SIGINT)
+        factories.raise_signal_at(patched, 2, signal.SIGINT)
         with pytest.raises(Interrupted):
             train.main(train_args(data, tmp_path, "--epochs 1 --batch_size 30"))
     for option in ("--batch_size 40", "--seed 3", "--single_captions", "--accumulate 2"):
@@ -146,9 +138,7 @@ def test_resuming_a_run_that_is_done_says_so(run, capsys):
     assert "training from" not in out
 
 
-def test_a_folder_that_a_resumed_run_reads_and_does_not_find_is_asked_for(
-    run, tmp_path, monkeypatch
-):
+def test_a_folder_that_a_resumed_run_misses_is_asked_for(run, tmp_path, monkeypatch):
     """Relative ones, from another folder; no features are encoded again for hours."""
     monkeypatch.chdir(tmp_path)
     data = load_checkpoint(run)["options"]["data_folder"]
