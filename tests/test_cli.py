@@ -104,26 +104,20 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script):
         assert err.count("\n") == 1 and sorted(here.iterdir()) == before and not out, arguments
 
 
-FILLING = {  # options whose largest values would fill the memory; what else ends the script
-    "create_input_files": (
-        "--captions none.csv --image_folder none",
-        "--max_len --captions_per_image --workers",
-    ),
-    "train": (
-        "--data_folder nowhere",
-        "--batch_size --workers --emb_dim --attention_dim --decoder_dim --val_beam_size --samples",
-    ),
-    "eval": ("--data_folder nowhere", "--max_len --batch_size --workers --beam_sizes --bootstrap"),
-    "caption": ("--img nothing.jpg", "--max_len --beam_size --n_best --batch_size"),
-}
+FILLING = [  # commands, and options whose largest values would fill the memory
+    ("create_input_files --captions a --image_folder b", "max_len captions_per_image workers"),
+    ("eval --data_folder nowhere", "max_len batch_size workers beam_sizes bootstrap"),
+    ("caption --img nothing.jpg", "max_len beam_size n_best batch_size"),
+    ("train --data_folder nowhere", "batch_size workers samples val_beam_size"),
+    ("train --data_folder nowhere", "emb_dim attention_dim decoder_dim"),
+]
 
 
-@pytest.mark.parametrize("script", FILLING)
-def test_a_value_that_would_fill_the_memory_is_refused(call, script):
-    others, options = FILLING[script]
+@pytest.mark.parametrize("command, options", FILLING)
+def test_a_value_that_would_fill_the_memory_is_refused(call, command, options):
     for option in options.split():
-        code, _, err = call(script, *others.split(), option, "2147483647")
-        assert code == 2 and f"{option} is 2147483647, it must be at least " in err
+        code, _, err = call(*command.split(), f"--{option}", "2147483647")
+        assert code == 2 and f"--{option} is 2147483647, it must be at least " in err
 
 
 def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_path):

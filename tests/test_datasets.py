@@ -179,19 +179,31 @@ def epoch(number, items=50, size=8, **options):
     return [batch.tolist() for batch in batches]
 
 
-def test_every_item_occurs_once_in_batches_of_nearly_equal_size():
-    for items, size in [(1, 1), (7, 3), (10, 5), (3, 8), (101, 16)]:
+def test_every_item_occurs_once_in_batches_of_nearly_equal_size_which_processes_share():
+    for items, size, world in [
+        (1, 1, 1),
+        (3, 8, 1),
+        (7, 3, 2),
+        (7, 1, 2),
+        (10, 5, 3),
+        (101, 16, 5),
+    ]:
         for shuffle in (True, False):
-            batches = ResumableBatchSampler(items, size, shuffle)
-            order = [list(batch) for batch in batches]
-            assert sorted(sum(order, [])) == list(range(items))
-            sizes = {len(batch) for batch in order}
-            assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size
-            assert len(batches) == len(order) == -(-items // size)
-            assert shuffle or sum(order, []) == list(range(items))
-            batches.start = len(order) // 2  # as a resumed run does
-            assert [list(batch) for batch in batches] == order[batches.start :]
-            assert len(batches) == len(order) - batches.start
+            options = [{"rank": rank, "world_size": world} for rank in range(world)]
+            shares = [ResumableBatchSampler(items, size, shuffle, **option) for option in options]
+            whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
+            order, sizes = sum(whole, []), {len(batch) for batch in whole}
+            assert sorted(order) == list(range(items)) and (shuffle or order == sorted(order))
+            assert max(sizes) - min(sizes) <= 1
+            if items // world >= -(-items // size):  # a batch of one process feeds all of them
+                assert whole == epoch(0, items, size, shuffle=shuffle)
+                assert max(sizes) <= size and len(whole) == -(-items // size)
+            for share in shares:
+                parts = [list(part) for part in share]
+                assert all(parts) and len(share) == len(parts)
+                share.start = len(parts) // 2  # as a resumed run does
+                assert [list(part) for part in share] == parts[share.start :]
+                assert len(share) == len(parts) - share.start
 
 
 def test_order_follows_from_seed_and_epoch_alone():
@@ -201,16 +213,3 @@ def test_order_follows_from_seed_and_epoch_alone():
     assert len({str(epoch(e, seed=s)) for e in range(4) for s in range(4)}) == 16
     # Old checkpoints continue in the order in which they began.
     assert epoch(2, 10, 3, seed=1) == [[8, 5, 6], [0, 9, 1], [4, 3], [7, 2]]
-
-
-def test_processes_share_the_batches_of_one():
-    for items, size, world in [(7, 3, 2), (7, 1, 2), (10, 5, 3), (101, 16, 5), (3, 8, 2)]:
-        shares = [
-            ResumableBatchSampler(items, size, rank=rank, world_size=world) for rank in range(world)
-        ]
-        whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
-        assert sorted(sum(whole, [])) == list(range(items))
-        assert all(len(part) for share in shares for part in share)
-        assert {len(share) for share in shares} == {len(whole)}
-        if items // world >= -(-items // size):  # a batch of one process feeds all of them
-            assert whole == epoch(0, items, size)

@@ -25,9 +25,7 @@ def printed(cell):
 def pictures(cell):
     """The formats of a cell's pictures"""
     return [
-        sorted(set(output["data"]) - {"text/plain"})
-        for output in cell["outputs"]
-        if output["output_type"] == "display_data"
+        sorted({*shown["data"]} - {"text/plain"}) for shown in cell["outputs"] if "data" in shown
     ]
 
 

@@ -107,10 +107,7 @@ def phase_args(data, folder, checkpoint, *options):
 
 
 def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_path, capsys):
-    """
-    With a learning rate of 0: each word that it knew is as probable as before, and the new words
-    and <unk> share what <unk> had.
-    """
+    """A word it knew is as probable as before; the new words and <unk> share what <unk> had."""
     train.main(train_args(few_words, tmp_path / "1", "--epochs 3"))
     [before] = (tmp_path / "1").glob("BEST_*")
     train.main(phase_args(data, tmp_path / "2", before, "--decoder_lr 0"))

@@ -42,10 +42,9 @@ def test_a_stopped_run_continues_bit_for_bit(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = f"--epochs 2 --batch_size 30 {options.replace('BEST', str(best))}"
     train.main(train_args(data, whole, options))
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
         raise_signal_at(patched, call, getattr(signal, signum), function)
-        with pytest.raises(Interrupted) as stopped:
-            train.main(train_args(data, parts, options))
+        train.main(train_args(data, parts, options))
     assert stopped.value.code == 128 + getattr(signal, signum)
     last = parts / f"checkpoint_{NAME}.pth.tar"
     assert str(stopped.value).endswith(f"continue with: python train.py --resume {last}")

@@ -1,7 +1,4 @@
-"""
-SIGKILL at random moments, repeatedly, until the run is done: it ends with the weights of an
-uninterrupted one, bit for bit.
-"""
+"""A run killed at random moments, repeatedly, ends with the weights of an uninterrupted one."""
 
 import os
 import random

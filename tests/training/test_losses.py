@@ -1,7 +1,4 @@
-"""
-What training minimises, against the exact expectation: all captions and locations of a tiny model
-are enumerated.
-"""
+"""What training minimises, against the expectation over all captions and locations of a model."""
 
 import itertools
 import math
@@ -13,13 +10,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from factories import make_captions, make_decoder
+from factories import CAPTION_WORDS, as_coco, caption_sets, make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
 from modeling.beam_search import Search
 from modeling.devices import Distributed
 from modeling.sampling import sample_captions, scheduled_sampling
-from models import DecoderWithAttention
 from training.losses import (
     Batch,
     HardAttention,
@@ -35,14 +31,9 @@ WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
 START, END = 2, 3
 
 
-def tiny_decoder(side=2, dropout=0.0):
-    torch.manual_seed(1)
-    options = {"encoder_dim": 3, "dropout": dropout, "encoded_image_size": side}
-    decoder = DecoderWithAttention(3, 3, 4, 4, **options).double()
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p.mul_(2)
-    return decoder
+def tiny_decoder(dropout=0.0):
+    sizes = {"attention_dim": 3, "embed_dim": 3, "decoder_dim": 4, "encoder_dim": 3}
+    return make_decoder(4, 1, 2.0, **sizes, dropout=dropout, encoded_image_size=2)
 
 
 def every_caption(tokens):
@@ -61,10 +52,7 @@ def log_prob(decoder, features, words):
 
 
 def expect_mean(draw, exact, draws):
-    """
-    draw() returns a gradient; the mean must equal `exact` (both a tensor of all weights) within its
-    standard error, which must be small enough for the comparison to mean something.
-    """
+    """The mean of what draw() returns equals `exact` within its standard error, which is small."""
     drawn = torch.stack([draw() for _ in range(draws)])
     error = drawn.std(0) / math.sqrt(draws)
     assert error.norm() < 0.05 * exact.norm()
@@ -171,10 +159,7 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss():
 
 
 def enumerate_locations(decoder, features, caption):
-    """
-    For every sequence of locations that the decoder can attend to, given the caption:
-    log p(locations), log p(words | locations) and the sum of alpha's entropies.
-    """
+    """For each sequence of locations: log p(it), log p(words | it) and alpha's summed entropies."""
     encoded = reference.encode(features, 2)  # (1, P, E)
     for locations in itertools.product(range(encoded.shape[1]), repeat=len(caption) - 1):
         h, c = decoder.init_hidden_state(encoded)
@@ -298,30 +283,20 @@ def test_scheduled_sampling_feeds_back_with_the_asked_probability():
 
 
 def test_reward_is_cider_d_on_words_end_included():
-    words = "a brown dog cat runs sits on the green grass sofa".split()
-    word_map = {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
-    rng = np.random.default_rng(0)
-
-    def some_words(minimum):
-        return [words[i] for i in rng.integers(len(words), size=rng.integers(minimum, 12))]
-
-    entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
-    data, drawn = Namespace(word_map=word_map, entries=entries), []
-    captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
-    for i, entry in enumerate(entries):
-        end = ["<end>"] * (i % 7 > 0)  # some samples have no end
-        drawn.append([some_words(0) + end, entry["references"][0][:7] + end])
-        for k, sample in enumerate(drawn[i]):
-            ids = [word_map[word] for word in ["<start>", *sample]]
-            captions[i, k, : len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
-    shuffled = rng.permutation(60)
-    ours = torch.empty(60, 2)
-    ours[shuffled] = Reward(data)(shuffled, captions[shuffled], lengths[shuffled])
-    truth = {
-        i: [" ".join([*words, "<end>"]) for words in entry["references"]]
-        for i, entry in enumerate(entries)
-    }
+    sets = list(caption_sets(20, 0))
+    references = [texts for found, _ in sets for texts in found]
+    samples = [[words, texts[0]] for found, drawn in sets for texts, words in zip(found, drawn)]
+    for i, pair in enumerate(samples):  # some samples have no end
+        samples[i] = [[*words, *["<end>"] * (i % 7 > 0)] for words in pair]
+    words = ["<pad>", *sorted(set(CAPTION_WORDS)), "<unk>", "<start>", "<end>"]
+    entries = [{"references": texts} for texts in references]
+    data = Namespace(word_map={word: i for i, word in enumerate(words)}, entries=entries)
+    ids = [torch.tensor([data.word_map[x] for x in ["<start>", *y]]) for z in samples for y in z]
+    captions = torch.nn.utils.rnn.pad_sequence(ids, True).view(len(samples), 2, -1)
+    lengths, shuffled = torch.tensor(list(map(len, ids))).view(-1, 2), torch.randperm(len(samples))
+    ours = torch.empty(len(samples), 2)
+    ours[shuffled] = Reward(data)(shuffled.numpy(), captions[shuffled], lengths[shuffled])
+    ended = [[[*words, "<end>"] for words in texts] for texts in references]
     for k in range(2):
-        _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
+        _, expected = Cider().compute_score(*as_coco(ended, [pair[k] for pair in samples]))
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
-    assert ours[:, 1].mean() > ours[:, 0].mean() + 1

@@ -79,15 +79,16 @@ def test_a_run_of_an_older_version_or_a_newer_torch_is_resumed(run):
         group["of_another_torch"] = True
     torch.save(checkpoint, run / f"checkpoint_{NAME}.pth.tar")
     train.main(resume_args(run, "--epochs 4"))
-    progress = load_checkpoint(run)["progress"]
-    assert progress["best"] >= 50 and progress["epoch"] == 4
+    resumed = load_checkpoint(run)
+    assert resumed["progress"]["best"] >= 50 and resumed["progress"]["epoch"] == 4
+    [group] = resumed["optimizer"]["param_groups"]
+    assert "of_another_torch" not in group and "betas" in group
 
 
 def test_a_resumed_run_must_find_its_data_and_batches_unchanged(data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
         factories.raise_signal_at(patched, 2, signal.SIGINT)
-        with pytest.raises(Interrupted):
-            train.main(train_args(data, tmp_path, "--epochs 1 --batch_size 30"))
+        train.main(train_args(data, tmp_path, "--epochs 1 --batch_size 30"))
     for option in ("--batch_size 40", "--seed 3", "--single_captions", "--accumulate 2"):
         with pytest.raises(UserError, match=f"was run with {option.split()[0][2:]} "):
             train.main(resume_args(tmp_path, option))

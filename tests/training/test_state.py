@@ -106,7 +106,6 @@ def test_the_rate_falls_after_each_decay_after_epochs_without_a_better_score():
     many = 3.0, 2.0, 3.0, 1.0, 1.0, 4.0, 4.0, 1.0
     for options, scores, expected in (
         ("0.5 --decay_after 2", many, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]),
-        ("1 --decay_after 2", many, [1] * 8),
         ("0.5 --decay_after 3", [1.0] * 4, [1, 1, 1, 0.5]),
         ("0.5 --decay_after 3", [0.0] * 6, [1, 1, 0.5, 0.5, 0.5, 0.25]),  # as in the tutorial
     ):
