@@ -56,6 +56,29 @@ def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by
             dataset[outside]
 
 
+def test_a_caption_equal_to_an_earlier_one_of_its_image_has_nothing_to_predict(tmp_path):
+    captions = [
+        *([5, 1, 2, 6, 0], [5, 1, 2, 6, 0]),  # image 0: repeated
+        *([5, 1, 2, 6, 0], [5, 3, 6, 0, 0]),  # image 1: the first equals one of image 0
+        *([5, 3, 6, 0, 0], [5, 3, 1, 6, 0]),
+        *([5, 2, 6, 0, 0], [5, 2, 6, 0, 0]),
+        *([5, 1, 6, 0, 0], [5, 2, 6, 0, 0]),
+    ]
+    lengths = [sum(word != 0 for word in caption) for caption in captions]
+    factories.write_tutorial_files(tmp_path, captions, lengths)
+    expected = [4, 1, 4, 3, 3, 4, 3, 1, 3, 3]
+    data = read(tmp_path)
+    assert data.lengths.tolist() == expected
+    assert data[np.arange(5)][2].tolist() == np.reshape(expected, (5, 2)).tolist()
+    assert [len(data.entry(i)["references"]) for i in range(5)] == [1, 2, 2, 1, 2]
+    single = read(tmp_path, by_image=False)
+    items = [single[i] for i in range(len(single))]
+    assert [int(item[2]) for item in items] == [length for length in expected if length > 1]
+    for item, row in zip(items, [0, 2, 3, 4, 5, 6, 8, 9]):
+        assert item[1][0].tolist() == captions[row]
+        assert torch.equal(item[0], data[row // 2][0])
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_and_pickled_copies_give_the_batches_of_one_process(data, method):
     dataset, batches = read(data[0]), ResumableBatchSampler(IMAGES, 2)

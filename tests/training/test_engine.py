@@ -15,7 +15,7 @@ from factories import NAME, contents, load_checkpoint, log_rows, resume_args, tr
 import eval as eval_script
 import train
 from evaluation.metrics import CiderD, bleu
-from models import DecoderWithAttention
+from models import DecoderOutput, DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from training import engine
@@ -180,3 +180,14 @@ def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
         assert found[name] == (found[f"{name}_a"] + found[f"{name}_b"]) / 2
     text = format_scores(found | {"val_loss": 1, "val_top5": 2, "teacher_forced_bleu4": 3})
     assert "free-running: mean BLEU-4 " in text and "; b BLEU-4 " in text
+
+
+def test_teacher_forced_bleu_leaves_repetitions_out():
+    lengths = torch.tensor([[4, 1], [3, 4]])
+    targets = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])
+    logits = torch.nn.functional.one_hot(targets + 1)
+    assert engine.teacher_forced_pairs(DecoderOutput(logits, targets, None, None), lengths) == [
+        ([["1", "2", "3"], []], ["2", "3", "4"]),
+        ([["4", "5"], ["6", "7", "8"]], ["5", "6"]),
+        ([["4", "5"], ["6", "7", "8"]], ["7", "8", "9"]),
+    ]
