@@ -18,7 +18,7 @@ import utils
 from checkpoints import PRETRAINED
 from evaluation import captions
 from modeling.beam_search import Search
-from utils import UserError, search_options
+from utils import search_options
 
 
 @pytest.fixture
@@ -27,12 +27,9 @@ def call(monkeypatch, capsys):
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        code = 0
-        try:
-            utils.run_script(importlib.import_module(script).main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            sys.exit(utils.run_script(importlib.import_module(script).main) or 0)
+        return end.value.code, *capsys.readouterr()
 
     return call
 
@@ -55,7 +52,6 @@ MISTAKES = {
     "create_input_files": [
         ("--karpathy_json none.json --image_folder empty", "none.json not found"),
         ("--karpathy_json broken.json --image_folder empty", "broken.json, line 2: broken JSON"),
-        ("--karpathy_json empty --image_folder empty", "empty cannot be read: Is a directory"),
         ("--karpathy_json a --captions b", "--karpathy_json and --captions exclude each other"),
         ("--captions captions.csv", "--image_folder"),
         ("--image_size 31", "--image_size is 31, it must be at least 32 and at most 2048"),
@@ -95,9 +91,7 @@ MISTAKES = {
         ("gone.pth.tar 0.png", "0.png exists already; pass another name for the new file"),
         ("0.png new", "0.png is damaged or not a checkpoint"),
     ],
-    "benchmark": [
-        ("--stages dinner", "invalid choice: 'dinner'"),
-    ],
+    "benchmark": [("--stages dinner", "invalid choice: 'dinner'")],
 }
 
 
@@ -110,29 +104,20 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(call, here, script):
         assert err.count("\n") == 1 and sorted(here.iterdir()) == before and not out, arguments
 
 
-FILLING = {  # options whose largest values would fill the memory; what else ends the script
-    "create_input_files": (
-        "--captions none.csv --image_folder none",
-        "--max_len --captions_per_image --workers",
-    ),
-    "train": (
-        "--data_folder nowhere",
-        "--batch_size --workers --emb_dim --attention_dim --decoder_dim --val_beam_size --samples",
-    ),
-    "eval": (
-        "--data_folder nowhere",
-        "--max_len --batch_size --workers --beam_sizes --bootstrap",
-    ),
-    "caption": ("--img nothing.jpg", "--max_len --beam_size --n_best --batch_size"),
-}
+FILLING = [  # commands, and options whose largest values would fill the memory
+    ("create_input_files --captions a --image_folder b", "max_len captions_per_image workers"),
+    ("eval --data_folder nowhere", "max_len batch_size workers beam_sizes bootstrap"),
+    ("caption --img nothing.jpg", "max_len beam_size n_best batch_size"),
+    ("train --data_folder nowhere", "batch_size workers samples val_beam_size"),
+    ("train --data_folder nowhere", "emb_dim attention_dim decoder_dim"),
+]
 
 
-@pytest.mark.parametrize("script", FILLING)
-def test_a_value_that_would_fill_the_memory_is_refused(call, script):
-    others, options = FILLING[script]
+@pytest.mark.parametrize("command, options", FILLING)
+def test_a_value_that_would_fill_the_memory_is_refused(call, command, options):
     for option in options.split():
-        code, _, err = call(script, *others.split(), option, "2147483647")
-        assert code == 2 and f"{option} is 2147483647, it must be at least " in err
+        code, _, err = call(*command.split(), f"--{option}", "2147483647")
+        assert code == 2 and f"--{option} is 2147483647, it must be at least " in err
 
 
 def test_a_script_in_its_own_process_ends_with_the_same_line_and_exit_code(tmp_path):
@@ -162,16 +147,13 @@ def test_help_shows_the_defaults(call):
 def test_search_options_reach_the_search_of_both_scripts(data, monkeypatch, call):
     options = "--max_len 7 --length_penalty 0.5 --no_unk --attention hard --no_repeat_ngram 3"
     options = [*options.split(), "--device", "cpu", "--model", PRETRAINED]
-    asked = []
-    for module in (captions, caption):
-        find = Mock(side_effect=module.find_captions)
-        monkeypatch.setattr(module, "find_captions", find)
-        asked.append(find)
+    asked = [Mock(side_effect=caption.find_captions) for _ in range(2)]
+    monkeypatch.setattr(captions, "find_captions", asked[0])
+    monkeypatch.setattr(caption, "find_captions", asked[1])
     call("eval", "--data_folder", data, "--beam_sizes", "2", "--workers", "0", *options)
     call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
-    expected = Search(
-        2, max_len=7, length_penalty=0.5, no_unk=True, hard_attention=True, no_repeat_ngram=3
-    )
+    numbers = {"max_len": 7, "length_penalty": 0.5, "no_repeat_ngram": 3}
+    expected = Search(2, **numbers, no_unk=True, hard_attention=True)
     found = [find.call_args.args[3] for find in asked]
     assert found == [expected, replace(expected, beam_size=5)]
     args = eval_script.get_args("--sample --temperature 2 --top_p 0.5 --beam_sizes 3".split())
@@ -187,15 +169,7 @@ def test_caption_says_unk_only_when_asked_and_eval_unless_asked():
 
 
 def test_options_from_a_checkpoint_are_defaults_that_the_command_line_overrides():
-    options = {
-        "epochs": 7,
-        "decoder_lr": 1,
-        "emb_dim": None,
-        "amp": None,
-        "of_another_version": object(),
-    }
+    options = {"epochs": 7, "decoder_lr": 1, "emb_dim": None, "amp": None, "unknown": object()}
     args = train.get_args(["--epochs", "9"], "x.pth.tar", options)
     assert (args.epochs, args.decoder_lr, args.emb_dim, args.dropout) == (9, 1, None, 0.5)
-    assert not hasattr(args, "of_another_version")
-    with pytest.raises(UserError, match="^x.pth.tar is damaged: its option attention is 'purple'"):
-        train.get_args([], "x.pth.tar", {"attention": "purple"})
+    assert not hasattr(args, "unknown")

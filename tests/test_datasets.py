@@ -3,42 +3,25 @@
 import json
 import pickle
 
+import factories
 import h5py
 import numpy as np
 import pytest
 import torch
-from factories import (
-    IMAGES,
-    TUTORIAL_CAPTIONS,
-    TUTORIAL_LENGTHS,
-    TUTORIAL_NAME,
-    TUTORIAL_WORD_MAP,
-    R,
-    refused,
-    write_tutorial_files,
-)
+from factories import IMAGES, TUTORIAL_LENGTHS, TUTORIAL_NAME, TUTORIAL_WORD_MAP, R, refused
 from torch.utils.data import DataLoader
 
-from datasets import (
-    CaptionDataset,
-    ResumableBatchSampler,
-    add_data_options,
-    find_data_name,
-)
+from datasets import CaptionDataset, ResumableBatchSampler, add_data_options, find_data_name
 from utils import Parser
 
-PIXELS, CAPTIONS, LENGTHS, WORDS = (
-    f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5",
-    f"TRAIN_CAPTIONS_{TUTORIAL_NAME}.json",
-    f"TRAIN_CAPLENS_{TUTORIAL_NAME}.json",
-    f"WORDMAP_{TUTORIAL_NAME}.json",
-)
+PIXELS, WORDS = f"TRAIN_IMAGES_{TUTORIAL_NAME}.hdf5", f"WORDMAP_{TUTORIAL_NAME}.json"
+CAPTIONS, LENGTHS = (f"TRAIN_{kind}_{TUTORIAL_NAME}.json" for kind in ("CAPTIONS", "CAPLENS"))
 
 
 @pytest.fixture
 def data(tmp_path):
     """The folder of the tutorial's files, and their pixels"""
-    return tmp_path, write_tutorial_files(tmp_path)
+    return tmp_path, factories.write_tutorial_files(tmp_path)
 
 
 def read(folder, by_image=True):
@@ -64,7 +47,7 @@ def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by
         assert int(index) == i
         assert image.dtype == torch.uint8 and captions.dtype == lengths.dtype == torch.int64
         np.testing.assert_array_equal(image, pixels[i * r // R])
-        assert captions.tolist() == TUTORIAL_CAPTIONS[r * i : r * i + r]
+        assert captions.tolist() == factories.TUTORIAL_CAPTIONS[r * i : r * i + r]
         assert lengths.tolist() == TUTORIAL_LENGTHS[r * i : r * i + r]
     index = np.array([3, 0, 4])
     assert equal(dataset[index], stacked(dataset[int(i)] for i in index))
@@ -73,15 +56,27 @@ def test_item_is_an_image_with_its_captions_or_a_caption_with_its_image(data, by
             dataset[outside]
 
 
-def test_a_repeated_caption_has_nothing_to_predict_and_is_no_item(tmp_path):
-    captions, lengths = list(TUTORIAL_CAPTIONS), list(TUTORIAL_LENGTHS)
-    captions[3], lengths[3] = captions[2], lengths[2]  # image 1
-    write_tutorial_files(tmp_path, captions, lengths)
-    assert read(tmp_path)[1].lengths.tolist() == [lengths[2], 1]
-    assert read(tmp_path).entry(1)["references"] == [["a", "cat", "sits"]]
-    by_caption = read(tmp_path, by_image=False)
-    assert len(by_caption) == IMAGES * R - 1
-    assert by_caption[4].captions.tolist() == [captions[5]] != [captions[4]]
+def test_a_caption_equal_to_an_earlier_one_of_its_image_has_nothing_to_predict(tmp_path):
+    captions = [
+        *([5, 1, 2, 6, 0], [5, 1, 2, 6, 0]),  # image 0: repeated
+        *([5, 1, 2, 6, 0], [5, 3, 6, 0, 0]),  # image 1: the first equals one of image 0
+        *([5, 3, 6, 0, 0], [5, 3, 1, 6, 0]),
+        *([5, 2, 6, 0, 0], [5, 2, 6, 0, 0]),
+        *([5, 1, 6, 0, 0], [5, 2, 6, 0, 0]),
+    ]
+    lengths = [sum(word != 0 for word in caption) for caption in captions]
+    factories.write_tutorial_files(tmp_path, captions, lengths)
+    expected = [4, 1, 4, 3, 3, 4, 3, 1, 3, 3]
+    data = read(tmp_path)
+    assert data.lengths.tolist() == expected
+    assert data[np.arange(5)][2].tolist() == np.reshape(expected, (5, 2)).tolist()
+    assert [len(data.entry(i)["references"]) for i in range(5)] == [1, 2, 2, 1, 2]
+    single = read(tmp_path, by_image=False)
+    items = [single[i] for i in range(len(single))]
+    assert [int(item[2]) for item in items] == [length for length in expected if length > 1]
+    for item, row in zip(items, [0, 2, 3, 4, 5, 6, 8, 9]):
+        assert item[1][0].tolist() == captions[row]
+        assert torch.equal(item[0], data[row // 2][0])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -97,11 +92,9 @@ def test_workers_and_pickled_copies_give_the_batches_of_one_process(data, method
 
 
 def test_references_are_those_of_their_file_or_read_back_from_word_ids(data):
-    assert read(data[0]).entry(1) == {
-        "filename": None,
-        "image_id": 1,
-        "references": [["a", "cat", "sits"], ["a", "<unk>"]],
-    }
+    references = [["a", "cat", "sits"], ["a", "<unk>"]]
+    found = read(data[0]).entry(1)
+    assert found == {"filename": None, "image_id": 1, "references": references}
     path = data[0] / f"TRAIN_REFERENCES_{TUTORIAL_NAME}.json"
     entry = {"filename": "1.jpg", "image_id": 1, "references": [["un", "chat"]]}
     path.write_text(json.dumps([entry] * IMAGES))
@@ -133,7 +126,7 @@ def test_missing_damaged_or_foreign_file_is_named(data):
 
 
 def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
-    captions, lengths = TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS
+    captions, lengths = factories.TUTORIAL_CAPTIONS, TUTORIAL_LENGTHS
     bad_lengths = [[*lengths[:-1], n] for n in (0, 1, 4.5, 5, 99, 2**40, 2**70, "a")]
     bad_last = [[1, 1, 4, 6, 0, 0], [5, 7, 4, 6, 0, 0], [5, -1, 4, 6, 0, 0], [5, 6]]
     bad_captions = [[*captions[:-1], last] for last in bad_last]
@@ -147,15 +140,13 @@ def test_captions_and_lengths_that_do_not_fit_are_refused(tmp_path):
     ]:
         for path in tmp_path.iterdir():
             path.unlink()
-        write_tutorial_files(tmp_path, wrong, wrong_lengths)
+        factories.write_tutorial_files(tmp_path, wrong, wrong_lengths)
         refused(tmp_path, "CAP", "create_input_files.py again", load=read)
 
 
 def test_images_of_another_shape_or_type_are_refused(data):
     for shape, dtype, count in [
-        ((IMAGES, 3, 8, 8), "uint8", R),
-        ((IMAGES,), "uint8", R),
-        ((IMAGES, 256, 256, 3), "uint8", R),
+        *(((IMAGES, *shape), "uint8", R) for shape in ((3, 8, 8), (), (256, 256, 3))),
         ((IMAGES, 3, 256, 256), "float32", R),
         ((IMAGES, 3, 256, 256), "uint8", 0),
     ]:
@@ -211,19 +202,31 @@ def epoch(number, items=50, size=8, **options):
     return [batch.tolist() for batch in batches]
 
 
-def test_every_item_occurs_once_in_batches_of_nearly_equal_size():
-    for items, size in [(1, 1), (7, 3), (10, 5), (3, 8), (101, 16)]:
+def test_every_item_occurs_once_in_batches_of_nearly_equal_size_which_processes_share():
+    for items, size, world in [
+        (1, 1, 1),
+        (3, 8, 1),
+        (7, 3, 2),
+        (7, 1, 2),
+        (10, 5, 3),
+        (101, 16, 5),
+    ]:
         for shuffle in (True, False):
-            batches = ResumableBatchSampler(items, size, shuffle)
-            order = [list(batch) for batch in batches]
-            assert sorted(sum(order, [])) == list(range(items))
-            sizes = {len(batch) for batch in order}
-            assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size
-            assert len(batches) == len(order) == -(-items // size)
-            assert shuffle or sum(order, []) == list(range(items))
-            batches.start = len(order) // 2  # as a resumed run does
-            assert [list(batch) for batch in batches] == order[batches.start :]
-            assert len(batches) == len(order) - batches.start
+            options = [{"rank": rank, "world_size": world} for rank in range(world)]
+            shares = [ResumableBatchSampler(items, size, shuffle, **option) for option in options]
+            whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
+            order, sizes = sum(whole, []), {len(batch) for batch in whole}
+            assert sorted(order) == list(range(items)) and (shuffle or order == sorted(order))
+            assert max(sizes) - min(sizes) <= 1
+            if items // world >= -(-items // size):  # a batch of one process feeds all of them
+                assert whole == epoch(0, items, size, shuffle=shuffle)
+                assert max(sizes) <= size and len(whole) == -(-items // size)
+            for share in shares:
+                parts = [list(part) for part in share]
+                assert all(parts) and len(share) == len(parts)
+                share.start = len(parts) // 2  # as a resumed run does
+                assert [list(part) for part in share] == parts[share.start :]
+                assert len(share) == len(parts) - share.start
 
 
 def test_order_follows_from_seed_and_epoch_alone():
@@ -233,16 +236,3 @@ def test_order_follows_from_seed_and_epoch_alone():
     assert len({str(epoch(e, seed=s)) for e in range(4) for s in range(4)}) == 16
     # Old checkpoints continue in the order in which they began.
     assert epoch(2, 10, 3, seed=1) == [[8, 5, 6], [0, 9, 1], [4, 3], [7, 2]]
-
-
-def test_processes_share_the_batches_of_one():
-    for items, size, world in [(7, 3, 2), (7, 1, 2), (10, 5, 3), (101, 16, 5), (3, 8, 2)]:
-        shares = [
-            ResumableBatchSampler(items, size, rank=rank, world_size=world) for rank in range(world)
-        ]
-        whole = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
-        assert sorted(sum(whole, [])) == list(range(items))
-        assert all(len(part) for share in shares for part in share)
-        assert {len(share) for share in shares} == {len(whole)}
-        if items // world >= -(-items // size):  # a batch of one process feeds all of them
-            assert whole == epoch(0, items, size)

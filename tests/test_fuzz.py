@@ -1,8 +1,4 @@
-"""
-Reading a file with any content gives a valid result or a one-line error that names the file.
-
-`make test` tries some; FUZZ=600 python -m pytest tests/test_fuzz.py tries that many of each kind.
-"""
+"""Any file gives a result or an error that names it; FUZZ=600 pytest ... tries 600 of each kind."""
 
 import io
 import json
@@ -58,10 +54,7 @@ json_files = json_values.map(json.dumps).map(str.encode)
 
 
 def read(function, content, name, named=True):
-    """
-    What the function returns for a file with these bytes, or None if it raises a UserError. named:
-    whether errors name this file, not one that it refers to.
-    """
+    """What it returns for these bytes, None for a UserError, which names the file if `named`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)

@@ -25,9 +25,7 @@ def printed(cell):
 def pictures(cell):
     """The formats of a cell's pictures"""
     return [
-        sorted(set(output["data"]) - {"text/plain"})
-        for output in cell["outputs"]
-        if output["output_type"] == "display_data"
+        sorted({*shown["data"]} - {"text/plain"}) for shown in cell["outputs"] if "data" in shown
     ]
 
 
@@ -80,8 +78,7 @@ def test_in_colab_the_first_cell_fetches_the_repository_and_its_packages(tmp_pat
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setitem(sys.modules, "google.colab", sys)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="into REPOSITORY first"):
-        exec(cell, {})
+    pytest.raises(SystemExit, exec, cell, {}).match("into REPOSITORY first")
     for _ in range(2):
         exec(cell.replace('"URL"  #', '"https://x"  #'), {})
     assert commands[0] == ["git", "clone", "-q", "https://x", "show-attend-and-tell"]

@@ -11,17 +11,8 @@ import pytest
 import torch
 from factories import ROOT
 
-from utils import (
-    Number,
-    UserError,
-    atomic_write,
-    exclusive_lock,
-    positive_int,
-    printable,
-    read_json,
-    run_script,
-    write_json,
-)
+import utils
+from utils import Number, UserError, exclusive_lock, printable, read_json, run_script, write_json
 
 # The settings that belong to a process, and so to the program that imports our modules.
 SETTINGS = """
@@ -53,9 +44,8 @@ def run_code(code, *arguments, exit_code=0):
 def test_json_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, [1])
-    with pytest.raises(TypeError):
-        write_json(path, [object()])
-    with pytest.raises(ValueError), atomic_write(path) as temporary:
+    pytest.raises(TypeError, write_json, path, [object()])
+    with pytest.raises(ValueError), utils.atomic_write(path) as temporary:
         Path(temporary).write_text("half")
         raise ValueError
     assert read_json(path) == [1] and list(tmp_path.iterdir()) == [path]
@@ -68,18 +58,14 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_or_replaced_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json not found"):
-        read_json(tmp_path / "none.json")
+    pytest.raises(UserError, read_json, tmp_path / "none.json").match(r"none\.json not found")
     (tmp_path / "x.json").write_text('{"a":\n]}')
-    with pytest.raises(UserError, match=r"x\.json, line 2: broken JSON"):
-        read_json(tmp_path / "x.json")
+    pytest.raises(UserError, read_json, tmp_path / "x.json").match(r"x\.json, line 2: broken JSON")
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/null", tmp_path / "pipe", tmp_path):
-        with pytest.raises(UserError, match=f"{path} is not a file"):
-            write_json(path, 1)
+        pytest.raises(UserError, write_json, path, 1).match(f"{path} is not a file")
         assert not os.path.isfile(path)
-        with pytest.raises(UserError, match=f"{path} cannot be read"):
-            read_json(path)
+        pytest.raises(UserError, read_json, path).match(f"{path} cannot be read")
 
 
 def test_a_lock_is_held_by_one_process_and_is_released_with_it(tmp_path, monkeypatch):
@@ -109,7 +95,7 @@ def test_every_message_is_printable_on_its_lines():
 def test_numbers_are_within_their_bounds():
     fraction, share = Number(float, minimum=0, below=1), Number(float, above=0, maximum=1)
     for kind, good, bad in (
-        (positive_int, ["1", "2147483647"], ["0", "-1", "2147483648", "9" * 400]),
+        (utils.positive_int, ["1", "2147483647"], ["0", "-1", "2147483648", "9" * 400]),
         (Number(int, maximum=9), ["9", "-5"], ["10", "2147483648"]),
         (fraction, ["0", "0.99"], ["1", "-0.1", "nan", "inf"]),
         (share, ["1", "0.01"], ["0", "1.01", "nan"]),
@@ -117,11 +103,10 @@ def test_numbers_are_within_their_bounds():
         for text in good:
             assert kind(text) == float(text)
         for text in bad:
-            with pytest.raises(argparse.ArgumentTypeError, match="must be "):
-                kind(text)
+            pytest.raises(argparse.ArgumentTypeError, kind, text).match("must be ")
 
 
-def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
+def test_full_memory_interrupts_and_full_disks_are_one_line(capsys, monkeypatch):
     for error, code, name in (
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "--batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "--batch_size"),
@@ -134,11 +119,8 @@ def test_full_memory_interrupts_and_full_disks_are_one_line(capsys):
             run_script(Mock(side_effect=error))
         err = capsys.readouterr().err
         assert end.value.code == code and err.count("\n") == 1 and name in err and len(err) < 650
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_script(Mock(side_effect=RuntimeError("a bug")))
-
-
-def test_a_closed_terminal_does_not_change_the_exit_code(monkeypatch):
+    pytest.raises(RuntimeError, run_script, Mock(side_effect=RuntimeError("a bug"))).match("a bug")
+    # A closed terminal does not change the exit code.
     monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError(5, "I/O error"))))
     with pytest.raises(SystemExit) as end:
         run_script(Mock(side_effect=KeyboardInterrupt()))
@@ -188,12 +170,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 def test_importing_every_module_and_captioning_changes_no_setting_of_the_process():
-    names = [
-        ".".join((*path.parent.relative_to(ROOT).parts, path.stem))
-        for folder in ("", "modeling", "preprocessing", "training", "evaluation", "visualization")
-        for path in sorted((ROOT / folder).glob("*.py"))
-        if path.stem not in ("__init__", "hubconf")
-    ]
+    folders = [ROOT, *(path.parent for path in ROOT.glob("*/__init__.py"))]
+    paths = [path for folder in folders for path in folder.glob("[!_]*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(paths)]
+    names.remove("hubconf")
     assert {"train", "utils", "preprocessing.images", "visualization.figures"} <= set(names)
     code = f"""
 for name in ("imageio", "matplotlib", "nltk", "skimage", "timm", "torchvision"):

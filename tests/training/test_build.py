@@ -2,18 +2,10 @@
 
 import json
 
+import factories
 import pytest
 import torch
-from factories import (
-    ENCODER,
-    NAME,
-    load_checkpoint,
-    log_rows,
-    resume_args,
-    same,
-    train_args,
-    write_scenes,
-)
+from factories import NAME, load_checkpoint, log_rows, resume_args, same, train_args, write_scenes
 from PIL import Image
 
 import checkpoints
@@ -64,8 +56,7 @@ def test_an_argument_of_ones_own_decoder_goes_to_it_alone(data, tmp_path, monkey
         return build.build_model(args, None, datasets, Distributed(torch.device("cpu")))[1].args
 
     assert arguments("headed", 5)["heads"] == 5 and "heads" not in arguments("soft", 2)
-    with pytest.raises(UserError, match="--heads is not for --attention soft"):
-        arguments("soft", 5)
+    pytest.raises(UserError, arguments, "soft", 5).match("--heads is not for --attention soft")
 
 
 def test_loading_processes_change_nothing_and_cached_features_only_float16(data, tmp_path):
@@ -116,10 +107,7 @@ def phase_args(data, folder, checkpoint, *options):
 
 
 def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_path, capsys):
-    """
-    With a learning rate of 0: each word that it knew is as probable as before, and the new words
-    and <unk> share what <unk> had.
-    """
+    """A word it knew is as probable as before; the new words and <unk> share what <unk> had."""
     train.main(train_args(few_words, tmp_path / "1", "--epochs 3"))
     [before] = (tmp_path / "1").glob("BEST_*")
     train.main(phase_args(data, tmp_path / "2", before, "--decoder_lr 0"))
@@ -140,9 +128,7 @@ def test_a_model_of_fewer_words_learns_those_of_its_data(data, few_words, tmp_pa
         assert torch.equal(new.embedding.weight[i], old.embedding.weight[j])
 
 
-def test_a_model_of_more_words_keeps_them_and_its_run_can_be_resumed(
-    data, few_words, tmp_path, best
-):
+def test_a_model_of_more_words_keeps_them_also_resumed(data, few_words, tmp_path, best):
     train.main(phase_args(few_words, tmp_path, best))
     [last] = tmp_path.glob("checkpoint_*")
     few = json.loads(next(few_words.glob("WORDMAP_*")).read_text())
@@ -160,7 +146,7 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path):
     )
     picture = folder / "demo/demo_00000.png"
     assert (CaptionDataset(folder, NAME, "TRAIN")[[0]].images[0] == read_image(picture, 96)).all()
-    train.main(train_args(folder, tmp_path, "--epochs 1 --encoder_stride 16", *ENCODER))
+    train.main(train_args(folder, tmp_path, "--epochs 1 --encoder_stride 16", *factories.ENCODER))
     [best] = tmp_path.glob("BEST_*")
     captioner, seen = Captioner(best), []
     assert captioner.encoder.args["image_size"] == 96 and captioner.encoder.args["stride"] == 16
@@ -177,9 +163,7 @@ def test_image_size_goes_from_the_input_files_to_the_captions(tmp_path):
         train.main(phase_args(folder, tmp_path / "x", best, "--encoder_stride 32"))
 
 
-def test_training_keeps_the_offset_of_a_frozen_encoder_and_stores_none_of_a_trained_one(
-    data, tmp_path, best
-):
+def test_the_offset_of_a_frozen_encoder_alone_is_kept(data, tmp_path, best):
     known = tmp_path / "known.pth.tar"
     checkpoints.main([str(best), str(known)])
     offset = checkpoints.load(known)["offset"]

@@ -28,10 +28,7 @@ def patched_script(path, patch):
 
 @pytest.mark.parametrize("more", ["--accumulate 3", "--fine_tune_encoder --encoder_lr 1e-2"])
 def test_two_processes_compute_the_gradient_of_one_on_the_joint_batch(data, tmp_path, more):
-    """
-    Plain gradient steps, so that the weights show the gradients. 55 captions are 11 images, 6 for
-    one process and 5 for the other.
-    """
+    """Plain gradient steps show the gradients; 11 images are 6 for one process, 5 for the other."""
     patch = "import torch, train; from torch.optim import SGD\n"
     patch += "torch.optim.Adam = lambda groups, **_: SGD(groups, lr=1.0)"
     script = patched_script(tmp_path / "plain_gradient.py", patch)

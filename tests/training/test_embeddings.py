@@ -14,9 +14,7 @@ def glove(tmp_path, text):
 
 
 @pytest.mark.parametrize("first", ["", "2 3\n"])  # of word2vec and fastText: how many, what size
-def test_embedding_of_a_word_is_its_line_and_others_are_random_within_the_limit(
-    tmp_path, capsys, first
-):
+def test_embedding_is_the_words_line_or_random_within_the_limit(tmp_path, capsys, first):
     text = first + "dog 1 -2 3\nat a.b@c 9 9 9\n<cow> 0 0 0\ncat 4 5 6e1\n"
     embeddings = glove(tmp_path, text)
     assert embeddings.shape == (3, 3) and embeddings.dtype == torch.float32

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import factories
 import pytest
 import torch
 from factories import NAME, contents, load_checkpoint, log_rows, resume_args, train_args
@@ -14,7 +15,7 @@ from factories import NAME, contents, load_checkpoint, log_rows, resume_args, tr
 import eval as eval_script
 import train
 from evaluation.metrics import CiderD, bleu
-from models import DecoderWithAttention
+from models import DecoderOutput, DecoderWithAttention
 from preprocessing.demo import make_demo
 from preprocessing.input_files import create_input_files
 from training import engine
@@ -41,12 +42,9 @@ def overfitted(tmp_path_factory):
     return folder
 
 
-def test_training_overfits_eight_images_to_bleu_100(overfitted):
+def test_training_overfits_and_without_a_step_is_as_validated(overfitted, tmp_path):
     best = load_checkpoint(overfitted, "BEST_")["bleu4"]
     assert best == pytest.approx(100) and best == max(row["bleu4"] for row in log_rows(overfitted))
-
-
-def test_a_step_that_learns_nothing_has_the_loss_of_the_validation(overfitted, tmp_path):
     options = f"--checkpoint {overfitted}/BEST_checkpoint_{NAME}.pth.tar --decoder_dim 96"
     options += " --decoder_lr 0 --dropout 0 --epochs 1 --batch_size 40"
     train.main(train_args(overfitted, tmp_path, options))
@@ -55,9 +53,7 @@ def test_a_step_that_learns_nothing_has_the_loss_of_the_validation(overfitted, t
     assert row["train_top5"] == pytest.approx(row["val_top5"], abs=0.5)
 
 
-def test_self_critical_training_saves_the_best_cider_d_and_eval_confirms_the_validation(
-    overfitted, tmp_path, capsys
-):
+def test_self_critical_training_is_scored_as_by_eval(overfitted, tmp_path, capsys):
     """Of averaged weights, from images."""
     best = overfitted / f"BEST_checkpoint_{NAME}.pth.tar"
     options = f"--checkpoint {best} --self_critical --epochs 2 --samples 3 --decoder_lr 1e-2"
@@ -123,9 +119,7 @@ def test_half_precision_trains_like_float32(data, tmp_path, finished):
 
 
 @pytest.mark.parametrize("broken", ["loss", "weight"])
-def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpoint(
-    run, monkeypatch, broken
-):
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(run, monkeypatch, broken):
     before = contents(run)
     calls, clip, step = itertools.count(1), engine.clip_grad_value_, engine.train_step
 
@@ -138,11 +132,8 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_touches_no_checkpo
         loss, *others = step(*args)
         return loss * (math.inf if next(calls) == 2 else 1), *others
 
-    if broken == "weight":
-        monkeypatch.setattr(engine, "clip_grad_value_", clip_grad_value)
-    else:
-        monkeypatch.setattr(engine, "train_step", train_step)
-    minutes = 0 if broken == "weight" else 10
+    name, minutes = ("train_step", 10) if broken == "loss" else ("clip_grad_value_", 0)
+    monkeypatch.setattr(engine, name, train_step if broken == "loss" else clip_grad_value)
     with pytest.raises(UserError, match=f"epoch 4, batch 2: (the|a) {broken} is not finite"):
         train.main(resume_args(run, "--epochs 4 --save_minutes", minutes))
     after = contents(run)
@@ -170,32 +161,29 @@ def test_scheduled_sampling_rises_by_steps_to_its_maximum(data, tmp_path, monkey
 
 
 def test_metrics_of_several_sources_are_their_means_and_each_sources_own():
-    """So a gain in the small source outweighs a smaller loss in the large one."""
-
-    def entry(source, caption):
-        return {"source": source, "references": [caption.split(), (caption + " now").split()]}
-
-    kinds = itertools.product(("red", "blue"), ("dog", "cat", "horse"), ("park", "street"))
-    large = [entry("large", f"a {c} {animal} runs in the {place}") for c, animal, place in kinds]
-    small = [entry("small", "two men sit at a table"), entry("small", "a bowl of red apples")]
-
-    def captioned(entries, wrong):
-        captions = [["a", "dog", "runs", "there"]] * wrong
-        captions += [found["references"][0] for found in entries[wrong:]]
-        return list(zip(entries, captions))
-
-    parts = {"large": captioned(large, 2), "small": captioned(small, 1)}
-    found = engine.generated_metrics(parts["large"] + parts["small"])
-    for source, part in parts.items():
-        references, captions = zip(*((entry["references"], words) for entry, words in part))
+    sets, pairs = dict(zip("ab", factories.caption_sets(2, 5))), {}
+    for source, (references, captions) in sets.items():
+        entries = [{"source": source, "references": texts} for texts in references]
+        pairs[source] = list(zip(entries, captions))
+    assert len(pairs["a"]) != len(pairs["b"])
+    found = engine.generated_metrics(pairs["a"] + pairs["b"])
+    for source, (references, captions) in sets.items():
         expected = {f"bleu{n}": score for n, score in enumerate(bleu(references, captions), 1)}
         expected["cider_d"] = 100 * CiderD(references).score(captions, references).mean()
-        assert engine.generated_metrics(part) == expected
+        assert engine.generated_metrics(pairs[source]) == expected
         assert all(found[f"{name}_{source}"] == value for name, value in expected.items())
-    for name in ("bleu1", "bleu4", "cider_d"):
-        assert found[name] == (found[f"{name}_large"] + found[f"{name}_small"]) / 2
-    better = engine.generated_metrics(captioned(large, 4) + captioned(small, 0))
-    assert better["cider_d_large"] < found["cider_d_large"]
-    assert better["cider_d"] > found["cider_d"]
+    for name in expected:
+        assert found[name] == (found[f"{name}_a"] + found[f"{name}_b"]) / 2
     text = format_scores(found | {"val_loss": 1, "val_top5": 2, "teacher_forced_bleu4": 3})
-    assert "free-running: mean BLEU-4 " in text and "; small BLEU-4 " in text
+    assert "free-running: mean BLEU-4 " in text and "; b BLEU-4 " in text
+
+
+def test_teacher_forced_bleu_leaves_repetitions_out():
+    lengths = torch.tensor([[4, 1], [3, 4]])
+    targets = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])
+    logits = torch.nn.functional.one_hot(targets + 1)
+    assert engine.teacher_forced_pairs(DecoderOutput(logits, targets, None, None), lengths) == [
+        ([["1", "2", "3"], []], ["2", "3", "4"]),
+        ([["4", "5"], ["6", "7", "8"]], ["5", "6"]),
+        ([["4", "5"], ["6", "7", "8"]], ["7", "8", "9"]),
+    ]

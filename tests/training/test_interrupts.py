@@ -2,25 +2,16 @@
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
+import factories
 import pytest
 import torch
-from factories import (
-    NAME,
-    ROOT,
-    load_checkpoint,
-    log_rows,
-    needs_fork,
-    raise_signal_at,
-    resume_args,
-    same,
-    timeless_rows,
-    train_args,
-)
+from factories import NAME, ROOT, load_checkpoint, raise_signal_at, same, timeless_rows, train_args
 from torch.utils.data import get_worker_info
 
 import checkpoints
@@ -46,26 +37,25 @@ CRITICAL = "--self_critical --cross_entropy_share 0.2"
         (3, "SIGINT", STEP, f"{CRITICAL} --epochs 1 --checkpoint BEST"),
     ],
 )
-def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
+def test_a_stopped_run_continues_bit_for_bit(
     data, tmp_path, monkeypatch, best, call, signum, function, options
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = f"--epochs 2 --batch_size 30 {options.replace('BEST', str(best))}"
     train.main(train_args(data, whole, options))
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
         raise_signal_at(patched, call, getattr(signal, signum), function)
-        with pytest.raises(Interrupted) as stopped:
-            train.main(train_args(data, parts, options))
+        train.main(train_args(data, parts, options))
     assert stopped.value.code == 128 + getattr(signal, signum)
     last = parts / f"checkpoint_{NAME}.pth.tar"
     assert str(stopped.value).endswith(f"continue with: python train.py --resume {last}")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    train.main(resume_args(parts, "--workers 1"))
+    train.main(factories.resume_args(parts, "--workers 1"))
     a, b = load_checkpoint(whole), load_checkpoint(parts)
     for key in ("encoder", "decoder", "trained", "optimizer", "scaler", "bleu4"):
         assert same(a[key], b[key]), key
     assert same(*(load_checkpoint(folder, "BEST_")["decoder"] for folder in (whole, parts)))
-    assert timeless_rows(whole) == timeless_rows(parts) and log_rows(whole)
+    assert timeless_rows(whole) == timeless_rows(parts) and factories.log_rows(whole)
 
 
 def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch):
@@ -85,7 +75,7 @@ def test_a_second_signal_does_not_interrupt_the_save(data, tmp_path, monkeypatch
     assert steps == [3] and load_checkpoint(tmp_path)["progress"]["step"] == 3
 
 
-@needs_fork
+@factories.needs_fork
 def test_a_signal_ends_the_wait_for_a_batch(data, tmp_path, monkeypatch):
     get, calls = CaptionDataset.__getitem__, itertools.count(1)
     last = tmp_path / f"checkpoint_{NAME}.pth.tar"
@@ -144,3 +134,45 @@ def test_the_command_that_continues_starts_as_many_processes(monkeypatch):
         command = resume_command(args, Distributed(torch.device("cpu"), 0, world_size))
         assert command.startswith(start)
         assert command.endswith(" train.py --resume 'my runs/checkpoint_x.pth.tar'")
+
+
+def start(args):
+    command = [sys.executable, ROOT / "train.py", *args]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def seconds(args):
+    begin = time.monotonic()
+    assert start(args).wait() == 0
+    return time.monotonic() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", ["--epochs 12", "--epochs 3 --fine_tune_encoder --batch_size 55"]
+)
+def test_training_killed_at_random_moments_ends_in_the_same_weights(tmp_path, options):
+    factories.write_scenes(tmp_path, 60, 10, 0, image_size=64)
+    options = f"--batch_size 20 {options} --stop_after 99 --save_minutes 0.005"
+    whole = seconds(train_args(tmp_path, tmp_path / "whole", options))
+    begin = seconds(train_args(tmp_path, tmp_path / "one", options, "--epochs 1"))  # imports mostly
+    killed, rng, kills = tmp_path / "killed", random.Random(1), 0
+    args = train_args(tmp_path, killed, options)
+    while kills < 4:
+        process = start(args)
+        try:
+            assert process.wait(rng.uniform(0.6 * begin, begin + (whole - begin) / 6)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if list(killed.glob("checkpoint_*.pth.tar")):
+            args = factories.resume_args(killed, "--workers", rng.randrange(3))
+    else:
+        assert start(args).wait() == 0
+    for prefix in ("", "BEST_"):
+        one, other = (load_checkpoint(tmp_path / name, prefix) for name in ("whole", "killed"))
+        assert same(one["encoder"], other["encoder"]) and same(one["decoder"], other["decoder"])
+        assert one["progress"]["best"] == other["progress"]["best"]
+    assert kills >= 1  # the number depends on the machine's speed

@@ -1,7 +1,4 @@
-"""
-What training minimises, against the exact expectation: all captions and locations of a tiny model
-are enumerated.
-"""
+"""What training minimises, against the expectation over all captions and locations of a model."""
 
 import itertools
 import math
@@ -13,37 +10,22 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from factories import make_captions, make_decoder
+from factories import CAPTION_WORDS, as_coco, caption_sets, make_captions, make_decoder
 from pycocoevalcap.cider.cider import Cider
 
 from modeling.beam_search import Search
 from modeling.devices import Distributed
 from modeling.sampling import sample_captions, scheduled_sampling
-from models import DecoderWithAttention
-from training.losses import (
-    Batch,
-    HardAttention,
-    Reward,
-    SelfCritical,
-    caption_log_probs,
-    doubly_stochastic_loss,
-    doubly_stochastic_penalty,
-    self_critical_loss,
-    token_losses,
-)
+from training import losses as criteria
+from training.losses import Batch, HardAttention, Reward, SelfCritical, TeacherForcing, token_losses
 
 WORD_MAP = {"<pad>": 0, "dog": 1, "<start>": 2, "<end>": 3}
 START, END = 2, 3
 
 
-def tiny_decoder(side=2, dropout=0.0):
-    torch.manual_seed(1)
-    options = {"encoder_dim": 3, "dropout": dropout, "encoded_image_size": side}
-    decoder = DecoderWithAttention(3, 3, 4, 4, **options).double()
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p.mul_(2)
-    return decoder
+def tiny_decoder(dropout=0.0):
+    sizes = {"attention_dim": 3, "embed_dim": 3, "decoder_dim": 4, "encoder_dim": 3}
+    return make_decoder(4, 1, 2.0, **sizes, dropout=dropout, encoded_image_size=2)
 
 
 def every_caption(tokens):
@@ -62,10 +44,7 @@ def log_prob(decoder, features, words):
 
 
 def expect_mean(draw, exact, draws):
-    """
-    draw() returns a gradient; the mean must equal `exact` (both a tensor of all weights) within its
-    standard error, which must be small enough for the comparison to mean something.
-    """
+    """The mean of what draw() returns equals `exact` within its standard error, which is small."""
     drawn = torch.stack([draw() for _ in range(draws)])
     error = drawn.std(0) / math.sqrt(draws)
     assert error.norm() < 0.05 * exact.norm()
@@ -79,25 +58,23 @@ def flat_gradient(loss, decoder):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch():
-    decoder, (captions, lengths) = make_decoder(), make_captions(6, 3)
-    features = torch.randn(6, 64, 9, dtype=torch.float64)
-
-    def loss(part, **divisors):
-        output = decoder(features[part], captions[part], lengths[part])
-        return doubly_stochastic_loss(output, lengths[part], **divisors)
-
-    divisors = {"num_tokens": int((lengths - 1).sum()), "num_captions": 18}
-    shares = [loss(part, **divisors) for part in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    torch.testing.assert_close(sum(shares), loss(slice(0, 6)))
-
-
-def test_doubly_stochastic_penalty_counts_captions_by_their_lengths():
-    """By hand; a caption of nothing to predict has no penalty, one without attention mass has."""
-    alphas = torch.zeros(1, 3, 2, 2)
-    alphas[0, 0] = torch.tensor([[0.75, 0.25], [0.5, 0.5]])  # sums 1.25 and 0.75
-    found = doubly_stochastic_penalty(alphas, torch.tensor([[3, 3, 1]]))
-    assert found.tolist() == [[0.0625, 1.0, 0.0]]
+def test_loss_and_gradients_are_those_of_the_distinct_captions_alone():
+    """An image with few captions is filled up by repeating them, which counts nothing."""
+    decoder, (captions, lengths) = make_decoder(), make_captions(3, 4)
+    lengths[[0, 0, 1, 1, 1], [2, 3, 1, 2, 3]] = 1  # 2, 1 and 4 captions are distinct
+    features = torch.randn(3, 16, 9, dtype=torch.float64)
+    assert TeacherForcing().count_captions(lengths) == 7
+    found = criteria.doubly_stochastic_penalty(torch.zeros(1, 2, 2, 9), lengths[1:2, :2])
+    assert found.tolist() == [[1, 0]]  # without attention mass
+    batch = Batch(features, captions, lengths, [0, 1, 2], float((lengths - 1).sum()), 7)
+    loss, *_ = TeacherForcing(0.7)(decoder, batch)
+    ours = torch.autograd.grad(loss, list(decoder.parameters()))
+    image = (lengths > 1).nonzero()[:, 0]  # of each caption that counts, as an image of its own
+    distinct = captions[lengths > 1][:, None], lengths[lengths > 1][:, None]
+    textbook = reference.loss(decoder, features[image], *distinct, 0.7)
+    torch.testing.assert_close(loss, textbook)
+    for a, b in zip(ours, torch.autograd.grad(textbook, list(decoder.parameters()))):
+        torch.testing.assert_close(a, b)
 
 
 def test_losses_of_half_precision_logits_are_in_float32():
@@ -167,7 +144,7 @@ def test_each_sample_is_weighted_by_its_reward_minus_the_mean_of_the_other_ones(
     advantages = [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 3, 3 - 1.5, 3 - 1.5]
     losses = token_losses(output.logits, output.targets).split((lengths - 1).flatten().tolist())
     expected = sum(weight * loss.sum() for weight, loss in zip(advantages, losses)) / 6
-    torch.testing.assert_close(self_critical_loss(output, lengths, rewards, 6), expected)
+    torch.testing.assert_close(criteria.self_critical_loss(output, lengths, rewards, 6), expected)
 
 
 def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss():
@@ -193,10 +170,7 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss():
 
 
 def enumerate_locations(decoder, features, caption):
-    """
-    For every sequence of locations that the decoder can attend to, given the caption:
-    log p(locations), log p(words | locations) and the sum of alpha's entropies.
-    """
+    """For each sequence of locations: log p(it), log p(words | it) and alpha's summed entropies."""
     encoded = reference.encode(features, 2)  # (1, P, E)
     for locations in itertools.product(range(encoded.shape[1]), repeat=len(caption) - 1):
         h, c = decoder.init_hidden_state(encoded)
@@ -228,7 +202,7 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability():
     captions, lengths = caption.view(1, 1, 3), torch.tensor([[3]])
     output = decoder(features, captions, lengths)
     entropy = -(output.alphas * output.alphas.log()).sum()
-    loss = doubly_stochastic_loss(output, lengths, 0.0) - lambda_e * entropy / 2
+    loss = criteria.doubly_stochastic_loss(output, lengths, 0.0) - lambda_e * entropy / 2
     soft = flat_gradient(loss, decoder)
     assert (hard - soft).norm() > 0.1 * hard.norm()
 
@@ -246,21 +220,18 @@ def test_hard_attention_gradient_is_that_of_the_expected_log_probability():
     expect_mean(draw, 0.5 * hard + 0.5 * soft, draws=40)
 
 
-def test_hard_attention_samples_for_the_asked_fraction_of_captions_at_all_their_steps():
-    decoder, (captions, lengths) = make_decoder(scale=1.0), make_captions(300, 5)
-    features = torch.randn(300, 64, 9, dtype=torch.float64)
+def test_hard_attention_samples_for_some_captions_at_all_their_steps():
+    decoder, (captions, lengths) = make_decoder(scale=1.0), make_captions(30, 5)
+    features = torch.randn(30, 64, 9, dtype=torch.float64)
     output = decoder(features, captions, lengths, hard_fraction=0.5)
-    alphas, weights = output.alphas, output.weights
-    steps = alphas.sum(3) > 0.5  # (N, R, T), those of the caption itself
-    drawn = weights.amax(3) == 1
-    assert (alphas < 1).all() and (drawn == (drawn[:, :, :1] & steps)).all()
-    assert 0.45 < drawn[:, :, 0].double().mean() < 0.55
-    assert ((weights[drawn] == 0).sum(1) == 195).all()
-    assert (weights[~drawn] == alphas[~drawn]).all()
+    steps, drawn = output.alphas.sum(3) > 0.5, output.weights.amax(3) == 1  # (N, R, T)
+    assert (drawn == (drawn[:, :, :1] & steps)).all() and 0 < drawn.sum() < steps.sum()
+    assert (output.weights[~drawn] == output.alphas[~drawn]).all()
 
 
 def test_baseline_is_the_moving_average_of_log_probabilities():
     decoder, (captions, lengths) = make_decoder(), make_captions(4, 3)
+    lengths[2, 1] = 1  # a repetition, which counts nothing
     features = torch.randn(4, 64, 9, dtype=torch.float64)
     criterion, baseline = HardAttention(0.0, 0.1, 0.0), 0.0
     for step in range(3):
@@ -272,8 +243,8 @@ def test_baseline_is_the_moving_average_of_log_probabilities():
             per_word = torch.log_softmax(output.logits, 1)[words, output.targets]
             found = [x.sum() for x in per_word.split((lengths[part] - 1).flatten().tolist())]
             found = torch.stack(found).detach().view(-1, 3)
-            torch.testing.assert_close(caption_log_probs(output, lengths[part]), found)
-            log_p += found.flatten().tolist()
+            torch.testing.assert_close(criteria.caption_log_probs(output, lengths[part]), found)
+            log_p += found[lengths[part] > 1].tolist()
             torch.manual_seed(step)
             batch = Batch(features[part], captions[part], lengths[part], None, 1, 1)
             loss, total, _ = criterion(decoder, batch)
@@ -319,30 +290,20 @@ def test_scheduled_sampling_feeds_back_with_the_asked_probability():
 
 
 def test_reward_is_cider_d_on_words_end_included():
-    words = "a brown dog cat runs sits on the green grass sofa".split()
-    word_map = {word: i for i, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
-    rng = np.random.default_rng(0)
-
-    def some_words(minimum):
-        return [words[i] for i in rng.integers(len(words), size=rng.integers(minimum, 12))]
-
-    entries = [{"references": [some_words(1) for _ in range(5)]} for _ in range(60)]
-    data, drawn = Namespace(word_map=word_map, entries=entries), []
-    captions, lengths = torch.zeros(60, 2, 14, dtype=torch.long), torch.zeros(60, 2).long()
-    for i, entry in enumerate(entries):
-        end = ["<end>"] * (i % 7 > 0)  # some samples have no end
-        drawn.append([some_words(0) + end, entry["references"][0][:7] + end])
-        for k, sample in enumerate(drawn[i]):
-            ids = [word_map[word] for word in ["<start>", *sample]]
-            captions[i, k, : len(ids)], lengths[i, k] = torch.tensor(ids), len(ids)
-    shuffled = rng.permutation(60)
-    ours = torch.empty(60, 2)
-    ours[shuffled] = Reward(data)(shuffled, captions[shuffled], lengths[shuffled])
-    truth = {
-        i: [" ".join([*words, "<end>"]) for words in entry["references"]]
-        for i, entry in enumerate(entries)
-    }
+    sets = list(caption_sets(20, 0))
+    references = [texts for found, _ in sets for texts in found]
+    samples = [[words, texts[0]] for found, drawn in sets for texts, words in zip(found, drawn)]
+    for i, pair in enumerate(samples):  # some samples have no end
+        samples[i] = [[*words, *["<end>"] * (i % 7 > 0)] for words in pair]
+    words = ["<pad>", *sorted(set(CAPTION_WORDS)), "<unk>", "<start>", "<end>"]
+    entries = [{"references": texts} for texts in references]
+    data = Namespace(word_map={word: i for i, word in enumerate(words)}, entries=entries)
+    ids = [torch.tensor([data.word_map[x] for x in ["<start>", *y]]) for z in samples for y in z]
+    captions = torch.nn.utils.rnn.pad_sequence(ids, True).view(len(samples), 2, -1)
+    lengths, shuffled = torch.tensor(list(map(len, ids))).view(-1, 2), torch.randperm(len(samples))
+    ours = torch.empty(len(samples), 2)
+    ours[shuffled] = Reward(data)(shuffled.numpy(), captions[shuffled], lengths[shuffled])
+    ended = [[[*words, "<end>"] for words in texts] for texts in references]
     for k in range(2):
-        _, expected = Cider().compute_score(truth, {i: [" ".join(drawn[i][k])] for i in range(60)})
+        _, expected = Cider().compute_score(*as_coco(ended, [pair[k] for pair in samples]))
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-5, atol=1e-6)
-    assert ours[:, 1].mean() > ours[:, 0].mean() + 1

@@ -39,9 +39,7 @@ def captions_of(folder, data, images):
     return captioner(pixels.permute(0, 2, 3, 1).numpy(), beam_size=1, no_unk=False)
 
 
-def test_tensorboard_has_the_figures_and_photographs_with_their_captions_and_attention(
-    data, tmp_path, monkeypatch
-):
+def test_tensorboard_has_figures_and_captioned_photographs(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "COUNT", 4)  # of the six, whose captions are still long
     train.main(train_args(data, tmp_path / "1", "--epochs 2 --tensorboard"))
     events = read_events(tmp_path / "1" / f"tensorboard_{NAME}")
@@ -65,9 +63,7 @@ def test_tensorboard_has_the_figures_and_photographs_with_their_captions_and_att
     assert same(*(load_checkpoint(tmp_path / name)["decoder"] for name in "12"))
 
 
-def test_empty_captions_and_words_in_angle_brackets_are_shown_as_they_are(
-    data, tmp_path, monkeypatch
-):
+def test_empty_captions_and_angle_brackets_are_shown_as_they_are(data, tmp_path, monkeypatch):
     """As of a data set without file names, and a model that ends at once."""
     writer_module = pytest.importorskip("torch.utils.tensorboard")
     for path in data.glob(f"*{NAME}*"):
@@ -78,12 +74,8 @@ def test_empty_captions_and_words_in_angle_brackets_are_shown_as_they_are(
     decoder = DecoderWithAttention(8, 8, 8, len(val_data.word_map), encoder.encoder_dim)
     with torch.no_grad():
         decoder.fc.bias[val_data.word_map["<end>"]] = 100
-    state = SimpleNamespace(
-        args=train.get_args([]),
-        averaged_encoder=encoder,
-        averaged_decoder=decoder,
-        processes=Distributed(torch.device("cpu")),
-    )
+    state = SimpleNamespace(args=train.get_args([]), processes=Distributed(torch.device("cpu")))
+    state.averaged_encoder, state.averaged_decoder = encoder, decoder
     shown = pictures.ValidationPictures(val_data, val_data.word_map)
     shown.references[0] = "a <unk> | b"
     with writer_module.SummaryWriter(tmp_path / "log") as writer:

@@ -5,22 +5,15 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+from functools import partial
 
+import factories
 import pytest
 import torch
-from factories import (
-    NAME,
-    contents,
-    load_checkpoint,
-    log_rows,
-    needs_fork,
-    raise_signal_at,
-    resume_args,
-    same,
-    train_args,
-)
+from factories import NAME, contents, load_checkpoint, log_rows, resume_args, same, train_args
 from torch.utils.data import get_worker_info
 
 import train
@@ -31,9 +24,7 @@ from training.run import Run, lock_run
 from utils import UserError, exclusive_lock
 
 
-def test_a_run_is_replaced_only_with_overwrite_and_only_if_the_new_one_starts(
-    data, run, best, monkeypatch
-):
+def test_only_overwrite_replaces_a_run_if_the_new_one_starts(data, run, best, monkeypatch):
     before = contents(run)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for options, message in (
@@ -51,25 +42,19 @@ def test_a_run_is_replaced_only_with_overwrite_and_only_if_the_new_one_starts(
         assert load_checkpoint(run)["progress"]["rows"] == 0
 
 
-def test_a_folder_is_of_one_run_at_a_time_and_of_an_earlier_one_in_every_process(
-    tmp_path, monkeypatch
-):
+def test_a_folder_is_of_one_run_in_every_process(tmp_path, monkeypatch):
     """In each, since torchrun prints the traceback of those that wait for the first one."""
     args = train.get_args(["--checkpoint_folder", str(tmp_path), "--data_name", NAME])
     processes = [Distributed(torch.device("cpu"), rank, 2) for rank in (0, 1)]
-
-    def impatient(path, busy, timeout):
-        return exclusive_lock(path, busy, 0.1)
-
-    monkeypatch.setattr(run_module, "exclusive_lock", impatient)
+    impatient = partial(exclusive_lock, timeout=0.1)
+    monkeypatch.setattr(run_module, "exclusive_lock", lambda *args, timeout: impatient(*args))
     with lock_run(args, processes[0]):
         with pytest.raises(UserError, match=f"{NAME} .*{tmp_path}.* --checkpoint_folder"):
             lock_run(args, processes[0]).__enter__()
     assert not list(tmp_path.iterdir())
     (tmp_path / f"checkpoint_{NAME}.pth.tar").touch()
     for process in processes:
-        with pytest.raises(UserError, match="pass --resume"):
-            lock_run(args, process).__enter__()
+        pytest.raises(UserError, lock_run(args, process).__enter__).match("pass --resume")
 
 
 def test_curves_are_drawn_after_each_epoch(data, tmp_path, monkeypatch):
@@ -89,18 +74,13 @@ def test_curves_are_drawn_after_each_epoch(data, tmp_path, monkeypatch):
 
 def test_broken_references_are_reported_before_the_first_epoch(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
-    for path in data.glob(f"*{NAME}*"):
-        (tmp_path / path.name).symlink_to(path)
-    references = tmp_path / f"VAL_REFERENCES_{NAME}.json"
-    references.unlink()
-    references.write_text("[{")
-    with pytest.raises(UserError, match="VAL_REFERENCES.* is damaged: "):
-        train.main(train_args(tmp_path, tmp_path / "run"))
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / f"VAL_REFERENCES_{NAME}.json").write_text("[{")
+    arguments = train_args(folder, tmp_path)
+    pytest.raises(UserError, train.main, arguments).match("VAL_REFERENCES.* is damaged: ")
 
 
-def test_the_log_holds_the_metrics_that_are_printed_also_without_curves(
-    data, tmp_path, capsys, monkeypatch
-):
+def test_the_log_holds_what_is_printed_without_curves_too(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "visualization.curves", None)
     train.main(train_args(data, tmp_path, "--epochs 2"))
     printed, errors = capsys.readouterr()
@@ -121,8 +101,7 @@ def test_resume_continues_a_second_phase_from_its_start(data, run, monkeypatch):
     phase = f"--checkpoint {run}/BEST_checkpoint_{NAME}.pth.tar --fine_tune_encoder"
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_one_epoch", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main(train_args(data, run, phase))
+        pytest.raises(ZeroDivisionError, train.main, train_args(data, run, phase))
     assert load_checkpoint(run)["options"]["fine_tune_encoder"]
     assert [row["epoch"] for row in log_rows(run)] == [1, 2, 3]
     train.main(resume_args(run, "--epochs 2"))
@@ -132,7 +111,7 @@ def test_resume_continues_a_second_phase_from_its_start(data, run, monkeypatch):
 def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(data, run, monkeypatch):
     """Saved without the score to beat, it would be resumed and replace a better best model."""
     before = contents(run)
-    raise_signal_at(monkeypatch, 1, signal.SIGINT, "training.engine.beam_search")
+    factories.raise_signal_at(monkeypatch, 1, signal.SIGINT, "training.engine.beam_search")
     # A test run in the background may have been started with SIGINT ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as interrupted:
@@ -141,9 +120,7 @@ def test_a_phase_interrupted_before_its_start_is_scored_changes_nothing(data, ru
     assert "resume" not in str(interrupted.value) and before == contents(run)
 
 
-def test_a_phase_in_a_new_folder_starts_with_the_checkpoint_as_its_best(
-    data, tmp_path, best, capsys
-):
+def test_a_phase_in_a_new_folder_begins_with_its_best(data, tmp_path, best, capsys):
     # So small a rate that no epoch is better.
     train.main(train_args(data, tmp_path, f"--epochs 1 --checkpoint {best} --decoder_lr 1e-12"))
     before = torch.load(best, weights_only=True)["decoder"]
@@ -178,15 +155,12 @@ def test_options_that_do_not_suit_the_model_or_each_other_are_named(data, tmp_pa
         ("--augment", "--augment .* --fine_tune_encoder .* --no-cache_features"),
         ("--accumulate 12", "--accumulate 12 .* 11 images .* --batch_size"),
     ):
-        with pytest.raises(UserError, match=message):
-            train.main(train_args(data, tmp_path, options))
+        pytest.raises(UserError, train.main, train_args(data, tmp_path, options)).match(message)
 
 
-@needs_fork
+@factories.needs_fork
 @pytest.mark.parametrize("split, batch, epoch", [("TRAIN", 5, 0), ("VAL", 1, 0), ("", 0, 1)])
-def test_a_killed_loading_process_ends_the_run_in_one_line_with_all_steps_saved(
-    data, tmp_path, monkeypatch, split, batch, epoch
-):
+def test_a_killed_loader_ends_a_run_in_one_line(data, tmp_path, monkeypatch, split, batch, epoch):
     """While it loads a batch for training or validation, or, without a split, between epochs"""
     get, batches, end_epoch = CaptionDataset.__getitem__, itertools.count(1), Run.end_epoch
 

@@ -48,10 +48,7 @@ def test_the_cosine_schedule_ignores_the_plateau_rule():
     np.testing.assert_allclose(logged, 0.5 * cosine[3::4])  # of the epoch's last step
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["", "--ema 0.9", "--cosine --epochs 3", "--ema 0.9 --cosine --epochs 3 --fine_tune_encoder"],
-)
+@pytest.mark.parametrize("options", ["", "--ema 0.9 --cosine --epochs 3 --fine_tune_encoder"])
 def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
     def step(state, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -82,18 +79,6 @@ def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
         assert same(getattr(state, name).state_dict(), getattr(resumed, name).state_dict())
 
 
-def test_settings_of_another_torch_do_not_matter():
-    state, resumed = make_state(), make_state()
-    saved = copy.deepcopy(state.state_dict())
-    [group] = saved["optimizer"]["param_groups"]
-    for name in group.keys() - {"params", "lr"}:
-        del group[name]
-    group |= {"lr": 0.25, "of_another_torch": True}
-    resumed.load_state_dict(saved)
-    [expected], [found] = state.optimizer.param_groups, resumed.optimizer.param_groups
-    assert {**found, "params": 0} == {**expected, "params": 0, "lr": 0.25}
-
-
 def test_the_average_of_weights_equals_a_loop_by_hand():
     state = make_state("--ema 0.7 --no-fine_tune_embeddings")
     assert state.averaged_encoder is state.encoder  # which is frozen
@@ -118,17 +103,21 @@ def test_the_average_of_weights_equals_a_loop_by_hand():
 
 def test_the_rate_falls_after_each_decay_after_epochs_without_a_better_score():
     """Also if the run is resumed after each epoch."""
-    for decay, expected in ((0.5, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]), (1, [1] * 8)):
-        options, rates = f"--decoder_lr 1 --lr_decay {decay} --decay_after 2", []
+    many = 3.0, 2.0, 3.0, 1.0, 1.0, 4.0, 4.0, 1.0
+    for options, scores, expected in (
+        ("0.5 --decay_after 2", many, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]),
+        ("0.5 --decay_after 3", [1.0] * 4, [1, 1, 1, 0.5]),
+        ("0.5 --decay_after 3", [0.0] * 6, [1, 1, 0.5, 0.5, 0.5, 0.25]),  # as in the tutorial
+    ):
+        options, rates = f"--decoder_lr 1 --lr_decay {options}", []
         state = make_state(options)
-        for score in (3.0, 2.0, 3.0, 1.0, 1.0, 4.0, 4.0, 1.0):
+        for score in scores:
             [(_, rate)] = after_epochs(state, [score])
             rates.append(rate)
             resumed = make_state(options)
             resumed.load_state_dict(copy.deepcopy(state.state_dict()))
             state = resumed
         assert rates == pytest.approx(expected)
-        assert state.progress.best == 4 and state.progress.stale == 2
 
 
 def test_scores_of_zero_and_ties_are_decided_by_the_loss():
@@ -160,9 +149,3 @@ def test_a_run_stops_after_stop_after_epochs_without_improvement():
             after_epochs(state, scores[epoch - 1 :][:1], losses[epoch - 1 :][:1])
             done.append(epoch)
         assert done == list(range(1, epochs + 1))
-
-
-def test_a_first_score_of_zero_counts_for_the_rate_as_in_the_tutorial():
-    for scores, rates in (([0.0] * 6, [1, 1, 0.5, 0.5, 0.5, 0.25]), ([1.0] * 4, [1, 1, 1, 0.5])):
-        state = make_state("--decoder_lr 1 --lr_decay 0.5 --decay_after 3")
-        assert [rate for _, rate in after_epochs(state, scores)] == rates
