@@ -40,7 +40,7 @@ def test_evidence_is_the_weight_times_the_change_of_the_words_log_probability(pl
                 def changed(alpha, change=change, p=p):
                     nonlocal weight
                     weights = alpha.clone() if hard is None else hard(alpha)
-                    weight = weights[0, p].item()
+                    weight = weights[0, p].detach().item()
                     weights[0, p] += change
                     return weights
 

@@ -161,8 +161,8 @@ def test_a_switch_shows_evidence_instead_of_attention(browser):
     browser.hover(one)
     assert np.allclose(brightest(browser.picture()), (12.5, 3.5), atol=0.3)
     browser.press("escape")
-    assert browser.shown() == []
-    switch.click()
+    browser.hover(one)
+    switch.click()  # leaving the word, whose line below is longer or shorter, does not move it
     browser.hover(one)
     assert "most attention" in status.text
     assert np.allclose(brightest(browser.picture()), (2.5, 2.5), atol=0.3)
