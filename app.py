@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -91,13 +91,16 @@ def interrupt(*_):
 @contextmanager
 def photographs_folder():
     """A temporary folder. Those that killed processes left, whose locks are free, are removed."""
-    where = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
-    for left in Path(where).glob(f"{FOLDER}*"):
-        with suppress(UserError, OSError), exclusive_lock(left / "lock", "", 0):
-            shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=FOLDER, dir=where) as folder:
-        with exclusive_lock(os.path.join(folder, "lock"), "", 0):
-            yield folder
+    where = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+    where.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with exclusive_lock(where / f".{FOLDER}lock", f"{where} is locked; try again", 60):
+            for left in where.glob(f"{FOLDER}*"):
+                with suppress(UserError, OSError), exclusive_lock(left / "lock", "", 0):
+                    shutil.rmtree(left)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=FOLDER, dir=where))
+            stack.enter_context(exclusive_lock(Path(folder, "lock"), "", 0))
+        yield folder
 
 
 def main():

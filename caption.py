@@ -57,7 +57,8 @@ try:
 except ImportError as error:
     name, here = (error.name or "").partition(".")[0], Path(__file__).parent
     theirs = getattr(sys.modules.get(name), "__file__", None) or __file__
-    if Path(theirs).is_relative_to(here) or name not in {path.stem for path in here.iterdir()}:
+    own = (here, here / name)  # a module's folder, not .venv within ours
+    if Path(theirs).parent in own or name not in {path.stem for path in here.iterdir()}:
         raise
     advice = "rename it, or use torch.hub.load as README.md says"
     raise ImportError(f"{theirs} hides the {name} of {here}: {advice}") from error

@@ -32,8 +32,11 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 def _import(name, *args):
     """What `import` calls in our modules: our names are those of the package."""
-    ours = name.partition(".")[0] in _names
-    return builtins.__import__(f"{_package}.{name}" if ours else name, *args)
+    first = name.partition(".")[0]
+    if first not in _names:
+        return builtins.__import__(name, *args)
+    module = builtins.__import__(f"{_package}.{name}", *args)
+    return module if args[2] else sys.modules[f"{_package}.{first}"]  # args[2]: `from` its names
 
 
 if _package not in sys.modules:  # else they are those of an earlier torch.hub.load

@@ -37,10 +37,12 @@ class UserError(Exception):
     """A user's mistake: a line that names the file, the value and the next step; details: more."""
 
     def __init__(self, message, details=()):
-        lines = map(printable, (message, *details))
+        super().__init__("\n  ".join(map(printable, (message, *details))))
+
+    def __str__(self):
         # What a line echoes may be of any length; the file and the next step are at its ends.
-        lines = (x if len(x) <= 600 else f"{x[:300]} … {x[-297:]}" for x in lines)
-        super().__init__("\n  ".join(lines))
+        lines = self.args[0].split("\n")
+        return "\n".join(x if len(x) <= 600 else f"{x[:300]} … {x[-297:]}" for x in lines)
 
 
 def run_script(main):

@@ -61,14 +61,15 @@ def find_things(words: list[str]) -> list[tuple[int, str]]:
     return found
 
 
-def read_boxes(path: str) -> dict[int, dict[str, list]]:
+def read_boxes(path: str) -> tuple[dict[int, dict[str, list]], dict[int, str]]:
     """
     A file in the form of COCO's instances_val2017.json -> {image id: {thing: [[left, top, right,
-    bottom], as fractions of the image]}}; UserError for any other.
+    bottom], as fractions of the image]}} and {image id: file name}; UserError for any other.
     """
     content, found = read_json(path), {}
     try:
         sizes = {x["id"]: (x["width"], x["height"]) for x in content["images"]}
+        files = {x["id"]: x["file_name"] for x in content["images"]}
         names = {x["id"]: x["name"] for x in content["categories"]}
         found = {image: {} for image in sizes}
         for annotation in content["annotations"]:
@@ -78,10 +79,17 @@ def read_boxes(path: str) -> dict[int, dict[str, list]]:
             found[image].setdefault(names[annotation["category_id"]], []).append(box)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path} is not in the form of COCO's instances: images need id, width and height, "
-            f"categories id and name, annotations image_id, category_id and bbox (wrong: {error!r})"
+            f"{path} is not in the form of COCO's instances: images need id, file_name, width and "
+            f"height, categories id and name, annotations image_id, category_id and bbox (wrong: "
+            f"{error!r})"
         ) from None
-    return found
+    return found, files
+
+
+def _is_same(entry, file):
+    """Whether an image's entry, of the same id, is COCO's: other data sets have such ids, too."""
+    name = Path(entry["filename"] or "").name
+    return name == Path(file).name or f"{entry['image_id']:012d}" in name
 
 
 class Objects:
@@ -97,8 +105,12 @@ class Objects:
             nouns = {noun for boxes in self._boxes for noun in boxes}
             self._find = lambda words: [(t, word) for t, word in enumerate(words) if word in nouns]
         else:
-            boxes, self._find = read_boxes(path), find_things
-            self._boxes = [boxes.get(entry["image_id"]) for entry in entries]
+            (boxes, files), self._find = read_boxes(path), find_things
+            found = [files.get(entry["image_id"]) for entry in entries]
+            self._boxes = [
+                boxes[entry["image_id"]] if file and _is_same(entry, file) else None
+                for entry, file in zip(entries, found)
+            ]
             if not any(self._boxes):
                 raise UserError(f"{path} has no boxes of this data set's images; pass its own")
         self._references = [entry["references"] for entry in entries]
@@ -123,8 +135,11 @@ class Objects:
                 inside, near = (
                     in_boxes(boxes[name], attention.shape[1], offset, m) for m in (0, MARGIN)
                 )
-                strongest = attention[t].argmax(), evidence[t].argmax()
-                hits = (float(place[i]) for i in strongest for place in (inside, near))
+                hits = (  # a word without any evidence is a miss
+                    float(weights[t].max() > 0 and place[weights[t].argmax()])
+                    for weights in (attention, evidence)
+                    for place in (inside, near)
+                )
                 share = attention[t][inside].sum() / attention[t].sum()
                 figures = *hits, float(share), float(inside.mean())
             measured.append(NamedObject(name in exists, figures))

@@ -90,7 +90,7 @@ def load_batches(loader):
     except WorkerDied:
         raise
     except UserError as error:  # torch puts the process and its traceback before the message
-        raise UserError(str(error).rpartition("UserError: ")[2].removesuffix("\\n")) from None
+        raise UserError(error.args[0].rpartition("UserError: ")[2].removesuffix("\\n")) from None
     except (RuntimeError, OSError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         if isinstance(error, RuntimeError):

@@ -15,9 +15,11 @@ from utils import UserError, check_is_file, count, read_json
 # Karpathy's name of a split -> that of our files
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 # What programs that train put around captions, such as <start>, </s>, [SEP], <|endoftext|>, endseq
-_MARK = r"(?:(?i:<(?:start|begin|end|go|/?s|[bes]o[sc]|pad|null|(?:start|end)seq|\|\w+\|)>"
-_MARK += r"|\b(?:startseq|endseq|ssss|eeee)\b)|\[(?:CLS|SEP|[BES]OS|START|END|PAD)\])"
-_MARKS = re.compile(rf"^(?:\W*?{_MARK})+|(?:{_MARK}\W*)+$")
+_START = r"(?:(?i:<(?:start|begin|go|s|[bs]o[sc]|startseq|\|\w+\|)>|\b(?:startseq|ssss)\b)"
+_START += r"|\[(?:CLS|[BS]OS|START)\])"
+_END = r"(?:(?i:<(?:end|/s|eo[sc]|pad|null|endseq|\|\w+\|)>|\b(?:endseq|eeee)\b)"
+_END += r"|\[(?:SEP|EOS|END|PAD)\])"
+_MARKS = re.compile(rf"^(?:\W*?{_START})+|(?:{_END}\W*)+$")
 
 
 class CaptionedImage(NamedTuple):

@@ -8,8 +8,8 @@ if (_backend := os.environ.get("MPLBACKEND")) and "matplotlib" not in sys.module
     # A notebook's, which its commands inherit, may be of a package that is not installed for them.
     # Then matplotlib cannot be imported, though only `figures.show` needs a backend.
     del os.environ["MPLBACKEND"]
-    import matplotlib
+    with suppress(ImportError, ValueError):
+        import matplotlib
 
-    os.environ["MPLBACKEND"] = _backend
-    with suppress(ValueError):
         matplotlib.rcParams["backend"] = _backend
+    os.environ["MPLBACKEND"] = _backend

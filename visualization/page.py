@@ -132,7 +132,9 @@ def _describe(weights, kind):
     side = round(len(weights) ** 0.5)
     grid = Image.fromarray(np.asarray(weights, np.float32).reshape(side, side))
     ninths = np.asarray(grid.resize((3, 3), Image.Resampling.BOX)).ravel()
-    share = ninths.max() / (ninths.sum() or 1)
+    if not ninths.any():
+        return f"no {kind}"
+    share = ninths.max() / ninths.sum()
     if share < SPREAD:
         return f"{kind} spread over the photograph"
     return f"most {kind} {POSITIONS[ninths.argmax()]}, {100 * share:.0f} %"

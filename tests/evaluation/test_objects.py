@@ -52,9 +52,13 @@ def test_things_are_named_by_synonyms_plurals_and_pairs_of_words(caption, expect
 
 
 def test_figures_of_named_objects_are_those_counted_by_hand(tmp_path):
-    """Two images with boxes of 100 x 50 pixels, and one that the file does not have"""
+    """Two images of the file, one that it lacks, and one of another data set with the same id"""
+    images = [(7, 100, 50), (8, 10, 10)]
     content = {
-        "images": [{"id": 7, "width": 100, "height": 50}, {"id": 8, "width": 10, "height": 10}],
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": width, "height": height}
+            for i, width, height in images
+        ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
         "annotations": [
             {"image_id": 7, "category_id": 1, "bbox": [0, 0, 50, 50]},  # the left half
@@ -63,16 +67,18 @@ def test_figures_of_named_objects_are_those_counted_by_hand(tmp_path):
         ],
     }
     write_json(tmp_path / "i.json", content)
-    boxes = read_boxes(tmp_path / "i.json")
+    boxes, _ = read_boxes(tmp_path / "i.json")
     assert boxes == {
         7: {"cat": [[0, 0, 0.5, 1]], "dog": [[0.75, 0.5, 1, 1], [0, 0, 0.25, 0.25]]},
         8: {},
     }
-    data = Data([{"image_id": 7}, {"image_id": 8}, {"image_id": 9}])
+    names = {7: "val2014/COCO_val2014_000000000007.jpg", 8: "8.jpg", 9: "9.jpg"}
+    data = Data([{"image_id": i, "filename": name} for i, name in names.items()])
+    data.append({"image_id": 7, "filename": "1234567_8.jpg"})
     data[0]["references"] = [["a", "kitten", "on", "a", "sofa"]]
     objects = Objects(data, tmp_path / "i.json")
     words = "a cat by dogs a couch a zebra".split()
-    assert bool(objects) and objects.find(2, words) is None
+    assert bool(objects) and objects.find(2, words) is objects.find(3, words) is None
     attention, evidence = np.full((8, 16), 0.01), np.zeros((8, 16))
     attention[1, 2], evidence[1, 5] = 0.5, 1  # 2 is right of the cat's box by 1/8, 5 in it
     attention[3, 15], evidence[3, 4] = 0.85, 1  # in a dog; below one
@@ -83,6 +89,8 @@ def test_figures_of_named_objects_are_those_counted_by_hand(tmp_path):
     assert cat == pytest.approx((0, 0, 1, 1, 0.08 / 0.65, 8 / 16))
     assert dog == pytest.approx((1, 1, 0, 0, 0.87 / 1.0, 3 / 16))
     assert MARGIN < 1 / 8
+    [silent] = objects.measure(0, ["dog"], attention, 0 * evidence, (0.0, 0.0))
+    assert silent.figures[2:4] == (0, 0)  # though the first location is in a dog's box
     nothing = objects.measure(1, ["zebra"], attention, evidence, (0.0, 0.0))
     mean = (0.08 / 0.65 + 0.87) / 2
     expected = (50, 50, 50, 50, 100 * mean, 100 * 11 / 32, 100 * 2 / 5, 100)
@@ -104,8 +112,8 @@ def test_the_demos_objects_are_named_by_their_own_words():
 
 def test_a_file_that_is_no_coco_instances_is_named(tmp_path):
     path = tmp_path / "i.json"
-    images, categories = [{"id": 1, "width": 1, "height": 1}], [{"id": 1, "name": "cat"}]
+    images, categories = [{"id": 1, "file_name": "1.jpg", "width": 1, "height": 1}], []
     good = {"images": images, "categories": categories, "annotations": []}
     for change in ({"images": 3}, {"annotations": [{"image_id": 2, "bbox": [0, 0, 1, 1]}]}, {}):
         write_json(path, good | change)
-        refused(path, load=lambda path: Objects(Data([{"image_id": 1}]), path))
+        refused(path, load=lambda path: Objects(Data([{"image_id": 1, "filename": "1.jpg"}]), path))

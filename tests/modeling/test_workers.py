@@ -42,6 +42,8 @@ def test_a_loading_process_killed_while_it_makes_or_hands_over_a_batch_is_named(
             list(load_batches(Loader([other])))
     with pytest.raises(UserError, match=r"^x.hdf5: no$"):  # as torch wraps it
         list(load_batches(Loader([UserError("Traceback ...\nutils.UserError: x.hdf5: no\n")])))
+    with pytest.raises(UserError, match="^x{500}$"):
+        list(load_batches(Loader([UserError(f"{'Traceback ' * 99}: UserError: {'x' * 500}\n")])))
 
 
 class Items(list):
