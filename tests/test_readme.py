@@ -26,7 +26,7 @@ TEXT["docs/lesson.ipynb"] = "\n".join(LESSON)
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 OTHER_OPTIONS = {  # torchrun's, TensorBoard's, git's, of old runs, of an example
-    *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"),
+    *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--signals-to-handle"),
     *("--logdir", "--samples_per_plugin", "--depth", "--document_frequencies", "--heads"),
 }
 

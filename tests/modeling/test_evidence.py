@@ -44,7 +44,7 @@ def test_evidence_is_the_weight_times_the_change_of_the_words_log_probability(pl
                     weights[0, p] += change
                     return weights
 
-                values.append(float(log_prob(decoder, annotations, t, (hard, changed))))
+                values.append(log_prob(decoder, annotations, t, (hard, changed)).item())
             expected = max(0.0, weight * (values[0] - values[1]) / 2e-5)
             assert found[t, p] == pytest.approx(expected, abs=1e-7)
     assert 0 < (found > 0).sum() < found.size
