@@ -75,8 +75,8 @@ def get_args(argv=None):
     text = "compare two files of --results, without model or data; with --metrics all unless given"
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help=text)
     args = parser.parse_args(argv)
-    if args.compare and (args.report or args.results):
-        parser.error("--compare prints a table; leave --report and --results out")
+    if args.compare and (args.report or args.results or args.boxes):
+        parser.error("--compare prints a table; leave --report, --results and --boxes out")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
     if args.report or args.compare:

@@ -51,8 +51,8 @@ def find_things(words: list[str]) -> list[tuple[int, str]]:
     found, i = [], 0
     while i < len(words):
         pair, thing = words[i : i + 2], _find_thing(words[i])
-        if len(pair) == 2 and _find_thing(*pair):  # a hot dog is no dog
-            i, thing = i + 1, _find_thing(*pair)
+        if len(pair) == 2 and (named := _find_thing(*pair)):  # a hot dog is no dog
+            i, thing = i + 1, named
         elif len(pair) == 2 and pair[0] in QUALIFIERS and _find_thing(pair[1]):
             thing = None
         if thing not in (None, NO_THING):
@@ -89,7 +89,7 @@ def read_boxes(path: str) -> tuple[dict[int, dict[str, list]], dict[int, str]]:
 def _is_same(entry, file):
     """Whether an image's entry, of the same id, is COCO's: other data sets have such ids, too."""
     name = Path(entry["filename"] or "").name
-    return name == Path(file).name or f"{entry['image_id']:012d}" in name
+    return name == Path(file).name or str(entry["image_id"]).zfill(12) in name
 
 
 class Objects:
@@ -106,10 +106,10 @@ class Objects:
             self._find = lambda words: [(t, word) for t, word in enumerate(words) if word in nouns]
         else:
             (boxes, files), self._find = read_boxes(path), find_things
-            found = [files.get(entry["image_id"]) for entry in entries]
+            ids = [entry["image_id"] for entry in entries]
             self._boxes = [
-                boxes[entry["image_id"]] if file and _is_same(entry, file) else None
-                for entry, file in zip(entries, found)
+                boxes[i] if i in files and _is_same(entry, files[i]) else None
+                for i, entry in zip(ids, entries)
             ]
             if not any(self._boxes):
                 raise UserError(f"{path} has no boxes of this data set's images; pass its own")

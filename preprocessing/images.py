@@ -27,10 +27,8 @@ OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr")  # of Pillow, with 8 bits per chann
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 FLOAT_WHITES = (1, 255, 65535)
 LARGE = 1 << 25  # pixels of a picture that takes so much memory that threads read it in turns
-MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
-
-
 _reading_large = threading.Lock()
+MAX_DOWNLOAD, DOWNLOAD_SECONDS = 64 << 20, 30  # bytes; of a picture's web address
 
 
 def find_suffixes():

@@ -37,6 +37,7 @@ def test_choices_of_the_page_are_those_of_the_search(captioner):
     best = captioner(path, beam_size=3, n_best=2)
     text, count, html = ask(search, 3, 2.7, 1.0)  # another program may send fractions
     assert (text, count) == (best.text, 2) and best.n_best[1][0] in html
+    assert "show evidence" in html
     assert ask(search, 2, 9, 1.0)[1] == 2  # no more than the beam
     scores = [-captioner(path, hard_attention=hard).score for hard in (False, True)]
     assert f"{scores[0]:.3f}" in ask(search, 5, 1, 1.0)[2]

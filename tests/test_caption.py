@@ -156,6 +156,8 @@ def test_out_is_a_file_for_one_image_and_a_folder_or_a_page_for_several(run, pho
     assert run(photos / "0.png", "--out", new / "one.png", "--dont_smooth")[0] == 0
     assert run(photos / "0.png", "--out", new / "smooth.png")[0] == 0
     assert (new / "one.png").read_bytes() != (new / "smooth.png").read_bytes()
+    assert "evidence: " in run(photos / "0.png", "--out", new / "e.png", "--evidence")[2]
+    assert (new / "e.png").read_bytes() != (new / "smooth.png").read_bytes()
     run(photos / "0.png", photos / "1.png", "--out", photos / "several")
     assert overlays(photos / "several") == ["0_attention.png", "1_attention.png"]
     (photos / "1.png").write_bytes(b"no image at all")

@@ -48,6 +48,7 @@ def write_animation(path, image, words, alphas, smooth=True, offset=(0.0, 0.0)):
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1 / TICK} -i -".split()
     pixels = b"".join(frame.tobytes() * count for frame, count in zip(frames, ticks))
     with atomic_write(path) as temporary:
+        # Not by imageio, which hides why ffmpeg fails, and that its file is cut off on a full disk.
         command = [ffmpeg, *source, *MP4, f"file:{temporary}"]
         done = subprocess.run(command, input=pixels, capture_output=True)
         if done.returncode:

@@ -85,6 +85,12 @@ def test_unseen_is_a_dash_without_the_training_captions(evaluate, data, tmp_path
             evaluate("--metrics", "unseen", data=tmp_path)
     with pytest.raises(UserError, match="--tokens ptb: java is not in the PATH"):
         evaluate("--tokens", "ptb")
+    path = tmp_path / "instances.json"
+    path.write_text('{"images": [], "categories": [], "annotations": []}')
+    with pytest.raises(UserError, match="instances.json has no boxes of this data set's images"):
+        evaluate("--boxes", path)
+    with pytest.raises(UserError, match="--compare .*--boxes"):
+        evaluate("--compare", "a.json", "b.json", "--boxes", path)
 
 
 def test_table_for_a_paper_holds_what_is_printed(evaluate, summary, tmp_path, capsys):

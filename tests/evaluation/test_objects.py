@@ -42,6 +42,7 @@ def test_a_location_is_in_a_box_if_it_looks_there_or_within_a_margin_beside_it()
         ("puppies with knives in a wine glass", ["0 dog", "2 knife", "6 wine glass"]),
         ("a baby elephant by a train track", ["2 elephant"]),
         ("a baby on a passenger train", ["1 person", "5 train"]),
+        ("a child passenger and a baby", ["2 person", "5 person"]),
         ("traffic lights at the home plate", ["1 traffic light"]),
         ("the glass looks grass green", []),
         ("", []),
