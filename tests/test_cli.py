@@ -70,7 +70,7 @@ MISTAKES = {
         ("--report x.txt", "--report x.txt must end in .html or .htm"),
         ("--table t.csv", "--table t.csv must end in .tex or .md"),
         ("--image_folder empty", "--image_folder is for --report"),
-        ("--compare a b --report x.html", "leave --report and --results out"),
+        ("--compare a b --report x.html", "leave --report, --results and --boxes out"),
         ("--compare none.json none.json", "none.json not found; write it with eval.py --results"),
         ("--metrics WER", "--metrics: invalid choice: 'wer' (choose from"),
         ("--temperature 2", "--temperature and --top_p are for --sample"),
