@@ -121,8 +121,12 @@ def combine(parser, given):
                 parser.error(f"--{name} is for teacher forcing; leave it or --self_critical out")
         if not args.checkpoint and not args.resume:
             parser.error("--self_critical needs a trained model to start from, --checkpoint FILE")
+        if args.evidence_c and not args.cross_entropy_share:
+            parser.error("--evidence_c uses the true captions; add --cross_entropy_share")
     elif args.cross_entropy_share:
         parser.error("--cross_entropy_share needs --self_critical; add it or leave this out")
+    if args.evidence_c and (args.sampling_max or args.attention == "hard"):
+        parser.error("--evidence_c excludes --sampling_max and --attention hard; leave one out")
     return args
 
 
@@ -188,6 +192,8 @@ def make_parser():
 
     group = parser.add_argument_group("loss")
     add("--alpha_c", non_negative_float, 1.0, "weight of the doubly stochastic attention term")
+    evidence_help = "weight of a term that draws attention to the words' evidence; 3 is much"
+    add("--evidence_c", non_negative_float, 0.0, evidence_help)
     add("--lambda_r", non_negative_float, 0.01, "hard attention: weight of the reward term")
     add("--lambda_e", non_negative_float, 0.01, "hard attention: weight of the entropy term")
     sampling_help = "scheduled sampling: the maximum probability of feeding back a sampled word"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.decoding import HardAttention
+from modeling.longest_first import LongestFirst
 
 
 @torch.inference_mode(False)
@@ -34,21 +35,49 @@ def find_evidence(
     if not tokens:
         return np.zeros((0, decoder.args["encoded_image_size"] ** 2), np.float32)
     steps = decoder.steps(features.clone().unsqueeze(0))  # a clone: autograd takes no inference
-    device, states, weights = features.device, [], []  # tensors
-    inputs, row = torch.tensor([start, *tokens], device=device), torch.zeros(1, dtype=torch.long)
+    device, states, row = features.device, [], torch.zeros(1, dtype=torch.long)  # tensors
+    tokens = torch.tensor([start, *tokens], device=device)
     state = steps.initial_state(row)
-    for token in inputs[:-1].split(1):
+    for token in tokens[:-1].split(1):
         states.append(state)
         with torch.no_grad():
             state, _, _ = steps.step(token, state, row, hard)
+    state = tuple(map(torch.cat, zip(*states)))
+    found = _of_words(steps, tokens[:-1], state, row.expand(len(states)), tokens[1:], hard)
+    return found.float().cpu().numpy()
+
+
+@torch.no_grad()
+def find_evidence_of_true_words(
+    decoder: nn.Module, features: Tensor, captions: Tensor, lengths: Tensor
+) -> Tensor:
+    """
+    As `find_evidence`, for a batch with teacher forcing and soft attention; arguments as those of
+    the decoder. Returns (N, R, T, P), zero after a caption's end.
+    """
+    order = LongestFirst(lengths, features.device)
+    steps = decoder.steps(features.detach().index_select(0, order.images))
+    inputs, state, history = order.inputs(captions), steps.initial_state(order.rows), []
+    for t, m in enumerate(order.batch_sizes):
+        words, state = inputs[:m, t : t + 2].unbind(1), tuple(x[:m] for x in state)
+        history.append((*words, *state))
+        state, _, _ = steps.step(words[0], state, order.rows[:m])
+    tokens, targets, *state = map(torch.cat, zip(*history))
+    rows = torch.cat([order.rows[:m] for m in order.batch_sizes])
+    return order.padded([_of_words(steps, tokens, tuple(state), rows, targets)])
+
+
+@torch.enable_grad()
+def _of_words(steps, tokens, state, rows, targets, hard=None):
+    """(M, P) for the M words `targets`, each after its token and state, of its image"""
+    weights = []
 
     def as_inputs(alpha):
         """The context vectors' weights, of which each word depends on its own alone"""
         weights.append((alpha if hard is None else hard(alpha)).detach().requires_grad_())
         return weights[0]
 
-    state = tuple(torch.cat(parts).detach() for parts in zip(*states))
-    state, _, _ = steps.step(inputs[:-1], state, row.expand(len(states)), as_inputs)
-    log_probs = steps.logits(state[0]).log_softmax(1).gather(1, inputs[1:].unsqueeze(1))
+    state, _, _ = steps.step(tokens, tuple(x.detach() for x in state), rows, as_inputs)
+    log_probs = steps.logits(state[0]).log_softmax(1).gather(1, targets.unsqueeze(1))
     [gradient] = torch.autograd.grad(log_probs.sum(), weights)
-    return (weights[0] * gradient).detach().clamp(min=0).float().cpu().numpy()
+    return (weights[0] * gradient).detach().clamp(min=0)

@@ -232,7 +232,7 @@ def build_criterion(args, data):
     """The criterion that the options ask for; data: the training images' CaptionDataset"""
     if args.self_critical:
         share = args.cross_entropy_share
-        return SelfCritical(data, args.alpha_c, args.samples, share)
+        return SelfCritical(data, args.alpha_c, args.samples, share, args.evidence_c)
     if args.attention == "hard":
         return HardAttention(args.alpha_c, args.lambda_r, args.lambda_e)
-    return TeacherForcing(args.alpha_c)
+    return TeacherForcing(args.alpha_c, args.evidence_c)

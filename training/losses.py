@@ -7,6 +7,7 @@ The training loss: `doubly_stochastic_loss`, and the criteria `TeacherForcing`, 
 loss is a scalar to backpropagate; total and correct are summed over an epoch for `metrics`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from datasets import CaptionDataset
 from evaluation.metrics import CiderD, top_k_correct
 from modeling.beam_search import Search
 from modeling.devices import Distributed
+from modeling.evidence import find_evidence_of_true_words
 from modeling.sampling import sample_captions
 from models import DecoderOutput
 
@@ -75,16 +77,34 @@ def doubly_stochastic_penalty(alphas: Tensor, lengths: Tensor) -> Tensor:
     return penalty * (lengths > 1).to(penalty.device, non_blocking=True)
 
 
+def evidence_loss(alphas: Tensor, evidence: Tensor) -> Tensor:
+    """
+    Draws attention to where it was of use: the cross-entropy, in nats, of alphas (N, R, T, P)
+    against a sharper evidence (N, R, T, P), the square of its means over 3 x 3 locations, scaled to
+    a sum of 1. A word counts by its evidence, at most 1 nat. Summed over words, as a scalar. Not in
+    the paper, whose attention learns from the words' probabilities alone.
+    """
+    side = math.isqrt(evidence.shape[-1])
+    blocks = evidence.reshape(-1, 1, side, side)
+    blocks = F.avg_pool2d(blocks, 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    target = F.normalize(F.normalize(blocks, p=1).square(), p=1).view_as(evidence)
+    log_alphas = alphas.clamp(min=MIN_ALPHA).log()
+    return -(evidence.sum(3).clamp(max=1) * (target * log_alphas).sum(3)).sum()
+
+
 class TeacherForcing:
-    """Every token is predicted from the true ones before it, with soft attention (section 4.2)."""
+    """
+    Every token is predicted from the true ones before it, with soft attention (section 4.2).
+    alpha_c: weight of the doubly stochastic term; evidence_c: of `evidence_loss`, a mean over words
+    """
 
     dropout = True
     sampling_prob = 0.0  # scheduled sampling; train_one_epoch raises it from epoch to epoch
     hard_fraction = 0.0
     baseline = torch.zeros(())  # the only state of a criterion that is saved
 
-    def __init__(self, alpha_c: float = 1.0):
-        self.alpha_c = alpha_c
+    def __init__(self, alpha_c: float = 1.0, evidence_c: float = 0.0):
+        self.alpha_c, self.evidence_c = alpha_c, evidence_c
 
     def __call__(self, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         output = decoder(
@@ -94,9 +114,19 @@ class TeacherForcing:
             output, batch.lengths, self.alpha_c, batch.num_tokens, batch.num_captions
         )
         correct = top_k_correct(output.logits.detach(), output.targets)
-        # The logged loss is without hard attention's objective, so it compares with soft attention.
+        # The logged loss is without these two, so it compares with that of other runs.
         objective = self.objective(output, batch.lengths) / batch.num_tokens
-        return loss - objective, loss.detach() * batch.num_tokens, correct
+        evidence_term = self.evidence_term(decoder, batch, output.alphas)
+        return loss - objective + evidence_term, loss.detach() * batch.num_tokens, correct
+
+    def evidence_term(self, decoder: nn.Module, batch: Batch, alphas: Tensor) -> Tensor | float:
+        """alphas: of the true captions"""
+        if not self.evidence_c:
+            return 0.0
+        single = getattr(decoder, "module", decoder)  # not wrapped for several processes
+        true = batch.captions, batch.lengths
+        evidence = find_evidence_of_true_words(single, batch.features, *true)
+        return self.evidence_c * evidence_loss(alphas, evidence) / batch.num_tokens
 
     def objective(self, output: DecoderOutput, lengths: Tensor) -> Tensor | float:
         """What is maximised in addition, summed over captions and tokens."""
@@ -174,7 +204,7 @@ class SelfCritical(TeacherForcing):
 
     data: the training images; samples: captions per image, 2 or more; cross_entropy_share: w in
     (1 - w) self-critical loss + w cross-entropy of the true captions, which keeps words in use that
-    the reward alone would forget
+    the reward alone would forget; evidence_c: also of the true captions, if there is such a share
     """
 
     dropout = False
@@ -185,8 +215,9 @@ class SelfCritical(TeacherForcing):
         alpha_c: float,
         samples: int = 5,
         cross_entropy_share: float = 0.0,
+        evidence_c: float = 0.0,
     ):
-        super().__init__(alpha_c)
+        super().__init__(alpha_c, evidence_c)
         self.word_map, self.reward = data.word_map, Reward(data)
         self.cross_entropy_share = cross_entropy_share
         self.sampling = Search(n_best=samples, sample=True)
@@ -204,6 +235,7 @@ class SelfCritical(TeacherForcing):
             output = decoder(features, batch.captions, batch.lengths)
             cross_entropy = token_losses(output.logits, output.targets).sum() / batch.num_tokens
             loss = torch.lerp(loss, cross_entropy, self.cross_entropy_share)
+            loss = loss + self.evidence_term(decoder, batch, output.alphas)
         return loss + self.alpha_c * penalty, rewards.sum(), torch.zeros((), dtype=torch.long)
 
     def count_captions(self, lengths: Tensor) -> int:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from factories import make_decoder
+from factories import make_captions, make_decoder
 
 from modeling.decoding import PlainSteps
-from modeling.evidence import find_evidence
+from modeling.evidence import find_evidence, find_evidence_of_true_words
 from modeling.sampling import most_likely_location
 
 START, TOKENS = 22, [3, 17, 3, 8]
@@ -53,3 +53,17 @@ def test_evidence_is_the_weight_times_the_change_of_the_words_log_probability(pl
 def test_a_caption_without_words_has_no_evidence():
     decoder = make_decoder(encoded_image_size=3).eval()
     assert find_evidence(decoder, torch.randn(4, 9).double(), [], START).shape == (0, 9)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_evidence_of_a_batch_is_that_of_its_captions_one_by_one(plain):
+    decoder, (captions, lengths) = make_decoder(scale=1.5).eval(), make_captions(3, 2)
+    decoder.plain, features = plain, torch.randn(3, 64, 9, dtype=torch.float64)
+    found = find_evidence_of_true_words(decoder, features, captions, lengths)
+    assert found.shape == (3, 2, int(lengths.max()) - 1, 196) and not found.requires_grad
+    for i, r in np.ndindex(3, 2):
+        start, *words = captions[i, r, : lengths[i, r]].tolist()
+        expected = find_evidence(decoder, features[i], words, start)
+        torch.testing.assert_close(found[i, r, : len(words)].float().numpy(), expected)
+        assert not found[i, r, len(words) :].any()
+    assert found.any()

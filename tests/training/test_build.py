@@ -29,14 +29,16 @@ def test_each_option_reaches_its_criterion(data):
     def criterion(options):
         return build.build_criterion(train.get_args(f"--alpha_c 0.5 {options}".split()), images)
 
-    soft = criterion("")
-    assert type(soft) is TeacherForcing and soft.alpha_c == 0.5 and soft.hard_fraction == 0
+    soft = criterion("--evidence_c 0.4")
+    assert type(soft) is TeacherForcing and soft.hard_fraction == 0
+    assert (soft.alpha_c, soft.evidence_c) == (0.5, 0.4)
     hard = criterion("--attention hard --lambda_r 0.2 --lambda_e 0.3")
     numbers = hard.alpha_c, hard.lambda_r, hard.lambda_e, hard.hard_fraction
     assert numbers == (0.5, 0.2, 0.3, 0.5)
-    critical = criterion("--self_critical --checkpoint x --samples 3 --cross_entropy_share 0.1")
+    options = "--self_critical --checkpoint x --samples 3 --cross_entropy_share 0.1"
+    critical = criterion(f"{options} --evidence_c 0.4")
     assert critical.alpha_c == 0.5 and critical.sampling == Search(n_best=3, sample=True)
-    assert critical.cross_entropy_share == 0.1
+    assert (critical.cross_entropy_share, critical.evidence_c) == (0.1, 0.4)
 
 
 class Headed(DecoderWithAttention):

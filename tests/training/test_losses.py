@@ -15,6 +15,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from modeling.beam_search import Search
 from modeling.devices import Distributed
+from modeling.evidence import find_evidence_of_true_words
 from modeling.sampling import sample_captions, scheduled_sampling
 from training import losses as criteria
 from training.losses import Batch, HardAttention, Reward, SelfCritical, TeacherForcing, token_losses
@@ -165,6 +166,48 @@ def test_a_share_of_cross_entropy_is_mixed_into_the_self_critical_loss():
     expected = 0.7 * loss_of(0.0, 0.0) + 0.3 * cross_entropy
     expected = expected + loss_of(0.5, 0.0) - loss_of(0.0, 0.0)  # the whole penalty
     loss = loss_of(0.5, 0.3)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(flat_gradient(loss, decoder), flat_gradient(expected, decoder))
+
+
+def test_attention_is_drawn_to_the_square_of_its_evidence_in_the_neighbourhood():
+    alphas = torch.rand(2, 1, 3, 16, dtype=torch.float64).softmax(3)
+    evidence = torch.rand(2, 1, 3, 16, dtype=torch.float64) * torch.tensor([0.01, 0.1, 1])[:, None]
+    evidence[1, 0, 2] = 0  # after the end of a caption
+    expected = 0.0
+    for i, t in np.ndindex(2, 3):
+        grid, target = evidence[i, 0, t].view(4, 4).numpy(), np.zeros((4, 4))
+        for y, x in np.ndindex(4, 4):
+            target[y, x] = grid[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean() ** 2
+        share = target / max(target.sum(), 1e-300)
+        log_alphas = alphas[i, 0, t].log().view(4, 4).numpy()
+        expected -= min(1.0, grid.sum()) * (share * log_alphas).sum()
+    assert evidence.sum(3).max() > 1  # so that a word counts less than its evidence
+    assert criteria.evidence_loss(alphas, evidence).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("critical", [False, True])
+def test_the_evidence_term_is_added_for_the_true_captions(critical):
+    decoder, features = tiny_decoder(), torch.randn(2, 4, 3, dtype=torch.float64)
+    entries = [{"references": [["dog"]]}] * 2
+    data = Namespace(word_map=WORD_MAP, entries=entries)
+    captions = torch.tensor([[[START, 1, END, 0], [START, 1, 1, END]]]).expand(2, -1, -1)
+    lengths = torch.tensor([[3, 4]]).expand(2, -1)
+    batch = Batch(features, captions, lengths, [0, 1], 10.0, 4)
+
+    def run(evidence_c):
+        torch.manual_seed(3)
+        options = {"cross_entropy_share": 0.2, "evidence_c": evidence_c}
+        criterion = TeacherForcing(1.0, evidence_c)
+        if critical:
+            criterion = SelfCritical(data, 1.0, samples=4, **options)
+        return criterion(decoder, batch)
+
+    output = decoder(features, captions, lengths)
+    evidence = find_evidence_of_true_words(decoder, features, captions, lengths)
+    (loss, total, _), (without, same_total, _) = run(3.0), run(0.0)
+    expected = without + 3 * criteria.evidence_loss(output.alphas, evidence) / 10
+    assert (loss - without).abs() > 1e-3 and total == same_total  # the log compares with others
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(flat_gradient(loss, decoder), flat_gradient(expected, decoder))
 
