@@ -43,7 +43,7 @@ def find_evidence(
         with torch.no_grad():
             state, _, _ = steps.step(token, state, row, hard)
     state = tuple(map(torch.cat, zip(*states)))
-    found = _of_words(steps, tokens[:-1], state, row.expand(len(states)), tokens[1:], hard)
+    found = _word_evidence(steps, tokens[:-1], state, row.expand(len(states)), tokens[1:], hard)
     return found.float().cpu().numpy()
 
 
@@ -59,16 +59,16 @@ def find_evidence_of_true_words(
     steps = decoder.steps(features.detach().index_select(0, order.images))
     inputs, state, history = order.inputs(captions), steps.initial_state(order.rows), []
     for t, m in enumerate(order.batch_sizes):
-        words, state = inputs[:m, t : t + 2].unbind(1), tuple(x[:m] for x in state)
-        history.append((*words, *state))
-        state, _, _ = steps.step(words[0], state, order.rows[:m])
+        tokens, state = inputs[:m, t], tuple(x[:m] for x in state)
+        history.append((tokens, inputs[:m, t + 1], *state))
+        state, _, _ = steps.step(tokens, state, order.rows[:m])
     tokens, targets, *state = map(torch.cat, zip(*history))
     rows = torch.cat([order.rows[:m] for m in order.batch_sizes])
-    return order.padded([_of_words(steps, tokens, tuple(state), rows, targets)])
+    return order.padded([_word_evidence(steps, tokens, tuple(state), rows, targets)])
 
 
 @torch.enable_grad()
-def _of_words(steps, tokens, state, rows, targets, hard=None):
+def _word_evidence(steps, tokens, state, rows, targets, hard=None):
     """(M, P) for the M words `targets`, each after its token and state, of its image"""
     weights = []
 

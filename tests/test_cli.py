@@ -62,6 +62,9 @@ MISTAKES = {
         ("--resume x --checkpoint y", "pass one of them"),
         ("--samples 1", "--samples is 1, it must be at least 2"),
         ("--self_critical", "needs a trained model to start from, --checkpoint FILE"),
+        ("--self_critical --checkpoint x --evidence_c 1", "add --cross_entropy_share"),
+        ("--evidence_c 1 --attention hard", "--evidence_c excludes"),
+        ("--evidence_c 1 --sampling_max 0.1", "--evidence_c excludes"),
         ("--lr 3", "unrecognized arguments: --lr 3"),  # options are not abbreviated
     ],
     "eval": [
