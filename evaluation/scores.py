@@ -14,7 +14,13 @@ from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 CIDER = {"CIDEr": cider, "CIDEr-D": cider_d}
-NAMES = (*BLEU, "METEOR", "ROUGE-L", *CIDER, "vocabulary", "unseen", "length")
+NAMES = (*BLEU, "METEOR", "ROUGE-L", *CIDER, "vocabulary", "unseen", "repeats", "length")
+# Words that good sentences repeat; the others are content words, of which "repeats" counts
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those its his her their he she it they and or as while who which is "
+    "are was were be being been has have of in on at to with by for from into onto near over under "
+    "up down off out through along around across behind between beside against".split()
+)
 # What --metrics takes, and what it stands for
 GROUPS = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
 
@@ -79,7 +85,7 @@ def measure(systems, references, names, novel=None):
 
 
 def _score(systems, references, names):
-    """Per system and image: length, ROUGE-L, CIDEr and CIDEr-D by name, and as BLEU `bleu_sums`."""
+    """Per system and image: scores by name, those of BLEU as `bleu_sums`"""
     rows, rouge = [[] for _ in systems], Rouge()
     ciders = {name: function for name, function in CIDER.items() if name in names}
     tf_idf = TfIdf(references) if ciders else None
@@ -89,7 +95,8 @@ def _score(systems, references, names):
         vectors = [tf_idf.vector(words) for words in captions] if ciders else []
         texts = [" ".join(words) for words in captions]
         for row, words in zip(rows, candidates):
-            scores = {"length": len(words)}
+            content = [word for word in words if word not in FUNCTION_WORDS]
+            scores = {"repeats": len(set(content)) < len(content), "length": len(words)}
             if set(BLEU) & set(names):
                 scores["BLEU"] = bleu_sums(captions, words)
             if "ROUGE-L" in names:

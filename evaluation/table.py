@@ -22,6 +22,7 @@ EXPLAINED = {
     "CIDEr-D": 'CIDEr-D: clipped and length-penalised; coco-caption prints it as "CIDEr"',
     "vocabulary": "vocabulary: distinct words used",
     "unseen": "unseen: % of captions that are not training captions",
+    "repeats": "repeats: % of captions that have a content word twice",
     "length": "length: words per caption",
 }
 

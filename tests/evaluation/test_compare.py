@@ -32,7 +32,7 @@ def test_comparison_pairs_the_images(tmp_path, capsys, no_java):
     assert printed["vocabulary"][1:] == ["2", "1", "1", "–", "–", "–"]
     lines = [line for line in table.read_text().splitlines() if line.startswith("| ")]
     rows = [line.strip("| ").split(" | ") for line in lines]
-    assert rows[0] == ["metric", "A", "B", "A - B", "low", "high", "A higher"] and len(rows) == 10
+    assert rows[0] == ["metric", "A", "B", "A - B", "low", "high", "A higher"] and len(rows) == 11
     for name, *cells in rows[1:]:
         assert " ".join(cells).split() == printed[name][1:]
 

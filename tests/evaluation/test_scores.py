@@ -42,6 +42,14 @@ def test_several_systems_are_measured_as_each_alone():
         assert metrics["unseen"].total == 100 * np.mean(flags) and [*metrics] == names
 
 
+def test_captions_that_repeat_a_content_word_are_counted():
+    texts = ["a bed and a bed", "a dog in the snow in a park", "", "two dogs chase a dog"]
+    captions = [text.split() for text in texts]
+    [metrics], _ = measure([captions], [[]] * 4, ["repeats"])
+    assert metrics["repeats"].by_image.tolist() == [100, 0, 0, 0]
+    assert metrics["repeats"].total == 25
+
+
 def test_rouge_l_by_hand():
     # "a b c d": of "a c d e f" a subsequence of 3; of "b d" one of 2, which is all of it.
     # Precision 3/4 and recall 2/2 come from different references.
