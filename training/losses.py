@@ -120,13 +120,19 @@ class TeacherForcing:
         return loss - objective + evidence_term, loss.detach() * batch.num_tokens, correct
 
     def evidence_term(self, decoder: nn.Module, batch: Batch, alphas: Tensor) -> Tensor | float:
-        """alphas: of the true captions"""
+        """
+        alphas: of the true captions. Evidence takes a forward pass of its own, so only one caption
+        of each image is used, drawn at random: the same expectation at a fifth of the cost.
+        """
         if not self.evidence_c:
             return 0.0
         single = getattr(decoder, "module", decoder)  # not wrapped for several processes
-        true = batch.captions, batch.lengths
+        columns = (batch.lengths > 1).any(0).nonzero().flatten()  # others only fill up
+        drawn = columns[torch.randint(len(columns), (1,))]
+        true = batch.captions[:, drawn], batch.lengths[:, drawn]
         evidence = find_evidence_of_true_words(single, batch.features, *true)
-        return self.evidence_c * evidence_loss(alphas, evidence) / batch.num_tokens
+        loss = evidence_loss(alphas[:, drawn, : evidence.shape[2]], evidence)
+        return self.evidence_c * len(columns) * loss / batch.num_tokens
 
     def objective(self, output: DecoderOutput, lengths: Tensor) -> Tensor | float:
         """What is maximised in addition, summed over captions and tokens."""
