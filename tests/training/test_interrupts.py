@@ -23,7 +23,7 @@ from training.resume import resume_command
 
 STEP, UPDATE = "training.engine.derive_seed", "training.engine.clip_grad_value_"
 SAMPLING = "--sampling_max 0.5 --sampling_step 0.3 --sampling_every 1"
-CRITICAL = "--self_critical --cross_entropy_share 0.2"
+CRITICAL = "--self_critical --cross_entropy_share 0.2 --evidence_c 1"
 
 
 @pytest.mark.parametrize(
