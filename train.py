@@ -192,7 +192,7 @@ def make_parser():
 
     group = parser.add_argument_group("loss")
     add("--alpha_c", non_negative_float, 1.0, "weight of the doubly stochastic attention term")
-    evidence_help = "weight of a term that draws attention to the words' evidence; 3 is much"
+    evidence_help = "weight of a term that draws attention to the words' evidence, such as 3"
     add("--evidence_c", non_negative_float, 0.0, evidence_help)
     add("--lambda_r", non_negative_float, 0.01, "hard attention: weight of the reward term")
     add("--lambda_e", non_negative_float, 0.01, "hard attention: weight of the entropy term")
