@@ -122,7 +122,7 @@ class TeacherForcing:
     def evidence_term(self, decoder: nn.Module, batch: Batch, alphas: Tensor) -> Tensor | float:
         """
         alphas: of the true captions. Evidence takes a forward pass of its own, so only one caption
-        of each image is used, drawn at random: the same expectation at a fifth of the cost.
+        of each image is used, drawn at random: the same expectation in less time.
         """
         if not self.evidence_c:
             return 0.0

@@ -197,11 +197,9 @@ def test_the_evidence_term_is_added_for_one_true_caption_of_each_image(critical)
 
     def run(evidence_c, seed):
         torch.manual_seed(seed)
-        options = {"cross_entropy_share": 0.2, "evidence_c": evidence_c}
-        criterion = TeacherForcing(1.0, evidence_c)
         if critical:
-            criterion = SelfCritical(data, 1.0, samples=4, **options)
-        return criterion(decoder, batch)
+            return SelfCritical(data, 1.0, 4, 0.2, evidence_c)(decoder, batch)
+        return TeacherForcing(1.0, evidence_c)(decoder, batch)
 
     output, expected = decoder(features, captions, lengths), []
     evidence = find_evidence_of_true_words(decoder, features, captions, lengths)
