@@ -221,6 +221,8 @@ def add_search_options(parser, no_unk=False):
     add("--no_unk", action="store_true", default=no_unk, help="never generate <unk>")
     text = "generate <unk> where it is the most probable, as in the tutorial"
     add("--unk", dest="no_unk", action="store_false", default=argparse.SUPPRESS, help=text)
+    text = "never generate a word twice, except for function words such as “a” and “in”"
+    add("--no_repeat_words", action="store_true", help=text)
     text = "never repeat N words in the same order; 0: allowed"
     add("--no_repeat_ngram", type=non_negative_int, default=0, metavar="N", help=text)
     text = "hard: use the most attended location alone; for models trained with hard attention"
@@ -240,8 +242,8 @@ def search_options(args):
         raise UserError("--length_penalty and --attention hard are not for --sample; leave one out")
     if not args.sample and (args.temperature, args.top_p) != (1, 1):
         raise UserError("--temperature and --top_p are for --sample; add it or leave them out")
-    names = "max_len length_penalty no_unk no_repeat_ngram sample temperature top_p".split()
-    return {"hard_attention": hard} | {name: getattr(args, name) for name in names}
+    names = "max_len length_penalty no_unk no_repeat_words no_repeat_ngram sample temperature top_p"
+    return {"hard_attention": hard} | {name: getattr(args, name) for name in names.split()}
 
 
 # Files

@@ -10,17 +10,12 @@ from tqdm import tqdm
 
 from evaluation import coco_caption
 from evaluation.metrics import TfIdf, bleu_from_sums, bleu_sums, cider, cider_d
+from modeling.sampling import FUNCTION_WORDS
 from utils import UserError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 CIDER = {"CIDEr": cider, "CIDEr-D": cider_d}
 NAMES = (*BLEU, "METEOR", "ROUGE-L", *CIDER, "vocabulary", "unseen", "repeats", "length")
-# Words that good sentences repeat; the others are content words, of which "repeats" counts
-FUNCTION_WORDS = frozenset(
-    "a an the this that these those its his her their he she it they and or as while who which is "
-    "are was were be being been has have of in on at to with by for from into onto near over under "
-    "up down off out through along around across behind between beside against".split()
-)
 # What --metrics takes, and what it stands for
 GROUPS = {"all": NAMES, "bleu": BLEU, **{name.lower(): (name,) for name in NAMES}}
 

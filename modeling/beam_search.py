@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.sampling import ban_repeated_ngrams, most_likely_location, sample_captions
+from modeling.sampling import make_ban, most_likely_location, sample_captions
 from utils import MAX_LENGTH_PENALTY, UserError
 
 
@@ -32,6 +32,7 @@ class Search:
     length_penalty: finished captions are ranked by their score over length ** length_penalty,
     <end> counted; at 1 that is the mean per word
     no_unk: never choose <unk>; scores are not renormalised
+    no_repeat_words: never choose a content word twice, see `sampling.FUNCTION_WORDS`
     no_repeat_ngram: never choose a token that would repeat an n-gram of this length; 0: allowed
     hard_attention: attend only to the most attended location (section 4.1)
     sample: instead of searching, sample from `sampling.token_probabilities` (temperature, top_p)
@@ -42,6 +43,7 @@ class Search:
     n_best: int = 1
     length_penalty: float = 0.0
     no_unk: bool = False
+    no_repeat_words: bool = False
     no_repeat_ngram: int = 0
     hard_attention: bool = False
     sample: bool = False
@@ -128,7 +130,8 @@ def _search(decoder, features, word_map, search, callback):
     scores[:, 0], lines = 0, torch.arange(0, n * k, k, device=device)
     width = torch.full((n, 1), k, device=device)  # beams that each row has left
     best_finished = scores.new_full((n, search.n_best), -torch.inf)
-    paths = tokens.new_zeros(n, k, 0)  # each beam's tokens so far, with no_repeat_ngram
+    ban = make_ban(search, word_map, device)
+    paths = tokens.new_zeros(n, k, 0)  # each beam's tokens so far, if some may not be repeated
     history = []
 
     for length in range(1, search.max_len + 2):  # <end> counts as a token, not as a word
@@ -136,12 +139,12 @@ def _search(decoder, features, word_map, search, callback):
         log_probs = steps.logits(state[0]).to(scores.dtype).log_softmax(-1)
         if search.no_unk:
             log_probs[:, word_map["<unk>"]] = -torch.inf
-        if search.no_repeat_ngram:
-            ban_repeated_ngrams(log_probs, paths.flatten(0, 1)[lines], search.no_repeat_ngram)
+        if ban:
+            ban(log_probs, paths.flatten(0, 1)[lines])
         scores, tokens, parents = _extend(scores, log_probs, lines, width, callback)
         alphas = _to_beams(weights.to(scores.dtype), lines, tokens.shape)
         history.append((rows, tokens, parents, scores, alphas))
-        if search.no_repeat_ngram:
+        if ban:
             parent_paths = paths.gather(1, parents.unsqueeze(2).expand(-1, -1, length - 1))
             paths = torch.cat([parent_paths, tokens.unsqueeze(2)], 2)
 

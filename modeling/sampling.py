@@ -5,6 +5,17 @@ hard attention (paper section 4.1).
 
 import torch
 
+from datasets import SPECIAL_TOKENS
+
+NEVER = -torch.inf  # as a logit
+# Words that good sentences repeat; the others are content words.
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those its his her their he she it they and or as while who which is "
+    "are was were be being been has have of in on at to with by for from into onto near over under "
+    "up down off out through along around across behind between beside against".split()
+)
+MAY_REPEAT = FUNCTION_WORDS.union(SPECIAL_TOKENS)
+
 
 def sample_categorical(probabilities):
     """
@@ -65,18 +76,34 @@ def token_probabilities(logits, temperature=1.0, top_p=1.0):
     return probabilities
 
 
-def ban_repeated_ngrams(logits, captions, n):
+def make_ban(search, word_map, device):
     """
-    Set to -inf, in place, the logits (M, V) of tokens that would repeat an n-gram of their caption.
-    captions: (M, t) the tokens so far, after <start>
+    What a `beam_search.Search` forbids to repeat, as a function: it sets to -inf, in place, the
+    logits (M, V) of such tokens, given captions (M, t), the tokens so far after <start>. None if
+    everything may be repeated.
     """
+    words, n = search.no_repeat_words, search.no_repeat_ngram
+    is_content = torch.ones(max(word_map.values()) + 1, device=device)
+    is_content[[i for word, i in word_map.items() if word in MAY_REPEAT]] = 0
+
+    def ban(logits, captions):
+        if words:
+            used = is_content[captions].to(logits.dtype)
+            logits.masked_fill_(torch.zeros_like(logits).scatter_add(1, captions, used) > 0, NEVER)
+        if n:
+            _ban_repeated_ngrams(logits, captions, n)
+
+    return ban if words or n else None
+
+
+def _ban_repeated_ngrams(logits, captions, n):
     if captions.shape[1] < n:
         return
     ngrams = captions.unfold(1, n, 1)  # (M, t - n + 1, n)
     beginning = captions[:, None, captions.shape[1] - n + 1 :]  # of the n-gram that comes next
     same = (ngrams[..., :-1] == beginning).all(2).to(logits.dtype)
     banned = torch.zeros_like(logits).scatter_add(1, ngrams[..., -1], same)
-    logits.masked_fill_(banned > 0, -torch.inf)
+    logits.masked_fill_(banned > 0, NEVER)
 
 
 @torch.no_grad()
@@ -94,14 +121,14 @@ def sample_captions(decoder, features, word_map, search):
     going_on = torch.arange(n * r, device=device)  # unfinished captions, image by image
     state = steps.initial_state(going_on // r)
     captions = torch.full((n * r, search.max_len + 2), word_map["<pad>"], device=device)
-    captions[:, 0] = word_map["<start>"]
+    captions[:, 0], ban = word_map["<start>"], make_ban(search, word_map, device)
     for t in range(1, search.max_len + 2):
         state, _, _ = steps.step(captions[going_on, t - 1], state, going_on // r)
         logits = steps.logits(state[0])
         if search.no_unk:
-            logits[:, word_map["<unk>"]] = -torch.inf
-        if search.no_repeat_ngram:
-            ban_repeated_ngrams(logits, captions[going_on, 1:t], search.no_repeat_ngram)
+            logits[:, word_map["<unk>"]] = NEVER
+        if ban:
+            ban(logits, captions[going_on, 1:t])
         tokens = sample_categorical(token_probabilities(logits, search.temperature, search.top_p))
         captions[going_on, t] = tokens
         unfinished = (tokens != word_map["<end>"]).nonzero().squeeze(1)

@@ -6,6 +6,8 @@ lines of models.py alone, so that batches, their order and what is shared in the
 import torch
 import torch.nn.functional as F
 
+from datasets import SPECIAL_TOKENS
+
 
 def encode(features, size=14):
     """(N, G, E) on the backbone's square grid -> (N, size^2, E), the tutorial's encoding"""
@@ -53,13 +55,14 @@ def loss(decoder, features, captions, lengths, alpha_c=1.0):
 def search(decoder, annotations, word_map, beam_size, max_len=50, hard=None, **options):
     """
     Beam search for one image; its beams are a batch that shrinks as they end. annotations
-    (1, P, E); options: length_penalty, no_unk and no_repeat_ngram of a `Search`
+    (1, P, E); options: length_penalty, no_unk, no_repeat_words and no_repeat_ngram of a `Search`
 
     Returns all finished beams, or the unfinished ones if there are none, best first by
     score / length ** length_penalty: (words with <start> and <end>, weights, score).
     """
     start, end, n = word_map["<start>"], word_map["<end>"], options.get("no_repeat_ngram", 0)
     length_penalty = options.get("length_penalty", 0)
+    may_repeat = [i for word, i in word_map.items() if word in ("a", *SPECIAL_TOKENS)]
     state = decoder.init_hidden_state(annotations)
     beams, total = [([start], [])], annotations.new_zeros(1)  # words and weights, log-probabilities
     complete, unfinished, k = [], [], beam_size
@@ -71,6 +74,9 @@ def search(decoder, annotations, word_map, beam_size, max_len=50, hard=None, **o
         if options.get("no_unk"):
             scores[:, word_map["<unk>"]] = -torch.inf
         for row, (path, _) in zip(scores, beams):
+            for word in path if options.get("no_repeat_words") else ():
+                if word not in may_repeat:
+                    row[word] = -torch.inf
             for word in range(len(row)) if n else ():
                 longer = [*path[1:], word]
                 found = [tuple(longer[i : i + n]) for i in range(len(longer) - n + 1)]

@@ -149,14 +149,14 @@ def test_help_shows_the_defaults(call):
 
 def test_search_options_reach_the_search_of_both_scripts(data, monkeypatch, call):
     options = "--max_len 7 --length_penalty 0.5 --no_unk --attention hard --no_repeat_ngram 3"
-    options = [*options.split(), "--device", "cpu", "--model", PRETRAINED]
+    options = [*options.split(), "--no_repeat_words", "--device", "cpu", "--model", PRETRAINED]
     asked = [Mock(side_effect=caption.find_captions) for _ in range(2)]
     monkeypatch.setattr(captions, "find_captions", asked[0])
     monkeypatch.setattr(caption, "find_captions", asked[1])
     call("eval", "--data_folder", data, "--beam_sizes", "2", "--workers", "0", *options)
     call("caption", "--img", next((data / "demo").glob("*.png")), "--no_attention", *options)
     numbers = {"max_len": 7, "length_penalty": 0.5, "no_repeat_ngram": 3}
-    expected = Search(2, **numbers, no_unk=True, hard_attention=True)
+    expected = Search(2, **numbers, no_unk=True, no_repeat_words=True, hard_attention=True)
     found = [find.call_args.args[3] for find in asked]
     assert found == [expected, replace(expected, beam_size=5)]
     args = eval_script.get_args("--sample --temperature 2 --top_p 0.5 --beam_sizes 3".split())

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import reference
 import torch
-from factories import WORD_MAP, make_case
+from factories import WORD_MAP as WORDS
+from factories import make_case
 
 from modeling.beam_search import Search, beam_search
 from modeling.sampling import most_likely_location, token_probabilities
 from utils import UserError
 
+WORD_MAP = WORDS | {"a": 1}  # the other words have no names
 PAD, UNK, START, END = (WORD_MAP[token] for token in ("<pad>", "<unk>", "<start>", "<end>"))
 MAX_LEN = 12
 
@@ -72,14 +74,15 @@ def test_batched_search_equals_one_image_at_a_time(beam_size):
     "options",
     [{"length_penalty": x} for x in (0.3, 0.7, 1, 2)]
     + [{"no_repeat_ngram": x} for x in (1, 2, 3)]
+    + [{"no_repeat_words": True}, {"no_repeat_words": True, "no_repeat_ngram": 2}]
     + [{"no_unk": True}, {"no_unk": True, "no_repeat_ngram": 2, "length_penalty": 0.7}],
     ids=str,
 )
 def test_options_of_the_search_change_both_alike(options):
     changed = 0
     for seed in range(6):
-        # n-grams are those of all tokens
-        make = make_case_of_words if "no_repeat_ngram" in options else make_case
+        # what repeats is looked for among all tokens
+        make = make_case_of_words if "no_repeat" in str(options) else make_case
         decoder, features = make(seed, end_bias=(-9, -4, -1)[seed % 3])
         with torch.no_grad():
             decoder.fc.bias[UNK] += 4 * ("no_unk" in options)
@@ -92,6 +95,8 @@ def test_options_of_the_search_change_both_alike(options):
                 n = options.get("no_repeat_ngram", MAX_LEN + 1)
                 ngrams = list(zip(*(tokens[i:] for i in range(n))))
                 assert len(ngrams) == len(set(ngrams))
+                content = [token for token in tokens if token not in (WORD_MAP["a"], UNK)]
+                assert len(content) == len(set(content)) or "no_repeat_words" not in options
     assert changed > 3 or options == {"length_penalty": 0.3}
 
 
@@ -179,6 +184,9 @@ def test_the_same_seed_samples_the_same_captions_and_options_hold():
     assert any(UNK in tokens for tokens in tokens_of(3))
     for tokens in tokens_of(3, no_unk=True, no_repeat_ngram=1):
         assert UNK not in tokens and len(tokens) == len(set(tokens))
+    for tokens in tokens_of(3, no_repeat_words=True):
+        content = [token for token in tokens if token not in (WORD_MAP["a"], UNK)]
+        assert len(content) == len(set(content))
 
 
 def test_tokens_are_sampled_as_often_as_they_are_probable():
