@@ -7,6 +7,7 @@ captions of two models.
     torchrun --nproc_per_node=4 eval.py --model BEST_checkpoint_X.pth.tar
     python eval.py --report report.html          # best, worst and random images, with attention
     python eval.py --compare A.json B.json
+    python eval.py --split train --beam_sizes 5 --no_unk --calibrate NEW.pth.tar
 """
 
 import os
@@ -14,8 +15,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import checkpoints
 from checkpoints import add_model_options, find_model, load_captioner
 from datasets import CaptionDataset, add_data_options, find_data_name
+from evaluation.calibration import calibrate
 from evaluation.captions import caption_split, read_training_captions
 from evaluation.compare import compare
 from evaluation.objects import Objects
@@ -38,6 +41,8 @@ from utils import (
     timed,
 )
 
+SPLITS = "train", "val", "test"
+
 
 def get_args(argv=None):
     parser = Parser(description=__doc__)
@@ -45,7 +50,7 @@ def get_args(argv=None):
     add_model_options(group)
     add_data_options(group)
     add = group.add_argument
-    add("--split", choices=("val", "test"), default="test", help="which images of the data set")
+    add("--split", choices=SPLITS, default="test", help="which images of the data set")
     add("--batch_size", type=large_int, default=64, help="images at a time")
     add("--workers", type=process_count, default=1, help="processes that load images; 0: none")
     add_device_options(parser.add_argument_group("device"))
@@ -70,13 +75,17 @@ def get_args(argv=None):
     text = "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
     text += "1000), caption lengths, and the best, worst and random images at the last beam size"
     add("--report", metavar="FILE", help=text)
+    text = "write the model with its words about as frequent as people's, by the captions of the "
+    text += "last beam size; with --split train, since what it is tested on must not change it"
+    add("--calibrate", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"
     add("--image_folder", help=text)
     text = "compare two files of --results, without model or data; with --metrics all unless given"
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help=text)
     args = parser.parse_args(argv)
-    if args.compare and (args.report or args.results or args.boxes):
-        parser.error("--compare prints a table; leave --report, --results and --boxes out")
+    if args.compare and (args.report or args.results or args.boxes or args.calibrate):
+        others = "--report, --results, --boxes and --calibrate"
+        parser.error(f"--compare prints a table; leave {others} out")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
     if args.report or args.compare:
@@ -103,7 +112,12 @@ def main(argv=None):
 
 def check_outputs(args):
     """UserError if an output file cannot be written; checked before any work."""
-    suffixes = {"results": "", "report": (".html", ".htm"), "table": (".tex", ".md")}
+    suffixes = {
+        "results": "",
+        "report": (".html", ".htm"),
+        "table": (".tex", ".md"),
+        "calibrate": "",
+    }
     for option, endings in suffixes.items():
         if (file := getattr(args, option)) is None:
             continue
@@ -145,6 +159,8 @@ def evaluate(args, processes):
         write_results(args.results, data, last.captions, scores)
     if args.report:
         write_report(args.report, evaluation, data, args.image_folder, args.seed)
+    if args.calibrate:
+        write_calibrated(path, args.calibrate, model[2], evaluation.beams[-1].captions, data)
     if args.table:
         write_table(args.table, table_rows(evaluation), [title, *evaluation.notes])
     print_evaluation(evaluation)
@@ -154,6 +170,18 @@ def evaluate(args, processes):
         print(f"captions at beam {args.beam_sizes[-1]} are in", args.results)
     if args.report:
         print("the report is", args.report)
+    if args.calibrate:
+        print("the calibrated model is", args.calibrate)
+
+
+def write_calibrated(path, new, word_map, captions, data):
+    """Write the model of the file `path` with calibrated biases; captions: of all images"""
+    checkpoint = checkpoints.load(path)
+    encoder, decoder = checkpoints.build(checkpoint, path)
+    words = [caption.words for caption in captions]
+    references = [data.entry(i)["references"] for i in range(len(data))]
+    decoder.fc.bias.data = calibrate(decoder.fc.bias.data, word_map, words, references)
+    checkpoints.save(new, encoder, decoder, word_map, options=checkpoint.get("options", {}))
 
 
 if __name__ == "__main__":

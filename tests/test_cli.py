@@ -73,7 +73,7 @@ MISTAKES = {
         ("--report x.txt", "--report x.txt must end in .html or .htm"),
         ("--table t.csv", "--table t.csv must end in .tex or .md"),
         ("--image_folder empty", "--image_folder is for --report"),
-        ("--compare a b --report x.html", "leave --report, --results and --boxes out"),
+        ("--compare a b --report x.html", "leave --report, --results, --boxes and --calibrate out"),
         ("--compare none.json none.json", "none.json not found; write it with eval.py --results"),
         ("--metrics WER", "--metrics: invalid choice: 'wer' (choose from"),
         ("--temperature 2", "--temperature and --top_p are for --sample"),
@@ -164,11 +164,12 @@ def test_search_options_reach_the_search_of_both_scripts(data, monkeypatch, call
     assert Search(*args.beam_sizes, **args.search) == expected
 
 
-def test_caption_says_unk_only_when_asked_and_eval_unless_asked():
+@pytest.mark.parametrize("name", ["unk", "repeat_words"])
+def test_caption_says_unk_and_repeats_words_only_when_asked_and_eval_unless_asked(name):
     for module, options, default in ((caption, ["--img", "x"], True), (eval_script, [], False)):
-        for more, expected in ([], default), (["--unk"], False), (["--no_unk"], True):
+        for more, expected in ([], default), ([f"--{name}"], False), ([f"--no_{name}"], True):
             args = module.get_args([*options, *more])
-            assert search_options(args)["no_unk"] is expected
+            assert search_options(args)[f"no_{name}"] is expected
 
 
 def test_options_from_a_checkpoint_are_defaults_that_the_command_line_overrides():
