@@ -27,7 +27,7 @@ demo: .venv/demo
 	    --batch_size 40 --epochs $(DEMO_EPOCHS) --workers 0 --overwrite
 	.venv/bin/python eval.py --data_folder demo_run --checkpoint_folder demo_run --workers 0
 	.venv/bin/python caption.py --checkpoint_folder demo_run --out demo_run/overlays \
-	    --img demo_run/demo/demo_0189?.png
+	    --img demo_run/demo/demo_0189?.png --repeat_words
 	@echo "attention overlays are in demo_run/overlays"
 
 test: .venv/test

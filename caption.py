@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from visualization.beam_tree import Tree
 
 
+FOR_READERS = {"no_unk": True, "no_repeat_words": True}  # of a Search, unless others are given
+
+
 class Captioner:
     """
     A trained model that captions images: `Captioner("BEST_checkpoint_X.pth.tar")("photo.jpg").text`
@@ -114,19 +117,18 @@ class Captioner:
         images: Iterable[Any],
         *,
         batch_size: int = 32,
-        no_unk: bool = True,
         evidence: bool = False,
         **options: Any,
     ) -> Iterator["Captioned | UserError"]:
         """
         Yield for each of these images, in order, a Captioned, or a UserError if it is not readable.
         While the model captions one batch, threads read the next. evidence: whether to compute it;
-        no_unk, options: fields of a `modeling.beam_search.Search`, as beam_size=5, n_best=1, or
-        sample=True, temperature=0.7
+        options: fields of a `modeling.beam_search.Search`, as beam_size=5, n_best=1, or
+        sample=True, temperature=0.7; no_unk and no_repeat_words are True unless given
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
-        search, images = Search(no_unk=no_unk, **options), iter(images)
+        search, images = Search(**FOR_READERS | options), iter(images)
         with ThreadPoolExecutor() as pool:
 
             def start_reading():
@@ -149,12 +151,12 @@ class Captioner:
                         *source, _ = future.result()
                         yield self._to_words(*next(captions), *source)
 
-    def grow_tree(self, image: Any, no_unk: bool = True, **options: Any) -> "Tree":
+    def grow_tree(self, image: Any, **options: Any) -> "Tree":
         """What the search for an image's caption kept and dropped; options: those of `each`"""
         from visualization.beam_tree import build_tree
 
         *_, square = self._read(image)
-        search = Search(no_unk=no_unk, **options)
+        search = Search(**FOR_READERS | options)
         with torch.inference_mode(), autocast(self.device, self.amp):
             return build_tree(self.decoder, self._encode([square]), self.word_map, search)
 
@@ -205,7 +207,7 @@ def get_args(argv=None):
     add("--n_best", type=small_int, default=1, help="captions per image")
     add("--batch_size", type=large_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
-    add_search_options(parser, no_unk=True)
+    add_search_options(parser, for_readers=True)
     add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
     text = "file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "
