@@ -75,8 +75,8 @@ def get_args(argv=None):
     text = "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
     text += "1000), caption lengths, and the best, worst and random images at the last beam size"
     add("--report", metavar="FILE", help=text)
-    text = "write the model with its words about as frequent as people's, by the captions of the "
-    text += "last beam size; with --split train, since what it is tested on must not change it"
+    text = "write the model with word frequencies closer to people's, by the captions of the last "
+    text += "beam size; needs --split train"
     add("--calibrate", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"
     add("--image_folder", help=text)
@@ -86,6 +86,8 @@ def get_args(argv=None):
     if args.compare and (args.report or args.results or args.boxes or args.calibrate):
         others = "--report, --results, --boxes and --calibrate"
         parser.error(f"--compare prints a table; leave {others} out")
+    if args.calibrate and (args.split != "train" or args.sample):
+        parser.error("--calibrate needs --split train, not what it is tested on, and no --sample")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
     if args.report or args.compare:
@@ -126,6 +128,8 @@ def check_outputs(args):
             raise UserError(f"--{option} {file}: {folder} is not a writable folder; pass another")
         if Path(file).exists() and not Path(file).is_file():
             raise UserError(f"--{option} {file} is not a file; pass another name")
+        if option == "calibrate" and os.path.lexists(file):
+            raise UserError(f"--calibrate {file} exists already; pass another name")
         if not file.lower().endswith(endings):
             raise UserError(f"--{option} {file} must end in {' or '.join(endings)}")
 
@@ -136,7 +140,7 @@ def evaluate(args, processes):
     path = find_model(args.model, args.checkpoint_folder, processes.print)
     model = load_captioner(path, processes.device, args.word_map)
     if len(data) == 0:
-        raise UserError(f"{data.path} has no images; choose the other --split")
+        raise UserError(f"{data.path} has no images; choose another --split")
     if args.report:
         from evaluation.report import check_photographs, write_report
 

@@ -1,4 +1,4 @@
-"""Calibration: a model's words become about as frequent as people's, by the bias of each word."""
+"""Calibration: the frequencies of a model's words come closer to people's, by the words' biases."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasets import SPECIAL_TOKENS
 
-# 0 leaves the biases alone. Chosen on validation images among 0.1 to 0.7: docs/results.md
+# 0 leaves the biases alone. Chosen on validation images among 0.1 to 0.4: docs/results.md
 STRENGTH = 0.25
 PRIOR = 3  # added to both frequencies, so that words too rare to be counted keep their bias
 

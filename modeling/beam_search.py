@@ -32,7 +32,7 @@ class Search:
     length_penalty: finished captions are ranked by their score over length ** length_penalty,
     <end> counted; at 1 that is the mean per word
     no_unk: never choose <unk>; scores are not renormalised
-    no_repeat_words: never choose a content word twice, see `sampling.FUNCTION_WORDS`
+    no_repeat_words: never choose a content word of English twice, see `sampling.FUNCTION_WORDS`
     no_repeat_ngram: never choose a token that would repeat an n-gram of this length; 0: allowed
     hard_attention: attend only to the most attended location (section 4.1)
     sample: instead of searching, sample from `sampling.token_probabilities` (temperature, top_p)

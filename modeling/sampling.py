@@ -8,6 +8,7 @@ import torch
 from datasets import SPECIAL_TOKENS
 
 NEVER = -torch.inf  # as a logit
+ENGLISH = "the"  # a model that says it is one of English, as the following words are
 # Words that good sentences repeat; the others are content words.
 FUNCTION_WORDS = frozenset(
     "a an the this that these those its his her their he she it they and or as while who which is "
@@ -82,7 +83,9 @@ def make_ban(search, word_map, device):
     logits (M, V) of such tokens, given captions (M, t), the tokens so far after <start>. None if
     everything may be repeated.
     """
-    words, n = search.no_repeat_words, search.no_repeat_ngram
+    words, n = search.no_repeat_words and ENGLISH in word_map, search.no_repeat_ngram
+    if not words and not n:
+        return None
     is_content = torch.ones(max(word_map.values()) + 1, device=device)
     is_content[[i for word, i in word_map.items() if word in MAY_REPEAT]] = 0
 
@@ -93,7 +96,7 @@ def make_ban(search, word_map, device):
         if n:
             _ban_repeated_ngrams(logits, captions, n)
 
-    return ban if words or n else None
+    return ban
 
 
 def _ban_repeated_ngrams(logits, captions, n):

@@ -62,7 +62,7 @@ def search(decoder, annotations, word_map, beam_size, max_len=50, hard=None, **o
     """
     start, end, n = word_map["<start>"], word_map["<end>"], options.get("no_repeat_ngram", 0)
     length_penalty = options.get("length_penalty", 0)
-    may_repeat = [i for word, i in word_map.items() if word in ("a", *SPECIAL_TOKENS)]
+    may_repeat = [i for word, i in word_map.items() if word in ("the", *SPECIAL_TOKENS)]
     state = decoder.init_hidden_state(annotations)
     beams, total = [([start], [])], annotations.new_zeros(1)  # words and weights, log-probabilities
     complete, unfinished, k = [], [], beam_size

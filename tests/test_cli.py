@@ -76,6 +76,8 @@ MISTAKES = {
         ("--compare a b --report x.html", "leave --report, --results, --boxes and --calibrate out"),
         ("--compare none.json none.json", "none.json not found; write it with eval.py --results"),
         ("--metrics WER", "--metrics: invalid choice: 'wer' (choose from"),
+        ("--calibrate x.pth.tar", "--calibrate needs --split train"),
+        ("--split train --calibrate 0.png", "--calibrate 0.png exists already"),
         ("--temperature 2", "--temperature and --top_p are for --sample"),
         ("--sample --length_penalty 1", "--length_penalty and --attention hard are not for"),
         ("--seed 2147483648", "--seed is 2147483648, it must be at least 0 and at most 2147483647"),

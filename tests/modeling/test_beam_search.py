@@ -11,7 +11,7 @@ from modeling.beam_search import Search, beam_search
 from modeling.sampling import most_likely_location, token_probabilities
 from utils import UserError
 
-WORD_MAP = WORDS | {"a": 1}  # the other words have no names
+WORD_MAP = WORDS | {"the": 1}  # the other words have no names
 PAD, UNK, START, END = (WORD_MAP[token] for token in ("<pad>", "<unk>", "<start>", "<end>"))
 MAX_LEN = 12
 
@@ -95,7 +95,7 @@ def test_options_of_the_search_change_both_alike(options):
                 n = options.get("no_repeat_ngram", MAX_LEN + 1)
                 ngrams = list(zip(*(tokens[i:] for i in range(n))))
                 assert len(ngrams) == len(set(ngrams))
-                content = [token for token in tokens if token not in (WORD_MAP["a"], UNK)]
+                content = [token for token in tokens if token not in (WORD_MAP["the"], UNK)]
                 assert len(content) == len(set(content)) or "no_repeat_words" not in options
     assert changed > 3 or options == {"length_penalty": 0.3}
 
@@ -185,7 +185,7 @@ def test_the_same_seed_samples_the_same_captions_and_options_hold():
     for tokens in tokens_of(3, no_unk=True, no_repeat_ngram=1):
         assert UNK not in tokens and len(tokens) == len(set(tokens))
     for tokens in tokens_of(3, no_repeat_words=True):
-        content = [token for token in tokens if token not in (WORD_MAP["a"], UNK)]
+        content = [token for token in tokens if token not in (WORD_MAP["the"], UNK)]
         assert len(content) == len(set(content))
 
 
