@@ -7,7 +7,8 @@ captions of two models.
     torchrun --nproc_per_node=4 eval.py --model BEST_checkpoint_X.pth.tar
     python eval.py --report report.html          # best, worst and random images, with attention
     python eval.py --compare A.json B.json
-    python eval.py --split train --beam_sizes 5 --no_unk --calibrate NEW.pth.tar
+    python eval.py --model BEST_checkpoint_X.pth.tar --split train --beam_sizes 5 --no_unk \\
+        --calibrate NEW.pth.tar              # word frequencies closer to people's
 """
 
 import os
@@ -75,8 +76,10 @@ def get_args(argv=None):
     text = "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
     text += "1000), caption lengths, and the best, worst and random images at the last beam size"
     add("--report", metavar="FILE", help=text)
-    text = "write the model with word frequencies closer to people's, by the captions of the last "
-    text += "beam size; needs --split train"
+    text = (
+        "write the model with output biases that bring the frequencies of words in its captions, "
+    )
+    text += "at the last beam size, closer to people's; needs --split train"
     add("--calibrate", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"
     add("--image_folder", help=text)
@@ -86,8 +89,10 @@ def get_args(argv=None):
     if args.compare and (args.report or args.results or args.boxes or args.calibrate):
         others = "--report, --results, --boxes and --calibrate"
         parser.error(f"--compare prints a table; leave {others} out")
-    if args.calibrate and (args.split != "train" or args.sample):
-        parser.error("--calibrate needs --split train, not what it is tested on, and no --sample")
+    if args.calibrate and args.split != "train":
+        parser.error("--calibrate counts words on the training images; add --split train")
+    if args.calibrate and args.sample:
+        parser.error("--calibrate is for searched captions; leave --sample out")
     if args.image_folder and not args.report:
         parser.error("--image_folder is for --report; add --report FILE or leave it out")
     if args.report or args.compare:

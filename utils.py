@@ -223,7 +223,7 @@ def add_search_options(parser, for_readers=False):
     other = {"action": "store_false", "default": argparse.SUPPRESS}
     text = "generate <unk> where it is the most probable, as in the tutorial"
     add("--unk", dest="no_unk", **other, help=text)
-    text = "never generate a word twice, except for function words such as “a”; in English"
+    text = "never generate a content word twice, if the model's words are English"
     add("--no_repeat_words", **chosen, help=text)
     text = "generate words again where they are the most probable, as in the tutorial"
     add("--repeat_words", dest="no_repeat_words", **other, help=text)

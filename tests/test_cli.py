@@ -76,7 +76,7 @@ MISTAKES = {
         ("--compare a b --report x.html", "leave --report, --results, --boxes and --calibrate out"),
         ("--compare none.json none.json", "none.json not found; write it with eval.py --results"),
         ("--metrics WER", "--metrics: invalid choice: 'wer' (choose from"),
-        ("--calibrate x.pth.tar", "--calibrate needs --split train"),
+        ("--calibrate x.pth.tar", "--calibrate counts words on the training images"),
         ("--split train --calibrate 0.png", "--calibrate 0.png exists already"),
         ("--temperature 2", "--temperature and --top_p are for --sample"),
         ("--sample --length_penalty 1", "--length_penalty and --attention hard are not for"),
