@@ -207,7 +207,7 @@ def get_args(argv=None):
     add("--n_best", type=small_int, default=1, help="captions per image")
     add("--batch_size", type=large_int, default=32, help="images at a time")
     add("--json", action="store_true", help="print a JSON object per image")
-    add_search_options(parser, for_readers=True)
+    add_search_options(parser, **FOR_READERS)
     add("--seed", type=non_negative_int, default=0, help="of --sample")
     add = parser.add_argument_group("pictures").add_argument
     text = "file for the overlay of a single image (.png, .pdf, .gif, .mp4, .html), folder for "

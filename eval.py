@@ -42,8 +42,6 @@ from utils import (
     timed,
 )
 
-SPLITS = "train", "val", "test"
-
 
 def get_args(argv=None):
     parser = Parser(description=__doc__)
@@ -51,7 +49,8 @@ def get_args(argv=None):
     add_model_options(group)
     add_data_options(group)
     add = group.add_argument
-    add("--split", choices=SPLITS, default="test", help="which images of the data set")
+    text = "which images of the data set"
+    add("--split", choices=("train", "val", "test"), default="test", help=text)
     add("--batch_size", type=large_int, default=64, help="images at a time")
     add("--workers", type=process_count, default=1, help="processes that load images; 0: none")
     add_device_options(parser.add_argument_group("device"))
@@ -76,10 +75,8 @@ def get_args(argv=None):
     text = "write an HTML page: metrics with intervals (unless given, --metrics all --bootstrap "
     text += "1000), caption lengths, and the best, worst and random images at the last beam size"
     add("--report", metavar="FILE", help=text)
-    text = (
-        "write the model with output biases that bring the frequencies of words in its captions, "
-    )
-    text += "at the last beam size, closer to people's; needs --split train"
+    text = "write the model with output biases that bring the word frequencies of its captions, at "
+    text += "the last beam size, closer to people's; needs --split train"
     add("--calibrate", metavar="FILE", help=text)
     text = "for --report: the photographs; without it squares are shown, as the model sees them"
     add("--image_folder", help=text)
@@ -119,12 +116,8 @@ def main(argv=None):
 
 def check_outputs(args):
     """UserError if an output file cannot be written; checked before any work."""
-    suffixes = {
-        "results": "",
-        "report": (".html", ".htm"),
-        "table": (".tex", ".md"),
-        "calibrate": "",
-    }
+    suffixes = {"results": "", "report": (".html", ".htm"), "table": (".tex", ".md")}
+    suffixes["calibrate"] = ""
     for option, endings in suffixes.items():
         if (file := getattr(args, option)) is None:
             continue

@@ -211,20 +211,19 @@ def add_device_options(parser):
     add("--plain", action="store_true", help=plain)
 
 
-def add_search_options(parser, for_readers=False):
-    """The options of the search for captions; for_readers: default of the first two pairs."""
+def add_search_options(parser, no_unk=False, no_repeat_words=False):
+    """The options of the search for captions; no_unk, no_repeat_words: defaults of these."""
     add = parser.add_argument_group("search").add_argument
     add("--max_len", type=small_int, default=50, help="longest caption, in words")
     power = Number(float, minimum=0, maximum=MAX_LENGTH_PENALTY)
     text = "rank captions by their score over length to this power; 1: mean per word"
     add("--length_penalty", type=power, default=0.0, help=text)
-    chosen = {"action": "store_true", "default": for_readers}
-    add("--no_unk", **chosen, help="never generate <unk>")
+    add("--no_unk", action="store_true", default=no_unk, help="never generate <unk>")
     other = {"action": "store_false", "default": argparse.SUPPRESS}
     text = "generate <unk> where it is the most probable, as in the tutorial"
     add("--unk", dest="no_unk", **other, help=text)
     text = "never generate a content word twice, if the model's words are English"
-    add("--no_repeat_words", **chosen, help=text)
+    add("--no_repeat_words", action="store_true", default=no_repeat_words, help=text)
     text = "generate words again where they are the most probable, as in the tutorial"
     add("--repeat_words", dest="no_repeat_words", **other, help=text)
     text = "never repeat N words in the same order; 0: allowed"
