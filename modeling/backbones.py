@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modeling import efficientnet_lite, legacy_checkpoints, tutorial_models
+from modeling.efficientnet_lite import DepthwiseConv2d
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -267,10 +268,9 @@ def fold_batchnorm(network):
             continue
         children = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):
-            if type(conv) in (nn.Conv2d, efficientnet_lite.Conv2dSame) and type(norm) in (
-                nn.BatchNorm2d,
-                efficientnet_lite.NormAct,
-            ):
+            if type(conv) in (nn.Conv2d, efficientnet_lite.Conv2dSame, DepthwiseConv2d) and type(
+                norm
+            ) in (nn.BatchNorm2d, efficientnet_lite.NormAct):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
     network.to(memory_format=torch.channels_last)

@@ -11,8 +11,10 @@ swish by ReLU6, and scales neither stem and head nor the depth of the first and 
 import math
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # Width and depth, as multiples of EfficientNet-B0's.
 SCALES = {
@@ -50,8 +52,45 @@ class Conv2dSame(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """With stride 1 and an output as large as x; a CPU computes its gradients by `_Depthwise`."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or self.bias is not None:
+            return super().forward(x)
+        return _Depthwise.apply(x, self.weight, self.padding, self.dilation)
+
+
+class _Depthwise(torch.autograd.Function):
+    """
+    PyTorch's gradients on a CPU are many times slower than the convolution: that of x if the
+    kernel is dilated, that of the weight in bfloat16. Here the first is a convolution with the
+    mirrored kernel, and the second is computed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, padding, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.layout = {"padding": padding, "dilation": dilation, "groups": len(weight)}
+        return F.conv2d(x, weight, **ctx.layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            mirrored = weight.to(grad.dtype).flip(2, 3)
+            grad_x = F.conv2d(grad, mirrored, **ctx.layout).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            x, grad = x.to(weight.dtype), grad.to(weight.dtype)
+            grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, **ctx.layout)
+        return grad_x, grad_weight, None, None
+
+
 def _convolution(channels, out_channels, kernel_size, stride=1, dilation=1, groups=1):
-    cls, padding = Conv2dSame if stride > 1 else nn.Conv2d, kernel_size // 2 * dilation
+    cls, padding = nn.Conv2d if groups == 1 else DepthwiseConv2d, kernel_size // 2 * dilation
+    if stride > 1:
+        cls = Conv2dSame
     return cls(channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
 
 

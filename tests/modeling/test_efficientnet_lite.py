@@ -6,7 +6,7 @@ import torch
 
 from modeling import backbones
 from modeling.backbones import load_backbone
-from modeling.efficientnet_lite import MEAN, SCALES, STD, EfficientNetLite
+from modeling.efficientnet_lite import MEAN, SCALES, STD, DepthwiseConv2d, EfficientNetLite
 from utils import UserError
 
 slow = pytest.mark.slow
@@ -28,6 +28,35 @@ def test_network_is_that_of_timm(name, stride):
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-9, atol=1e-9)
     config = timm.get_pretrained_cfg(name)
     assert (config.mean, config.std) == (MEAN, STD)
+
+
+@pytest.mark.parametrize("stride", [32, 16])  # 16: with dilated convolutions
+def test_gradients_are_those_of_timm(stride):
+    torch.manual_seed(0)
+    theirs = timm.create_model("tf_efficientnet_lite0", output_stride=stride).double().eval()
+    ours = EfficientNetLite("tf_efficientnet_lite0", stride).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    images, gradients = torch.randn(2, 3, 75, 110, dtype=torch.float64, requires_grad=True), []
+    for network in (ours, theirs):
+        loss = network(images).square().sum()
+        gradients.append(torch.autograd.grad(loss, [images, *network.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+
+
+def test_gradients_of_a_depthwise_convolution_in_half_precision_are_those_of_float64():
+    torch.manual_seed(0)
+    layer = DepthwiseConv2d(8, 8, 5, padding=4, dilation=2, groups=8, bias=False)
+    plain = torch.nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8, bias=False).double()
+    plain.load_state_dict(layer.state_dict())
+    images, gradients = torch.randn(4, 8, 20, 20).requires_grad_(), []
+    for network, enabled in ((layer, True), (plain, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = network(images if enabled else images.double())
+        loss = (out.double() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        gradients.append(torch.autograd.grad(loss, [images, network.weight]))
+    for ours, exact in zip(*gradients):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
 def test_initial_weights_are_spread_as_those_of_timm():
