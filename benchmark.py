@@ -19,11 +19,12 @@ import torch  # noqa: E402
 
 from benchmarks.gpu import gpu
 from benchmarks.model import search, training
-from benchmarks.scripts import encoder, files, folder, start
+from benchmarks.scripts import encoder, files, fine_tuning, folder, start
 from modeling.devices import find_device
 from utils import AMP, Parser, positive_int, run_script, write_json
 
-STAGES = {x.__name__: x for x in (training, search, start, files, encoder, folder, gpu)}
+STAGES = (training, search, start, files, encoder, fine_tuning, folder, gpu)
+STAGES = {stage.__name__: stage for stage in STAGES}
 
 
 def get_args(argv=None):

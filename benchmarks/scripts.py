@@ -20,6 +20,7 @@ from caption import Captioner
 from datasets import CaptionDataset
 from modeling.backbones import fold_batchnorm
 from modeling.devices import autocast
+from modeling.efficientnet_lite import DepthwiseConv2d
 from models import Encoder
 from preprocessing.input_files import create_input_files
 from training.feature_cache import cache_features
@@ -97,6 +98,28 @@ def encoder(args, encoders=ENCODERS, images=16):
             stage = f"{name}, {size} pixels, stride {stride}, {amp or 'float32'}"
             row = compare(stage, *versions, args)
             yield row | {"note": f"{images / row['ours']:.1f} images/s"}
+
+
+def fine_tuning(args, size=320, images=16):
+    """Forward and backward of the encoder that we ship, against torch's depthwise gradients."""
+    torch.manual_seed(0)
+    ours = Encoder(name="tf_efficientnet_lite2", weights="none", stride=16).to(args.device)
+    ours.fine_tune()
+    plain = copy.deepcopy(ours)
+    for module in plain.modules():
+        if isinstance(module, DepthwiseConv2d):
+            module.forward = partial(torch.nn.Conv2d.forward, module)
+    pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=args.device)
+
+    def step(encoder, amp):
+        with autocast(args.device, amp):
+            features = encoder.cells(pixels)
+        features.float().square().mean().backward()
+
+    for amp in (None, "bf16"):
+        versions = [partial(step, encoder, amp) for encoder in (plain, ours)]
+        row = compare(f"fine-tuning the encoder, {amp or 'float32'}", *versions, args)
+        yield row | {"note": f"{images / row['ours']:.1f} images/s"}
 
 
 def folder(args, n=300):

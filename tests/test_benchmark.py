@@ -63,20 +63,21 @@ def test_table_and_json_hold_the_same_rows(small, monkeypatch, tmp_path, capsys)
         ("search", lambda args: model.search(args, 12, 6)),
         ("folder", lambda args: scripts.folder(args, n=2)),
         ("files", lambda args: scripts.files(args, 5, 20)),
+        ("fine_tuning", lambda args: scripts.fine_tuning(args, 64, 2)),
     ):
         monkeypatch.setitem(benchmark.STAGES, name, stage)
-    rows = run_stages(tmp_path, "training", "search", "folder", "files")
+    rows = run_stages(tmp_path, "training", "search", "fine_tuning", "folder", "files")
     printed = capsys.readouterr().out
-    assert len(rows) == 10
+    assert len(rows) == 12
     for i, row in enumerate(rows):
         assert row["stage"] in printed and row["ours"] > 0
-        if i < 6:
+        if i < 8:
             assert f"{row['textbook'] / row['ours']:.1f}x" in printed
             assert min(row["textbook"], row["ours_bytes"], row["textbook_bytes"]) > 0
     assert all(row["identical"] == 6 for row in rows[3:6])
     starts = "captions of a folder", "its cache", "preprocessing 5 photo", "opening 100 captions"
-    assert all(row["stage"].startswith(start) for row, start in zip(rows[6:], starts))
-    assert "images/s" in rows[8]["note"]
+    assert all(row["stage"].startswith(start) for row, start in zip(rows[8:], starts))
+    assert "images/s" in rows[10]["note"]
 
 
 def test_steps_of_textbook_and_ours_train_alike(small):
