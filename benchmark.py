@@ -23,8 +23,9 @@ from benchmarks.scripts import encoder, files, fine_tuning, folder, start
 from modeling.devices import find_device
 from utils import AMP, Parser, positive_int, run_script, write_json
 
-STAGES = (training, search, start, files, encoder, fine_tuning, folder, gpu)
-STAGES = {stage.__name__: stage for stage in STAGES}
+STAGES = {
+    x.__name__: x for x in (training, search, start, files, encoder, fine_tuning, folder, gpu)
+}
 
 
 def get_args(argv=None):

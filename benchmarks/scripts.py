@@ -101,7 +101,10 @@ def encoder(args, encoders=ENCODERS, images=16):
 
 
 def fine_tuning(args, size=320, images=16):
-    """Forward and backward of the encoder that we ship, against torch's depthwise gradients."""
+    """
+    Forward and backward of the encoder that we ship, against torch's gradients of depthwise
+    convolutions, which a GPU uses too.
+    """
     torch.manual_seed(0)
     ours = Encoder(name="tf_efficientnet_lite2", weights="none", stride=16).to(args.device)
     ours.fine_tune()

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modeling import efficientnet_lite, legacy_checkpoints, tutorial_models
-from modeling.efficientnet_lite import DepthwiseConv2d
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -263,14 +262,14 @@ def fold_batchnorm(network):
     function with one pass fewer over each feature map. Networks of torchvision and of this program
     apply their layers in the order of their definition; others stay as they are.
     """
+    convolutions = nn.Conv2d, efficientnet_lite.Conv2dSame, efficientnet_lite.DepthwiseConv2d
+    norms = nn.BatchNorm2d, efficientnet_lite.NormAct
     for module in network.modules():
         if not type(module).__module__.startswith(("torchvision.", "torch.", f"{__package__}.")):
             continue
         children = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):
-            if type(conv) in (nn.Conv2d, efficientnet_lite.Conv2dSame, DepthwiseConv2d) and type(
-                norm
-            ) in (nn.BatchNorm2d, efficientnet_lite.NormAct):
+            if type(conv) in convolutions and type(norm) in norms:
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
     network.to(memory_format=torch.channels_last)

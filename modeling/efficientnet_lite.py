@@ -53,9 +53,10 @@ class Conv2dSame(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """With stride 1 and an output as large as x; a CPU computes its gradients by `_Depthwise`."""
+    """For stride 1 and an output as large as x; on a CPU its gradients are those of `_Depthwise`"""
 
     def forward(self, x):
+        # With a folded BatchNorm it has a bias, and is not trained.
         if x.device.type != "cpu" or not torch.is_grad_enabled() or self.bias is not None:
             return super().forward(x)
         return _Depthwise.apply(x, self.weight, self.padding, self.dilation)
@@ -65,7 +66,7 @@ class _Depthwise(torch.autograd.Function):
     """
     PyTorch's gradients on a CPU are many times slower than the convolution: that of x if the
     kernel is dilated, that of the weight in bfloat16. Here the first is a convolution with the
-    mirrored kernel, and the second is computed in float32.
+    mirrored kernel, and the second has the weight's precision, under autocast float32.
     """
 
     @staticmethod
@@ -88,9 +89,8 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _convolution(channels, out_channels, kernel_size, stride=1, dilation=1, groups=1):
-    cls, padding = nn.Conv2d if groups == 1 else DepthwiseConv2d, kernel_size // 2 * dilation
-    if stride > 1:
-        cls = Conv2dSame
+    cls = Conv2dSame if stride > 1 else DepthwiseConv2d if groups > 1 else nn.Conv2d
+    padding = kernel_size // 2 * dilation
     return cls(channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
 
 

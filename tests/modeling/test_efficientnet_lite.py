@@ -36,6 +36,7 @@ def test_gradients_are_those_of_timm(stride):
     theirs = timm.create_model("tf_efficientnet_lite0", output_stride=stride).double().eval()
     ours = EfficientNetLite("tf_efficientnet_lite0", stride).double().eval()
     ours.load_state_dict(theirs.state_dict())
+    assert any(isinstance(module, DepthwiseConv2d) for module in ours.modules())
     images, gradients = torch.randn(2, 3, 75, 110, dtype=torch.float64, requires_grad=True), []
     for network in (ours, theirs):
         loss = network(images).square().sum()
@@ -43,19 +44,21 @@ def test_gradients_are_those_of_timm(stride):
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
 
 
-def test_gradients_of_a_depthwise_convolution_in_half_precision_are_those_of_float64():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: after a BatchNorm
+def test_gradients_of_a_depthwise_convolution_under_autocast_are_those_of_float64(dtype):
     torch.manual_seed(0)
-    layer = DepthwiseConv2d(8, 8, 5, padding=4, dilation=2, groups=8, bias=False)
-    plain = torch.nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8, bias=False).double()
-    plain.load_state_dict(layer.state_dict())
-    images, gradients = torch.randn(4, 8, 20, 20).requires_grad_(), []
+    layout = {"padding": 4, "dilation": 2, "groups": 8, "bias": False}
+    layer, plain = (cls(8, 8, 5, **layout) for cls in (DepthwiseConv2d, torch.nn.Conv2d))
+    plain.double().load_state_dict(layer.state_dict())
+    images, gradients = torch.randn(4, 8, 20, 20).to(dtype).requires_grad_(), []
     for network, enabled in ((layer, True), (plain, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = network(images if enabled else images.double())
         loss = (out.double() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
         gradients.append(torch.autograd.grad(loss, [images, network.weight]))
-    for ours, exact in zip(*gradients):
-        assert ours.dtype == torch.float32
+        assert enabled == ("_Depthwise" in type(out.grad_fn).__name__)
+    for ours, exact, input_dtype in zip(*gradients, (dtype, torch.float32)):
+        assert ours.dtype == input_dtype
         assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
