@@ -1,10 +1,13 @@
-"""Processes that load batches for a DataLoader: how they start, end and fail."""
+"""Processes of a DataLoader: how they start, end and fail; and `map_in_processes`."""
 
 import multiprocessing
 import os
 import signal
 import threading
+from functools import partial
 from multiprocessing.queues import Queue
+
+from torch.utils.data import DataLoader
 
 from utils import UserError, set_up_process
 
@@ -100,3 +103,20 @@ def load_batches(loader):
         if not known:
             raise
         raise _failure(reason or "it handed over no batch") from None
+
+
+def map_in_processes(function, items, workers):
+    """
+    Yield function(item) of each item, in order. Fewer than 2 workers: computed in this process.
+    The processes end with this one; UserError if one was killed.
+    """
+    options = {"num_workers": workers, "prefetch_factor": 4} if workers > 1 else {}
+    options |= {"collate_fn": partial(_apply, function), "worker_init_fn": start_worker}
+    # Few items at a time, since an interrupt waits for them; as lists, since tensors would be sent
+    # by way of /dev/shm, which may be small.
+    for results in load_batches(DataLoader(items, batch_size=4, **options)):
+        yield from results
+
+
+def _apply(function, items):
+    return [function(item) for item in items]

@@ -1,9 +1,6 @@
 """
 Draw small captioned scenes: a data set made in minutes, with the true position of each object.
 
-    python -m preprocessing.demo FOLDER        # 1600 training, 100 validation, 200 test scenes
-    python -m preprocessing.demo FOLDER --train 3000 --seed 1
-
 A scene is one shape at a place, or two shapes in a relation. Each gets five true captions, and the
 box of each object, so that attention can be scored and not only shown.
 """
@@ -18,8 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocessing.processes import map_in_processes
-from utils import Parser, UserError, non_negative_int, run_script, write_json
+from modeling.workers import map_in_processes
+from utils import UserError, write_json
 
 SIDE = 256  # pixels, width and height of a picture
 MARGIN, GAP = 3, 6  # pixels, minimum distance to the edge and between two objects
@@ -229,12 +226,3 @@ def make_demo(folder, train=1600, val=100, test=200, seed=0, workers=None):
         })  # fmt: skip
     write_json(path, {"dataset": "demo", "images": images})
     return path
-
-
-if __name__ == "__main__":
-    parser = Parser("python -m preprocessing.demo", description="Draw a captioned demo data set.")
-    parser.add_argument("folder", help="where to write the pictures and dataset_demo.json")
-    for split, n in [("train", 1600), ("val", 100), ("test", 200)]:
-        parser.add_argument(f"--{split}", type=non_negative_int, default=n, help="number of scenes")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random generator")
-    run_script(lambda: print(make_demo(**vars(parser.parse_args()))))

@@ -17,9 +17,9 @@ import h5py
 from tqdm import tqdm
 
 from datasets import IMAGE_SIZE, KINDS, SPECIAL_TOKENS, data_file, writing_hdf5
+from modeling.workers import map_in_processes
 from preprocessing.images import read_image
 from preprocessing.karpathy import read_sources
-from preprocessing.processes import map_in_processes
 from utils import UserError, count, printable, write_json
 
 MAX_REASONS = 10  # of bad images, printed
