@@ -14,7 +14,6 @@ from modeling.longest_first import LongestFirst
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()
 def find_evidence(
     decoder: nn.Module,
     features: Tensor,
@@ -34,26 +33,24 @@ def find_evidence(
     """
     if not tokens:
         return np.zeros((0, decoder.args["encoded_image_size"] ** 2), np.float32)
-    steps = decoder.steps(features.clone().unsqueeze(0))  # a clone: autograd takes no inference
-    device, states, row = features.device, [], torch.zeros(1, dtype=torch.long)  # tensors
-    tokens = torch.tensor([start, *tokens], device=device)
-    state = steps.initial_state(row)
-    for token in tokens[:-1].split(1):
-        states.append(state)
-        with torch.no_grad():
-            state, _, _ = steps.step(token, state, row, hard)
-    state = tuple(map(torch.cat, zip(*states)))
-    found = _word_evidence(steps, tokens[:-1], state, row.expand(len(states)), tokens[1:], hard)
-    return found.float().cpu().numpy()
+    image = features.clone().unsqueeze(0)  # a clone: autograd takes no inference tensors
+    captions = torch.tensor([[[start, *tokens]]], device=features.device)
+    lengths = torch.tensor([[len(tokens) + 1]])
+    found = find_evidence_of_true_words(decoder, image, captions, lengths, hard)
+    return found[0, 0].float().cpu().numpy()
 
 
 @torch.no_grad()
 def find_evidence_of_true_words(
-    decoder: nn.Module, features: Tensor, captions: Tensor, lengths: Tensor
+    decoder: nn.Module,
+    features: Tensor,
+    captions: Tensor,
+    lengths: Tensor,
+    hard: HardAttention | None = None,
 ) -> Tensor:
     """
-    As `find_evidence`, for a batch with teacher forcing and soft attention; arguments as those of
-    the decoder. Returns (N, R, T, P), zero after a caption's end.
+    As `find_evidence`, for a batch with teacher forcing; arguments as those of the decoder.
+    Returns (N, R, T, P), zero after a caption's end.
     """
     order = LongestFirst(lengths, features.device)
     steps = decoder.steps(features.detach().index_select(0, order.images))
@@ -61,23 +58,17 @@ def find_evidence_of_true_words(
     for t, m in enumerate(order.batch_sizes):
         tokens, state = inputs[:m, t], tuple(x[:m] for x in state)
         history.append((tokens, inputs[:m, t + 1], *state))
-        state, _, _ = steps.step(tokens, state, order.rows[:m])
+        state, _, _ = steps.step(tokens, state, order.rows[:m], hard)
     tokens, targets, *state = map(torch.cat, zip(*history))
-    rows = torch.cat([order.rows[:m] for m in order.batch_sizes])
-    return order.padded([_word_evidence(steps, tokens, tuple(state), rows, targets)])
-
-
-@torch.enable_grad()
-def _word_evidence(steps, tokens, state, rows, targets, hard=None):
-    """(M, P) for the M words `targets`, each after its token and state, of its image"""
-    weights = []
+    rows, weights = torch.cat([order.rows[:m] for m in order.batch_sizes]), []
 
     def as_inputs(alpha):
         """The context vectors' weights, of which each word depends on its own alone"""
         weights.append((alpha if hard is None else hard(alpha)).detach().requires_grad_())
         return weights[0]
 
-    state, _, _ = steps.step(tokens, tuple(x.detach() for x in state), rows, as_inputs)
-    log_probs = steps.logits(state[0]).log_softmax(1).gather(1, targets.unsqueeze(1))
-    [gradient] = torch.autograd.grad(log_probs.sum(), weights)
-    return (weights[0] * gradient).detach().clamp(min=0)
+    with torch.enable_grad():
+        state, _, _ = steps.step(tokens, tuple(state), rows, as_inputs)
+        log_probs = steps.logits(state[0]).log_softmax(1).gather(1, targets.unsqueeze(1))
+        [gradient] = torch.autograd.grad(log_probs.sum(), weights)
+    return order.padded([(weights[0] * gradient).clamp(min=0)])
