@@ -92,6 +92,7 @@ def train_step(state, batch, num_tokens, num_captions):
     """One step of the optimizer. Returns the loss, detached, and the criterion's total, correct."""
     args, device = state.args, state.processes.device
     loss_sum = total = correct = 0
+    state.before_step()
     state.optimizer.zero_grad(set_to_none=True)
     for part in zip(*(field.tensor_split(args.accumulate) for field in batch)):
         with autocast(device, args.amp):

@@ -1,7 +1,6 @@
 """Before phase 1: pretraining of the decoder as a language model, on captions without images."""
 
 import copy
-from functools import partial
 
 import torch
 from torch import nn
@@ -10,7 +9,6 @@ from torch.nn.utils import clip_grad_value_
 from modeling.devices import autocast
 from training.engine import progress_bar
 from training.losses import token_losses
-from training.state import half_cosine
 
 BATCH = 1280  # captions
 LR = 2e-3
@@ -31,8 +29,7 @@ def pretrain(decoder, captions, word_map, epochs, processes, amp=None):
     parameters = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, LR, fused=True)
     batches = -(-len(ids) // BATCH)
-    cosine = partial(half_cosine, steps=epochs * batches)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     decoder.train()
     for epoch in range(1, epochs + 1):
         total = tokens = 0

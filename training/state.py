@@ -21,7 +21,7 @@ class Progress:
     epoch: int = 0  # complete epochs done
     bleu4: float | None = None  # of the last validation
     best: float | None = None  # the best score so far, of the `monitored_metric`
-    best_loss: float | None = None  # its validation loss, which decides between equal scores
+    best_loss: float = -math.inf  # its validation loss, which decides between equal scores
     stale: int = 0  # epochs since the best one
     rows: int = 0  # in the log, from earlier phases
     baseline: float = 0.0  # of hard attention
@@ -84,21 +84,18 @@ class TrainingState:
     @property
     def last_lr(self):
         """The decoder's learning rate in the last step."""
-        if self.args.cosine:
-            return self._cosine_rate(self.args.decoder_lr, self._steps_done - 1)
         return self.optimizer.param_groups[0]["lr"]
 
-    def _cosine_rate(self, maximum, step):
-        return maximum * half_cosine(step, self.args.epochs * self.steps_per_epoch)
-
-    def _set_cosine_rates(self):
-        maxima = self.args.decoder_lr, self.args.encoder_lr
-        for group, maximum in zip(self.optimizer.param_groups, maxima):
-            if self.args.cosine:
-                group["lr"] = self._cosine_rate(maximum, self._steps_done)
+    def before_step(self):
+        """With --cosine, set the learning rates of the optimizer's next step."""
+        if self.args.cosine:
+            steps = self.args.epochs * self.steps_per_epoch
+            factor = 0.5 + 0.5 * math.cos(math.pi * self._steps_done / steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
     def after_step(self):
-        """Update averages, learning rate and criterion after the optimizer's step."""
+        """Update averages and criterion after the optimizer's step."""
         self._steps_done += 1
         if self._averages:
             # At step n the decay is at most n / (n + 9): with a constant one the initial random
@@ -107,7 +104,6 @@ class TrainingState:
             for average, model in self._averages:
                 weights = list(average.parameters()), list(model.parameters())
                 get_ema_multi_avg_fn(decay)(*weights, None)
-        self._set_cosine_rates()
         self.criterion.after_step(self.processes)
 
     def after_epoch(self, stats):
@@ -116,9 +112,7 @@ class TrainingState:
         in a row without improvement, and return whether this one is the best so far.
         """
         args, progress, (score, loss) = self.args, self.progress, self._score(stats)
-        # Older checkpoints have no best_loss: there an equal score is no improvement.
-        best_loss = -math.inf if progress.best_loss is None else progress.best_loss
-        improved = progress.best is None or (score, -loss) > (progress.best, -best_loss)
+        improved = progress.best is None or (score, -loss) > (progress.best, -progress.best_loss)
         if improved:
             self.set_score_to_beat(stats)
         progress.stale = 0 if improved else progress.stale + 1
@@ -168,7 +162,6 @@ class TrainingState:
             self.decoder.load_state_dict(state["trained"]["decoder"])
         self.progress = Progress.from_dict(state["progress"])
         self._steps_done = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        self._set_cosine_rates()
         self.criterion.baseline = torch.tensor(self.progress.baseline)
 
 
@@ -185,8 +178,3 @@ class _Cells(torch.nn.Module):
 
 def _parallel(module, processes):
     return module if processes.world_size == 1 else DistributedDataParallel(module)
-
-
-def half_cosine(step, steps):
-    """The learning rate's factor at `step` of `steps`, counted from 0; at `steps` it is 0."""
-    return 0.5 + 0.5 * math.cos(math.pi * step / steps)

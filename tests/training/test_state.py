@@ -39,6 +39,7 @@ def test_the_cosine_schedule_ignores_the_plateau_rule():
     options = "--epochs 3 --cosine --decay_after 1 --decoder_lr 0.5 --encoder_lr 2"
     state, rates, logged = make_state(f"{options} --fine_tune_encoder"), [], []
     for i in range(12):  # four steps an epoch
+        state.before_step()
         rates.append([group["lr"] for group in state.optimizer.param_groups])
         state.after_step()
         if i % 4 == 3:
@@ -54,6 +55,7 @@ def test_a_state_loaded_from_its_state_dict_continues_bit_for_bit(options):
         generator = torch.Generator().manual_seed(seed)
         for p in state.parameters:
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        state.before_step()
         state.optimizer.step()
         state.after_step()
         state.progress.step += 1
