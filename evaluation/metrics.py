@@ -81,10 +81,10 @@ class TfIdf:
     are counted; ValueError if there are none
     """
 
-    def __init__(self, documents):
+    def __init__(self, documents: list[list[list[str]]]):
         if not len(documents):
             raise ValueError("CIDEr needs captions to count document frequencies in")
-        found = Counter()
+        found: Counter = Counter()
         for captions in documents:
             found.update({gram for words in captions for part in ngrams(words) for gram in part})
         # An n-gram in one image weighs the same as one in none, so most need not be stored.
@@ -139,21 +139,18 @@ def _cosines(a, b, clip=False):
     return cosines
 
 
-class CiderD:
+class CiderD(TfIdf):
     """
     CIDEr-D of many captions with fixed document frequencies, such as those of the training captions
     in self-critical training. documents: as in `TfIdf`
     """
-
-    def __init__(self, documents: list[list[list[str]]]):
-        self._tf_idf = TfIdf(documents)
 
     def score(self, candidates: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
         """
         CIDEr-D, float64 (C,), 0..10. candidates: C captions; references: for each those of its
         image, of which empty ones are ignored; a list that occurs several times is read once
         """
-        vector, vectors = self._tf_idf.vector, {}
+        vector, vectors = self.vector, {}
         for captions in references:
             if id(captions) not in vectors:
                 vectors[id(captions)] = [vector(caption) for caption in captions if caption]
