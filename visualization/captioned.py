@@ -65,7 +65,16 @@ class Captioned:
         Write what is `shown` for each word in the format of the path's suffix: .html, .gif or .mp4,
         or a picture; ValueError for any other. smooth: as in `figure`; pages always blend locations
         """
-        files.save_attention(self, path, smooth)
+        if page.is_page(path):
+            page.write_page(path, [self], self.text)
+        elif os.fspath(path).lower().endswith(files.ANIMATIONS):
+            from visualization.animation import write_animation
+
+            write_animation(path, self.image, self.words, self.shown, smooth, self.offset)
+        else:
+            from visualization import figures
+
+            figures.save(self.figure(smooth), path)
 
     def _repr_html_(self):  # in a notebook
         return page.fragment(self)

@@ -89,21 +89,6 @@ def can_write_beside(overlays):
     return True
 
 
-def save_attention(captioned, path, smooth=True):
-    """As `caption.Captioned.save`"""
-    if page.is_page(path):
-        page.write_page(path, [captioned], captioned.text)
-    elif os.fspath(path).lower().endswith(ANIMATIONS):
-        from visualization.animation import write_animation
-
-        words, weights = captioned.words, captioned.shown
-        write_animation(path, captioned.image, words, weights, smooth, captioned.offset)
-    else:
-        from visualization import figures
-
-        figures.save(captioned.figure(smooth), path)
-
-
 @contextmanager
 def writing(path):
     """Make the folder of `path`, and turn errors of writing the file into UserErrors."""

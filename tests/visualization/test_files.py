@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from pages import captioned
 
 from utils import UserError
-from visualization.files import find_images, overlay_paths, save_attention, writing
+from visualization.captioned import Captioned
+from visualization.files import find_images, overlay_paths, writing
 
 
 def test_no_two_overlays_share_a_file_and_none_is_an_image():
@@ -61,13 +62,13 @@ def test_attention_is_saved_in_the_format_of_the_suffix(tmp_path):
     one = captioned(["a"], np.eye(4)[:1], **fields, figure=lambda smooth: Figure())
     starts = {"x.html": b"<!DOCTYPE", "x.gif": b"GIF89a", "x.JPG": b"\xff\xd8", "x": b"\x89PNG"}
     for name, start in starts.items():
-        save_attention(one, str(tmp_path / name))
+        Captioned.save(one, str(tmp_path / name))
         assert (tmp_path / name).read_bytes().startswith(start)
     one.offset = (0.0, 0.0)
-    save_attention(one, tmp_path / "centred.gif")
+    Captioned.save(one, tmp_path / "centred.gif")
     assert (tmp_path / "centred.gif").read_bytes() != (tmp_path / "x.gif").read_bytes()
     with pytest.raises(ValueError, match="abc"):
-        save_attention(one, tmp_path / "x.abc")
+        Captioned.save(one, tmp_path / "x.abc")
 
 
 def test_an_error_of_writing_is_a_user_error_that_names_the_file(tmp_path):
