@@ -37,7 +37,8 @@ class Progress:
     def from_dict(cls, content):
         """The inverse of `dataclasses.asdict`, for older checkpoints too."""
         content = {"best": content.get("best_bleu4"), **content}  # of versions with BLEU-4 only
-        found = cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        given = {name: x for name, x in content.items() if x is not None}
+        found = cls(**{name: given[name] for name in cls.__dataclass_fields__ if name in given})
         for number in (found.epoch, found.stale, found.rows, found.step):
             range(number)  # TypeError unless it is whole
         return found

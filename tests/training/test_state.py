@@ -131,7 +131,8 @@ def test_scores_of_zero_and_ties_are_decided_by_the_loss():
     assert state.last_lr == pytest.approx(0.8)  # after two without
     state.set_score_to_beat({"bleu4": 0.01, "val_loss": 1.0})
     assert state.progress.best == 0.01
-    state.progress = Progress(epoch=1, best=1.5)  # of an older checkpoint, without best_loss
+    old = {"epoch": 1, "best": 1.5, "best_loss": None}
+    state.progress = Progress.from_dict(old)  # of a run begun before there was a best_loss
     assert [best for best, _ in after_epochs(state, [1.5, 1.6], [0.1, 9.0])] == [False, True]
 
 
