@@ -36,12 +36,12 @@ def find_evidence(
     image = features.clone().unsqueeze(0)  # a clone: autograd takes no inference tensors
     captions = torch.tensor([[[start, *tokens]]], device=features.device)
     lengths = torch.tensor([[len(tokens) + 1]])
-    found = find_evidence_of_true_words(decoder, image, captions, lengths, hard)
+    found = find_batch_evidence(decoder, image, captions, lengths, hard)
     return found[0, 0].float().cpu().numpy()
 
 
 @torch.no_grad()
-def find_evidence_of_true_words(
+def find_batch_evidence(
     decoder: nn.Module,
     features: Tensor,
     captions: Tensor,

@@ -19,7 +19,7 @@ from datasets import CaptionDataset
 from evaluation.metrics import CiderD, top_k_correct
 from modeling.beam_search import Search
 from modeling.devices import Distributed
-from modeling.evidence import find_evidence_of_true_words
+from modeling.evidence import find_batch_evidence
 from modeling.sampling import sample_captions
 from models import DecoderOutput
 
@@ -130,7 +130,7 @@ class TeacherForcing:
         columns = (batch.lengths > 1).any(0).nonzero().flatten()  # others only fill up
         drawn = columns[torch.randint(len(columns), (1,))]
         true = batch.captions[:, drawn], batch.lengths[:, drawn]
-        evidence = find_evidence_of_true_words(single, batch.features, *true)
+        evidence = find_batch_evidence(single, batch.features, *true)
         loss = evidence_loss(alphas[:, drawn, : evidence.shape[2]], evidence)
         return self.evidence_c * len(columns) * loss / batch.num_tokens
 

@@ -6,7 +6,7 @@ import torch
 from factories import make_captions, make_decoder
 
 from modeling.decoding import PlainSteps
-from modeling.evidence import find_evidence, find_evidence_of_true_words
+from modeling.evidence import find_batch_evidence, find_evidence
 from modeling.sampling import most_likely_location
 
 START, TOKENS = 22, [3, 17, 3, 8]
@@ -59,7 +59,7 @@ def test_a_caption_without_words_has_no_evidence():
 def test_evidence_of_a_batch_is_that_of_its_captions_one_by_one(plain):
     decoder, (captions, lengths) = make_decoder(scale=1.5).eval(), make_captions(3, 2)
     decoder.plain, features = plain, torch.randn(3, 64, 9, dtype=torch.float64)
-    found = find_evidence_of_true_words(decoder, features, captions, lengths)
+    found = find_batch_evidence(decoder, features, captions, lengths)
     assert found.shape == (3, 2, int(lengths.max()) - 1, 196) and not found.requires_grad
     for i, r in np.ndindex(3, 2):
         start, *words = captions[i, r, : lengths[i, r]].tolist()

@@ -15,7 +15,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from modeling.beam_search import Search
 from modeling.devices import Distributed
-from modeling.evidence import find_evidence_of_true_words
+from modeling.evidence import find_batch_evidence
 from modeling.sampling import sample_captions, scheduled_sampling
 from training import losses as criteria
 from training.losses import Batch, HardAttention, Reward, SelfCritical, TeacherForcing, token_losses
@@ -202,7 +202,7 @@ def test_the_evidence_term_is_added_for_one_true_caption_of_each_image(critical)
         return TeacherForcing(1.0, evidence_c)(decoder, batch)
 
     output, expected = decoder(features, captions, lengths), []
-    evidence = find_evidence_of_true_words(decoder, features, captions, lengths)
+    evidence = find_batch_evidence(decoder, features, captions, lengths)
     for r in (0, 1):  # the third only fills up
         term = criteria.evidence_loss(output.alphas[:, [r]], evidence[:, [r]])
         expected.append(3 * 2 * term / 10)
